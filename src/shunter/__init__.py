@@ -1,0 +1,36 @@
+"""Shunter: sparse expert models in PyTorch. Every routing algorithm as one drop-in layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import capacity, experts, losses, routers
+from .moe import MoE, aux_loss, moe_layers
+from .routing import Routing
+
+if TYPE_CHECKING:
+    from .hf import from_pretrained, sparsify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MoE",
+    "Routing",
+    "aux_loss",
+    "capacity",
+    "experts",
+    "from_pretrained",
+    "losses",
+    "moe_layers",
+    "routers",
+    "sparsify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Hugging Face is an extra: it is imported when first used.
+    if name in ("from_pretrained", "sparsify"):
+        from . import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,102 @@
+"""What an expert keeps: how many slots it has, and which tokens get them.
+
+A token that finds no slot is dropped by that expert: its triple leaves the routing (and is remembered as `dropped`),
+the block's residual connection carries it on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .routing import Routing
+
+__all__ = ["FORMULAS", "ORDERS", "capacity", "limit"]
+
+
+def _up_to_multiple_of_4(n: int) -> int:
+    return -(-n // 4) * 4
+
+
+# What the code bases compute from T tokens, E experts, k choices and the capacity factor F. They differ in whether k
+# counts, in rounding and in the least number of slots, and so in what they drop.
+FORMULAS: dict[str, Callable[[int, int, int, Fraction], int]] = {
+    "review": lambda t, e, k, f: max(1, math.ceil(f * t / e)),
+    "mesh": lambda t, e, k, f: max(4, min(t, math.floor(f * t / e))),
+    "flaxformer": lambda t, e, k, f: max(4, round(f * t / e)),
+    "gshard": lambda t, e, k, f: _up_to_multiple_of_4(math.floor(f * t / e)),
+    "vmoe": lambda t, e, k, f: _up_to_multiple_of_4(math.ceil(f * t * k / e)),
+    "deepspeed": lambda t, e, k, f: max(4, math.ceil(f * k * t / e)),
+    "fairseq": lambda t, e, k, f: math.floor(f * math.ceil(t / e)) if k == 1 else 2 * math.ceil(t / e),
+    "tutel": lambda t, e, k, f: k * math.floor(f * math.ceil(t / e)),
+    "fastmoe": lambda t, e, k, f: math.ceil(f * t / e) if k == 1 else math.ceil(f * t) * k // e,
+}
+
+ORDERS = ("position", "random", "batch")
+
+
+def capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, formula: str = "review") -> int:
+    """The number of slots C of one expert for T tokens.
+
+    Args:
+        num_tokens: T, without padding.
+        num_experts: E.
+        top_k: k, the number of choices of a token. The review's formula leaves it out: C = ceil(F * T / E).
+        capacity_factor: F > 0; 1.0 is an even share of the first choices.
+        formula: a key of `FORMULAS`: "review", or the code base whose rounding to follow.
+
+    Raises:
+        ValueError: for an unknown formula, or a factor that is not a positive number.
+
+    Source: Fedus et al. 2022, section 2.2 (expert batch size = capacity factor * B / E).
+    """
+    if formula not in FORMULAS:
+        raise ValueError(f"capacity: formula {formula!r} is unknown; choose from {', '.join(FORMULAS)}")
+    if not (math.isfinite(capacity_factor) and capacity_factor > 0):
+        raise ValueError(f"capacity: capacity_factor {capacity_factor} must be a positive number, or None for dropless")
+    # The factor as written in decimal: 1.1 * 10 / 1 is 11 slots, not the 12 that binary rounding would make of it.
+    return FORMULAS[formula](num_tokens, num_experts, top_k, Fraction(repr(float(capacity_factor))))
+
+
+def limit(routing: Routing, slots: int, order: str = "position", score: Tensor | None = None) -> Routing:
+    """Keep at most `slots` triples of each expert; all first choices come before any second choice.
+
+    Args:
+        routing: the demand.
+        slots: C, the capacity of each expert.
+        order: who comes first among equal choices: "position" (the earlier token), "random" (any order with equal
+            chance; Kim et al. 2021, section 3), "batch" (the token with the highest score in the batch; V-MoE, Riquelme
+            et al. 2021, section 4.1, batch prioritized routing).
+        score: (T,) floating point, the priority of each token for order "batch": its highest probability.
+
+    Returns:
+        The routing that fits, its `dropped` holding the rest.
+
+    Raises:
+        ValueError: for an unknown order, or order "batch" without score.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"limit: order {order!r} is unknown; choose from {', '.join(ORDERS)}")
+    if order == "position":
+        rank = routing.token
+    elif order == "random":
+        rank = torch.randperm(routing.num_tokens, device=routing.token.device)[routing.token]
+    else:
+        if score is None:
+            raise ValueError("limit: order 'batch' needs score (T,), the priority of each token")
+        best_first = score.detach().argsort(descending=True, stable=True)
+        rank = torch.empty_like(best_first)
+        rank[best_first] = torch.arange(routing.num_tokens, device=rank.device)
+        rank = rank[routing.token]
+    if routing.choice is not None:
+        rank = routing.choice * routing.num_tokens + rank
+    queue = rank.argsort(stable=True)
+    queue = queue[routing.expert[queue].argsort(stable=True)]
+    slot = torch.arange(queue.numel(), device=queue.device) - routing.offsets[routing.expert]
+    keep = torch.empty_like(queue, dtype=torch.bool)
+    keep[queue] = slot < slots
+    return routing.select(keep)

@@ -1,0 +1,124 @@
+"""The experts as a module: stacked parameters and the choice of a backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..routing import Routing
+from . import backends
+from .backends import ACTIVATIONS, Weights
+
+__all__ = ["Experts"]
+
+
+class Experts(nn.Module):
+    """E feed-forward networks with stacked parameters, applied to the rows that a routing gives each.
+
+    Args:
+        num_experts: E.
+        dim: d.
+        hidden: f, the width of one expert.
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu" (gated), "silu", "gelu", "gelu_tanh" or "relu".
+        bias: whether both projections have a bias.
+        backend: "auto" or one of `shunter.experts.backend_names()`.
+        device, dtype: of the parameters.
+
+    Parameters are named and laid out as in Hugging Face models: gate_up_proj (E, 2f, d), or up_proj (E, f, d) where the
+    activation does not gate, and down_proj (E, d, f); with bias, gate_up_proj_bias or up_proj_bias, and down_proj_bias.
+
+    Raises:
+        ValueError: for an unknown activation or backend, or sizes below 1.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if min(num_experts, dim, hidden) < 1:
+            raise ValueError(f"Experts: num_experts {num_experts}, dim {dim} and hidden {hidden} must be at least 1")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
+        if backend != "auto":
+            backends.get(backend)
+        self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
+        self.activation, self.backend = activation, backend
+        self.gated = ACTIVATIONS[activation][1]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.up_name = "gate_up_proj" if self.gated else "up_proj"
+        rows = 2 * hidden if self.gated else hidden
+        self.register_parameter(self.up_name, parameter(num_experts, rows, dim))
+        self.down_proj = parameter(num_experts, dim, hidden)
+        self.register_parameter(f"{self.up_name}_bias", parameter(num_experts, rows) if bias else None)
+        self.down_proj_bias: nn.Parameter | None
+        self.register_parameter("down_proj_bias", parameter(num_experts, dim) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self, up_std: float | None = None, down_std: float | None = None) -> None:
+        """Draw weights from normal distributions (default: fan-in, 1/sqrt(d) and 1/sqrt(f)); biases become zero."""
+        weights = self.weights
+        nn.init.normal_(weights.up, std=self.dim**-0.5 if up_std is None else up_std)
+        nn.init.normal_(weights.down, std=self.hidden**-0.5 if down_std is None else down_std)
+        for bias in (weights.up_bias, weights.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters as the backends take them."""
+        return Weights(
+            up=getattr(self, self.up_name),
+            down=self.down_proj,
+            up_bias=getattr(self, f"{self.up_name}_bias"),
+            down_bias=self.down_proj_bias,
+            activation=self.activation,
+        )
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Sum over each token's experts of weight times expert output: x (T, d) -> (T, d).
+
+        Raises:
+            ValueError: where x is not (T, d) of this layer's width and the routing's number of tokens, or its dtype or
+                device differs from the parameters'.
+        """
+        weights = self.weights
+        if x.shape != (routing.num_tokens, self.dim):
+            raise ValueError(f"Experts: x has shape {tuple(x.shape)}; it must be ({routing.num_tokens}, {self.dim})")
+        if routing.num_experts != self.num_experts:
+            raise ValueError(f"Experts: the routing has {routing.num_experts} experts, the layer {self.num_experts}")
+        if torch.is_autocast_enabled(x.device.type):
+            x, weights = _autocast(x, weights)
+        if x.dtype != weights.up.dtype or x.device != weights.up.device:
+            raise ValueError(
+                f"Experts: x is {x.dtype} on {x.device}, the parameters are {weights.up.dtype} on {weights.up.device}; "
+                "convert one to the other, or use torch.autocast"
+            )
+        backend, _ = backends.choose(self.backend, x, weights)
+        return backend.run(x, weights, routing)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return (
+            f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, activation={self.activation!r}, "
+            f"backend={self.backend!r}"
+        )
+
+
+def _autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
+    dtype = torch.get_autocast_dtype(x.device.type)
+    up_bias = None if weights.up_bias is None else weights.up_bias.to(dtype)
+    down_bias = None if weights.down_bias is None else weights.down_bias.to(dtype)
+    cast = Weights(weights.up.to(dtype), weights.down.to(dtype), up_bias, down_bias, weights.activation)
+    return x.to(dtype), cast

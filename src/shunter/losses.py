@@ -1,0 +1,74 @@
+"""Auxiliary losses of a routing: what keeps experts balanced and logits small. Pure functions, float32 or float64.
+
+Each takes values over real tokens only: a padded row must have been left out by `mask`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .routing import Routing
+
+__all__ = ["Choices", "cv_squared", "importance_loss", "load_balancing_loss", "z_loss"]
+
+Choices = Literal["first", "all", "mean"]
+
+
+def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of values (T, ...) over the tokens where mask (T,) is True; zero where there is none."""
+    if mask is None:
+        return values.mean(0) if values.shape[0] else values.sum(0)
+    real = mask.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
+    return torch.where(mask.reshape(real.shape), values, 0).sum(0) / real.sum().clamp_min(1)
+
+
+def load_balancing_loss(
+    probs: Tensor, routing: Routing, mask: Tensor | None = None, choices: Choices = "mean"
+) -> Tensor:
+    """E * sum_i f_i P_i: the dot product of the share of tokens sent to each expert and its mean probability.
+
+    Args:
+        probs: (T, E) router probabilities; rows sum to 1. Gradients flow through these alone.
+        routing: what was chosen; tokens that capacity dropped count as sent, as in Switch.
+        mask: (T,) bool, True at real tokens.
+        choices: which choices make f: "first" alone, "all" of them (the balanced value is then k), or "mean" (all,
+            divided by k: the balanced value is 1).
+
+    Returns:
+        A scalar; 1 (or k, for "all") at perfect balance. It is not a lower bound: f and P may differ.
+
+    Source: Fedus et al. 2021 (Switch Transformers), equations 4 to 6; Lepikhin et al. 2020 (GShard), algorithm 1.
+    """
+    asked = routing.first_choices if choices == "first" else routing.demand
+    share = asked.to(probs.dtype)
+    if choices == "all":
+        tokens = probs.shape[0] if mask is None else mask.sum()
+        share = share / torch.as_tensor(tokens, device=probs.device).clamp_min(1)
+    else:
+        share = share / share.sum().clamp_min(1)
+    return routing.num_experts * (share * _mean_over_tokens(probs, mask)).sum()
+
+
+def cv_squared(values: Tensor) -> Tensor:
+    """The squared coefficient of variation of values (E,): population variance over squared mean; 0 if all are 0."""
+    mean = values.mean()
+    return ((values - mean) ** 2).mean() / (mean**2).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def importance_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """CV(importance)^2, where the importance of an expert is the sum over tokens of its gate weights (T, E).
+
+    Source: Shazeer et al. 2017 (Outrageously Large Neural Networks), equations 6 and 7.
+    """
+    return cv_squared(_mean_over_tokens(weights, mask))
+
+
+def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over tokens of the squared log-sum-exp of the logits (T, E): keeps router logits small.
+
+    Source: Zoph et al. 2022 (ST-MoE), equation 5.
+    """
+    return _mean_over_tokens(torch.logsumexp(logits, dim=-1) ** 2, mask)

@@ -1,0 +1,97 @@
+"""Who chooses whom: hidden states to a `Routing`, a file for each family of the review's taxonomy."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from .base import NO_CONTEXT, Context, LinearRouter, Router
+from .expert_choice import ExpertChoice
+from .hash import Hash
+from .topk import Switch, TopK
+
+__all__ = [
+    "NO_CONTEXT",
+    "Context",
+    "ExpertChoice",
+    "Hash",
+    "LinearRouter",
+    "Router",
+    "Switch",
+    "TopK",
+    "create",
+    "names",
+    "options",
+    "register",
+]
+
+_ROUTERS: dict[str, type[Router]] = {"switch": Switch, "topk": TopK, "expert_choice": ExpertChoice, "hash": Hash}
+
+
+def names() -> list[str]:
+    """The names that `create` knows."""
+    return list(_ROUTERS)
+
+
+def register(name: str, router: type[Router]) -> None:
+    """Make a router of your own available under a name.
+
+    Raises:
+        ValueError: where the name is taken by another class.
+        TypeError: where the class is not a `Router`.
+    """
+    if not (isinstance(router, type) and issubclass(router, Router)):
+        raise TypeError(f"register: {router!r} is not a subclass of shunter.routers.Router")
+    if _ROUTERS.get(name, router) is not router:
+        raise ValueError(f"register: {name!r} is already {_ROUTERS[name].__name__}; choose another name")
+    _ROUTERS[name] = router
+
+
+def find(name: str | type[Router]) -> type[Router]:
+    """The class behind a name.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    if isinstance(name, type):
+        return name
+    if name not in _ROUTERS:
+        near = difflib.get_close_matches(name, _ROUTERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"router {name!r} is unknown{hint} Known: {', '.join(_ROUTERS)}")
+    return _ROUTERS[name]
+
+
+def options(name: str | type[Router]) -> set[str]:
+    """The options that a router takes, those of its base classes included."""
+    found: set[str] = set()
+    for cls in find(name).__mro__:
+        if "__init__" in vars(cls) and issubclass(cls, Router):
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return found - {"device", "dtype"}
+
+
+def create(name: str | type[Router], dim: int, num_experts: int, **kwargs: Any) -> Router:
+    """A router by name (or class): `create("topk", 512, 8, top_k=2)`.
+
+    Args:
+        name: one of `names()`, or a subclass of `Router`.
+        dim: d, the width of the hidden states.
+        num_experts: E.
+        **kwargs: the router's options (see `options`), and device and dtype.
+
+    Raises:
+        ValueError: for an unknown name or option, with the nearest known one; for an impossible value.
+    """
+    cls = find(name)
+    known = options(cls)
+    for key in kwargs:
+        if key not in known | {"device", "dtype"}:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"router {name!r} has no option {key!r}{hint} Options: {', '.join(sorted(known))}")
+    return cls(dim, num_experts, **kwargs)

@@ -1,0 +1,255 @@
+"""What every router is: `score` holds the learned parameters, `assign` turns plain scores into a `Routing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import capacity as capacity_room
+from .. import losses as losses_room
+from ..routing import Routing
+
+__all__ = ["NO_CONTEXT", "Context", "LinearRouter", "Router", "largest"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a router may know of the tokens besides their hidden states.
+
+    Args:
+        mask: (T,) bool, True at real tokens, False at padding; None where all are real.
+        token_ids: (T,) int64 vocabulary ids, for routers that are a function of the id.
+    """
+
+    mask: Tensor | None = None
+    token_ids: Tensor | None = None
+
+    def num_real(self, num_tokens: int) -> int:
+        """T without padding."""
+        return num_tokens if self.mask is None else int(self.mask.sum())
+
+
+NO_CONTEXT = Context()
+
+
+class Router(nn.Module):
+    """Hidden states (T, d) to a `Routing` in two steps, plus the losses that train it.
+
+    A subclass sets the class attributes, implements `score` and `choose`, and is registered by name.
+
+    Args:
+        dim: d, the width of the hidden states.
+        num_experts: E.
+        capacity_factor: slots of an expert as a multiple of an even share, in training; None is dropless, in training
+            and in evaluation.
+        eval_capacity_factor: the same in evaluation; None takes `capacity_factor`.
+        capacity_formula: how the factor becomes a number of slots, a key of `shunter.capacity.FORMULAS`.
+        capacity_order: who gets the slots: "position", "random" or "batch" (see `shunter.capacity.limit`).
+        load_balancing_loss: coefficient of the load balancing loss; 0 leaves it out.
+        importance_loss: coefficient of the importance loss; 0 leaves it out.
+        z_loss: coefficient of the router z-loss; 0 leaves it out.
+        balance_choices: which choices enter the load balancing loss: "first", "all" or "mean".
+    """
+
+    chooses: ClassVar[str]
+    """Who chooses whom: "tokens", "experts", "global" or "fixed"."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Fields of `Context` that `assign` cannot do without."""
+    source: ClassVar[str]
+    """The paper that the router comes from."""
+    top_k: int = 1
+    """k, how many experts a token takes; it enters the capacity formulas that count choices."""
+    unsaved_options: ClassVar[tuple[str, ...]] = ()
+    """Options whose effect is in the state dict, so that a saved configuration leaves them out."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        capacity_formula: str = "review",
+        capacity_order: str = "position",
+        load_balancing_loss: float = 0.0,
+        importance_loss: float = 0.0,
+        z_loss: float = 0.0,
+        balance_choices: losses_room.Choices = "mean",
+    ) -> None:
+        super().__init__()
+        if dim < 1 or num_experts < 1:
+            raise ValueError(f"{type(self).__name__}: dim {dim} and num_experts {num_experts} must be at least 1")
+        for factor in (capacity_factor, eval_capacity_factor):
+            if factor is not None:
+                capacity_room.capacity(1, 1, 1, factor, capacity_formula)
+        if capacity_order not in capacity_room.ORDERS:
+            raise ValueError(
+                f"capacity_order {capacity_order!r} is unknown; choose from {', '.join(capacity_room.ORDERS)}"
+            )
+        if balance_choices not in ("first", "all", "mean"):
+            raise ValueError(f"balance_choices {balance_choices!r} is unknown; choose from first, all, mean")
+        self.dim = dim
+        self.num_experts = num_experts
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.capacity_formula = capacity_formula
+        self.capacity_order = capacity_order
+        self.coefficients = {
+            "load_balancing_loss": load_balancing_loss,
+            "importance_loss": importance_loss,
+            "z_loss": z_loss,
+        }
+        self.balance_choices = balance_choices
+
+    def score(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
+        """The logits (T, E) of hidden states x (T, d), in float32 (float64 for float64), autocast off."""
+        raise NotImplementedError
+
+    def choose(self, logits: Tensor, context: Context) -> Routing:
+        """The routing that logits (T, E) ask for, before capacity and with padding still in place."""
+        raise NotImplementedError
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """The probabilities (T, E) that the losses and the batch priority read; rows sum to 1."""
+        return logits.softmax(-1)
+
+    def assign(self, logits: Tensor, context: Context = NO_CONTEXT) -> Routing:
+        """The routing of logits (T, E): chosen, without padding, within capacity.
+
+        A function of its arguments and of the train or eval mode alone (and of torch's random state where the router
+        samples).
+
+        Raises:
+            ValueError: where logits are not (T, E), or where the context lacks what the router needs.
+        """
+        if logits.dim() != 2 or logits.shape[1] != self.num_experts:
+            raise ValueError(f"assign: logits have shape {tuple(logits.shape)}; they must be (T, {self.num_experts})")
+        for name in ("mask", *self.needs):
+            value = getattr(context, name)
+            if value is None:
+                if name in self.needs:
+                    raise ValueError(f"{type(self).__name__} needs {name}; pass {name}= to the layer")
+            elif value.numel() != logits.shape[0]:
+                raise ValueError(f"assign: {name} has {value.numel()} entries for {logits.shape[0]} tokens")
+        routing = self.choose(logits, context)
+        if context.mask is not None and bool((real := context.mask[routing.token]).logical_not().any()):
+            routing = routing._take(real)
+        return self.limit(routing, logits, context)
+
+    def limit(self, routing: Routing, logits: Tensor, context: Context) -> Routing:
+        """The part of the routing that fits the capacity of the present mode."""
+        slots = self.capacity(context.num_real(routing.num_tokens))
+        if slots is None:
+            return routing
+        score = self.probs(logits).amax(-1) if self.capacity_order == "batch" else None
+        return capacity_room.limit(routing, slots, self.capacity_order, score)
+
+    def capacity(self, num_tokens: int) -> int | None:
+        """The slots C of one expert for T real tokens in the present mode; None when dropless."""
+        factor = self.capacity_factor
+        if factor is not None and not self.training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        if factor is None:
+            return None
+        return capacity_room.capacity(num_tokens, self.num_experts, self.top_k, factor, self.capacity_formula)
+
+    def losses(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> dict[str, Tensor]:
+        """The weighted losses by name; coefficients of zero leave their loss out."""
+        terms: dict[str, Callable[[], Tensor]] = {
+            "load_balancing_loss": lambda: losses_room.load_balancing_loss(
+                self.probs(logits), routing, context.mask, self.balance_choices
+            ),
+            "importance_loss": lambda: losses_room.importance_loss(self.probs(logits), context.mask),
+            "z_loss": lambda: losses_room.z_loss(logits, context.mask),
+        }
+        return {name: c * terms[name]() for name, c in self.coefficients.items() if c}
+
+    @property
+    def leak(self) -> str | None:
+        """How a later token can change what an earlier one gets, in words; None where it cannot (causal-safe)."""
+        if self.capacity_factor is None:
+            return None
+        if self.capacity_order != "position":
+            return f"capacity_order={self.capacity_order!r} lets later tokens take the slots of earlier ones"
+        if self.top_k > 1:
+            return "the first choices of later tokens take capacity from the second choices of earlier ones"
+        return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move and cast as any module, except that buffers keep their precision: they are state, not weights."""
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class LinearRouter(Router):
+    """A router whose logits are a linear map of the hidden state, h = W_r x (the review's equation 1).
+
+    Args:
+        jitter: in training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter] (Switch, 2.4).
+        init_scale: the initial weights are drawn from a truncated normal of standard deviation sqrt(init_scale / d)
+            (Switch, section 2.4: 0.1).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        jitter: float = 0.0,
+        init_scale: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, num_experts, **options)
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter {jitter} must be in [0, 1)")
+        self.jitter = jitter
+        self.init_scale = init_scale
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights (see `init_scale`)."""
+        std = (self.init_scale / self.dim) ** 0.5
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def score(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
+        """The logits (T, E) = x W_r^T of x (T, d), in at least float32, autocast off."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(dtype)
+            if self.jitter and self.training:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            return F.linear(x, self.weight.to(dtype))
+
+    def extra_repr(self) -> str:
+        """d and E, for `print(model)`."""
+        return f"dim={self.dim}, num_experts={self.num_experts}"
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """The k columns (T, k) of the largest scores of each row of (T, E), best first, ties to the lowest column.
+
+    `torch.topk` breaks ties arbitrarily; here equal scores give the same columns on every device and in every run.
+    A NaN counts as the largest score, so that the columns are always in range and different.
+    """
+    if k == 1:
+        return scores.argmax(-1, keepdim=True)
+    if scores.dtype != torch.float32:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    # An integer key that orders as the float does (its bits, negatives flipped; -0.0 joins 0.0), unique by the column.
+    bits = (scores.detach() + 0.0).contiguous().view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    columns = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+    return torch.topk((ordered << 32) | columns, k, dim=-1).indices

@@ -1,0 +1,134 @@
+"""Tokens choose: each token takes the k experts with the highest score."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing
+from .base import Context, LinearRouter, largest
+
+__all__ = ["Switch", "TopK"]
+
+Renormalize = Literal["no", "before_drop", "after_drop"]
+
+
+class TopK(LinearRouter):
+    """Top-k routing with every convention that differs between code bases as an option.
+
+    Args:
+        top_k: k, how many experts a token takes.
+        score_function: what turns logits into weights: "softmax" (over experts) or "sigmoid" (each by itself).
+        score_after: False scores all experts and then selects; True selects by logits and scores the selected alone
+            (a softmax then runs over k).
+        renormalize: whether the k weights of a token are divided by their sum: "no" (raw scores: the review's equation
+            2, Switch, V-MoE), "before_drop" (GShard, Mixtral: a token that loses a choice keeps less than 1) or
+            "after_drop" (DeepSpeed, fairseq: what remains sums to 1). None takes "before_drop" for k > 1, "no" for 1.
+        selection_bias: whether a bias (E,), a float32 buffer that no gradient reaches, is added to the scores for the
+            selection, not for the weight (Wang et al. 2024, auxiliary-loss-free load balancing).
+        **options: of `LinearRouter` and `Router`.
+
+    Raises:
+        ValueError: where top_k is not in 1..E; where one choice would be renormalised: its weight would be the constant
+            1, and the router would get no gradient.
+    """
+
+    chooses: ClassVar[str] = "tokens"
+    source: ClassVar[str] = "Shazeer et al. 2017"
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        top_k: int = 2,
+        score_function: Literal["softmax", "sigmoid"] = "softmax",
+        score_after: bool = False,
+        renormalize: Renormalize | None = None,
+        selection_bias: bool = False,
+        load_balancing_loss: float = 0.01,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, num_experts, load_balancing_loss=load_balancing_loss, **options)
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k {top_k} must be between 1 and num_experts, {num_experts}")
+        if score_function not in ("softmax", "sigmoid"):
+            raise ValueError(f"score_function {score_function!r} is unknown; choose softmax or sigmoid")
+        if renormalize is None:
+            renormalize = "no" if top_k == 1 else "before_drop"
+        if renormalize not in get_args(Renormalize):
+            raise ValueError(f"renormalize {renormalize!r} is unknown; choose from {', '.join(get_args(Renormalize))}")
+        if top_k == 1 and (renormalize != "no" or (score_after and score_function == "softmax")):
+            raise ValueError(
+                "with top_k=1 a weight that is normalised over the selected experts is always 1, and the router gets "
+                'no gradient; use renormalize="no" and score_after=False'
+            )
+        self.top_k = top_k
+        self.score_function = score_function
+        self.score_after = score_after
+        self.renormalize = renormalize
+        self.selection_bias: Tensor | None
+        bias = torch.zeros(num_experts, device=self.weight.device) if selection_bias else None
+        self.register_buffer("selection_bias", bias)
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Softmax of the logits, or sigmoids divided by their sum."""
+        if self.score_function == "softmax":
+            return logits.softmax(-1)
+        scores = logits.sigmoid()
+        return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+    def choose(self, logits: Tensor, context: Context) -> Routing:
+        """The top k experts of each row, by score plus selection bias."""
+        score = torch.sigmoid if self.score_function == "sigmoid" else (lambda h: h.softmax(-1))
+        ranked = scores = logits if self.score_after else score(logits)
+        if self.selection_bias is not None:
+            ranked = scores + self.selection_bias
+        index = largest(ranked.detach(), self.top_k)
+        weight = scores.gather(-1, index)
+        if self.score_after:
+            weight = score(weight)
+        if self.renormalize == "before_drop":
+            weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        return Routing.from_topk(index, weight, self.num_experts, check=False)
+
+    def limit(self, routing: Routing, logits: Tensor, context: Context) -> Routing:
+        """Capacity, then the renormalisation of what remains where asked for."""
+        routing = super().limit(routing, logits, context)
+        if self.renormalize != "after_drop":
+            return routing
+        total = routing.weight.new_zeros(routing.num_tokens).index_add(0, routing.token, routing.weight)
+        tiny = torch.finfo(total.dtype).tiny
+        return routing.with_weight(routing.weight / total[routing.token].clamp_min(tiny))
+
+
+class Switch(TopK):
+    """Switch routing: each token takes its best expert, weighted by the raw probability, within a capacity.
+
+    Args:
+        capacity_factor: of `Router`; the paper's 1.25.
+        eval_capacity_factor: of `Router`; the paper's 2.0.
+        jitter: of `LinearRouter`; the paper's 0.01.
+        **options: of `TopK`, `LinearRouter` and `Router`; balance loss 0.01 and initial scale 0.1 are the paper's too.
+
+    Source: Fedus et al. 2021 (Switch Transformers), sections 2.1 to 2.4.
+    """
+
+    source: ClassVar[str] = "Fedus et al. 2021"
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        capacity_factor: float | None = 1.25,
+        eval_capacity_factor: float | None = 2.0,
+        jitter: float = 0.01,
+        **options: Any,
+    ) -> None:
+        if options.pop("top_k", 1) != 1:
+            raise ValueError('switch sends a token to one expert; for more use router="topk"')
+        factors: dict[str, Any] = {"capacity_factor": capacity_factor, "eval_capacity_factor": eval_capacity_factor}
+        super().__init__(dim, num_experts, top_k=1, jitter=jitter, **factors, **options)
