@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import capacity, experts, losses, routers
-from .moe import MoE, aux_loss, moe_layers
+from .moe import MoE, aux_loss, moe_layers, update_routers
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "moe_layers",
     "routers",
     "sparsify",
+    "update_routers",
 ]
 
 

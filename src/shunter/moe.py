@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .experts import Experts, choose
 from .routers import NO_CONTEXT, Context, Router
 from .routing import Routing
 
-__all__ = ["MoE", "aux_loss", "moe_layers"]
+__all__ = ["MoE", "aux_loss", "moe_layers", "update_routers"]
 
 
 class MoE(nn.Module):
@@ -91,22 +92,24 @@ class MoE(nn.Module):
         self.routing: Routing | None = None
         self.losses: dict[str, Tensor] = {}
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, **known: Tensor | None) -> Tensor:
         """Route and compute: x (..., d) -> (..., d); a token without an expert gets zeros.
 
         Args:
             x: (..., d) hidden states; the leading dimensions together are the T tokens.
-            mask: (...) True or 1 at real tokens, False or 0 at padding, which takes no slot and enters no loss.
-                Default: what the model around set (see `shunter.sparsify`), else all real.
-            token_ids: (...) int64, for routers that need them; same default.
+            **known: what is known of the tokens, the fields of `Context`: `mask=` (True or 1 at real tokens, False or 0
+                at padding, which takes no slot and enters no loss), `token_ids=`, `task=`, … Each has the shape (...),
+                or fewer leading dimensions: one value for each sequence. Default: what the model around set (see
+                `shunter.sparsify`).
 
         Raises:
-            ValueError: where x is not d wide, or mask or token_ids do not fit x.
+            ValueError: where x is not d wide, or a value does not fit x, or the router lacks what it needs.
+            TypeError: for a name that is not a field of `Context`.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
         tokens = x.reshape(-1, self.dim)
-        context = self._context(x, mask, token_ids)
+        context = self._context(x, known)
         logits = self.router.score(tokens, context)
         routing = self.router.assign(logits, context)
         out = self.experts(tokens, routing)
@@ -114,21 +117,35 @@ class MoE(nn.Module):
             out = out + self.shared_experts(tokens, _everyone(tokens))
         if self.training:
             self.losses = self.router.losses(logits, routing, context)
+            if not _recomputing():
+                self.router.observe(logits.detach(), routing, context)
         self.routing = routing.detach()
         return out.reshape(x.shape)
 
-    def _context(self, x: Tensor, mask: Tensor | None, token_ids: Tensor | None) -> Context:
+    def _context(self, x: Tensor, known: dict[str, Tensor | None]) -> Context:
         around = self.context or NO_CONTEXT
-        mask = around.mask if mask is None else mask
-        token_ids = around.token_ids if token_ids is None else token_ids
-        for name, value in (("mask", mask), ("token_ids", token_ids)):
-            if value is not None and value.shape != x.shape[:-1]:
-                shape, needed = tuple(value.shape), tuple(x.shape[:-1])
-                raise ValueError(f"MoE: {name} has shape {shape}; x {tuple(x.shape)} needs {needed}")
-        return Context(
-            mask=None if mask is None else mask.reshape(-1).to(torch.bool),
-            token_ids=None if token_ids is None else token_ids.reshape(-1),
-        )
+        shape = x.shape[:-1]
+        values: dict[str, Tensor | None] = {}
+        for field in fields(Context):
+            value = known.pop(field.name, None)
+            value = getattr(around, field.name) if value is None else value
+            if value is None and field.name in self.router.needs and len(shape) >= 2:
+                if field.name == "sequence":
+                    value = torch.arange(shape[:-1].numel(), device=x.device).reshape(shape[:-1])
+                elif field.name == "position":
+                    value = torch.arange(shape[-1], device=x.device).expand(shape)
+            if value is not None:
+                if value.shape != shape[: value.dim()]:
+                    raise ValueError(
+                        f"MoE: {field.name} has shape {tuple(value.shape)}; x {tuple(x.shape)} needs {tuple(shape)}"
+                    )
+                value = value.reshape(*value.shape, *[1] * (len(shape) - value.dim())).expand(shape).reshape(-1)
+                value = value.to(torch.bool) if field.name == "mask" else value
+            values[field.name] = value
+        if known:
+            names = ", ".join(field.name for field in fields(Context))
+            raise TypeError(f"MoE: {', '.join(known)} is not known of tokens; the names are {names}")
+        return Context(**values)
 
     def explain(self, num_tokens: int = 1024) -> str:
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
@@ -158,6 +175,11 @@ class MoE(nn.Module):
             f"Backend {backend.name}: {backend.summary}; chosen because {why}.",
         ]
         return "\n".join(lines)
+
+
+def _recomputing() -> bool:
+    """Whether this forward is activation checkpointing's second one, run from inside a backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _everyone(tokens: Tensor) -> Routing:
@@ -194,3 +216,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         parameter = next(model.parameters(), torch.zeros(()))
         return torch.zeros((), device=parameter.device)
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def update_routers(model: nn.Module) -> None:
+    """Advance the state of every router of a model that no gradient moves; call it once after each optimizer step."""
+    for layer in moe_layers(model).values():
+        layer.router.update()

@@ -23,11 +23,23 @@ class Context:
 
     Args:
         mask: (T,) bool, True at real tokens, False at padding; None where all are real.
-        token_ids: (T,) int64 vocabulary ids, for routers that are a function of the id.
+        token_ids: (T,) int64 vocabulary ids.
+        task: (T,) int64 task of each token.
+        domain: (T,) int64 domain of each token's document.
+        language: (T,) int64 language of each token.
+        modality: (T,) int64 modality of each token (text, image, speech, ...).
+        sequence: (T,) int64 number of the sequence that each token belongs to; tokens of one are in order.
+        position: (T,) int64 place of each token in its sequence.
     """
 
     mask: Tensor | None = None
     token_ids: Tensor | None = None
+    task: Tensor | None = None
+    domain: Tensor | None = None
+    language: Tensor | None = None
+    modality: Tensor | None = None
+    sequence: Tensor | None = None
+    position: Tensor | None = None
 
     def num_real(self, num_tokens: int) -> int:
         """T without padding."""
@@ -127,8 +139,8 @@ class Router(nn.Module):
         Raises:
             ValueError: where logits are not (T, E), or where the context lacks what the router needs.
         """
-        if logits.dim() != 2 or logits.shape[1] != self.num_experts:
-            raise ValueError(f"assign: logits have shape {tuple(logits.shape)}; they must be (T, {self.num_experts})")
+        if logits.dim() != 2 or logits.shape[1] != self.score_width:
+            raise ValueError(f"assign: logits have shape {tuple(logits.shape)}; they must be (T, {self.score_width})")
         for name in ("mask", *self.needs):
             value = getattr(context, name)
             if value is None:
@@ -157,6 +169,17 @@ class Router(nn.Module):
         if factor is None:
             return None
         return capacity_room.capacity(num_tokens, self.num_experts, self.top_k, factor, self.capacity_formula)
+
+    def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
+        """Note what `update` needs of a training forward. `MoE` calls it once a forward, not in a recomputation."""
+
+    def update(self) -> None:
+        """Advance the state that no gradient moves (selection biases, annealing, baselines) by one optimizer step."""
+
+    @property
+    def score_width(self) -> int:
+        """The number of columns of the logits: E, unless the router scores more than experts."""
+        return self.num_experts
 
     def losses(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> dict[str, Tensor]:
         """The weighted losses by name; coefficients of zero leave their loss out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..routing import Routing
@@ -28,6 +29,8 @@ class TopK(LinearRouter):
             "after_drop" (DeepSpeed, fairseq: what remains sums to 1). None takes "before_drop" for k > 1, "no" for 1.
         selection_bias: whether a bias (E,), a float32 buffer that no gradient reaches, is added to the scores for the
             selection, not for the weight (Wang et al. 2024, auxiliary-loss-free load balancing).
+        bias_update_rate: how much `update` raises the bias of an expert that had less than the mean load since the last
+            update, and lowers that of one that had more (Wang et al. 2024, algorithm 1).
         **options: of `LinearRouter` and `Router`.
 
     Raises:
@@ -48,6 +51,7 @@ class TopK(LinearRouter):
         score_after: bool = False,
         renormalize: Renormalize | None = None,
         selection_bias: bool = False,
+        bias_update_rate: float = 0.001,
         load_balancing_loss: float = 0.01,
         **options: Any,
     ) -> None:
@@ -72,6 +76,9 @@ class TopK(LinearRouter):
         self.selection_bias: Tensor | None
         bias = torch.zeros(num_experts, device=self.weight.device) if selection_bias else None
         self.register_buffer("selection_bias", bias)
+        self.bias_update_rate = bias_update_rate
+        self.observed: Tensor | None
+        self.register_buffer("observed", None if bias is None else torch.zeros_like(bias), persistent=False)
 
     def probs(self, logits: Tensor) -> Tensor:
         """Softmax of the logits, or sigmoids divided by their sum."""
@@ -93,6 +100,20 @@ class TopK(LinearRouter):
         if self.renormalize == "before_drop":
             weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         return Routing.from_topk(index, weight, self.num_experts, check=False)
+
+    def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
+        """Add up the load of each expert for the next `update`."""
+        if self.observed is not None:
+            self.observed += routing.demand
+
+    def update(self) -> None:
+        """Move the selection bias towards balance by the load since the last update, summed over ranks."""
+        if self.selection_bias is None or self.observed is None:
+            return
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.observed)
+        self.selection_bias += self.bias_update_rate * (self.observed.mean() - self.observed).sign()
+        self.observed.zero_()
 
     def limit(self, routing: Routing, logits: Tensor, context: Context) -> Routing:
         """Capacity, then the renormalisation of what remains where asked for."""
