@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..routing import Routing
-from .base import Context, LinearRouter, largest
+from .base import NO_CONTEXT, Context, LinearRouter, largest
 
 __all__ = ["Switch", "TopK"]
 
