@@ -28,6 +28,7 @@ class MoE(nn.Module):
         activation: "swiglu", "geglu", "geglu_tanh", "reglu" (gated), "silu", "gelu", "gelu_tanh" or "relu".
         bias: whether the experts' projections have biases.
         num_shared_experts: how many experts of width f every token passes through besides, with weight 1.
+        dropout: in training, the probability of dropping an entry of the layer's output.
         causal: whether the layer is in a causal model: a router that lets later tokens change earlier ones is refused.
         device, dtype: of the parameters.
         **options: of the router: `top_k=`, `capacity_factor=`, … (`shunter.routers.options(name)` lists them).
@@ -57,6 +58,7 @@ class MoE(nn.Module):
         activation: str = "swiglu",
         bias: bool = False,
         num_shared_experts: int = 0,
+        dropout: float = 0.0,
         causal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -79,13 +81,14 @@ class MoE(nn.Module):
         if causal and self.router.leak:
             raise ValueError(
                 f"{type(self.router).__name__} in a causal model: {self.router.leak}. Choose another router, or pass "
-                "causal=False if you insist"
+                "causal=False (sparsify: allow_leak=True) if you insist"
             )
         self.experts = Experts(num_experts, dim, hidden, activation=activation, bias=bias, backend=backend, **place)
         self.shared_experts: Experts | None = None
         if num_shared_experts:
             width = hidden * num_shared_experts
             self.shared_experts = Experts(1, dim, width, activation=activation, bias=bias, backend=backend, **place)
+        self.dropout = nn.Dropout(dropout)
         self.dim = dim
         self.num_experts = num_experts
         self.context: Context | None = None
@@ -120,7 +123,7 @@ class MoE(nn.Module):
             if not _recomputing():
                 self.router.observe(logits.detach(), routing, context)
         self.routing = routing.detach()
-        return out.reshape(x.shape)
+        return self.dropout(out).reshape(x.shape)
 
     def _context(self, x: Tensor, known: dict[str, Tensor | None]) -> Context:
         around = self.context or NO_CONTEXT

@@ -57,8 +57,8 @@ class Hash(Router):
         if vocab_size is None or vocab_size < 1:
             raise ValueError(f"hash needs vocab_size=, the number of token ids; got {vocab_size}")
         if frequencies is None:
-            generator = torch.Generator().manual_seed(seed)
-            table = torch.randint(num_experts, (vocab_size,), generator=generator)
+            generator = torch.Generator("cpu").manual_seed(seed)
+            table = torch.randint(num_experts, (vocab_size,), generator=generator, device="cpu")
         else:
             table = _balanced_table(torch.as_tensor(frequencies, dtype=torch.float64), num_experts)
             if table.numel() != vocab_size:

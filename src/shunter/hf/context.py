@@ -1,0 +1,78 @@
+"""What happens around the layers of a sparsified model: what routers may know is handed down, losses are added up.
+
+Both are plain hooks on the Hugging Face modules, so that any `Trainer` and any training loop is right without more.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ..moe import aux_loss, moe_layers
+from ..routers import Context
+
+__all__ = ["install"]
+
+_INPUTS = ("input_ids", "attention_mask")
+
+
+def install(model: PreTrainedModel) -> None:
+    """Hook a sparsified model: token ids and padding reach the routers, auxiliary losses reach `output.loss`."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and set(_INPUTS) & set(inspect.signature(module.forward).parameters):
+            module.register_forward_pre_hook(_hand_down, with_kwargs=True)
+    model.register_forward_hook(_add_losses, with_kwargs=True)
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = _arguments(module, args, kwargs)
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    embeds = given.get("inputs_embeds")
+    shape = ids.shape[:2] if ids is not None else None if embeds is None else embeds.shape[:2]
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or shape is None or mask.shape[0] != shape[0]:
+        mask = None
+    else:
+        # While generating from a cache the mask covers the past too; the present tokens are its last columns.
+        mask = mask[:, -shape[1] :].to(torch.bool)
+        if bool(mask.all()):
+            mask = None
+    context = Context(mask=mask, token_ids=ids)
+    for layer in moe_layers(module).values():
+        layer.context = context
+
+
+def _add_losses(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    given = _arguments(module, args, kwargs)
+    labels = given.get("labels")
+    if not module.training or labels is None:
+        return None
+    extra = aux_loss(module) * _share_of_batch(module, labels, given.get("num_items_in_batch"))
+    if isinstance(output, tuple):
+        return (output[0] + extra, *output[1:])
+    if output.loss is not None:
+        output.loss = output.loss + extra
+    return output
+
+
+def _share_of_batch(model: PreTrainedModel, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """This micro-batch's share of an accumulated batch's labels: 1 unless the Trainer says how many there are in all.
+
+    The Trainer divides a micro-batch's summed loss by the labels of the whole accumulated batch, so the micro-batches'
+    losses add up to one mean; the auxiliary losses, means themselves, need the same weights.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    shifted = LOSS_MAPPING.get(model.loss_type or "") is ForCausalLMLoss
+    if shifted and not model.config.is_encoder_decoder:
+        labels = labels[..., 1:]
+    return (labels != -100).sum() / num_items_in_batch
