@@ -193,6 +193,11 @@ class Router(nn.Module):
         return {name: c * terms[name]() for name, c in self.coefficients.items() if c}
 
     @property
+    def experts_per_token(self) -> float:
+        """The mean number of experts that a token asks for: what its computation costs."""
+        return float(self.top_k)
+
+    @property
     def leak(self) -> str | None:
         """How a later token can change what an earlier one gets, in words; None where it cannot (causal-safe)."""
         if self.capacity_factor is None:

@@ -55,6 +55,12 @@ class ExpertChoice(LinearRouter):
         return routing
 
     @property
+    def experts_per_token(self) -> float:
+        """The capacity factor: E experts take C = capacity_factor * T / E tokens each."""
+        assert self.capacity_factor is not None
+        return min(self.capacity_factor, float(self.num_experts))
+
+    @property
     def leak(self) -> str:
         """Always: tokens compete for an expert with later tokens."""
         return "expert choice lets later tokens compete with earlier ones for an expert"

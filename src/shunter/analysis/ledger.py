@@ -1,0 +1,67 @@
+"""What a model costs: parameters, those that one token uses, and floating-point operations for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..moe import MoE
+
+__all__ = ["Ledger", "ledger"]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The account of a causal language model.
+
+    Args:
+        params_total: all parameters, shared ones once, embeddings included.
+        params_active: those that a token uses: without the experts that it is not sent to.
+        flops: forward FLOPs of one token by part; a multiply-add counts as 2. Softmax, norms and look-ups are left out.
+    """
+
+    params_total: int
+    params_active: float
+    flops: dict[str, float]
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward FLOPs of one token; training takes about three times as many."""
+        return sum(self.flops.values())
+
+
+def ledger(model: nn.Module, sequence_length: int) -> Ledger:
+    """The ledger of a decoder-only Hugging Face language model, dense or sparsified, at a sequence length.
+
+    Attention scores are counted over the whole sequence, as the kernels compute them (not halved for causality). A
+    router that chooses a varying number of experts counts with its mean; dropped tokens count as computed.
+
+    Raises:
+        ValueError: for encoder-decoder models.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("ledger: encoder-decoder models have two sequence lengths; only decoder-only models are counted")
+    flops = {"projections": 0.0, "attention": 0.0, "routers": 0.0, "experts": 0.0}
+    inactive = 0.0
+    inside = {id(part) for layer in model.modules() if isinstance(layer, MoE) for part in layer.modules()}
+    for module in model.modules():
+        if isinstance(module, MoE):
+            share = module.router.experts_per_token / module.num_experts
+            stacks = [(module.experts, share)]
+            if module.shared_experts is not None:
+                stacks.append((module.shared_experts, 1.0))
+            for experts, used in stacks:
+                flops["experts"] += 2 * used * (experts.weights.up.numel() + experts.weights.down.numel())
+            flops["routers"] += 2 * sum(p.numel() for p in module.router.parameters() if p.dim() == 2)
+            inactive += (1 - share) * sum(p.numel() for p in module.experts.parameters())
+        elif isinstance(module, nn.Linear | Conv1D) and id(module) not in inside:
+            flops["projections"] += 2 * module.weight.numel()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    flops["attention"] = config.num_hidden_layers * 2 * 2 * sequence_length * heads * head_dim
+    total = sum(p.numel() for p in model.parameters())
+    return Ledger(total, total - inactive, flops)
