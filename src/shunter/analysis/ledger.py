@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..moe import MoE
 
@@ -31,7 +34,7 @@ class Ledger:
         return sum(self.flops.values())
 
 
-def ledger(model: nn.Module, sequence_length: int) -> Ledger:
+def ledger(model: PreTrainedModel, sequence_length: int) -> Ledger:
     """The ledger of a decoder-only Hugging Face language model, dense or sparsified, at a sequence length.
 
     Attention scores are counted over the whole sequence, as the kernels compute them (not halved for causality). A
@@ -40,11 +43,11 @@ def ledger(model: nn.Module, sequence_length: int) -> Ledger:
     Raises:
         ValueError: for encoder-decoder models.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    config = model.config
+    config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError("ledger: encoder-decoder models have two sequence lengths; only decoder-only models are counted")
+        raise ValueError(
+            "ledger: encoder-decoder models have two sequence lengths; only decoder-only models are counted"
+        )
     flops = {"projections": 0.0, "attention": 0.0, "routers": 0.0, "experts": 0.0}
     inactive = 0.0
     inside = {id(part) for layer in model.modules() if isinstance(layer, MoE) for part in layer.modules()}

@@ -1,0 +1,20 @@
+# Each target does all the set-up it needs, in .venv; it takes Python 3.11 or newer, pip, and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Where there is no NVIDIA driver the CPU build of torch is enough; the default build brings gigabytes of CUDA.
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Shunter needs Python 3.11 or newer: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python tools/install.py
+	touch $@
+
+.PHONY: train test lint
+train: .venv/ready
+	$(BIN)/shunter train text
+
+test: .venv/ready
+	$(BIN)/ruff check src tests tools
+	$(BIN)/ruff format --check src tests tools
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2

@@ -1,0 +1,76 @@
+"""Which domains and which tokens each expert serves, read off the routings of held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..moe import moe_layers
+
+__all__ = ["specialisation"]
+
+TOP_TOKENS = 8
+MIN_COUNT = 5
+
+
+@torch.no_grad()
+def specialisation(
+    model: PreTrainedModel, domains: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
+) -> dict[str, Any]:
+    """Count, for each `MoE` layer, what its experts are sent.
+
+    Args:
+        model: a sparsified language model; evaluated as it is, its mode restored.
+        domains: name -> (windows, sequence length) token ids.
+        tokenizer: for the tokens' text.
+        batch_size: windows a forward.
+
+    Returns:
+        {"domains": names, "layers": {layer: {"load": (E,) shares of all assignments, "domains": {name: (E,) shares of
+        that domain's assignments}, "tokens": for each expert its most characteristic tokens as [text, share of what
+        the expert is sent, lift = that share over the token's share of the text]}}}. Tokens seen fewer than 5 times by
+        an expert are left out.
+    """
+    was_training = model.training
+    model.eval()
+    layers = moe_layers(model)
+    vocab = len(tokenizer)
+    by_domain = {n: torch.zeros(len(domains), m.num_experts, dtype=torch.int64) for n, m in layers.items()}
+    by_token = {n: torch.zeros(m.num_experts, vocab, dtype=torch.int64) for n, m in layers.items()}
+    text = torch.zeros(vocab, dtype=torch.int64)
+    for row, windows in enumerate(domains.values()):
+        for start in range(0, len(windows), batch_size):
+            ids = windows[start : start + batch_size]
+            model(input_ids=ids)
+            flat = ids.reshape(-1)
+            text += torch.bincount(flat, minlength=vocab)
+            for name, layer in layers.items():
+                routing = layer.routing
+                assert routing is not None
+                by_domain[name][row] += routing.counts
+                cell = routing.expert * vocab + flat[routing.token]
+                by_token[name] += torch.bincount(cell, minlength=layer.num_experts * vocab).reshape(-1, vocab)
+    model.train(was_training)
+    expected = text / text.sum()
+    found = {}
+    for name in layers:
+        counts = by_token[name]
+        share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+        lift = torch.where(counts >= MIN_COUNT, share / expected.clamp_min(1e-12), 0)
+        tokens = []
+        for e in range(counts.shape[0]):
+            best = lift[e].argsort(descending=True, stable=True)[:TOP_TOKENS].tolist()
+            tokens.append(
+                [[tokenizer.decode([t]), float(share[e, t]), float(lift[e, t])] for t in best if lift[e, t] > 0]
+            )
+        domain = by_domain[name]
+        found[name] = {
+            "load": (domain.sum(0) / domain.sum()).tolist(),
+            "domains": {d: (domain[i] / domain[i].sum().clamp_min(1)).tolist() for i, d in enumerate(domains)},
+            "tokens": tokens,
+        }
+    return {"domains": list(domains), "layers": found}

@@ -1,0 +1,144 @@
+"""The command line: verbs only, each a few lines that call the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `shunter` with arguments; the exit code: 0 done, 1 failed, 2 bad input, 130 stopped with Ctrl-C."""
+    args, rest = _parser().parse_known_args(argv)
+    if rest and args.verb is not _train:
+        print(f"shunter: unknown argument {rest[0]!r}; see shunter {args.name} --help", file=sys.stderr)
+        return 2
+    args.overrides = rest
+    verb: Callable[[argparse.Namespace], int] = args.verb
+    try:
+        return verb(args)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shunter", description="Sparse expert models: train, look, continue.")
+    verbs = parser.add_subparsers(dest="name", required=True, metavar="verb")
+
+    train = verbs.add_parser(
+        "train",
+        help="train a dense model and its sparse twin, and report what the sparsity bought",
+        epilog="Anything in the configuration is set by its dotted name: shunter train text training.steps=500",
+    )
+    train.add_argument("recipe", choices=["text"], help="what to train")
+    train.add_argument("--config", type=Path, help="YAML or TOML file")
+    train.add_argument(
+        "--data", nargs="+", help="your own text: files (text, JSONL, Parquet), folders, a datasets name"
+    )
+    train.add_argument("--run", type=Path, help="the run's folder (default: runs/<name>)")
+    train.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    train.add_argument("--json", action="store_true", help="metrics to standard output, a JSON object a line")
+    train.set_defaults(verb=_train)
+
+    evaluate = verbs.add_parser("eval", help="evaluate a run's models again")
+    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument("--json", action="store_true")
+    evaluate.set_defaults(verb=_eval)
+
+    generate = verbs.add_parser("generate", help="continue a prompt with a run's model")
+    generate.add_argument("run", type=Path)
+    generate.add_argument("--prompt", default="In the beginning")
+    generate.add_argument("--model", choices=["dense", "sparse"], default="sparse")
+    generate.add_argument("--max-new-tokens", type=int, default=100)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(verb=_generate)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .recipes.config import ConfigError, TextConfig, load_config
+    from .recipes.data import DataError
+    from .recipes.text import train
+    from .recipes.training import Interrupted
+
+    run: Path | None = args.run
+    try:
+        if args.resume:
+            if args.config or args.data or args.overrides:
+                raise ConfigError("--resume goes on with the run's own configuration; leave the other options out")
+            run = run or Path("runs/text")
+            config = load_config(TextConfig, run / "config.yaml", [])
+        else:
+            overrides = args.overrides + ([f"data.source={json.dumps(args.data)}"] if args.data else [])
+            config = load_config(TextConfig, args.config, overrides)
+            run = run or Path(config.out) / config.name
+            if (run / "metrics.jsonl").exists():
+                raise ConfigError(
+                    f"{run} holds a run already; go on with --resume --run {run}, or choose another name="
+                )
+    except ConfigError as error:
+        print(f"shunter train: {error}", file=sys.stderr)
+        return 2
+    try:
+        summary = train(config, run, resume=args.resume, as_json=args.json)
+    except DataError as error:
+        print(f"shunter train: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as where:
+        print(f"\nStopped at the {where}. Go on with: shunter train text --resume --run {run}", file=sys.stderr)
+        return 130
+    if not args.json:
+        dense, sparse = summary["dense"], summary["sparse"]
+        print(
+            f"\nHeld-out loss (nats/token): dense {dense['eval_loss']:.4f}, sparse {sparse['eval_loss']:.4f}, "
+            f"gain {summary['gain']:.4f}\n"
+            f"The sparse model took {sparse['seconds'] / dense['seconds']:.2f} times the seconds and "
+            f"{sparse['peak_rss_bytes'] / dense['peak_rss_bytes']:.2f} times the memory.\n"
+            f"Report: {run / 'report.html'}"
+        )
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .recipes.config import ConfigError
+    from .recipes.data import DataError
+    from .recipes.text import evaluate_run
+
+    try:
+        found = evaluate_run(args.run)
+    except (ConfigError, DataError, FileNotFoundError, ValueError) as error:
+        print(f"shunter eval: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print(f"{'':10} {'loss':>8} {'bits/byte':>10}")
+    for which, result in found.items():
+        rows = {which: result, **{f"  {name}": value for name, value in result["domains"].items()}}
+        for name, value in rows.items():
+            print(f"{name:10} {value['loss']:8.4f} {value['bits_per_byte']:10.4f}")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .recipes.text import generate
+
+    try:
+        text = generate(args.run, args.model, args.prompt, args.max_new_tokens, args.temperature, args.seed)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"shunter generate: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

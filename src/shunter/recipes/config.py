@@ -1,0 +1,243 @@
+"""One typed configuration for a recipe, from a YAML or TOML file and dotted overrides; every mistake is one line."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .. import experts, routers
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "ModelConfig",
+    "SparseConfig",
+    "TextConfig",
+    "TrainingConfig",
+    "load_config",
+    "save_config",
+]
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be: one line with the key, the value and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """What to read and how to cut it."""
+
+    source: list[str] | None = Field(None, description="files, folders or one datasets name; none: the built-in text")
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    vocab_size: int = Field(1024, ge=257, le=65536, description="of the BPE")
+    sequence_length: int = Field(128, ge=8, le=8192, description="tokens")
+    eval_share: float = Field(0.05, gt=0, lt=0.5, description="of each domain's documents, held out")
+    eval_windows: int = Field(48, ge=1, description="held-out windows of each domain")
+    max_bytes: int = Field(4_000_000, ge=1000, description="of each domain")
+
+
+class ModelConfig(_Section):
+    """The dense model; the sparse twin differs in its feed-forward blocks alone."""
+
+    family: Literal["llama", "qwen3"] = "llama"
+    dim: int = Field(128, ge=8, le=16384)
+    layers: int = Field(4, ge=1, le=256)
+    heads: int = Field(4, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    hidden: int = Field(384, ge=8, description="width of the dense feed-forward block")
+
+
+class SparseConfig(_Section):
+    """The experts that take the place of the dense blocks."""
+
+    num_experts: int = Field(48, ge=1, le=4096)
+    router: str = "topk"
+    top_k: int = Field(1, ge=1)
+    every: int = Field(1, ge=1)
+    hidden: int | None = Field(None, ge=1, description="width of one expert; none: equal FLOPs, the router's included")
+    backend: str = "auto"
+    options: dict[str, bool | int | float | str | None] = Field({}, description="further options of the router")
+
+    @field_validator("router")
+    @classmethod
+    def _known_router(cls, name: str) -> str:
+        return _one_of(name, routers.names())
+
+    @field_validator("backend")
+    @classmethod
+    def _known_backend(cls, name: str) -> str:
+        return _one_of(name, ["auto", *experts.backend_names()])
+
+    @model_validator(mode="after")
+    def _fits(self) -> SparseConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        known = routers.options(self.router)
+        for key in self.options:
+            if key not in known:
+                raise ValueError(f"router {self.router!r} has no option {key!r}; {_nearest(key, known)}")
+        return self
+
+
+class TrainingConfig(_Section):
+    """How long and how to train; the same for both models."""
+
+    steps: int = Field(1500, ge=1)
+    batch_tokens: int = Field(2048, ge=8, description="tokens of one optimizer step")
+    learning_rate: float = Field(3e-3, gt=0, le=1)
+    warmup: int = Field(100, ge=0, description="steps")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    weight_decay: float = Field(0.1, ge=0, le=1)
+    beta2: float = Field(0.95, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    eval_every: int = Field(100, ge=1, description="steps")
+    log_every: int = Field(10, ge=1, description="steps")
+    save_every: int = Field(500, ge=1, description="steps")
+    threads: int | None = Field(None, ge=1, le=1024)
+
+
+class TextConfig(_Section):
+    """The configuration of `shunter train text`."""
+
+    name: str = Field("text", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    out: str = "runs"
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    sparse: SparseConfig = SparseConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> TextConfig:
+        m, t, d = self.model, self.training, self.data
+        if m.dim % (2 * m.heads):
+            raise ValueError(f"model.dim {m.dim} must be a multiple of 2 * model.heads ({2 * m.heads})")
+        if m.kv_heads is not None and m.heads % m.kv_heads:
+            raise ValueError(f"model.heads {m.heads} must be a multiple of model.kv_heads {m.kv_heads}")
+        if t.batch_tokens % d.sequence_length:
+            raise ValueError(
+                f"training.batch_tokens {t.batch_tokens} must be a multiple of data.sequence_length {d.sequence_length}"
+            )
+        if self.sparse.hidden is None and 3 * m.hidden <= self.sparse.num_experts:
+            raise ValueError(
+                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
+                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
+            )
+        return self
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def load_config(cls: type[C], file: Path | None, overrides: list[str]) -> C:
+    """The configuration of a YAML or TOML file (by its ending), changed by overrides `section.key=value` in order.
+
+    Args:
+        cls: the configuration's class.
+        file: None starts from the defaults.
+        overrides: `key=value`, with or without leading dashes; values are read as YAML.
+
+    Raises:
+        ConfigError: for whatever is wrong, in one line.
+    """
+    tree = {} if file is None else _read(file)
+    for text in overrides:
+        key, equals, value = text.lstrip("-").partition("=")
+        if not equals or not key:
+            raise ConfigError(_line(f"override {text!r} must be key=value, as in training.steps=500"))
+        try:
+            parsed = _number(yaml.safe_load(value))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(_line(f"{key}={value}: not a YAML value ({error})")) from None
+        node = tree
+        *sections, last = key.split(".")
+        for section in sections:
+            below = node.setdefault(section, {})
+            if not isinstance(below, dict):
+                raise ConfigError(_line(f"{key}={value}: {section} is a value, not a section"))
+            node = below
+        node[last] = parsed
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(cls, error)) from None
+
+
+def save_config(config: BaseModel, path: Path) -> None:
+    """Write a configuration as YAML that `load_config` reads back equal."""
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        tree = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(_line(f"{file}: {error.strerror or error}")) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        kind = "TOML" if file.suffix == ".toml" else "YAML"
+        raise ConfigError(_line(f"{file}: not readable as {kind}: {error}")) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(_line(f"{file}: must hold sections and keys, not {type(tree).__name__}"))
+    return tree
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 3e-4, without a dot, as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and value[:1] in "+-.0123456789" else value
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        node: Any = cls
+        for part in path[:-1]:
+            node = node.model_fields[part].annotation
+        return _line(f"{key} is unknown; {_nearest(path[-1], node.model_fields, '.'.join(path[:-1]))}")
+    allowed = ""
+    if first["type"] == "literal_error":
+        allowed = f"; {_nearest(str(first['input']), _literals(cls, path))}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] == "value_error" and isinstance(first["input"], dict) else f"={first['input']!r}"
+    return _line(f"{key}{given}: {message}{allowed}" if key else message)
+
+
+def _literals(cls: Any, path: list[str]) -> list[str]:
+    for part in path:
+        cls = cls.model_fields[part].annotation
+    return [str(value) for value in get_args(cls)]
+
+
+def _one_of(name: str, known: list[str]) -> str:
+    if name not in known:
+        raise ValueError(f"unknown; {_nearest(name, known)}")
+    return name
+
+
+def _nearest(given: str, known: Any, section: str = "") -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)
+    prefix = f"{section}." if section else ""
+    return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def _line(text: str) -> str:
+    """One printable line of bounded length."""
+    plain = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return plain if len(plain) <= 400 else f"{plain[:397]}..."

