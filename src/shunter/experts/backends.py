@@ -27,6 +27,21 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 }
 
 
+# name: the pointwise function's derivative times a gradient, d(function)(h) * grad
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": lambda h, grad: torch.ops.aten.silu_backward(grad, h),
+    "geglu": lambda h, grad: torch.ops.aten.gelu_backward(grad, h),
+    "geglu_tanh": lambda h, grad: torch.ops.aten.gelu_backward(grad, h, approximate="tanh"),
+    "reglu": lambda h, grad: torch.ops.aten.threshold_backward(grad, h, 0),
+}
+_DERIVATIVES |= {
+    "silu": _DERIVATIVES["swiglu"],
+    "gelu": _DERIVATIVES["geglu"],
+    "gelu_tanh": _DERIVATIVES["geglu_tanh"],
+    "relu": _DERIVATIVES["reglu"],
+}
+
+
 @dataclass(frozen=True)
 class Weights:
     """The parameters of E experts, in Hugging Face's layout.
@@ -55,6 +70,35 @@ def activate(h: Tensor, activation: str) -> Tensor:
     return function(gate) * up
 
 
+def activate_backward(h: Tensor, da: Tensor, scale: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
+    """The hidden state again, and the gradient of the pre-activations h (n, 2f) or (n, f).
+
+    Args:
+        h: pre-activations.
+        da: (n, f) the gradient of the hidden state but for a factor.
+        scale: (n, 1) that factor for each row; None where the gradient of h is not wanted.
+        activation: a key of `ACTIVATIONS`.
+
+    Returns:
+        The hidden state (n, f), and the gradient like h or None.
+    """
+    function, gated = ACTIVATIONS[activation]
+    derivative = _DERIVATIVES[activation]
+    if not gated:
+        return function(h), None if scale is None else derivative(h, da * scale)
+    gate, up = h.chunk(2, dim=-1)
+    acted = function(gate)
+    a = acted * up
+    if scale is None:
+        return a, None
+    dh = torch.empty_like(h)
+    grad_gate, grad_up = dh.chunk(2, dim=-1)
+    scaled = da * scale
+    torch.mul(scaled, acted, out=grad_up)
+    grad_gate.copy_(derivative(gate, scaled.mul_(up)))
+    return a, dh
+
+
 class Run(Protocol):
     """What a backend is: x (T, d), weights, routing -> (T, d), each token's sum of weight times expert output."""
 
@@ -77,6 +121,9 @@ class Backend:
     refuses: Callable[[Tensor, Weights], str | None]
     summary: str
 
+
+# Above this many up-projection weights an expert's own product is as fast as a batched one, and needs no padding.
+LARGE_EXPERT = 2**19
 
 _BACKENDS: dict[str, Backend] = {}
 
@@ -113,10 +160,11 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
         if refusal := backend.refuses(x, weights):
             raise ValueError(f"backend {name!r} cannot run this: {refusal}")
         return backend, "you asked for it"
-    backend = get("loop")
     if torch.is_grad_enabled() and _wants_higher_order(x):
         return get("reference"), "the input is in a functorch transform, which only the reference supports"
-    return backend, f"the fastest for {x.dtype} on {x.device.type}"
+    if weights.up[0].numel() <= LARGE_EXPERT:
+        return get("padded"), "its experts are small: a product for each would cost more in calls than in work"
+    return get("loop"), "its experts are large enough to fill a product each"
 
 
 def _wants_higher_order(x: Tensor) -> bool:
