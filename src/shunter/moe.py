@@ -150,6 +150,10 @@ class MoE(nn.Module):
             raise TypeError(f"MoE: {', '.join(known)} is not known of tokens; the names are {names}")
         return Context(**values)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The last forward belongs to a graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "context": None, "routing": None, "losses": {}}
+
     def explain(self, num_tokens: int = 1024) -> str:
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
         router, experts = self.router, self.experts

@@ -1,7 +1,7 @@
 """Padded batched products over chunks of experts: the fast CPU backend for many small experts.
 
-A loop of small products pays a call and a thread hand-over for each expert. Here neighbouring experts form a chunk whose
-rows, padded to the chunk's fullest expert, fit the cache together: one batched product computes them all, and the
+A loop of small products pays a call and a thread hand-over for each expert. Here neighbouring experts form a chunk
+whose rows, padded to the chunk's fullest expert, fit the cache together: one batched product computes them all, and the
 gathers, activations and products of a chunk reuse the same few buffers. What is kept for the backward is x and the
 unpadded pre-activations.
 """

@@ -144,6 +144,8 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
         sparsify(self, **spec)
 
     sparse: Any = type(name, (base,), {"__init__": __init__, "__module__": base.__module__})
+    # Whatever dtype the model is loaded in, routers decide in float32 and keep their state exact.
+    sparse._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "router"}
     return sparse.from_pretrained(path, **kwargs)
 
 

@@ -49,18 +49,18 @@ class ModelConfig(_Section):
 
     family: Literal["llama", "qwen3"] = "llama"
     dim: int = Field(128, ge=8, le=16384)
-    layers: int = Field(4, ge=1, le=256)
+    layers: int = Field(3, ge=1, le=256)
     heads: int = Field(4, ge=1)
     kv_heads: int | None = Field(None, ge=1)
-    hidden: int = Field(384, ge=8, description="width of the dense feed-forward block")
+    hidden: int = Field(264, ge=8, description="width of the dense feed-forward block")
 
 
 class SparseConfig(_Section):
     """The experts that take the place of the dense blocks."""
 
-    num_experts: int = Field(48, ge=1, le=4096)
+    num_experts: int = Field(24, ge=1, le=4096)
     router: str = "topk"
-    top_k: int = Field(1, ge=1)
+    top_k: int = Field(2, ge=1)
     every: int = Field(1, ge=1)
     hidden: int | None = Field(None, ge=1, description="width of one expert; none: equal FLOPs, the router's included")
     backend: str = "auto"
@@ -90,7 +90,7 @@ class SparseConfig(_Section):
 class TrainingConfig(_Section):
     """How long and how to train; the same for both models."""
 
-    steps: int = Field(1500, ge=1)
+    steps: int = Field(800, ge=1)
     batch_tokens: int = Field(2048, ge=8, description="tokens of one optimizer step")
     learning_rate: float = Field(3e-3, gt=0, le=1)
     warmup: int = Field(100, ge=0, description="steps")
@@ -100,7 +100,7 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(1.0, gt=0)
     eval_every: int = Field(100, ge=1, description="steps")
     log_every: int = Field(10, ge=1, description="steps")
-    save_every: int = Field(500, ge=1, description="steps")
+    save_every: int = Field(200, ge=1, description="steps")
     threads: int | None = Field(None, ge=1, le=1024)
 
 

@@ -235,6 +235,8 @@ def read_domains(sources: Sequence[str], max_bytes: int) -> list[Domain]:
                 _read_file(file, parts[0] if len(parts) > 1 else path.resolve().name, found)
         elif path.exists():
             _read_file(path, path.stem, found)
+        elif path.is_absolute() or path.suffix.lower() in SUFFIXES or source.startswith("."):
+            raise DataError(f"{source}: no such file or folder")
         else:
             _read_dataset(source, found)
     domains = [Domain(name, texts, "the user's own", ", ".join(sources)) for name, texts in sorted(found.items())]

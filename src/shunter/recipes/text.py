@@ -245,8 +245,8 @@ def evaluate_run(run: Path) -> dict[str, Any]:
 
 def generate(run: Path, which: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """Continue a prompt with one of a run's models; temperature 0 takes the likeliest token each time."""
-    tokenizer = AutoTokenizer.from_pretrained(run / which)
     model: Any = load_model(run, which)
+    tokenizer = AutoTokenizer.from_pretrained(run / which)
     set_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.numel() == 0:

@@ -1,0 +1,164 @@
+"""Dense models made sparse: function kept by copies, saved and loaded to the bit, refused where unknown."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import shunter
+
+
+def _logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_copies_compute_what_the_dense_model_does(architecture, build, inputs):
+    dense = build(architecture)
+    sparse = shunter.sparsify(copy.deepcopy(dense), 4, "topk", top_k=2, init="copy")
+    batch = inputs(architecture)
+    error = _logits(sparse, batch) - _logits(dense, batch)
+    if "attention_mask" in batch and not architecture.startswith("t5"):
+        error = error * batch["attention_mask"][..., None]  # padding is not computed
+    assert error.abs().max() < 1e-5
+    assert len(shunter.moe_layers(sparse)) == (4 if architecture.startswith("t5") else 2)
+
+
+def test_every_parameter_of_the_experts_learns(architecture, build, inputs):
+    model = shunter.sparsify(build(architecture), 3, "topk", top_k=2).train()
+    model(**inputs(architecture, batch=4, length=9)).loss.backward()
+    for layer in shunter.moe_layers(model).values():
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("router", ["switch", "topk", "hash", "expert_choice"])
+def test_saved_models_load_bit_for_bit(architecture, router, build, inputs, tmp_path):
+    if router == "hash" and architecture == "vit":
+        pytest.skip("images have no token ids")
+    model = shunter.sparsify(build(architecture), 4, router, allow_leak=True)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pt"))
+    loaded = shunter.from_pretrained(str(tmp_path)).eval()
+    before, after = model.state_dict(), loaded.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    batch = inputs(architecture)
+    assert torch.equal(_logits(model, batch), _logits(loaded, batch))
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_loading_honours_dtype_and_keeps_state_exact(build, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2, selection_bias=True)
+    for layer in shunter.moe_layers(model).values():
+        layer.router.selection_bias.copy_(torch.randn(4))
+    model.save_pretrained(tmp_path)
+    loaded = shunter.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
+    for ours, theirs in zip(shunter.moe_layers(model).values(), shunter.moe_layers(loaded).values(), strict=True):
+        assert theirs.experts.down_proj.dtype == torch.bfloat16
+        assert torch.equal(ours.router.selection_bias, theirs.router.selection_bias)
+
+
+def test_balanced_hash_tables_survive_without_their_frequencies(build, tmp_path):
+    frequencies = torch.rand(50)
+    model = shunter.sparsify(build("llama"), 4, "hash", frequencies=frequencies)
+    model.save_pretrained(tmp_path)
+    assert "frequencies" not in json.loads((tmp_path / "config.json").read_text())["shunter"]
+    tables = [
+        next(iter(shunter.moe_layers(m).values())).router.table for m in (model, shunter.from_pretrained(str(tmp_path)))
+    ]
+    assert torch.equal(*tables)
+
+
+@pytest.mark.parametrize("every, expected", [(1, [0, 1]), (2, [1])])
+def test_every_counts_within_each_stack(every, expected, build):
+    model = shunter.sparsify(build("t5"), 2, "topk", every=every)
+    numbers = [int(name.split("block.")[1].split(".")[0]) for name in shunter.moe_layers(model)]
+    assert numbers == expected * 2
+
+
+def test_scratch_experts_have_the_dense_spread(build):
+    dense = build("gpt2")
+    spread = dense.transformer.h[0].mlp.c_proj.weight.std()
+    layer = next(iter(shunter.moe_layers(shunter.sparsify(dense, 16, "topk")).values()))
+    assert torch.isclose(layer.experts.down_proj.std(), spread, rtol=0.1)
+    assert not torch.equal(layer.experts.down_proj[0], layer.experts.down_proj[1])
+
+
+def test_dropout_at_a_blocks_end_is_kept():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.3))
+    layer = next(iter(shunter.moe_layers(shunter.sparsify(model, 2, "topk")).values()))
+    assert layer.dropout.p == 0.3
+
+
+def test_leaking_routers_are_refused_in_causal_stacks_only(build):
+    with pytest.raises(ValueError, match="causal model: expert choice .* allow_leak=True"):
+        shunter.sparsify(build("llama"), 4, "expert_choice")
+    with pytest.raises(ValueError, match="capacity_order='batch'"):
+        shunter.sparsify(build("t5"), 4, "switch", capacity_order="batch")
+    shunter.sparsify(build("bert"), 4, "expert_choice")
+    shunter.sparsify(build("vit"), 4, "expert_choice")
+    shunter.sparsify(build("llama"), 4, "expert_choice", allow_leak=True)
+
+
+def test_a_refusal_leaves_the_model_whole(build, inputs):
+    model, batch = build("llama"), inputs("llama")
+    before = _logits(model, batch)
+    with pytest.raises(ValueError):
+        shunter.sparsify(model, 4, "expert_choice")
+    assert torch.equal(_logits(model, batch), before)
+    assert not hasattr(model.config, "shunter")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"router": "swich"}, "did you mean 'switch'"),
+        ({"router": "topk", "topk": 2}, "did you mean 'top_k'"),
+        ({"init": "copied"}, "choose scratch or copy"),
+        ({"every": 0}, "every=0"),
+        ({"every": 3}, "leaves no block"),
+        ({"init": "copy", "hidden": 7}, "keeps the dense width 48"),
+        ({"init": "copy", "num_shared_experts": 1}, "shared expert"),
+        ({"backend": "fast"}, "backend 'fast' is unknown"),
+    ],
+)
+def test_bad_options_say_what_is_allowed(options, message, build):
+    with pytest.raises(ValueError, match=message):
+        shunter.sparsify(build("llama"), 4, **options)
+
+
+def test_unknown_architectures_say_what_was_looked_at():
+    model = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ValueError, match=r"Looked at: backbone.layers.0.mixer \(MambaMixer\)"):
+        shunter.sparsify(model, 4)
+
+
+def test_sparse_models_are_refused(build):
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=9,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+        )  # fmt: skip
+    )
+    with pytest.raises(ValueError, match="already has experts"):
+        shunter.sparsify(mixtral, 4)
+    twice = shunter.sparsify(build("llama"), 4)
+    with pytest.raises(ValueError, match="already has experts"):
+        shunter.sparsify(twice, 4)
+
+
+def test_folders_of_others_are_refused(build, tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a model that shunter.sparsify made"):
+        shunter.from_pretrained(str(tmp_path))

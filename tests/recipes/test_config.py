@@ -1,0 +1,100 @@
+"""One typed configuration: whatever is given ends in a configuration or in one line."""
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shunter.recipes.config import ConfigError, TextConfig, load_config, save_config
+
+KEYS = [
+    "training.steps",
+    "model.dim",
+    "sparse.router",
+    "sparse.options",
+    "data.source",
+    "name",
+    "seed",
+    "model",
+    "x.y",
+    "",
+]
+
+
+def test_files_and_overrides_combine(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("training:\n  steps: 7\n  learning_rate: 1e-4\nseed: 3\n")
+    config = load_config(TextConfig, file, ["training.steps=9", "--sparse.router=switch", "sparse.options.jitter=0"])
+    assert (config.training.steps, config.seed, config.training.learning_rate) == (9, 3, 1e-4)
+    assert config.sparse.router == "switch" and config.sparse.options == {"jitter": 0}
+    toml = tmp_path / "c.toml"
+    toml.write_text(
+        "seed = 3\n[training]\nsteps = 9\nlearning_rate = 1e-4\n[sparse]\nrouter='switch'\noptions={jitter=0}"
+    )
+    assert load_config(TextConfig, toml, []) == config
+
+
+def test_saved_configurations_load_equal(tmp_path):
+    config = load_config(TextConfig, None, ["name=a", "data.source=[x, 'ü y']", "sparse.options={jitter: 0.1}"])
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(TextConfig, tmp_path / "c.yaml", []) == config
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("training.step=5", ["training.step is unknown", "did you mean training.steps?"]),
+        ("trainin.steps=5", ["trainin is unknown", "did you mean training?"]),
+        ("training.steps=0", ["training.steps=0", "greater than or equal to 1"]),
+        ("training.steps=many", ["training.steps='many'", "valid integer"]),
+        ("training.learning_rate=.nan", ["training.learning_rate=nan", "finite"]),
+        ("model.family=lama", ["model.family='lama'", "did you mean llama?"]),
+        ("sparse.router=swich", ["sparse.router='swich'", "did you mean switch?"]),
+        ("sparse.backend=fast", ["sparse.backend='fast'", "known: auto"]),
+        ("sparse.options={jiter: 1}", ["no option 'jiter'", "did you mean jitter?"]),
+        ("sparse.top_k=100", ["top_k 100 is more than num_experts"]),
+        ("model.dim=30", ["model.dim 30 must be a multiple"]),
+        ("training.batch_tokens=100", ["training.batch_tokens 100", "data.sequence_length 128"]),
+        ("sparse.num_experts=4000", ["the router alone costs more"]),
+        ("name=../up", ["name='../up'"]),
+        ("steps", ["key=value"]),
+        ("training=5", ["training=5"]),
+        ("training.steps.x=5", ["training.steps"]),
+    ],
+)
+def test_mistakes_are_one_line_with_key_value_and_cure(override, parts):
+    with pytest.raises(ConfigError) as error:
+        load_config(TextConfig, None, [override])
+    text = str(error.value)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text, text
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("a.yaml", b"a: [1"), ("a.toml", b"a ="), ("a.yaml", b"\xff\xfe\x00"), ("a.yaml", b"- 1"), ("a.yaml", b"5: 1")],
+)
+def test_unreadable_files_name_the_file(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        load_config(TextConfig, tmp_path / name, [])
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(TextConfig, tmp_path / "missing.yaml", [])
+
+
+_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from(KEYS) | st.text(max_size=15), value=_value | st.text(max_size=30), dump=st.booleans())
+def test_anything_gives_a_configuration_or_one_line(key, value, dump):
+    text = yaml.safe_dump(value, default_flow_style=True).strip() if dump else str(value)
+    try:
+        load_config(TextConfig, None, [f"{key}={text}"])
+    except ConfigError as error:
+        assert str(error).isprintable() and 0 < len(str(error)) <= 400

@@ -1,0 +1,202 @@
+"""The main job end to end: what it leaves, that it resumes to the bit, and that its numbers come again."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import shunter
+from shunter.cli import main
+from shunter.recipes.config import TextConfig, load_config
+from shunter.recipes.data import prepare
+from shunter.recipes.text import build_model, evaluate, expert_width, train
+from shunter.recipes.training import Metrics
+
+from .conftest import SMALL
+
+
+def _weights(run):
+    return {which: (run / which / "model.safetensors").read_bytes() for which in ("dense", "sparse")}
+
+
+@pytest.fixture
+def run(small, tmp_path):
+    folder = tmp_path / "run"
+    summary = train(small("training.steps=8"), folder)
+    return folder, summary
+
+
+def test_a_run_leaves_what_it_promises(run):
+    folder, summary = run
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "data.json", "specialisation.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert not (folder / "checkpoints").exists()
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    keys = "eval_loss bits_per_byte flops_per_token params_total params_active seconds tokens peak_rss_bytes"
+    for which in ("dense", "sparse"):
+        for key in keys.split():
+            assert math.isfinite(summary[which][key]) and summary[which][key] > 0, (which, key)
+        pickles = [p for p in (folder / which).iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+        assert not pickles
+    for key in ("steps_to_dense_loss", "tokens", "seed", "versions", "gain"):
+        assert key in summary
+    assert summary["tokens"] == 8 * 64
+    ratio = summary["sparse"]["flops_per_token"] / summary["dense"]["flops_per_token"]
+    assert 0.95 < ratio < 1.05
+    kinds = {line["kind"] for line in Metrics(folder / "metrics.jsonl").lines()}
+    assert kinds == {"train", "eval", "load"}
+
+
+def test_both_models_start_alike_outside_the_experts(small):
+    config = small()
+    dense, sparse = (build_model(config, which, 257) for which in ("dense", "sparse"))
+    others = dict(sparse.named_parameters())
+    shared = [name for name, _ in dense.named_parameters() if name in others]
+    assert len(shared) == len([n for n in dict(dense.named_parameters()) if ".mlp." not in n])
+    for name in shared:
+        assert torch.equal(dense.get_parameter(name), others[name]), name
+
+
+@pytest.mark.parametrize("hidden, experts, k", [(384, 48, 1), (264, 24, 2), (100, 7, 3)])
+def test_expert_width_spends_the_dense_blocks_flops(hidden, experts, k):
+    width = expert_width(hidden, experts, k)
+    assert abs(3 * width * k + experts - 3 * hidden) <= 1.5 * k
+
+
+def test_evaluation_is_the_mean_over_all_predicted_tokens(small):
+    config = small()
+    data = prepare(config)
+    model = build_model(config, "sparse", 257)
+    found = evaluate(model, data.eval, batch_size=3)
+    model.eval()
+    nats, count, size = 0.0, 0, 0
+    for domain in data.eval:
+        for row in domain.input_ids:
+            log_probs = model(input_ids=row[None]).logits[0].double().log_softmax(-1)
+            nats -= sum(log_probs[i, row[i + 1]].item() for i in range(len(row) - 1))
+            count += len(row) - 1
+            text = data.tokenizer.decode(row[1:], skip_special_tokens=True)
+            size += len(text.encode())
+    assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+ROUTERS = [
+    "sparse.router=topk", "sparse.router=switch",
+    "sparse.options={selection_bias: true, jitter: 0.1, capacity_factor: 1.0}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("stops", [(3,), (2, 5, 7)])
+def test_stopped_and_resumed_runs_end_with_the_same_bits(router, stops, small, tmp_path, monkeypatch):
+    """Weights, optimizer, data order, random state, router state and metrics: all as if never stopped."""
+    from shunter.recipes import training
+
+    config = small("training.steps=8", router)
+    straight = tmp_path / "straight"
+    train(config, straight)
+    broken = tmp_path / "broken"
+    inner = training._Watch.on_step_begin
+    pending = [("dense", stops[0]), *(("sparse", step) for step in stops)]
+
+    def stop_at(watch, args, state, control, **kwargs):
+        inner(watch, args, state, control, **kwargs)
+        if pending and (watch.name, state.global_step + 1) == pending[0]:
+            pending.pop(0)
+            watch.stop = True
+
+    monkeypatch.setattr(training._Watch, "on_step_begin", stop_at)
+    for attempt in range(len(stops) + 1):
+        with pytest.raises(training.Interrupted):
+            train(config, broken, resume=attempt > 0)
+    assert not pending
+    train(config, broken, resume=True)
+    assert _weights(straight) == _weights(broken)
+
+    def lines(run):
+        timed = {"seconds"}
+        return [{k: v for k, v in line.items() if k not in timed} for line in Metrics(run / "metrics.jsonl").lines()]
+
+    assert lines(straight) == lines(broken)
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_resumes(corpus, tmp_path):
+    """The real thing: a signal to a real process."""
+    run = tmp_path / "killed"
+    options = [*SMALL, f"data.source=['{corpus}']", "training.steps=4000", "training.eval_every=5000"]
+    command = [sys.executable, "-m", "shunter", "train", "text", "--run", str(run), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    metrics = Metrics(run / "metrics.jsonl")
+    while process.poll() is None and len(metrics.lines()) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130, said
+    assert f"shunter train text --resume --run {run}" in said
+    assert list((run / "checkpoints/dense").glob("checkpoint-*"))
+
+
+def test_saved_runs_evaluate_to_the_same_numbers_and_continue_prompts(run, capsys):
+    folder, summary = run
+    assert main(["eval", str(folder), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    for which in ("dense", "sparse"):
+        assert again[which]["loss"] == summary[which]["eval_loss"]
+        assert again[which]["domains"] == summary[which]["domains"]
+    for which in ("dense", "sparse"):
+        args = ["generate", str(folder), "--prompt", "abc", "--model", which, "--max-new-tokens", "5"]
+        texts = []
+        for _ in range(2):
+            assert main(args) == 0
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1] and texts[0].startswith("abc")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["train", "text", "training.step=5"], "did you mean training.steps?"),
+        (["train", "text", "--bogus"], "--bogus"),
+        (["train", "text", "--resume", "--run", "nowhere"], "No such file"),
+        (["train", "text", "--data", "nowhere.txt"], "no such file or folder"),
+        (["eval", "nowhere"], "No such file"),
+        (["generate", "nowhere"], "no trained model"),
+        (["eval", "x", "--bogus"], "unknown argument '--bogus'"),
+    ],
+)
+def test_bad_commands_are_one_line_and_exit_code_2(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(args) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1, said
+
+
+def test_a_folder_with_a_run_is_not_overwritten(run, capsys):
+    assert main(["train", "text", "--run", str(run[0])]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_json_lines_are_the_metrics(small, tmp_path, capsys):
+    run = tmp_path / "json"
+    train(small("training.steps=4"), run, as_json=True)
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == Metrics(run / "metrics.jsonl").lines()
+
+
+def test_custom_routers_train(small, tmp_path):
+    class Mine(shunter.routers.TopK):
+        """A router from outside."""
+
+    shunter.routers.register("mine", Mine)
+    try:
+        train(load_config(TextConfig, None, []) and small("sparse.router=mine", "training.steps=2"), tmp_path / "mine")
+    finally:
+        shunter.routers._ROUTERS.pop("mine")
