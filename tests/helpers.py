@@ -1,0 +1,66 @@
+"""What several tests need: random routings and weights, and a definition of the layer as a loop over tokens."""
+
+import math
+
+import torch
+
+from shunter import Routing
+from shunter.experts import ACTIVATIONS, Weights
+
+
+def random_routing(tokens, experts, density=0.3, dtype=torch.float64):
+    """A ragged routing: any number of experts a token, including none."""
+    mask = torch.rand(tokens, experts) < density
+    return Routing.from_dense(torch.rand(tokens, experts, dtype=dtype) + 0.1, mask=mask)
+
+
+def random_weights(experts, dim, hidden, activation="swiglu", bias=False, dtype=torch.float64, scale=1.0):
+    rows = 2 * hidden if ACTIVATIONS[activation][1] else hidden
+
+    def draw(*shape, std):
+        return (torch.randn(*shape, dtype=torch.float64) * std * scale).to(dtype).requires_grad_()
+
+    return Weights(
+        draw(experts, rows, dim, std=dim**-0.5),
+        draw(experts, dim, hidden, std=hidden**-0.5),
+        draw(experts, rows, std=1.0) if bias else None,
+        draw(experts, dim, std=1.0) if bias else None,
+        activation,
+    )
+
+
+def _act(name, h):
+    scalar = {
+        "silu": lambda v: v / (1 + torch.exp(-v)),
+        "gelu": lambda v: v * 0.5 * (1 + torch.erf(v / math.sqrt(2))),
+        "gelu_tanh": lambda v: 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+        "relu": lambda v: v.clamp_min(0),
+    }
+    gated = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+    if name in gated:
+        half = h.shape[-1] // 2
+        return scalar[gated[name]](h[:half]) * h[half:]
+    return scalar[name](h)
+
+
+def by_tokens(x, weights, matrix):
+    """y_t = sum_e matrix[t, e] * expert_e(x_t), token by token, expert by expert; no library code."""
+    rows = []
+    for t in range(x.shape[0]):
+        y = x[t] * 0
+        for e in matrix[t].nonzero().flatten().tolist():
+            h = weights.up[e] @ x[t]
+            if weights.up_bias is not None:
+                h = h + weights.up_bias[e]
+            out = weights.down[e] @ _act(weights.activation, h)
+            if weights.down_bias is not None:
+                out = out + weights.down_bias[e]
+            y = y + matrix[t, e] * out
+        rows.append(y)
+    return torch.stack(rows) if rows else x[:0]
+
+
+def relative_error(value, exact):
+    """Frobenius norm of the difference over that of the exact value, both in float64."""
+    exact = exact.double()
+    return float((value.double() - exact).norm() / exact.norm().clamp_min(1e-300))
