@@ -63,4 +63,4 @@ def by_tokens(x, weights, matrix):
 def relative_error(value, exact):
     """Frobenius norm of the difference over that of the exact value, both in float64."""
     exact = exact.double()
-    return float((value.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+    return ((value.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()

@@ -81,10 +81,12 @@ class _Loop(torch.autograd.Function):
                 if down_bias is not None:
                     inner = inner + (dy @ down_bias[e]).to(weight.dtype)
                 grad_weight[rows] = inner
-            if grad_down is not None:
-                torch.mm(dy.T, hidden * w, out=grad_down[e])
-            if grad_down_bias is not None:
-                grad_down_bias[e] = (dy * w).sum(0)
+            if grad_down is not None or grad_down_bias is not None:
+                weighted = dy * w
+                if grad_down is not None:
+                    torch.mm(weighted.T, hidden, out=grad_down[e])
+                if grad_down_bias is not None:
+                    grad_down_bias[e] = weighted.sum(0)
             if not need_h:
                 continue
             (dh,) = torch.autograd.grad(a, h_e, da * w)

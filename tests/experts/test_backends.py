@@ -1,0 +1,253 @@
+"""Every backend computes what a loop over tokens does, with every gradient, in every dtype, at every edge."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shunter import Routing
+from shunter.experts import ACTIVATIONS, Backend, Experts, Weights, backend_names, choose, register
+from shunter.experts.backends import get
+
+from ..helpers import by_tokens, random_routing, random_weights, relative_error
+
+# Backends that run on any CPU input; others have files of their own.
+CPU = [name for name in ("reference", "loop", "padded") if name in backend_names()]
+FAST = [name for name in CPU if name != "reference"]
+
+
+def _leaves(x, routing, weights):
+    named = {"x": x, "weight": routing.weight, "up": weights.up, "down": weights.down}
+    named |= {"up_bias": weights.up_bias, "down_bias": weights.down_bias}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _run(name, x, weights, routing, grad):
+    """Output and gradients by name, from fresh leaves."""
+    copy = {k: v.detach().clone().requires_grad_() for k, v in _leaves(x, routing, weights).items()}
+    w = Weights(copy["up"], copy["down"], copy.get("up_bias"), copy.get("down_bias"), weights.activation)
+    y = get(name).run(copy["x"], w, routing.with_weight(copy["weight"]))
+    y.backward(grad)
+    return {"y": y.detach(), **{k: v.grad for k, v in copy.items()}}
+
+
+def _to(dtype, x, weights, routing):
+    parts = [
+        None if v is None else v.detach().to(dtype)
+        for v in (weights.up, weights.down, weights.up_bias, weights.down_bias)
+    ]
+    score = torch.promote_types(dtype, torch.float32)
+    return x.to(dtype), Weights(*parts, weights.activation), routing.with_weight(routing.weight.to(score))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("backend", CPU)
+def test_equal_to_a_loop_over_tokens_in_float64(backend, activation, bias):
+    weights = random_weights(5, 6, 7, activation, bias)
+    x = torch.randn(11, 6, dtype=torch.float64)
+    routing = random_routing(11, 5)
+    expected = by_tokens(x, weights, routing.dense())
+    assert torch.allclose(get(backend).run(x, weights, routing), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("activation, bias", [("swiglu", False), ("geglu_tanh", True), ("gelu", True), ("silu", False)])
+def test_gradcheck(backend, activation, bias):
+    weights = random_weights(3, 4, 3, activation, bias)
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    routing = random_routing(6, 3, density=0.6)
+    score = routing.weight.detach().requires_grad_()
+    inputs = [x, score, *(v for v in (weights.up, weights.down, weights.up_bias, weights.down_bias) if v is not None)]
+
+    def function(x, score, *parts):
+        return get(backend).run(x, Weights(*parts, *[None] * (4 - len(parts)), activation), routing.with_weight(score))
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 17, 64, 257])
+@pytest.mark.parametrize("experts, density", [(1, 1.0), (4, 0.0), (4, 0.5), (13, 0.1), (64, 0.05)])
+def test_edges_equal_the_reference_with_every_gradient(backend, tokens, experts, density):
+    weights = random_weights(experts, 5, 3, "swiglu", bias=tokens % 2 == 1)
+    x, grad = torch.randn(tokens, 5, dtype=torch.float64), torch.randn(tokens, 5, dtype=torch.float64)
+    routing = random_routing(tokens, experts, density)
+    expected = _run("reference", x, weights, routing, grad)
+    found = _run(backend, x, weights, routing, grad)
+    for name, value in expected.items():
+        assert found[name] is not None and torch.allclose(found[name], value, atol=1e-10), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 40), experts=st.integers(1, 12), dim=st.integers(1, 9), hidden=st.integers(1, 9),
+    activation=st.sampled_from(list(ACTIVATIONS)), bias=st.booleans(), density=st.floats(0, 1), one=st.booleans(),
+)  # fmt: skip
+@pytest.mark.parametrize("backend", FAST)
+def test_any_shape_equals_the_reference(backend, tokens, experts, dim, hidden, activation, bias, density, one):
+    weights = random_weights(experts, dim, hidden, activation, bias)
+    x, grad = torch.randn(tokens, dim, dtype=torch.float64), torch.randn(tokens, dim, dtype=torch.float64)
+    if one:  # everything to one expert
+        index = torch.full((tokens, 1), experts - 1)
+        routing = Routing.from_topk(index, torch.rand(tokens, 1, dtype=torch.float64), experts)
+    else:
+        routing = random_routing(tokens, experts, density)
+    expected, found = (_run(name, x, weights, routing, grad) for name in ("reference", backend))
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-9), name
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("activation, bias", [("swiglu", False), ("gelu", True)])
+def test_error_against_float64_is_that_of_the_reference(backend, dtype, scale, activation, bias):
+    weights = random_weights(6, 32, 24, activation, bias)
+    x = torch.randn(200, 32, dtype=torch.float64) * scale
+    grad = torch.randn(200, 32, dtype=torch.float64)
+    routing = random_routing(200, 6)
+    rounded = _to(dtype, x, weights, routing)
+    low = grad.to(dtype)
+    exact = _run("reference", *_to(torch.float64, *rounded), low.double())
+    reference, found = (_run(name, *rounded, low) for name in ("reference", backend))
+    for name, value in exact.items():
+        floor = torch.finfo(dtype).eps / 8
+        ours, theirs = relative_error(found[name], value), relative_error(reference[name], value)
+        assert ours <= 1.5 * theirs + floor, (name, ours, theirs)
+
+
+def test_the_error_test_would_see_a_broken_backend():
+    """A kernel that forgets the combine weights of one expert fails the comparison above."""
+    weights, x, routing = random_weights(6, 32, 24), torch.randn(200, 32, dtype=torch.float64), random_routing(200, 6)
+    broken = routing.with_weight(torch.where(routing.expert == 3, torch.ones_like(routing.weight), routing.weight))
+    exact = get("reference").run(x, weights, routing)
+    assert relative_error(get("reference").run(x, weights, broken), exact) > 0.01
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_uninitialised_memory_is_never_read(backend, monkeypatch):
+    weights, routing = random_weights(9, 6, 5, bias=True), random_routing(50, 9, 0.2)
+    x, grad = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
+    clean = _run(backend, x, weights, routing, grad)
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    poison = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    poisoned = _run(backend, x, weights, routing, grad)
+    for name, value in clean.items():
+        assert torch.equal(poisoned[name], value), name
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_an_unrouted_token_touches_nothing(backend):
+    """Not even with NaN: its rows belong to no expert."""
+    weights, routing = random_weights(4, 6, 5), random_routing(30, 4)
+    routing = routing._take(routing.token != 0)
+    x, grad = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, 6, dtype=torch.float64)
+    clean = _run(backend, x, weights, routing, grad)
+    x[0] = float("nan")
+    found = _run(backend, x, weights, routing, grad)
+    for name, value in clean.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_strided_input_and_gradient(backend):
+    weights, routing = random_weights(4, 6, 5), random_routing(20, 4)
+    wide = torch.randn(6, 40, dtype=torch.float64)
+    x, grad = wide.T[::2], torch.randn(1, 6, dtype=torch.float64).expand(20, 6)
+    found = _run(backend, x, weights, routing, grad)
+    plain = _run(backend, x.contiguous(), weights, routing, grad.contiguous())
+    for name, value in plain.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("frozen", [("x",), ("up", "down"), ("weight",), ("x", "up"), ("x", "up", "weight"), ("down",)])
+def test_frozen_parts_get_no_gradient_and_change_no_other(backend, frozen):
+    weights, routing = random_weights(4, 6, 5, bias=True), random_routing(20, 4)
+    x, grad = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
+    whole = _run(backend, x, weights, routing, grad)
+    parts = {k: v.detach().clone().requires_grad_(k not in frozen) for k, v in _leaves(x, routing, weights).items()}
+    w = Weights(parts["up"], parts["down"], parts["up_bias"], parts["down_bias"], weights.activation)
+    get(backend).run(parts["x"], w, routing.with_weight(parts["weight"])).backward(grad)
+    for name, part in parts.items():
+        assert part.grad is None if name in frozen else torch.allclose(part.grad, whole[name]), name
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_what_is_kept_for_the_backward(backend):
+    weights, routing = random_weights(8, 16, 12), random_routing(64, 8)
+    x = torch.randn(64, 16, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        get(backend).run(x, weights, routing)
+    given = {v.data_ptr() for v in (x, weights.up, weights.down, routing.weight)}
+    extra = [t for t in kept if t.data_ptr() not in given and t.is_floating_point()]
+    assert sum(t.numel() for t in extra) <= routing.token.numel() * 2 * 12
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_the_same_bits_every_time(backend):
+    weights, routing = random_weights(8, 16, 12, dtype=torch.float32), random_routing(300, 8, dtype=torch.float32)
+    x, grad = torch.randn(300, 16), torch.randn(300, 16)
+    first = _run(backend, x, weights, routing, grad)
+    for _ in range(3):
+        again = _run(backend, x, weights, routing, grad)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_second_derivatives_are_refused(backend):
+    weights, routing = random_weights(3, 4, 3), random_routing(6, 3)
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(get(backend).run(x, weights, routing).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_autocast_computes_in_the_autocast_dtype():
+    experts = Experts(4, 8, 8, bias=True)
+    routing = random_routing(10, 4, dtype=torch.float32)
+    x = torch.randn(10, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, routing)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and experts.down_proj.grad.dtype == torch.float32
+    assert relative_error(y, experts(x, routing)) < 0.02
+
+
+def test_choice_is_explained_and_refusals_are_errors():
+    weights = random_weights(4, 6, 5)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    backend, why = choose("auto", x, weights)
+    assert backend.name in backend_names() and why
+    register(Backend("never", get("reference").run, lambda x, w: "it never runs", "refuses"))
+    try:
+        with pytest.raises(ValueError, match="backend 'never' cannot run this: it never runs"):
+            choose("never", x, weights)
+    finally:
+        from shunter.experts import backends
+
+        backends._BACKENDS.pop("never")
+    with pytest.raises(ValueError, match="'fast' is unknown; choose auto, "):
+        choose("fast", x, weights)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda e, r: e(torch.randn(3, 4), r), r"x has shape \(3, 4\); it must be \(3, 8\)"),
+        (lambda e, r: e(torch.randn(4, 8), r), r"it must be \(3, 8\)"),
+        (lambda e, r: e(torch.randn(3, 8).double(), r), "torch.float64 on cpu, the parameters are torch.float32"),
+        (lambda e, r: e(torch.randn(3, 8), random_routing(3, 7)), "the routing has 7 experts, the layer 5"),
+        (lambda e, r: Experts(5, 8, 0), "must be at least 1"),
+        (lambda e, r: Experts(5, 8, 4, activation="tanh"), "'tanh' is unknown; choose from swiglu"),
+        (lambda e, r: Experts(5, 8, 4, backend="fast"), "'fast' is unknown"),
+    ],
+)
+def test_errors_say_what_is_allowed(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(Experts(5, 8, 4), random_routing(3, 5, dtype=torch.float32))

@@ -1,0 +1,14 @@
+"""`import shunter` needs torch and nothing else."""
+
+import subprocess
+import sys
+
+
+def test_importing_the_library_imports_no_extra():
+    code = (
+        "import sys, shunter; shunter.MoE(4, 4, 2, 'topk'); "
+        "extras = {'transformers', 'pydantic', 'matplotlib', 'datasets', 'yaml', 'tokenizers', 'scipy', 'jinja2'}; "
+        "sys.exit(', '.join(extras & set(sys.modules)) or 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
