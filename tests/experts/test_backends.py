@@ -152,6 +152,20 @@ def test_an_unrouted_token_touches_nothing(backend):
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_a_broken_token_stays_with_its_experts(backend):
+    """NaN in a token of expert 0 reaches no gradient of another expert, padded slots included."""
+    weights = random_weights(6, 6, 5, bias=True)
+    index = torch.cat([torch.zeros(1, 1), torch.randint(1, 6, (40, 1))]).long()
+    routing = Routing.from_topk(index, torch.rand(41, 1, dtype=torch.float64), 6)
+    x, grad = torch.randn(41, 6, dtype=torch.float64), torch.randn(41, 6, dtype=torch.float64)
+    clean = _run(backend, x, weights, routing, grad)
+    x[0] = float("nan")
+    found = _run(backend, x, weights, routing, grad)
+    for name in ("up", "down", "up_bias", "down_bias"):
+        assert torch.equal(found[name][1:], clean[name][1:]), name
+
+
 @pytest.mark.parametrize("backend", CPU)
 def test_strided_input_and_gradient(backend):
     weights, routing = random_weights(4, 6, 5), random_routing(20, 4)

@@ -34,7 +34,15 @@ def run(small, tmp_path):
 
 def test_a_run_leaves_what_it_promises(run):
     folder, summary = run
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "data.json", "specialisation.json"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "picture.png",
+        "data.json",
+        "specialisation.json",
+    ):
         assert (folder / name).stat().st_size > 0, name
     assert not (folder / "checkpoints").exists()
     assert json.loads((folder / "summary.json").read_text()) == summary

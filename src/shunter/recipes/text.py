@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .. import routers
 from ..analysis.ledger import ledger
-from ..analysis.report import write_report
+from ..analysis.report import write_picture, write_report
 from ..analysis.specialisation import specialisation
 from ..hf import from_pretrained, sparsify
 from .config import TextConfig, load_config, save_config
@@ -158,6 +158,7 @@ def train(config: TextConfig, run: Path, *, resume: bool = False, as_json: bool 
     (run / "specialisation.json").write_text(json.dumps(found), encoding="utf-8")
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     write_report(run)
+    write_picture(run, run / "picture.png")
     return summary
 
 

@@ -1,0 +1,30 @@
+"""The code in README and CONTRIBUTING runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from shunter import routers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = dict(routers._ROUTERS)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    try:
+        for block in blocks:
+            exec(compile(block, page, "exec"), {})
+    finally:
+        routers._ROUTERS.clear()
+        routers._ROUTERS.update(before)
+
+
+def test_readme_names_every_router():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in routers.names() if f"| `{name}` |" not in text]
+    assert not missing
