@@ -36,7 +36,7 @@ FORMULAS: dict[str, Callable[[int, int, int, Fraction], int]] = {
     "fastmoe": lambda t, e, k, f: math.ceil(f * t / e) if k == 1 else math.ceil(f * t) * k // e,
 }
 
-ORDERS = ("position", "random", "batch")
+ORDERS = ("position", "random", "batch", "probability")
 
 
 def capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, formula: str = "review") -> int:
@@ -62,41 +62,77 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: flo
     return FORMULAS[formula](num_tokens, num_experts, top_k, Fraction(repr(float(capacity_factor))))
 
 
-def limit(routing: Routing, slots: int, order: str = "position", score: Tensor | None = None) -> Routing:
+def limit(
+    routing: Routing,
+    slots: int | Tensor,
+    order: str = "position",
+    score: Tensor | None = None,
+    group: Tensor | None = None,
+) -> Routing:
     """Keep at most `slots` triples of each expert; all first choices come before any second choice.
 
     Args:
         routing: the demand.
-        slots: C, the capacity of each expert.
+        slots: C, the capacity of each expert; with groups, of each expert in each group, or (G,) int64, a C a group.
         order: who comes first among equal choices: "position" (the earlier token), "random" (any order with equal
             chance; Kim et al. 2021, section 3), "batch" (the token with the highest score in the batch; V-MoE, Riquelme
-            et al. 2021, section 4.1, batch prioritized routing).
-        score: (T,) floating point, the priority of each token for order "batch": its highest probability.
+            et al. 2021, section 4.1, batch prioritized routing), "probability" (for each expert, the tokens that score
+            it highest; switch_max of Mesh TensorFlow).
+        score: floating point; for order "batch" (T,), the priority of each token: its highest probability; for order
+            "probability" (T, E), the probabilities.
+        group: (T,) int64, the group of each token, in [0, G): groups do not compete for slots (GShard).
 
     Returns:
         The routing that fits, its `dropped` holding the rest.
 
     Raises:
-        ValueError: for an unknown order, or order "batch" without score.
+        ValueError: for an unknown order, or an order that lacks its score.
     """
     if order not in ORDERS:
         raise ValueError(f"limit: order {order!r} is unknown; choose from {', '.join(ORDERS)}")
-    if order == "position":
-        rank = routing.token
-    elif order == "random":
-        rank = torch.randperm(routing.num_tokens, device=routing.token.device)[routing.token]
-    else:
-        if score is None:
-            raise ValueError("limit: order 'batch' needs score (T,), the priority of each token")
-        best_first = score.detach().argsort(descending=True, stable=True)
-        rank = torch.empty_like(best_first)
-        rank[best_first] = torch.arange(routing.num_tokens, device=rank.device)
-        rank = rank[routing.token]
+    rank = _rank(routing, order, score)
     if routing.choice is not None:
-        rank = routing.choice * routing.num_tokens + rank
+        rank = routing.choice * max(routing.num_tokens, routing.token.numel()) + rank
     queue = rank.argsort(stable=True)
-    queue = queue[routing.expert[queue].argsort(stable=True)]
-    slot = torch.arange(queue.numel(), device=queue.device) - routing.offsets[routing.expert]
+    line = routing.expert if group is None else _lines(routing, group)
+    queue = queue[line[queue].argsort(stable=True)]
+    line = line[queue]
+    slot = torch.arange(queue.numel(), device=queue.device) - torch.searchsorted(line, line)
     keep = torch.empty_like(queue, dtype=torch.bool)
+    if isinstance(slots, Tensor):
+        assert group is not None
+        slots = slots[group[routing.token[queue]]]
     keep[queue] = slot < slots
     return routing.select(keep)
+
+
+def _rank(routing: Routing, order: str, score: Tensor | None) -> Tensor:
+    """The place (N,) of each triple in the queue, before the choices' ranks count."""
+    if order == "position":
+        return routing.token
+    if order == "random":
+        return torch.randperm(routing.num_tokens, device=routing.token.device)[routing.token]
+    if score is None:
+        raise ValueError(
+            "limit: order 'batch' needs score (T,), the priority of each token"
+            if order == "batch"
+            else "limit: order 'probability' needs score (T, E), the probabilities"
+        )
+    score = score.detach()
+    if order == "batch":
+        return _places(score)[routing.token]
+    return _places(score[routing.token, routing.expert])
+
+
+def _places(score: Tensor) -> Tensor:
+    """The place (n,) of each of n scores in falling order, ties to the first."""
+    best_first = score.argsort(descending=True, stable=True)
+    place = torch.empty_like(best_first)
+    place[best_first] = torch.arange(place.numel(), device=place.device)
+    return place
+
+
+def _lines(routing: Routing, group: Tensor) -> Tensor:
+    """The number (N,) of the queue of each triple: one queue for each expert and group, by expert first."""
+    groups = int(group.max()) + 1 if group.numel() else 1
+    return routing.expert * groups + group[routing.token]

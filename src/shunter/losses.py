@@ -26,7 +26,11 @@ def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def load_balancing_loss(
-    probs: Tensor, routing: Routing, mask: Tensor | None = None, choices: Choices = "mean"
+    probs: Tensor,
+    routing: Routing,
+    mask: Tensor | None = None,
+    choices: Choices = "mean",
+    group: Tensor | None = None,
 ) -> Tensor:
     """E * sum_i f_i P_i: the dot product of the share of tokens sent to each expert and its mean probability.
 
@@ -36,12 +40,16 @@ def load_balancing_loss(
         mask: (T,) bool, True at real tokens.
         choices: which choices make f: "first" alone, "all" of them (the balanced value is then k), or "mean" (all,
             divided by k: the balanced value is 1).
+        group: (T,) int64, the group of each token: f and P are taken within each group, and the loss is the mean over
+            the groups with real tokens. Groups are GShard's, or the sequences of DeepSeek-V3's sequence-wise loss.
 
     Returns:
         A scalar; 1 (or k, for "all") at perfect balance. It is not a lower bound: f and P may differ.
 
     Source: Fedus et al. 2021 (Switch Transformers), equations 4 to 6; Lepikhin et al. 2020 (GShard), algorithm 1.
     """
+    if group is not None:
+        return _mean_over_groups(probs, routing, mask, choices, group)
     asked = routing.first_choices if choices == "first" else routing.demand
     share = asked.to(probs.dtype)
     if choices == "all":
@@ -50,6 +58,25 @@ def load_balancing_loss(
     else:
         share = share / share.sum().clamp_min(1)
     return routing.num_experts * (share * _mean_over_tokens(probs, mask)).sum()
+
+
+def _mean_over_groups(probs: Tensor, routing: Routing, mask: Tensor | None, choices: Choices, group: Tensor) -> Tensor:
+    """The load balancing loss of each group, and their mean over the groups with real tokens."""
+    num_groups = int(group.max()) + 1 if group.numel() else 1
+    asked = probs.new_zeros(num_groups, routing.num_experts)
+    for part in (routing, routing.dropped):
+        if part is None:
+            continue
+        counted = slice(None) if choices != "first" or part.choice is None else part.choice == 0
+        token, expert = part.token[counted], part.expert[counted]
+        asked.index_put_((group[token], expert), asked.new_ones(()), accumulate=True)
+    real = probs.new_ones(probs.shape[0]) if mask is None else mask.to(probs.dtype)
+    size = real.new_zeros(num_groups).index_add(0, group, real)
+    if mask is not None:
+        probs = torch.where(mask[:, None], probs, 0)
+    mean = torch.zeros_like(asked).index_add(0, group, probs) / size.clamp_min(1)[:, None]
+    share = asked / (size if choices == "all" else asked.sum(1)).clamp_min(1)[:, None]
+    return routing.num_experts * (share * mean).sum() / (size > 0).sum().clamp_min(1)
 
 
 def cv_squared(values: Tensor) -> Tensor:

@@ -138,11 +138,15 @@ class MoE(nn.Module):
                 elif field.name == "position":
                     value = torch.arange(shape[-1], device=x.device).expand(shape)
             if value is not None:
-                if value.shape != shape[: value.dim()]:
+                given = value.shape[:-1] if field.name == "embedding" else value.shape
+                if given != shape[: len(given)]:
                     raise ValueError(
                         f"MoE: {field.name} has shape {tuple(value.shape)}; x {tuple(x.shape)} needs {tuple(shape)}"
+                        + (" and the width of the embedding" if field.name == "embedding" else "")
                     )
-                value = value.reshape(*value.shape, *[1] * (len(shape) - value.dim())).expand(shape).reshape(-1)
+                own = value.shape[len(given) :]
+                value = value.reshape(*given, *[1] * (len(shape) - len(given)), *own)
+                value = value.expand(*shape, *own).reshape(-1, *own)
                 value = value.to(torch.bool) if field.name == "mask" else value
             values[field.name] = value
         if known:

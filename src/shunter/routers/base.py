@@ -30,6 +30,7 @@ class Context:
         modality: (T,) int64 modality of each token (text, image, speech, ...).
         sequence: (T,) int64 number of the sequence that each token belongs to; tokens of one are in order.
         position: (T,) int64 place of each token in its sequence.
+        embedding: (T, w) floating point, what another network knows of each token (SpeechMoE's shared embedding).
     """
 
     mask: Tensor | None = None
@@ -40,6 +41,7 @@ class Context:
     modality: Tensor | None = None
     sequence: Tensor | None = None
     position: Tensor | None = None
+    embedding: Tensor | None = None
 
     def num_real(self, num_tokens: int) -> int:
         """T without padding."""
@@ -61,7 +63,8 @@ class Router(nn.Module):
             and in evaluation.
         eval_capacity_factor: the same in evaluation; None takes `capacity_factor`.
         capacity_formula: how the factor becomes a number of slots, a key of `shunter.capacity.FORMULAS`.
-        capacity_order: who gets the slots: "position", "random" or "batch" (see `shunter.capacity.limit`).
+        capacity_order: who gets the slots: "position", "random", "batch" or "probability" (see
+            `shunter.capacity.limit`).
         load_balancing_loss: coefficient of the load balancing loss; 0 leaves it out.
         importance_loss: coefficient of the importance loss; 0 leaves it out.
         z_loss: coefficient of the router z-loss; 0 leaves it out.
@@ -70,8 +73,10 @@ class Router(nn.Module):
 
     chooses: ClassVar[str]
     """Who chooses whom: "tokens", "experts", "global" or "fixed"."""
+    in_review: ClassVar[bool] = True
+    """Whether the review (Fedus et al. 2022) describes the algorithm, or it came after."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """Fields of `Context` that `assign` cannot do without."""
+    """Fields of `Context` that `score` or `assign` cannot do without."""
     source: ClassVar[str]
     """The paper that the router comes from."""
     top_k: int = 1
@@ -122,6 +127,20 @@ class Router(nn.Module):
         """The logits (T, E) of hidden states x (T, d), in float32 (float64 for float64), autocast off."""
         raise NotImplementedError
 
+    def require(self, context: Context, name: str, size: int | None = None) -> Tensor:
+        """What the context knows of the tokens under a name of `Context`; ids are checked to be in 0..size-1.
+
+        Raises:
+            ValueError: where the context lacks it, or an id is out of range.
+        """
+        value = getattr(context, name)
+        if value is None:
+            raise ValueError(f"{type(self).__name__} needs {name}; pass {name}= to the layer")
+        if size is not None and value.numel() and (int(value.min()) < 0 or int(value.max()) >= size):
+            bad = int(value[(value < 0) | (value >= size)][0])
+            raise ValueError(f"{type(self).__name__}: {name} {bad} is out of range; {name}s are 0 to {size - 1}")
+        return value
+
     def choose(self, logits: Tensor, context: Context) -> Routing:
         """The routing that logits (T, E) ask for, before capacity and with padding still in place."""
         raise NotImplementedError
@@ -141,13 +160,12 @@ class Router(nn.Module):
         """
         if logits.dim() != 2 or logits.shape[1] != self.score_width:
             raise ValueError(f"assign: logits have shape {tuple(logits.shape)}; they must be (T, {self.score_width})")
+        for name in self.needs:
+            self.require(context, name)
         for name in ("mask", *self.needs):
             value = getattr(context, name)
-            if value is None:
-                if name in self.needs:
-                    raise ValueError(f"{type(self).__name__} needs {name}; pass {name}= to the layer")
-            elif value.numel() != logits.shape[0]:
-                raise ValueError(f"assign: {name} has {value.numel()} entries for {logits.shape[0]} tokens")
+            if value is not None and value.shape[0] != logits.shape[0]:
+                raise ValueError(f"assign: {name} has {value.shape[0]} entries for {logits.shape[0]} tokens")
         routing = self.choose(logits, context)
         if context.mask is not None and bool((real := context.mask[routing.token]).logical_not().any()):
             routing = routing._take(real)
@@ -158,7 +176,10 @@ class Router(nn.Module):
         slots = self.capacity(context.num_real(routing.num_tokens))
         if slots is None:
             return routing
-        score = self.probs(logits).amax(-1) if self.capacity_order == "batch" else None
+        score = None
+        if self.capacity_order in ("batch", "probability"):
+            score = self.probs(logits)
+            score = score.amax(-1) if self.capacity_order == "batch" else score
         return capacity_room.limit(routing, slots, self.capacity_order, score)
 
     def capacity(self, num_tokens: int) -> int | None:
@@ -183,14 +204,18 @@ class Router(nn.Module):
 
     def losses(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> dict[str, Tensor]:
         """The weighted losses by name; coefficients of zero leave their loss out."""
-        terms: dict[str, Callable[[], Tensor]] = {
+        terms = self.loss_terms(logits, routing, context)
+        return {name: c * terms[name]() for name, c in self.coefficients.items() if c}
+
+    def loss_terms(self, logits: Tensor, routing: Routing, context: Context) -> dict[str, Callable[[], Tensor]]:
+        """How to compute each loss that `coefficients` names; a router with losses of its own adds them to both."""
+        return {
             "load_balancing_loss": lambda: losses_room.load_balancing_loss(
                 self.probs(logits), routing, context.mask, self.balance_choices
             ),
             "importance_loss": lambda: losses_room.importance_loss(self.probs(logits), context.mask),
             "z_loss": lambda: losses_room.z_loss(logits, context.mask),
         }
-        return {name: c * terms[name]() for name, c in self.coefficients.items() if c}
 
     @property
     def experts_per_token(self) -> float:
