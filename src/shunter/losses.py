@@ -12,7 +12,15 @@ from torch import Tensor
 
 from .routing import Routing
 
-__all__ = ["Choices", "cv_squared", "importance_loss", "load_balancing_loss", "z_loss"]
+__all__ = [
+    "Choices",
+    "cv_squared",
+    "importance_loss",
+    "load_balancing_loss",
+    "load_loss",
+    "selection_probability",
+    "z_loss",
+]
 
 Choices = Literal["first", "all", "mean"]
 
@@ -91,6 +99,34 @@ def importance_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     Source: Shazeer et al. 2017 (Outrageously Large Neural Networks), equations 6 and 7.
     """
     return cv_squared(_mean_over_tokens(weights, mask))
+
+
+def selection_probability(clean: Tensor, noisy: Tensor, std: Tensor | float, top_k: int) -> Tensor:
+    """P(x, i) (T, E): the probability that an expert stays among the k best when its own noise alone is drawn again.
+
+    Args:
+        clean: (T, E) logits without noise.
+        noisy: (T, E) logits as they were ranked. The threshold of an expert is the k-th largest without the expert
+            itself; gradients flow through it.
+        std: standard deviation of the noise, (T, E) or one number, positive.
+        top_k: k.
+
+    Source: Shazeer et al. 2017, equations 8 and 9.
+    """
+    if top_k >= noisy.shape[-1]:
+        return torch.ones_like(clean)
+    best = noisy.topk(top_k + 1, dim=-1).values
+    kth, following = best[:, -2:-1], best[:, -1:]
+    threshold = torch.where(noisy > following, following, kth)
+    return torch.special.ndtr((clean - threshold) / std)
+
+
+def load_loss(clean: Tensor, noisy: Tensor, std: Tensor | float, top_k: int, mask: Tensor | None = None) -> Tensor:
+    """CV(load)^2, where the load of an expert is the sum over tokens of its `selection_probability`.
+
+    Source: Shazeer et al. 2017, equations 10 and 11.
+    """
+    return cv_squared(_mean_over_tokens(selection_probability(clean, noisy, std, top_k), mask))
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:

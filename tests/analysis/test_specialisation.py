@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shunter
-from shunter.analysis.specialisation import specialisation
+from shunter.analysis.specialisation import _text, specialisation
 from shunter.recipes.config import DataConfig
 from shunter.recipes.data import _tokenizer
 
@@ -31,6 +31,7 @@ def test_hash_routing_shows_each_expert_its_own_tokens():
             assert torch.allclose(torch.tensor(seen["domains"][domain]), expected)
         assert abs(sum(seen["load"]) - 1) < 1e-6
         for expert, tokens in enumerate(seen["tokens"]):
+            assert tokens
             for text, share, lift in tokens:
                 [i] = [i for i in range(257) if tokenizer.decode([i]) == text]
                 assert table[i] == expert
@@ -38,3 +39,11 @@ def test_hash_routing_shows_each_expert_its_own_tokens():
                 mine = everything[table[everything] == expert]
                 assert abs(share - float((mine == i).float().mean())) < 1e-6
                 assert abs(lift - share / float((everything == i).float().mean())) < 1e-4
+
+
+def test_pieces_of_characters_are_shown_as_their_bytes():
+    tokenizer = _tokenizer(DataConfig(tokenizer="bytes"), [])
+    for text in ("é", "語", "a", "\n"):
+        ids = tokenizer.backend_tokenizer.encode(text).ids
+        shown = "".join(_text(tokenizer, i) for i in ids)
+        assert shown == (text if len(ids) == 1 else "".join(f"\\x{b:02x}" for b in text.encode()))

@@ -31,9 +31,9 @@ def specialisation(
 
     Returns:
         {"domains": names, "layers": {layer: {"load": (E,) shares of all assignments, "domains": {name: (E,) shares of
-        that domain's assignments}, "tokens": for each expert its most characteristic tokens as [text, share of what
-        the expert is sent, lift = that share over the token's share of the text]}}}. Tokens seen fewer than 5 times by
-        an expert are left out.
+        that domain's assignments}, "tokens": for each expert its most characteristic tokens (the largest terms of the
+        divergence of what it is sent from the text) as [text, share of what the expert is sent, lift = that share over
+        the token's share of the text]}}}. Tokens seen fewer than 5 times by an expert are left out.
     """
     was_training = model.training
     model.eval()
@@ -61,12 +61,12 @@ def specialisation(
         counts = by_token[name]
         share = counts / counts.sum(1, keepdim=True).clamp_min(1)
         lift = torch.where(counts >= MIN_COUNT, share / expected.clamp_min(1e-12), 0)
+        characteristic = share * lift.clamp_min(1).log()
         tokens = []
         for e in range(counts.shape[0]):
-            best = lift[e].argsort(descending=True, stable=True)[:TOP_TOKENS].tolist()
-            tokens.append(
-                [[tokenizer.decode([t]), float(share[e, t]), float(lift[e, t])] for t in best if lift[e, t] > 0]
-            )
+            best = characteristic[e].argsort(descending=True, stable=True)[:TOP_TOKENS].tolist()
+            rows = [[_text(tokenizer, t), float(share[e, t]), float(lift[e, t])] for t in best]
+            tokens.append([row for row, t in zip(rows, best, strict=True) if characteristic[e, t] > 0])
         domain = by_domain[name]
         found[name] = {
             "load": (domain.sum(0) / domain.sum()).tolist(),
@@ -74,3 +74,16 @@ def specialisation(
             "tokens": tokens,
         }
     return {"domains": list(domains), "layers": found}
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as a person reads it; a piece of a character as its bytes."""
+    text = str(tokenizer.decode([token]))
+    if "\ufffd" not in text:
+        return text
+    # Byte-level tokens spell bytes as letters: printable Latin-1 as itself, the others counted up from U+0100.
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(itself)]
+    byte_of = {chr(b): b for b in itself} | {chr(256 + i): b for i, b in enumerate(others)}
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    return "".join(f"\\x{byte_of[c]:02x}" for c in piece) if set(piece) <= set(byte_of) else text

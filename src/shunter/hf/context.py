@@ -1,6 +1,8 @@
 """What happens around the layers of a sparsified model: what routers may know is handed down, losses are added up.
 
 Both are plain hooks on the Hugging Face modules, so that any `Trainer` and any training loop is right without more.
+A recomputation (activation checkpointing) sees what the last forward handed down: run the backward of a forward before
+the next forward, as trainers do.
 """
 
 from __future__ import annotations

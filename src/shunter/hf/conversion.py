@@ -36,7 +36,8 @@ def sparsify(
     """Replace the feed-forward blocks of a dense Hugging Face model by `MoE` layers, in place.
 
     Padding (attention_mask) and token ids (input_ids) reach the routers, and in training the auxiliary losses are part
-    of `output.loss`, right under gradient accumulation. `save_pretrained` works as before; `shunter.from_pretrained`
+    of `output.loss`, right under gradient accumulation. (A Trainer with label smoothing or a compute_loss_func makes
+    its own loss: add `shunter.aux_loss(model)` there.) `save_pretrained` works as before; `shunter.from_pretrained`
     loads.
 
     Args:

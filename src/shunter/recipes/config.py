@@ -90,7 +90,7 @@ class SparseConfig(_Section):
 class TrainingConfig(_Section):
     """How long and how to train; the same for both models."""
 
-    steps: int = Field(800, ge=1)
+    steps: int = Field(700, ge=1)
     batch_tokens: int = Field(2048, ge=8, description="tokens of one optimizer step")
     learning_rate: float = Field(3e-3, gt=0, le=1)
     warmup: int = Field(100, ge=0, description="steps")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers.utils import logging as hf_logging
 
 from .. import routers
 from ..analysis.ledger import ledger
@@ -105,6 +106,7 @@ def train(config: TextConfig, run: Path, *, resume: bool = False, as_json: bool 
     Raises:
         Interrupted: after Ctrl-C, when the checkpoint is written.
     """
+    hf_logging.disable_progress_bar()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     run.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -170,9 +170,12 @@ def _lr(scheduler: Any) -> float:
 
 
 class _Trainer(Trainer):
-    """A Trainer that shows each step's loss to its watch."""
+    """A Trainer that takes the data in its given order and shows each step's loss to its watch."""
 
     watch: _Watch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -221,7 +224,6 @@ def train_model(
         model=model,
         args=TrainingArguments(
             output_dir=str(folder),
-            train_sampling_strategy="sequential",
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,

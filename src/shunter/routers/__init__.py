@@ -9,6 +9,7 @@ from typing import Any
 from .base import NO_CONTEXT, Context, LinearRouter, Router
 from .expert_choice import ExpertChoice
 from .hash import Hash
+from .noisy_topk import HierarchicalNoisyTopK, NoisyTopK
 from .topk import Switch, TopK
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "Context",
     "ExpertChoice",
     "Hash",
+    "HierarchicalNoisyTopK",
     "LinearRouter",
+    "NoisyTopK",
     "Router",
     "Switch",
     "TopK",
@@ -26,7 +29,14 @@ __all__ = [
     "register",
 ]
 
-_ROUTERS: dict[str, type[Router]] = {"switch": Switch, "topk": TopK, "expert_choice": ExpertChoice, "hash": Hash}
+_ROUTERS: dict[str, type[Router]] = {
+    "switch": Switch,
+    "topk": TopK,
+    "noisy_topk": NoisyTopK,
+    "hierarchical_noisy_topk": HierarchicalNoisyTopK,
+    "expert_choice": ExpertChoice,
+    "hash": Hash,
+}
 
 
 def names() -> list[str]:

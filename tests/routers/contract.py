@@ -1,0 +1,209 @@
+"""What every router promises, as checks that a router's own test file runs on its options.
+
+`@pytest.mark.parametrize("check", CHECKS)` and `check(name, options, context)`, where context(T) makes the `Context`
+of T tokens.
+"""
+
+import copy
+import io
+
+import torch
+
+from shunter import MoE
+from shunter.routers import Context, create
+
+DIM, EXPERTS = 6, 8
+
+
+def plain(tokens):
+    """The context of tokens of which nothing is known."""
+    return Context()
+
+
+def seeded(call, *args):
+    """The result of a call from a fixed random state, which is then put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return call(*args)
+
+
+def make(name, options, **place):
+    """The router with parameters away from any symmetric start."""
+    router = create(name, DIM, EXPERTS, **options, **place)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return router
+
+
+def with_mask(context, mask):
+    return Context(**{**{f: getattr(context, f) for f in context.__dataclass_fields__}, "mask": mask})
+
+
+def assignments_are_valid(name, options, context):
+    for training in (True, False):
+        router = make(name, options).train(training)
+        for tokens in (0, 1, 7, 33):
+            known = with_mask(context(tokens), torch.rand(tokens) < 0.8)
+            logits = router.score(torch.randn(tokens, DIM), known)
+            assert logits.shape == (tokens, router.score_width) and logits.dtype == torch.float32
+            routing = router.assign(logits, known)
+            routing.check_values()
+            assert known.mask[routing.token].all(), "padding takes no slot"
+            slots = router.capacity(known.num_real(tokens))
+            grouped = getattr(router, "group_size", None)
+            assert slots is None or grouped or int(routing.counts.max()) <= slots
+            for value in router.losses(logits, routing, known).values():
+                assert value.shape == () and value.isfinite()
+
+
+def padding_changes_nothing(name, options, context):
+    router = make(name, options).eval()
+    known = context(12)
+    mask = torch.arange(12) < 9
+    x = torch.randn(12, DIM)
+    known = with_mask(known, mask)
+    logits = router.score(x, known)
+    poisoned = torch.where(mask[:, None], logits, torch.nan)
+    rows = []
+    for h in (logits, poisoned):
+        routing = seeded(router.assign, h, known)
+        rows.append(routing.dense()[:9])
+        for value in router.losses(h, routing, known).values():
+            assert value.isfinite()
+            rows.append(value)
+    half = len(rows) // 2
+    for one, other in zip(rows[:half], rows[half:], strict=True):
+        assert torch.equal(one, other), "what stands in padded rows reached a decision or a loss"
+
+
+def decisions_are_in_float32(name, options, context):
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        router = make(name, options).to(dtype).eval()
+        x = torch.randn(9, DIM).to(dtype)
+        known = context(9)
+        expected = torch.float64 if dtype == torch.float64 else torch.float32
+        logits = router.score(x, known)
+        assert logits.dtype == expected
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(router.score(x, known), logits)
+        assert router.assign(logits, known).weight.dtype == expected
+
+
+def gradients_are_right(name, options, context):
+    router = make(name, options).double().train()
+    known = context(8)
+    logits = seeded(router.score, torch.randn(8, DIM, dtype=torch.float64), known).detach().requires_grad_()
+
+    def decide(h):
+        return seeded(router.assign, h, known).dense()
+
+    def penalise(h):
+        return sum(router.losses(h, seeded(router.assign, h, known), known).values(), h.sum() * 0)
+
+    assert torch.autograd.gradcheck(decide, logits)
+    assert torch.autograd.gradcheck(penalise, logits)
+    x = torch.randn(8, DIM, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: seeded(router.score, x, known) + x.sum() * 0, x)
+
+
+def ties_go_to_the_lowest_expert(name, options, context):
+    router = make(name, options).eval()
+    known = context(5)
+    logits = torch.zeros(5, router.score_width)
+    first, second = (router.assign(logits, known) for _ in range(2))
+    assert torch.equal(first.dense(), second.dense())
+
+
+def rows_of_nan_stay_in_range(name, options, context):
+    for training in (True, False):
+        router = make(name, options).train(training)
+        known = context(6)
+        logits = seeded(router.score, torch.randn(6, DIM), known)
+        logits[2] = float("nan")
+        routing = seeded(router.assign, logits, known)
+        pairs = set(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))
+        assert len(pairs) == routing.token.numel()
+        if pairs:
+            assert routing.expert.min() >= 0 and routing.expert.max() < EXPERTS
+        assert routing.weight[routing.token != 2].isfinite().all()
+
+
+def evaluation_is_deterministic(name, options, context):
+    router = make(name, options).eval()
+    known = context(11)
+    x = torch.randn(11, DIM)
+    first, second = (router.assign(router.score(x, known), known).dense() for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def state_is_saved_and_exact(name, options, context):
+    router = make(name, options)
+    for buffer in router.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    stored = io.BytesIO()
+    torch.save(router.state_dict(), stored)
+    stored.seek(0)
+    other = create(name, DIM, EXPERTS, **options)
+    other.load_state_dict(torch.load(stored))
+    for key, value in router.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)
+    low = copy.deepcopy(router).bfloat16()
+    for (key, value), kept in zip(router.named_buffers(), low.buffers(), strict=True):
+        assert kept.dtype == value.dtype and torch.equal(kept, value), f"{key} lost its precision"
+    x = torch.randn(10, DIM)
+    known = context(10)
+    results = [r.eval().assign(r.score(x, known), known).dense() for r in (router, other)]
+    assert torch.equal(*results)
+
+
+def state_moves_by_update_alone(name, options, context):
+    """Evaluation and recomputation move nothing; `update` moves state once."""
+    moe = MoE(DIM, 4, EXPERTS, router=name, **options)
+    known = {key: value for key, value in vars(context(10)).items() if value is not None}
+    x = torch.randn(10, DIM, requires_grad=True)
+    before = {key: value.clone() for key, value in moe.router.named_buffers()}
+    moe.eval()(x, **known)
+    for key, value in moe.router.named_buffers():
+        assert torch.equal(value, before[key]), f"evaluation moved {key}"
+    moe.train()
+    moe(x, **known).sum().backward()
+    seen = {key: value.clone() for key, value in moe.router.named_buffers()}
+    saved = {key: value.clone() for key, value in moe.router.state_dict().items()}
+    # The hooks of checkpointing run the forward a second time inside backward.
+    again = {key: value.clone() for key, value in before.items()}
+    for key, value in moe.router.named_buffers():
+        value.copy_(again[key])
+    out = torch.utils.checkpoint.checkpoint(lambda y: moe(y, **known), x, use_reentrant=False)
+    out.sum().backward()
+    for key, value in moe.router.named_buffers():
+        assert torch.equal(value, seen[key]), f"recomputation moved {key}"
+    for key, value in saved.items():
+        assert torch.equal(moe.router.state_dict()[key], value)
+
+
+def the_layer_trains(name, options, context):
+    """A layer with the router runs forward and backward, and every router parameter gets a finite gradient."""
+    moe = MoE(DIM, 4, EXPERTS, router=name, **options).train()
+    for parameter in moe.router.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    known = {key: value for key, value in vars(context(24)).items() if value is not None}
+    out = moe(torch.randn(24, DIM), **known)
+    (out.square().sum() + sum(moe.losses.values(), out.sum() * 0)).backward()
+    for key, parameter in moe.router.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    assert isinstance(moe.explain(), str)
+
+
+CHECKS = [
+    assignments_are_valid,
+    padding_changes_nothing,
+    decisions_are_in_float32,
+    gradients_are_right,
+    ties_go_to_the_lowest_expert,
+    rows_of_nan_stay_in_range,
+    evaluation_is_deterministic,
+    state_is_saved_and_exact,
+    state_moves_by_update_alone,
+    the_layer_trains,
+]
