@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -175,6 +175,7 @@ class _Trainer(Trainer):
     watch: _Watch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        assert isinstance(self.train_dataset, Sized)
         return SequentialSampler(self.train_dataset)
 
     def compute_loss(
