@@ -73,7 +73,7 @@ def limit(
 
     Args:
         routing: the demand.
-        slots: C, the capacity of each expert; with groups, of each expert in each group, or (G,) int64, a C a group.
+        slots: C, the capacity of each expert (in each group), or int64 that broadcasts to (G, E): a capacity each.
         order: who comes first among equal choices: "position" (the earlier token), "random" (any order with equal
             chance; Kim et al. 2021, section 3), "batch" (the token with the highest score in the batch; V-MoE, Riquelme
             et al. 2021, section 4.1, batch prioritized routing), "probability" (for each expert, the tokens that score
@@ -100,8 +100,8 @@ def limit(
     slot = torch.arange(queue.numel(), device=queue.device) - torch.searchsorted(line, line)
     keep = torch.empty_like(queue, dtype=torch.bool)
     if isinstance(slots, Tensor):
-        assert group is not None
-        slots = slots[group[routing.token[queue]]]
+        token, expert = routing.token[queue], routing.expert[queue]
+        slots = slots.expand(-1, routing.num_experts)[0 if group is None else group[token], expert]
     keep[queue] = slot < slots
     return routing.select(keep)
 

@@ -8,14 +8,17 @@ from typing import Any
 
 from .base import NO_CONTEXT, Context, LinearRouter, Router
 from .expert_choice import ExpertChoice
+from .gshard import GShard
 from .hash import Hash
 from .noisy_topk import HierarchicalNoisyTopK, NoisyTopK
-from .topk import Switch, TopK
+from .switch import Switch
+from .topk import TopK
 
 __all__ = [
     "NO_CONTEXT",
     "Context",
     "ExpertChoice",
+    "GShard",
     "Hash",
     "HierarchicalNoisyTopK",
     "LinearRouter",
@@ -34,6 +37,7 @@ _ROUTERS: dict[str, type[Router]] = {
     "topk": TopK,
     "noisy_topk": NoisyTopK,
     "hierarchical_noisy_topk": HierarchicalNoisyTopK,
+    "gshard": GShard,
     "expert_choice": ExpertChoice,
     "hash": Hash,
 }

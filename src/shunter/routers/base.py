@@ -81,6 +81,8 @@ class Router(nn.Module):
     """The paper that the router comes from."""
     top_k: int = 1
     """k, how many experts a token takes; it enters the capacity formulas that count choices."""
+    group_size: int | None = None
+    """How many consecutive tokens have capacity and balance of their own; None takes the whole batch as one group."""
     unsaved_options: ClassVar[tuple[str, ...]] = ()
     """Options whose effect is in the state dict, so that a saved configuration leaves them out."""
 
@@ -173,14 +175,32 @@ class Router(nn.Module):
 
     def limit(self, routing: Routing, logits: Tensor, context: Context) -> Routing:
         """The part of the routing that fits the capacity of the present mode."""
-        slots = self.capacity(context.num_real(routing.num_tokens))
+        group = self.groups(logits)
+        slots = self.slots(logits, group, context)
         if slots is None:
             return routing
-        score = None
-        if self.capacity_order in ("batch", "probability"):
-            score = self.probs(logits)
-            score = score.amax(-1) if self.capacity_order == "batch" else score
-        return capacity_room.limit(routing, slots, self.capacity_order, score)
+        return capacity_room.limit(routing, slots, self.capacity_order, self.priority(logits), group)
+
+    def groups(self, logits: Tensor) -> Tensor | None:
+        """The group (T,) of each token, runs of `group_size`, the last maybe shorter; None where there is only one."""
+        if self.group_size is None or logits.shape[0] <= self.group_size:
+            return None
+        return torch.arange(logits.shape[0], device=logits.device) // self.group_size
+
+    def slots(self, logits: Tensor, group: Tensor | None, context: Context) -> int | Tensor | None:
+        """The capacity of an expert, in each group by its own real tokens (G, 1); None when dropless."""
+        slots = self.capacity(context.num_real(logits.shape[0]))
+        if slots is None or group is None:
+            return slots
+        real = group if context.mask is None else group[context.mask]
+        sizes = torch.bincount(real, minlength=int(group[-1]) + 1).tolist()
+        return torch.tensor([self.capacity(size) for size in sizes], device=group.device)[:, None]
+
+    def priority(self, logits: Tensor) -> Tensor | None:
+        """What `capacity_order` ranks tokens by; None where it needs no score."""
+        if self.capacity_order == "batch":
+            return self.probs(logits).amax(-1)
+        return self.probs(logits) if self.capacity_order == "probability" else None
 
     def capacity(self, num_tokens: int) -> int | None:
         """The slots C of one expert for T real tokens in the present mode; None when dropless."""
@@ -211,7 +231,7 @@ class Router(nn.Module):
         """How to compute each loss that `coefficients` names; a router with losses of its own adds them to both."""
         return {
             "load_balancing_loss": lambda: losses_room.load_balancing_loss(
-                self.probs(logits), routing, context.mask, self.balance_choices
+                self.probs(logits), routing, context.mask, self.balance_choices, self.groups(logits)
             ),
             "importance_loss": lambda: losses_room.importance_loss(self.probs(logits), context.mask),
             "z_loss": lambda: losses_room.z_loss(logits, context.mask),

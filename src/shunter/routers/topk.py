@@ -11,7 +11,7 @@ from torch import Tensor
 from ..routing import Routing
 from .base import NO_CONTEXT, Context, LinearRouter, largest
 
-__all__ = ["Switch", "TopK"]
+__all__ = ["TopK"]
 
 Renormalize = Literal["no", "before_drop", "after_drop"]
 
@@ -31,6 +31,8 @@ class TopK(LinearRouter):
             selection, not for the weight (Wang et al. 2024, auxiliary-loss-free load balancing).
         bias_update_rate: how much `update` raises the bias of an expert that had less than the mean load since the last
             update, and lowers that of one that had more (Wang et al. 2024, algorithm 1).
+        group_size: how many consecutive tokens make a group, which has its own capacity and balance loss (GShard,
+            section 3.2); the last group may be shorter. None takes all tokens of the batch as one.
         **options: of `LinearRouter` and `Router`.
 
     Raises:
@@ -52,6 +54,7 @@ class TopK(LinearRouter):
         renormalize: Renormalize | None = None,
         selection_bias: bool = False,
         bias_update_rate: float = 0.001,
+        group_size: int | None = None,
         load_balancing_loss: float = 0.01,
         **options: Any,
     ) -> None:
@@ -69,7 +72,10 @@ class TopK(LinearRouter):
                 "with top_k=1 a weight that is normalised over the selected experts is always 1, and the router gets "
                 'no gradient; use renormalize="no" and score_after=False'
             )
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"group_size {group_size} must be at least 1, or None for one group")
         self.top_k = top_k
+        self.group_size = group_size
         self.score_function = score_function
         self.score_after = score_after
         self.renormalize = renormalize
@@ -123,33 +129,3 @@ class TopK(LinearRouter):
         total = routing.weight.new_zeros(routing.num_tokens).index_add(0, routing.token, routing.weight)
         tiny = torch.finfo(total.dtype).tiny
         return routing.with_weight(routing.weight / total[routing.token].clamp_min(tiny))
-
-
-class Switch(TopK):
-    """Switch routing: each token takes its best expert, weighted by the raw probability, within a capacity.
-
-    Args:
-        capacity_factor: of `Router`; the paper's 1.25.
-        eval_capacity_factor: of `Router`; the paper's 2.0.
-        jitter: of `LinearRouter`; the paper's 0.01.
-        **options: of `TopK`, `LinearRouter` and `Router`; balance loss 0.01 and initial scale 0.1 are the paper's too.
-
-    Source: Fedus et al. 2021 (Switch Transformers), sections 2.1 to 2.4.
-    """
-
-    source: ClassVar[str] = "Fedus et al. 2021"
-
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        capacity_factor: float | None = 1.25,
-        eval_capacity_factor: float | None = 2.0,
-        jitter: float = 0.01,
-        **options: Any,
-    ) -> None:
-        if options.pop("top_k", 1) != 1:
-            raise ValueError('switch sends a token to one expert; for more use router="topk"')
-        factors: dict[str, Any] = {"capacity_factor": capacity_factor, "eval_capacity_factor": eval_capacity_factor}
-        super().__init__(dim, num_experts, top_k=1, jitter=jitter, **factors, **options)
