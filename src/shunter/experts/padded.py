@@ -89,13 +89,14 @@ class _Buffers:
     """Scratch memory that every chunk reuses: fresh large buffers cost more in page faults than in work."""
 
     def __init__(self, like: Tensor) -> None:
-        self.like, self.flat = like, {}
+        self.like = like
+        self.flat: dict[str, Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
         size = 1
         for n in shape:
             size *= n
-        held: Tensor | None = self.flat.get(name)
+        held = self.flat.get(name)
         if held is None or held.numel() < size:
             held = self.flat[name] = self.like.new_empty(size)
         return held[:size].view(shape)

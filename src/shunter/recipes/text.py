@@ -226,6 +226,7 @@ def load_model(run: Path, which: str) -> PreTrainedModel:
     Raises:
         FileNotFoundError: where the run has no such model (yet).
     """
+    hf_logging.disable_progress_bar()
     folder = run / which
     if not (folder / _TENSORS).exists():
         raise FileNotFoundError(f"{folder} holds no trained model; `shunter train text` leaves one in its run folder")
