@@ -73,8 +73,10 @@ def test_both_models_start_alike_outside_the_experts(small):
 
 @pytest.mark.parametrize("hidden, experts, k", [(384, 48, 1), (264, 24, 2), (100, 7, 3)])
 def test_expert_width_spends_the_dense_blocks_flops(hidden, experts, k):
-    width = expert_width(hidden, experts, k)
+    width = expert_width(hidden, shunter.routers.create("topk", 16, experts, top_k=k))
     assert abs(3 * width * k + experts - 3 * hidden) <= 1.5 * k
+    free = expert_width(hidden, shunter.routers.create("hash", 16, experts, vocab_size=9))
+    assert free == hidden, "a router without weights leaves the experts the whole width"
 
 
 def test_evaluation_is_the_mean_over_all_predicted_tokens(small):
@@ -96,8 +98,8 @@ def test_evaluation_is_the_mean_over_all_predicted_tokens(small):
 
 
 ROUTERS = [
-    "sparse.router=topk", "sparse.router=switch",
-    "sparse.options={selection_bias: true, jitter: 0.1, capacity_factor: 1.0}",
+    ["sparse.router=topk"], ["sparse.router=switch"], ["sparse.router=hash"],
+    ["sparse.top_k=1", "sparse.options={selection_bias: true, jitter: 0.1, capacity_factor: 1.0}"],
 ]  # fmt: skip
 
 
@@ -107,7 +109,7 @@ def test_stopped_and_resumed_runs_end_with_the_same_bits(router, stops, small, t
     """Weights, optimizer, data order, random state, router state and metrics: all as if never stopped."""
     from shunter.recipes import training
 
-    config = small("training.steps=8", router)
+    config = small("training.steps=8", *router)
     straight = tmp_path / "straight"
     train(config, straight)
     broken = tmp_path / "broken"

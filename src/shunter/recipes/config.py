@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import experts, routers
+from ..routers import Router
 
 __all__ = [
     "ConfigError",
@@ -60,11 +61,12 @@ class SparseConfig(_Section):
 
     num_experts: int = Field(24, ge=1, le=4096)
     router: str = "topk"
-    top_k: int = Field(2, ge=1)
+    top_k: int | None = Field(None, ge=1, description="experts of a token; none: the router's own default")
     every: int = Field(1, ge=1)
     hidden: int | None = Field(None, ge=1, description="width of one expert; none: equal FLOPs, the router's included")
     backend: str = "auto"
     options: dict[str, bool | int | float | str | None] = Field({}, description="further options of the router")
+    allow_leak: bool = Field(False, description="insist on a router that lets later tokens change earlier ones")
 
     @field_validator("router")
     @classmethod
@@ -78,13 +80,27 @@ class SparseConfig(_Section):
 
     @model_validator(mode="after")
     def _fits(self) -> SparseConfig:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         known = routers.options(self.router)
         for key in self.options:
             if key not in known:
                 raise ValueError(f"router {self.router!r} has no option {key!r}; {_nearest(key, known)}")
+        router = self.build_router(8, 257)
+        if router.leak and not self.allow_leak:
+            raise ValueError(f"router {self.router!r}: {router.leak}; set sparse.allow_leak=true if you insist")
         return self
+
+    def router_options(self, vocab_size: int) -> dict[str, Any]:
+        """What the router is created with."""
+        options: dict[str, Any] = dict(self.options)
+        if self.top_k is not None:
+            options["top_k"] = self.top_k
+        if "vocab_size" in routers.options(self.router):
+            options["vocab_size"] = vocab_size
+        return options
+
+    def build_router(self, dim: int, vocab_size: int) -> Router:
+        """The router of one layer, as the sparse model will have it."""
+        return routers.create(self.router, dim, self.num_experts, **self.router_options(vocab_size))
 
 
 class TrainingConfig(_Section):

@@ -15,11 +15,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging as hf_logging
 
-from .. import routers
 from ..analysis.ledger import ledger
 from ..analysis.report import write_picture, write_report
 from ..analysis.specialisation import specialisation
 from ..hf import from_pretrained, sparsify
+from ..routers import Router
 from .config import TextConfig, load_config, save_config
 from .data import EvalDomain, TextData, prepare
 from .training import Metrics, train_model
@@ -47,24 +47,24 @@ def build_model(config: TextConfig, which: str, vocab_size: int) -> PreTrainedMo
         bos_token_id=None,
         eos_token_id=None,
     )
+    s = config.sparse
+    hidden = s.hidden or expert_width(m.hidden, s.build_router(m.dim, vocab_size))
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_config(shape)
     if which == "dense":
         return model
-    s = config.sparse
-    hidden = s.hidden or expert_width(m.hidden, s.num_experts, s.top_k)
-    options: dict[str, Any] = dict(s.options)
-    if "top_k" in routers.options(s.router):
-        options["top_k"] = s.top_k
-    return sparsify(model, s.num_experts, s.router, every=s.every, hidden=hidden, backend=s.backend, **options)
+    options: dict[str, Any] = s.router_options(vocab_size) | {"allow_leak": s.allow_leak, "backend": s.backend}
+    return sparsify(model, s.num_experts, s.router, every=s.every, hidden=hidden, **options)
 
 
-def expert_width(hidden: int, num_experts: int, top_k: int) -> int:
+def expert_width(hidden: int, router: Router) -> int:
     """The width f of one expert at which k experts and the router cost what one dense gated block does.
 
-    3 d f k + d E = 3 d hidden, rounded to the nearest whole unit.
+    3 d f k + router weights = 3 d hidden, rounded to the nearest whole unit; k is the mean number of experts a token
+    asks for.
     """
-    return max(1, round((3 * hidden - num_experts) / (3 * top_k)))
+    weights = sum(p.numel() for p in router.parameters() if p.dim() == 2)
+    return max(1, round((3 * router.dim * hidden - weights) / (3 * router.dim * router.experts_per_token)))
 
 
 @torch.no_grad()
