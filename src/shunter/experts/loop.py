@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from ..routing import Routing
 from .backends import Backend, Weights, activate, register
+from .combine import sum_by_token
 
 __all__ = ["loop"]
 
@@ -49,7 +49,7 @@ class _Loop(torch.autograd.Function):
             _linear(activate(h[rows], activation), down[e], down_bias, e, out=y[rows])
         ctx.save_for_backward(x, weight, up, down, up_bias, down_bias, h)
         ctx.routing, ctx.activation = routing, activation
-        return _sum_by_token(y, routing, weight)
+        return sum_by_token(y, routing, weight)
 
     @staticmethod
     @once_differentiable
@@ -96,7 +96,7 @@ class _Loop(torch.autograd.Function):
                 grad_up_bias[e] = dh.sum(0)
             if grad_rows is not None:
                 torch.mm(dh, up[e], out=grad_rows[rows])
-        grad_x = None if grad_rows is None else _sum_by_token(grad_rows, routing, None)
+        grad_x = None if grad_rows is None else sum_by_token(grad_rows, routing, None)
         return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None
 
 
@@ -113,15 +113,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, e: int, out: Tensor)
         torch.mm(x, weight.T, out=out)
     else:
         torch.addmm(bias[e], x, weight.T, out=out)
-
-
-def _sum_by_token(rows: Tensor, routing: Routing, weight: Tensor | None) -> Tensor:
-    """The (weighted) sum over each token's rows (N, d) -> (T, d): one pass, in a fixed order, without atomics."""
-    order, offsets = routing.by_token
-    if rows.numel() == 0:
-        return rows.new_zeros(routing.num_tokens, rows.shape[1])
-    per_row = None if weight is None else weight.detach()[order].to(rows.dtype)
-    return F.embedding_bag(order, rows, offsets, mode="sum", per_sample_weights=per_row, include_last_offset=True)
 
 
 register(Backend("loop", loop, lambda x, weights: None, "one autograd function over a loop of experts, sorted rows"))

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from ..routing import Routing
 from .backends import Backend, Weights, activate, activate_backward, register
+from .combine import sum_by_token
 
 __all__ = ["padded"]
 
@@ -211,15 +211,6 @@ def _batched(x: Tensor, weight: Tensor, bias: Tensor | None, experts: slice, out
         torch.bmm(x, weight, out=out)
     else:
         torch.baddbmm(bias[experts, None], x, weight, out=out)
-
-
-def sum_by_token(rows: Tensor, routing: Routing, weight: Tensor | None) -> Tensor:
-    """The (weighted) sum over each token's rows (N, d) -> (T, d): one pass, in a fixed order, without atomics."""
-    order, offsets = routing.by_token
-    if rows.numel() == 0:
-        return rows.new_zeros(routing.num_tokens, rows.shape[1])
-    per_row = None if weight is None else weight.detach()[order].to(rows.dtype)
-    return F.embedding_bag(order, rows, offsets, mode="sum", per_sample_weights=per_row, include_last_offset=True)
 
 
 register(Backend("padded", padded, lambda x, weights: None, "padded batched products over chunks of experts"))
