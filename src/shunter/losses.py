@@ -5,6 +5,7 @@ Each takes values over real tokens only: a padded row must have been left out by
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -15,17 +16,23 @@ from .routing import Routing
 __all__ = [
     "Choices",
     "cv_squared",
+    "entropy",
+    "global_entropy_loss",
     "importance_loss",
     "load_balancing_loss",
     "load_loss",
+    "local_entropy_loss",
+    "mean_importance_loss",
+    "mean_over_tokens",
     "selection_probability",
+    "sparsity_loss",
     "z_loss",
 ]
 
 Choices = Literal["first", "all", "mean"]
 
 
-def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of values (T, ...) over the tokens where mask (T,) is True; zero where there is none."""
     if mask is None:
         return values.mean(0) if values.shape[0] else values.sum(0)
@@ -65,7 +72,7 @@ def load_balancing_loss(
         share = share / torch.as_tensor(tokens, device=probs.device).clamp_min(1)
     else:
         share = share / share.sum().clamp_min(1)
-    return routing.num_experts * (share * _mean_over_tokens(probs, mask)).sum()
+    return routing.num_experts * (share * mean_over_tokens(probs, mask)).sum()
 
 
 def _mean_over_groups(probs: Tensor, routing: Routing, mask: Tensor | None, choices: Choices, group: Tensor) -> Tensor:
@@ -98,35 +105,88 @@ def importance_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: Shazeer et al. 2017 (Outrageously Large Neural Networks), equations 6 and 7.
     """
-    return cv_squared(_mean_over_tokens(weights, mask))
+    return cv_squared(mean_over_tokens(weights, mask))
 
 
-def selection_probability(clean: Tensor, noisy: Tensor, std: Tensor | float, top_k: int) -> Tensor:
+def selection_probability(
+    clean: Tensor, noisy: Tensor, std: Tensor | float, top_k: int, leave_one_out: bool = True
+) -> Tensor:
     """P(x, i) (T, E): the probability that an expert stays among the k best when its own noise alone is drawn again.
 
     Args:
         clean: (T, E) logits without noise.
-        noisy: (T, E) logits as they were ranked. The threshold of an expert is the k-th largest without the expert
-            itself; gradients flow through it.
+        noisy: (T, E) logits as they were ranked; gradients flow through the threshold taken from them.
         std: standard deviation of the noise, (T, E) or one number, positive.
         top_k: k.
+        leave_one_out: True takes as threshold of an expert the k-th largest without the expert itself (Shazeer); False
+            the k-th largest of all (V-MoE).
 
-    Source: Shazeer et al. 2017, equations 8 and 9.
+    Source: Shazeer et al. 2017, equations 8 and 9; Riquelme et al. 2021 (V-MoE), appendix A.
     """
-    if top_k >= noisy.shape[-1]:
+    if not leave_one_out:
+        threshold = noisy.topk(top_k, dim=-1).values[..., -1:]
+    elif top_k >= noisy.shape[-1]:
         return torch.ones_like(clean)
-    best = noisy.topk(top_k + 1, dim=-1).values
-    kth, following = best[:, -2:-1], best[:, -1:]
-    threshold = torch.where(noisy > following, following, kth)
+    else:
+        best = noisy.topk(top_k + 1, dim=-1).values
+        kth, following = best[..., -2:-1], best[..., -1:]
+        threshold = torch.where(noisy > following, following, kth)
     return torch.special.ndtr((clean - threshold) / std)
 
 
-def load_loss(clean: Tensor, noisy: Tensor, std: Tensor | float, top_k: int, mask: Tensor | None = None) -> Tensor:
+def load_loss(
+    clean: Tensor,
+    noisy: Tensor,
+    std: Tensor | float,
+    top_k: int,
+    mask: Tensor | None = None,
+    leave_one_out: bool = True,
+) -> Tensor:
     """CV(load)^2, where the load of an expert is the sum over tokens of its `selection_probability`.
 
     Source: Shazeer et al. 2017, equations 10 and 11.
     """
-    return cv_squared(_mean_over_tokens(selection_probability(clean, noisy, std, top_k), mask))
+    return cv_squared(mean_over_tokens(selection_probability(clean, noisy, std, top_k, leave_one_out), mask))
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """The entropy (...) in nats of distributions (..., E); finite, with finite gradients, at zero probabilities."""
+    return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
+
+
+def local_entropy_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over tokens of the entropy of probs (T, E): low where each token is sure of its expert.
+
+    Source: Mustafa et al. 2022 (LIMoE), section 2.2, the local loss.
+    """
+    return mean_over_tokens(entropy(probs), mask)
+
+
+def global_entropy_loss(probs: Tensor, mask: Tensor | None = None, minimum: float = 1.0) -> Tensor:
+    """max(0, ln(minimum) - H(mean of probs (T, E))): zero where the tokens spread over at least `minimum` experts.
+
+    Source: Mustafa et al. 2022 (LIMoE), section 2.2, the thresholded global loss, whose soft minimum is S experts.
+    """
+    spread = entropy(mean_over_tokens(probs, mask))
+    loss = (math.log(minimum) - spread).clamp_min(0)
+    return loss if mask is None else torch.where(mask.any(), loss, 0)
+
+
+def sparsity_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over tokens of |p|_1 / |p|_2, from 1 (one expert) to sqrt(E) (all alike).
+
+    Source: You et al. 2021 (SpeechMoE), the sparsity L1 loss.
+    """
+    norm = probs.square().sum(-1).clamp_min(torch.finfo(probs.dtype).tiny).sqrt()
+    return mean_over_tokens(probs.sum(-1) / norm, mask)
+
+
+def mean_importance_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """E * sum_i (mean over tokens of p_i)^2, from 1 (balanced) to E; 1 more than the importance loss.
+
+    Source: You et al. 2021 (SpeechMoE), the mean importance loss.
+    """
+    return probs.shape[-1] * mean_over_tokens(probs, mask).square().sum()
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -134,4 +194,4 @@ def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: Zoph et al. 2022 (ST-MoE), equation 5.
     """
-    return _mean_over_tokens(torch.logsumexp(logits, dim=-1) ** 2, mask)
+    return mean_over_tokens(torch.logsumexp(logits, dim=-1) ** 2, mask)

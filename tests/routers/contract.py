@@ -92,7 +92,7 @@ def decisions_are_in_float32(name, options, context):
 def gradients_are_right(name, options, context):
     router = make(name, options).double().train()
     known = context(8)
-    logits = seeded(router.score, torch.randn(8, DIM, dtype=torch.float64), known).detach().requires_grad_()
+    logits = seeded(router.score, torch.randn(8, DIM, dtype=torch.float64), known).detach().clone().requires_grad_()
 
     def decide(h):
         return seeded(router.assign, h, known).dense()
@@ -118,7 +118,7 @@ def rows_of_nan_stay_in_range(name, options, context):
     for training in (True, False):
         router = make(name, options).train(training)
         known = context(6)
-        logits = seeded(router.score, torch.randn(6, DIM), known)
+        logits = seeded(router.score, torch.randn(6, DIM), known).detach().clone()
         logits[2] = float("nan")
         routing = seeded(router.assign, logits, known)
         pairs = set(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))

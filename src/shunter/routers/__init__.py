@@ -7,12 +7,18 @@ import inspect
 from typing import Any
 
 from .base import NO_CONTEXT, Context, LinearRouter, Router
+from .conditioned import Sentence, Speech, Task
+from .dense_to_sparse import DenseToSparse
+from .dselect_k import DSelectK
 from .expert_choice import ExpertChoice
 from .gshard import GShard
 from .hash import Hash
+from .limoe import LIMoE
 from .noisy_topk import HierarchicalNoisyTopK, NoisyTopK
+from .prototypes import Prototypes
 from .switch import Switch
 from .topk import TopK
+from .vmoe import VMoE
 
 __all__ = [
     "NO_CONTEXT",
@@ -38,6 +44,14 @@ _ROUTERS: dict[str, type[Router]] = {
     "noisy_topk": NoisyTopK,
     "hierarchical_noisy_topk": HierarchicalNoisyTopK,
     "gshard": GShard,
+    "vmoe": VMoE,
+    "prototypes": Prototypes,
+    "dense_to_sparse": DenseToSparse,
+    "dselect_k": DSelectK,
+    "task": Task,
+    "sentence": Sentence,
+    "speech": Speech,
+    "limoe": LIMoE,
     "expert_choice": ExpertChoice,
     "hash": Hash,
 }

@@ -140,7 +140,7 @@ class Router(nn.Module):
             raise ValueError(f"{type(self).__name__} needs {name}; pass {name}= to the layer")
         if size is not None and value.numel() and (int(value.min()) < 0 or int(value.max()) >= size):
             bad = int(value[(value < 0) | (value >= size)][0])
-            raise ValueError(f"{type(self).__name__}: {name} {bad} is out of range; {name}s are 0 to {size - 1}")
+            raise ValueError(f"{type(self).__name__}: {name} {bad} is out of range; ids are 0 to {size - 1}")
         return value
 
     def choose(self, logits: Tensor, context: Context) -> Routing:
@@ -204,12 +204,17 @@ class Router(nn.Module):
 
     def capacity(self, num_tokens: int) -> int | None:
         """The slots C of one expert for T real tokens in the present mode; None when dropless."""
-        factor = self.capacity_factor
-        if factor is not None and not self.training and self.eval_capacity_factor is not None:
-            factor = self.eval_capacity_factor
+        factor = self.present_capacity_factor
         if factor is None:
             return None
         return capacity_room.capacity(num_tokens, self.num_experts, self.top_k, factor, self.capacity_formula)
+
+    @property
+    def present_capacity_factor(self) -> float | None:
+        """The capacity factor of the present mode; None when dropless."""
+        if self.capacity_factor is not None and not self.training and self.eval_capacity_factor is not None:
+            return self.eval_capacity_factor
+        return self.capacity_factor
 
     def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
         """Note what `update` needs of a training forward. `MoE` calls it once a forward, not in a recomputation."""

@@ -1,0 +1,109 @@
+"""Tokens choose, from many experts to one: a gate that training anneals from dense to sparse."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing
+from .base import NO_CONTEXT, Context, LinearRouter
+from .gshard import gumbel_like
+
+__all__ = ["DenseToSparse"]
+
+
+class DenseToSparse(LinearRouter):
+    """Dense-to-sparse gate: every expert whose Gumbel-softmax weight exceeds a threshold; the temperature falls.
+
+    At the first temperature a token uses many experts, at the last about one. Evaluation takes the most probable
+    expert, weighted by its probability, at every stage of training. `update` moves the temperature by one step.
+
+    Args:
+        max_temperature, min_temperature: tau at the first step and from step `anneal_steps` on.
+        anneal_steps: how many calls of `update` the fall takes.
+        schedule: "linear" in the step, or "exponential" (a constant ratio between steps).
+        threshold: the weight above which an expert is used.
+        hard_after: the number of updates after which training too uses the largest weight alone; None never.
+        **options: of `LinearRouter` and `Router`; the balance loss is off, as the gate is said to need none.
+
+    Raises:
+        ValueError: for impossible temperatures, steps or thresholds.
+
+    Source: Nie et al. 2021 (Dense-to-Sparse Gate for Mixture-of-Experts; EvoMoE), section 4, equations 5 to 8.
+    """
+
+    chooses: ClassVar[str] = "tokens"
+    source: ClassVar[str] = "Nie et al. 2021"
+
+    temperature: Tensor
+    steps: Tensor
+    uses: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        max_temperature: float = 2.0,
+        min_temperature: float = 0.3,
+        anneal_steps: int = 10_000,
+        schedule: Literal["linear", "exponential"] = "linear",
+        threshold: float = 0.001,
+        hard_after: int | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, num_experts, device=device, **options)
+        if not 0 < min_temperature <= max_temperature:
+            raise ValueError(f"min_temperature {min_temperature} must be positive and at most {max_temperature}")
+        if anneal_steps < 1:
+            raise ValueError(f"anneal_steps {anneal_steps} must be at least 1")
+        if schedule not in ("linear", "exponential"):
+            raise ValueError(f"schedule {schedule!r} is unknown; choose from linear, exponential")
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold {threshold} must be in [0, 1)")
+        self.max_temperature = max_temperature
+        self.min_temperature = min_temperature
+        self.anneal_steps = anneal_steps
+        self.schedule = schedule
+        self.threshold = threshold
+        self.hard_after = hard_after
+        self.register_buffer("temperature", torch.tensor(max_temperature, dtype=torch.float32, device=device))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        # Tokens and experts used by them in training so far: the cost of the dense phase.
+        self.register_buffer("uses", torch.zeros(2, dtype=torch.int64, device=device))
+
+    def choose(self, logits: Tensor, context: Context) -> Routing:
+        """The experts above the threshold, at least one; in evaluation the most probable one."""
+        noisy = logits
+        if self.training:
+            noisy = (logits + gumbel_like(logits)) / self.temperature.to(logits.dtype)
+        weight = noisy.softmax(-1)
+        best = weight.detach().argmax(-1, keepdim=True)
+        sparse = not self.training or (self.hard_after is not None and int(self.steps) >= self.hard_after)
+        used = torch.zeros_like(weight, dtype=torch.bool) if sparse else weight > self.threshold
+        return Routing.from_dense(weight, mask=used.scatter(1, best, True), check=False)
+
+    def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
+        """Add up tokens and the experts they used."""
+        self.uses[0] += context.num_real(routing.num_tokens)
+        self.uses[1] += routing.demand.sum()
+
+    def update(self) -> None:
+        """One step of the schedule."""
+        self.steps += 1
+        done = min(int(self.steps) / self.anneal_steps, 1.0)
+        if self.schedule == "linear":
+            self.temperature.fill_(self.max_temperature + done * (self.min_temperature - self.max_temperature))
+        else:
+            self.temperature.fill_(self.max_temperature * (self.min_temperature / self.max_temperature) ** done)
+
+    @property
+    def experts_per_token(self) -> float:
+        """In training the mean over all training so far, E before the first token; in evaluation 1."""
+        if not self.training:
+            return 1.0
+        tokens, used = self.uses.tolist()
+        return used / tokens if tokens else float(self.num_experts)

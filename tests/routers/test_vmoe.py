@@ -1,0 +1,122 @@
+"""V-MoE: golden values, the load by Monte Carlo, and what batch priority keeps."""
+
+import pytest
+import torch
+
+from shunter.losses import cv_squared, selection_probability
+from shunter.routers import create
+
+from ..test_capacity import LOGITS
+from . import contract
+
+SORTS = [{}, {"capacity_order": "batch", "capacity_factor": 0.4, "z_loss": 0.1}, {"group_size": 5, "top_k": 1}]
+
+
+@pytest.mark.parametrize("check", contract.CHECKS)
+@pytest.mark.parametrize("options", SORTS)
+def test_contract(options, check):
+    check("vmoe", options, contract.plain)
+
+
+def _twice(logits):
+    return torch.cat([logits, logits], dim=1)
+
+
+def test_the_paper_is_the_preset():
+    router = create("vmoe", 6, 8)
+    assert (router.noise_std, router.top_k, router.renormalize) == (1 / 8, 2, "no")
+    assert {k: c for k, c in router.coefficients.items() if c} == {"importance_loss": 0.005, "load_loss": 0.005}
+    assert create("vmoe", 6, 64).capacity(1024) == 36, "ceil(1024 * 2 * 1.05 / 64) up to a multiple of 4"
+
+
+def test_golden_batch_priority_and_losses():
+    router = create("vmoe", 6, 4, top_k=1, capacity_factor=4 / 3, capacity_formula="review", capacity_order="batch")
+    routing = router.assign(_twice(LOGITS))
+    assert LOGITS.softmax(-1).amax(-1).argsort(descending=True).tolist() == [2, 0, 5, 4, 1, 3]
+    assert routing.token.sort().values.tolist() == [0, 2, 3, 5]
+    two = create("vmoe", 6, 4, importance_loss=1.0, load_loss=1.0, noise_std=0.5).train()
+    losses = two.losses(_twice(LOGITS), two.assign(_twice(LOGITS)))
+    assert losses["importance_loss"].item() == pytest.approx(0.229348, abs=1e-6)
+    assert cv_squared(torch.tensor([0.602063, 0.470729, 0.287339, 0.223954])).item() == pytest.approx(
+        0.142594, abs=1e-6
+    )
+    threshold = LOGITS.double().topk(2).values[:, 1:]
+    mean = (1 - torch.distributions.Normal(0, 1).cdf((threshold - LOGITS.double()) / 0.5)).mean(0)
+    assert losses["load_loss"].item() == pytest.approx(cv_squared(mean).item(), rel=1e-5)
+
+
+def test_importance_is_of_the_clean_logits_and_choices_of_the_noisy():
+    router = create("vmoe", 6, 4, importance_loss=1.0, capacity_factor=None).train()
+    clean, noisy = torch.randn(2, 20, 4)
+    logits = torch.cat([clean, noisy], dim=1)
+    routing = router.assign(logits)
+    index = noisy.topk(2).indices
+    expected = torch.zeros(20, 4).scatter(1, index, noisy.softmax(-1).gather(1, index))
+    assert torch.allclose(routing.dense(), expected), "softmax over all experts, then the top k, not renormalised"
+    assert torch.allclose(router.losses(logits, routing)["importance_loss"], cv_squared(clean.softmax(-1).mean(0)))
+
+
+def test_the_threshold_includes_the_expert_itself():
+    """With the noise that was drawn kept as threshold, the load is a frequency of exceeding it."""
+    clean = torch.randn(3, 5, dtype=torch.float64)
+    noisy = clean + 0.2 * torch.randn_like(clean)
+    p = selection_probability(clean, noisy, 0.2, 2, leave_one_out=False)
+    draws = clean + 0.2 * torch.randn(20000, 3, 5, dtype=torch.float64)
+    share = (draws >= noisy.topk(2).values[:, 1:]).double().mean(0)
+    assert ((share - p).abs() <= 4.5 * (p * (1 - p) / 20000).sqrt() + 1e-4).all()
+    assert not torch.allclose(p, selection_probability(clean, noisy, 0.2, 2))
+
+
+def test_noise_has_standard_deviation_one_over_experts():
+    router = create("vmoe", 6, 5).train()
+    clean, noisy = router.score(torch.randn(20000, 6)).chunk(2, 1)
+    assert (noisy - clean).std().item() == pytest.approx(0.2, rel=0.02)
+    clean, noisy = router.eval().score(torch.randn(20, 6)).chunk(2, 1)
+    assert torch.equal(clean, noisy)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_batch_priority_keeps_the_greatest_mass_of_first_choices(top_k):
+    for factor in (0.3, 0.7):
+        logits = _twice(torch.randn(60, 4) * 2)
+        kept = {}
+        for order in ("batch", "position"):
+            router = create("vmoe", 6, 4, top_k=top_k, capacity_factor=factor / top_k, capacity_order=order)
+            routing = router.assign(logits)
+            kept[order] = torch.zeros(4).index_add(0, routing.expert, routing.weight)
+            if order == "batch":
+                first = routing.choice == 0
+                probs = logits[:, :4].softmax(-1)
+                for e in range(4):
+                    asked = (probs.argmax(1) == e).nonzero().flatten()
+                    best = asked[probs[asked].amax(1).argsort(descending=True)][: router.capacity(60)]
+                    assert set(routing.token[first & (routing.expert == e)].tolist()) == set(best.tolist())
+        if top_k == 1:
+            assert (kept["batch"] >= kept["position"] - 1e-6).all()
+
+
+def test_orders_agree_where_nothing_is_dropped():
+    logits = _twice(torch.randn(30, 4))
+    one, other = (
+        create("vmoe", 6, 4, capacity_factor=4.0, capacity_order=order).assign(logits)
+        for order in ("batch", "position")
+    )
+    assert one.dropped.token.numel() == 0 and torch.equal(one.dense(), other.dense())
+
+
+def test_batch_priority_is_flagged_in_causal_models():
+    router = create("vmoe", 6, 3, capacity_factor=0.3, capacity_order="batch")
+    assert "later tokens" in router.leak
+    changed = 0
+    for _ in range(20):
+        logits = torch.randn(20, 3)
+        other = logits.clone()
+        other[10:] *= 3
+        before, after = (router.assign(_twice(h)).dense()[:10] for h in (logits, other))
+        changed += not torch.equal(before, after)
+    assert changed, "a future token changes an earlier output"
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="must be positive"):
+        create("vmoe", 6, 4, noise_std=0.0)
