@@ -88,6 +88,8 @@ def test_largest_is_a_stable_sort(k):
 
 @pytest.mark.parametrize("name, options", FOUR)
 def test_rows_of_nan_stay_in_range_and_leave_others_alone(name, options):
+    if name == "switch":
+        options = {"capacity_factor": None}  # a slot that the row takes would be another's
     router = _make(name, options).eval()
     context = _context(6)
     logits = torch.randn(6, 5)
