@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shunter
-from shunter.analysis.specialisation import _text, specialisation
+from shunter.analysis.specialisation import specialisation, token_text
 from shunter.recipes.config import DataConfig
 from shunter.recipes.data import _tokenizer
 
@@ -45,5 +45,5 @@ def test_pieces_of_characters_are_shown_as_their_bytes():
     tokenizer = _tokenizer(DataConfig(tokenizer="bytes"), [])
     for text in ("é", "語", "a", "\n"):
         ids = tokenizer.backend_tokenizer.encode(text).ids
-        shown = "".join(_text(tokenizer, i) for i in ids)
+        shown = "".join(token_text(tokenizer, i) for i in ids)
         assert shown == (text if len(ids) == 1 else "".join(f"\\x{b:02x}" for b in text.encode()))

@@ -5,19 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+import torch
 from numpy.typing import NDArray
 
-from . import figures
-from .characters import printable, visible
+from . import figures, information, page
 from .run_folder import DEAD_BELOW, MODELS, ModelSummary, ReportError, Run, Summary, read_run
 
 __all__ = ["ReportError", "mutual_information", "write_picture", "write_report"]
 
 SHOWN_LAYERS = 6  # further layers are folded away
 TRAINING_FLOPS = 3  # of a forward pass: one forward, and a backward of twice its cost
-NOT_KNOWN = "n/a"
 
 
 def write_report(run: Path) -> Path:
@@ -28,9 +25,9 @@ def write_report(run: Path) -> Path:
     """
     content = read_run(run)
     with figures.style(figures.THEME):
-        page = _environment().get_template("report.html.jinja").render(_page(content))
+        text = page.environment().get_template("report.html.jinja").render(_page(content))
     target = content.path / "report.html"
-    target.write_text(page, encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
     return target
 
 
@@ -56,58 +53,7 @@ def mutual_information(share: NDArray[np.float64]) -> float:
     share = share[share.sum(axis=1) > 0]
     if not len(share):
         return 0.0
-    given_domain = share / share.sum(axis=1, keepdims=True)
-    marginal = given_domain.mean(axis=0)
-    ratio = np.divide(given_domain, marginal, out=np.ones_like(given_domain), where=given_domain > 0)
-    return float((given_domain * np.log2(ratio)).sum() / len(share))
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(__package__ or ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
-    environment.filters |= {"fixed": _fixed, "si": _si, "binary": _binary, "ratio": _ratio, "visible": visible}
-    environment.filters |= {"signed": _signed, "exp": math.exp}
-    return environment
-
-
-def _fixed(value: float, digits: int = 3) -> str:
-    return f"{value:,.{digits}f}" if math.isfinite(value) else NOT_KNOWN
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\u2212") if math.isfinite(value) else NOT_KNOWN
-
-
-def _scaled(value: float, base: int, prefixes: tuple[str, ...], unit: str) -> str:
-    if not math.isfinite(value):
-        return NOT_KNOWN
-    power = 0
-    while abs(value) >= base and power < len(prefixes) - 1:
-        value, power = value / base, power + 1
-    whole = power == 0 and value == int(value)
-    digits = 0 if whole else max(0, 2 - int(math.log10(max(abs(value), 1))))
-    return f"{value:.{digits}f}\u00a0{prefixes[power]}{unit}".strip()
-
-
-def _si(value: float, unit: str = "") -> str:
-    """Three significant digits with an SI prefix: 1234567 is "1.23 M", unbroken."""
-    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P", "E"), unit)
-
-
-def _binary(value: float) -> str:
-    """Bytes with a binary prefix: 1536 is "1.50 KiB", unbroken."""
-    return _scaled(value, 1024, ("", "Ki", "Mi", "Gi", "Ti"), "B")
-
-
-def _ratio(sparse: float, dense: float) -> str:
-    """Sparse over dense as "1.41×"."""
-    return f"{sparse / dense:.2f}×" if dense and math.isfinite(sparse / dense) else NOT_KNOWN
+    return information.mutual_information(torch.from_numpy(share / share.sum(axis=1, keepdims=True)))
 
 
 def _page(run: Run) -> dict[str, Any]:
@@ -122,7 +68,7 @@ def _page(run: Run) -> dict[str, Any]:
         "experts": " or ".join(map(str, sorted(experts))),
         "losses": _loss_figures(run),
         "domains": _domain_rows(run),
-        "domain_figure": _svg(figures.domain_losses(run, figures.THEME), "domains", "Held-out loss by domain")
+        "domain_figure": page.svg(figures.domain_losses(run, figures.THEME), "domains", "Held-out loss by domain")
         if run.scored_domains
         else None,
         "loads": _load_figures(run),
@@ -131,10 +77,6 @@ def _page(run: Run) -> dict[str, Any]:
         "dead_below": DEAD_BELOW,
         "training_flops": TRAINING_FLOPS,
     }
-
-
-def _svg(figure: figures.Figure, name: str, title: str) -> Markup:
-    return Markup(figures.to_svg(figure, name, printable(title)))
 
 
 def _costs(summary: Summary) -> list[dict[str, Any]]:
@@ -170,7 +112,7 @@ def _loss_figures(run: Run) -> list[dict[str, Any]]:
             axes.append(("flops", "against compute", figures.Axis("training FLOPs", "tokens", flops)))
     axes.append(("seconds", "against time", figures.Axis("seconds of training", "seconds", one)))
     return [
-        {"title": title, "svg": _svg(figures.loss_curves(run, axis, figures.THEME), f"loss-{key}", f"Loss {title}")}
+        {"title": title, "svg": page.svg(figures.loss_curves(run, axis, figures.THEME), f"loss-{key}", f"Loss {title}")}
         for key, title, axis in axes
     ]
 
@@ -197,7 +139,7 @@ def _load_figures(run: Run) -> dict[str, Any] | None:
             "name": layer,
             "balance": float(load.balance[-1]),
             "dead": load.dead,
-            "svg": _svg(
+            "svg": page.svg(
                 figures.load_map(load, scale, figures.THEME),
                 f"load-{number}",
                 f"Load of {load.share.shape[1]} experts of {layer} over training",
@@ -205,7 +147,7 @@ def _load_figures(run: Run) -> dict[str, Any] | None:
         }
         for number, (layer, load) in enumerate(run.loads.items())
     ]
-    return {"key": _svg(bar, "load-key", "Colour key of the load maps"), "layers": layers}
+    return {"key": page.svg(bar, "load-key", "Colour key of the load maps"), "layers": layers}
 
 
 def _specialisation(run: Run) -> dict[str, Any] | None:
@@ -220,7 +162,7 @@ def _specialisation(run: Run) -> dict[str, Any] | None:
         layers.append(
             {
                 "name": layer,
-                "svg": _svg(figures.domain_map(row, run.domains), f"domain-{number}", title),
+                "svg": page.svg(figures.domain_map(row, run.domains), f"domain-{number}", title),
                 "information": mutual_information(row.share),
                 "at_most": math.log2(min(row.share.shape)),
                 "experts": [
@@ -234,4 +176,4 @@ def _specialisation(run: Run) -> dict[str, Any] | None:
                 ],
             }
         )
-    return {"key": _svg(bar, "domain-key", "Colour key of the domain maps"), "layers": layers}
+    return {"key": page.svg(bar, "domain-key", "Colour key of the domain maps"), "layers": layers}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..moe import moe_layers
 
-__all__ = ["specialisation"]
+__all__ = ["characteristic", "specialisation", "token_text"]
 
 TOP_TOKENS = 8
 MIN_COUNT = 5
@@ -55,18 +55,12 @@ def specialisation(
                 cell = routing.expert * vocab + flat[routing.token]
                 by_token[name] += torch.bincount(cell, minlength=layer.num_experts * vocab).reshape(-1, vocab)
     model.train(was_training)
-    expected = text / text.sum()
     found = {}
     for name in layers:
-        counts = by_token[name]
-        share = counts / counts.sum(1, keepdim=True).clamp_min(1)
-        lift = torch.where(counts >= MIN_COUNT, share / expected.clamp_min(1e-12), 0)
-        characteristic = share * lift.clamp_min(1).log()
-        tokens = []
-        for e in range(counts.shape[0]):
-            best = characteristic[e].argsort(descending=True, stable=True)[:TOP_TOKENS].tolist()
-            rows = [[_text(tokenizer, t), float(share[e, t]), float(lift[e, t])] for t in best]
-            tokens.append([row for row, t in zip(rows, best, strict=True) if characteristic[e, t] > 0])
+        tokens = [
+            [[token_text(tokenizer, t), share, lift] for t, share, lift in rows]
+            for rows in characteristic(by_token[name], text)
+        ]
         domain = by_domain[name]
         found[name] = {
             "load": (domain.sum(0) / domain.sum()).tolist(),
@@ -76,7 +70,31 @@ def specialisation(
     return {"domains": list(domains), "layers": found}
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+def characteristic(counts: Tensor, text: Tensor, top: int = TOP_TOKENS) -> list[list[tuple[int, float, float]]]:
+    """The labels that are most each expert's own: the largest terms of the divergence of what it is sent from the text.
+
+    Args:
+        counts: (E, V) int64, how often each expert was sent each of V labels.
+        text: (V,) int64, how often each label is in the text.
+        top: how many labels of an expert at most.
+
+    Returns:
+        For each expert (label, share of what the expert is sent, lift = that share over the label's share of the text),
+        the first the most characteristic. Labels that an expert saw fewer than 5 times, or not above their share of the
+        text, are left out.
+    """
+    expected = text / text.sum().clamp_min(1)
+    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    lift = torch.where(counts >= MIN_COUNT, share / expected.clamp_min(1e-12), 0)
+    terms = share * lift.clamp_min(1).log()
+    found = []
+    for e in range(counts.shape[0]):
+        best = terms[e].argsort(descending=True, stable=True)[:top].tolist()
+        found.append([(t, float(share[e, t]), float(lift[e, t])) for t in best if terms[e, t] > 0])
+    return found
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token as a person reads it; a piece of a character as its bytes."""
     text = str(tokenizer.decode([token]))
     if "\ufffd" not in text:
