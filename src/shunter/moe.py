@@ -13,7 +13,7 @@ from .experts import Experts, choose
 from .routers import NO_CONTEXT, Context, Router
 from .routing import Routing
 
-__all__ = ["MoE", "aux_loss", "moe_layers", "update_routers"]
+__all__ = ["MoE", "aux_loss", "moe_layers", "recomputing", "update_routers"]
 
 
 class MoE(nn.Module):
@@ -120,7 +120,7 @@ class MoE(nn.Module):
             out = out + self.shared_experts(tokens, _everyone(tokens))
         if self.training:
             self.losses = self.router.losses(logits, routing, context)
-            if not _recomputing():
+            if not recomputing():
                 self.router.observe(logits.detach(), routing, context)
         self.routing = routing.detach()
         return self.dropout(out).reshape(x.shape)
@@ -188,7 +188,7 @@ class MoE(nn.Module):
         return "\n".join(lines)
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether this forward is activation checkpointing's second one, run from inside a backward."""
     return torch._C._current_graph_task_id() != -1
 

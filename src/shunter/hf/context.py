@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..moe import aux_loss, moe_layers
 from ..routers import Context
 
-__all__ = ["install"]
+__all__ = ["install", "takes_tokens", "tokens_of"]
 
 _INPUTS = ("input_ids", "attention_mask")
 
@@ -26,7 +26,7 @@ _INPUTS = ("input_ids", "attention_mask")
 def install(model: PreTrainedModel) -> None:
     """Hook a sparsified model: token ids and padding reach the routers, auxiliary losses reach `output.loss`."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and set(_INPUTS) & set(inspect.signature(module.forward).parameters):
+        if isinstance(module, PreTrainedModel) and takes_tokens(module):
             module.register_forward_pre_hook(_hand_down, with_kwargs=True)
     model.register_forward_hook(_add_losses, with_kwargs=True)
 
@@ -36,7 +36,13 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether a module's forward takes token ids or an attention mask."""
+    return bool(set(_INPUTS) & set(inspect.signature(module.forward).parameters))
+
+
+def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
+    """What the arguments of a model's forward say of its tokens: padding (B, S), None where there is none, and ids."""
     given = _arguments(module, args, kwargs)
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     embeds = given.get("inputs_embeds")
@@ -48,7 +54,11 @@ def _hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         mask = mask[:, -shape[1] :].to(torch.bool)
         if bool(mask.all()):
             mask = None
-    context = Context(mask=mask, token_ids=ids)
+    return Context(mask=mask, token_ids=ids)
+
+
+def _hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    context = tokens_of(module, args, kwargs)
     for layer in moe_layers(module).values():
         layer.context = context
 
