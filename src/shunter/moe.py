@@ -116,6 +116,9 @@ class MoE(nn.Module):
         logits = self.router.score(tokens, context)
         routing = self.router.assign(logits, context)
         out = self.experts(tokens, routing)
+        own = self.router.identity_weight(logits, routing, context)
+        if own is not None:
+            out = out + own.to(out.dtype)[:, None] * tokens
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens, _everyone(tokens))
         if self.training:
@@ -138,11 +141,12 @@ class MoE(nn.Module):
                 elif field.name == "position":
                     value = torch.arange(shape[-1], device=x.device).expand(shape)
             if value is not None:
-                given = value.shape[:-1] if field.name == "embedding" else value.shape
+                wide = field.name in ("embedding", "experts")
+                given = value.shape[:-1] if wide else value.shape
                 if given != shape[: len(given)]:
                     raise ValueError(
                         f"MoE: {field.name} has shape {tuple(value.shape)}; x {tuple(x.shape)} needs {tuple(shape)}"
-                        + (" and the width of the embedding" if field.name == "embedding" else "")
+                        + (" and its own last size" if wide else "")
                     )
                 own = value.shape[len(given) :]
                 value = value.reshape(*given, *[1] * (len(shape) - len(given)), *own)

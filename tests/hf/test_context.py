@@ -56,6 +56,7 @@ def test_generation_from_a_cache_routes_the_new_token(build):
     ids = torch.randint(1, 50, (2, 5))
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
+    model.generation_config.eos_token_id = None  # never shorter than 4
     out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
     full = torch.cat([mask, torch.ones(2, 4, dtype=torch.int64)], 1)
     again = model(input_ids=out, attention_mask=full, position_ids=(full.cumsum(1) - 1).clamp_min(0)).logits

@@ -68,6 +68,7 @@ def test_each_token_has_one_expert_of_each_prototype():
     matrix = routing.dense().reshape(40, 3, 4)
     assert ((matrix > 0).sum(-1) == 1).all()
     assert router.leak is None and router.experts_per_token == 3
+    assert torch.equal(routing.first_choices, routing.counts), "each is the first choice of its own prototype"
 
 
 def test_no_prototype_waits_for_another():

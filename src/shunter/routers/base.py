@@ -31,6 +31,8 @@ class Context:
         sequence: (T,) int64 number of the sequence that each token belongs to; tokens of one are in order.
         position: (T,) int64 place of each token in its sequence.
         embedding: (T, w) floating point, what another network knows of each token (SpeechMoE's shared embedding).
+        experts: (T, k) int64, the experts that each token takes, best first and -1 for none: a decision forced or
+            replayed, which leaves the router the weights alone.
     """
 
     mask: Tensor | None = None
@@ -42,6 +44,7 @@ class Context:
     sequence: Tensor | None = None
     position: Tensor | None = None
     embedding: Tensor | None = None
+    experts: Tensor | None = None
 
     def num_real(self, num_tokens: int) -> int:
         """T without padding."""
@@ -77,6 +80,8 @@ class Router(nn.Module):
     """Whether the review (Fedus et al. 2022) describes the algorithm, or it came after."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields of `Context` that `score` or `assign` cannot do without."""
+    replays: ClassVar[bool] = False
+    """Whether the router follows the `experts` of a context."""
     source: ClassVar[str]
     """The paper that the router comes from."""
     top_k: int = 1
@@ -164,7 +169,9 @@ class Router(nn.Module):
             raise ValueError(f"assign: logits have shape {tuple(logits.shape)}; they must be (T, {self.score_width})")
         for name in self.needs:
             self.require(context, name)
-        for name in ("mask", *self.needs):
+        if context.experts is not None and not self.replays:
+            raise ValueError(f"{type(self).__name__} decides itself: it cannot follow experts=; use a top-k router")
+        for name in ("mask", "experts", *self.needs):
             value = getattr(context, name)
             if value is not None and value.shape[0] != logits.shape[0]:
                 raise ValueError(f"assign: {name} has {value.shape[0]} entries for {logits.shape[0]} tokens")
@@ -215,6 +222,10 @@ class Router(nn.Module):
         if self.capacity_factor is not None and not self.training and self.eval_capacity_factor is not None:
             return self.eval_capacity_factor
         return self.capacity_factor
+
+    def identity_weight(self, logits: Tensor, routing: Routing, context: Context) -> Tensor | None:
+        """The weight (T,) of each token's own hidden state in the output; None where there are no such choices."""
+        return None
 
     def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
         """Note what `update` needs of a training forward. `MoE` calls it once a forward, not in a recomputation."""
@@ -276,6 +287,11 @@ class LinearRouter(Router):
         jitter: in training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter] (Switch, 2.4).
         init_scale: the initial weights are drawn from a truncated normal of standard deviation sqrt(init_scale / d)
             (Switch, section 2.4: 0.1).
+        router_bias: whether a learned bias (E,), zero at first, is added to the logits (gpt-oss).
+        input_norm: whether the input is divided by its root mean square and by sqrt(d), and multiplied by a learned
+            scale (d,), one at first (Gemma 4).
+        logit_scale: what the logits are multiplied by.
+        logit_cap: c > 0 bounds the logits smoothly, c tanh(h / c); None leaves them.
     """
 
     def __init__(
@@ -285,6 +301,10 @@ class LinearRouter(Router):
         *,
         jitter: float = 0.0,
         init_scale: float = 0.1,
+        router_bias: bool = False,
+        input_norm: bool = False,
+        logit_scale: float = 1.0,
+        logit_cap: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -292,9 +312,16 @@ class LinearRouter(Router):
         super().__init__(dim, num_experts, **options)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter {jitter} must be in [0, 1)")
+        if logit_cap is not None and logit_cap <= 0:
+            raise ValueError(f"logit_cap {logit_cap} must be positive, or None for no cap")
         self.jitter = jitter
         self.init_scale = init_scale
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.logit_scale = logit_scale
+        self.logit_cap = logit_cap
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, **place))
+        self.bias = nn.Parameter(torch.zeros(num_experts, **place)) if router_bias else None
+        self.input_scale = nn.Parameter(torch.ones(dim, **place)) if input_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -303,13 +330,23 @@ class LinearRouter(Router):
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
     def score(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        """The logits (T, E) = x W_r^T of x (T, d), in at least float32, autocast off."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        """The logits (T, E) of x (T, d), scaled and capped, in at least float32, autocast off."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(dtype)
-            if self.jitter and self.training:
-                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            return F.linear(x, self.weight.to(dtype))
+            logits = self.project(x.to(torch.promote_types(x.dtype, torch.float32)), context)
+            if self.logit_scale != 1:
+                logits = logits * self.logit_scale
+            if self.logit_cap is not None:
+                logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
+            return logits
+
+    def project(self, x: Tensor, context: Context) -> Tensor:
+        """The linear map (T, E) of x (T, d), which is in the precision of the logits: x W_r^T, and the bias."""
+        if self.jitter and self.training:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        if self.input_scale is not None:
+            x = F.rms_norm(x, (self.dim,), eps=1e-6) * self.input_scale.to(x.dtype) * self.dim**-0.5
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """d and E, for `print(model)`."""

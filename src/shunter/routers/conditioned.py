@@ -147,16 +147,15 @@ class Speech(TopK):
         for weight in (self.weight, self.embedding_weight):
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
-    def score(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        """The logits (T, E) of x (T, d), the embedding (T, w) and the domain, in at least float32."""
+    def project(self, x: Tensor, context: Context) -> Tensor:
+        """The linear map (T, E) of x (T, d), the embedding (T, w) and the domain."""
         embedding = self.require(context, "embedding")
         if embedding.shape != (x.shape[0], self.embedding_dim):
             raise ValueError(
                 f"Speech: embedding has shape {tuple(embedding.shape)}; it must be {(x.shape[0], self.embedding_dim)}"
             )
-        logits = super().score(x, context)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = logits + F.linear(embedding.to(logits.dtype), self.embedding_weight.to(logits.dtype))
+        logits = super().project(x, context)
+        logits = logits + F.linear(embedding.to(logits.dtype), self.embedding_weight.to(logits.dtype))
         if self.domain_logits is not None:
             domain = self.require(context, "domain", self.num_domains)
             logits = logits + self.domain_logits.to(logits.dtype)[domain]

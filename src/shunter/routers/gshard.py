@@ -71,20 +71,17 @@ class GShard(TopK):
     def choose(self, logits: Tensor, context: Context) -> Routing:
         """The first expert, and the second that the policy of the present mode gives."""
         policy = self.second_policy if self.training else self.eval_second_policy
-        probs = logits.softmax(-1)
-        index = largest(probs.detach(), 2)
+        if policy == "all" or context.experts is not None:
+            return super().choose(logits, context)
+        index, keep = self.select(logits), None
         if policy == "sampling":
             drawn = (logits.detach() + gumbel_like(logits)).scatter(1, index[:, :1], -torch.inf)
             index = torch.cat([index[:, :1], largest(drawn, 1)], dim=1)
-        weight = probs.gather(1, index)
-        share = weight / weight.sum(-1, keepdim=True)
-        keep = None
-        if policy == "random":
+        else:
+            both = logits.detach().gather(1, index).softmax(-1)
             keep = torch.ones_like(index, dtype=torch.bool)
-            keep[:, 1] = torch.rand_like(share[:, 1]) * self.second_threshold < share[:, 1].detach()
-        if self.renormalize == "before_drop":
-            weight = share
-        return Routing.from_topk(index, weight, self.num_experts, keep=keep, check=False)
+            keep[:, 1] = torch.rand_like(both[:, 1]) * self.second_threshold < both[:, 1]
+        return Routing.from_topk(index, self.weigh(logits, index), self.num_experts, keep=keep, check=False)
 
 
 def gumbel_like(logits: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..routing import Routing
+from . import rules
 from .base import NO_CONTEXT, Context, LinearRouter, largest
 
 __all__ = ["TopK"]
@@ -21,7 +22,8 @@ class TopK(LinearRouter):
 
     Args:
         top_k: k, how many experts a token takes.
-        score_function: what turns logits into weights: "softmax" (over experts) or "sigmoid" (each by itself).
+        score_function: what turns logits into weights: "softmax" (over experts), or, each by itself, "sigmoid" or
+            "sqrt_softplus".
         score_after: False scores all experts and then selects; True selects by logits and scores the selected alone
             (a softmax then runs over k).
         renormalize: whether the k weights of a token are divided by their sum: "no" (raw scores: the review's equation
@@ -31,16 +33,26 @@ class TopK(LinearRouter):
             selection, not for the weight (Wang et al. 2024, auxiliary-loss-free load balancing).
         bias_update_rate: how much `update` raises the bias of an expert that had less than the mean load since the last
             update, and lowers that of one that had more (Wang et al. 2024, algorithm 1).
+        norm_order: p of the p-norm that renormalisation divides by; 1 is the sum.
+        norm_eps: what renormalisation adds to that norm.
+        norm_min: what renormalisation raises that norm to where it is less.
+        scaling_factor: what the weights are multiplied by at last.
+        per_expert_scale: whether the weights are multiplied by a learned scale (E,) too, one at first.
+        expert_groups: into how many runs of experts the choice is divided; a token chooses within its best
+            `top_groups` runs (DeepSeek-V2, section 2.1.2: device-limited routing). 1 does not divide.
+        top_groups: how many runs a token may use; None takes all.
+        group_score: what ranks the runs: "max", their best expert, or "top2_sum", the sum of their best two.
         group_size: how many consecutive tokens make a group, which has its own capacity and balance loss (GShard,
             section 3.2); the last group may be shorter. None takes all tokens of the batch as one.
         **options: of `LinearRouter` and `Router`.
 
     Raises:
-        ValueError: where top_k is not in 1..E; where one choice would be renormalised: its weight would be the constant
-            1, and the router would get no gradient.
+        ValueError: where top_k is not in 1..E; where the groups do not fit; where one choice would be renormalised: its
+            weight would be the constant 1, and the router would get no gradient.
     """
 
     chooses: ClassVar[str] = "tokens"
+    replays: ClassVar[bool] = True
     source: ClassVar[str] = "Shazeer et al. 2017"
 
     def __init__(
@@ -49,11 +61,19 @@ class TopK(LinearRouter):
         num_experts: int,
         *,
         top_k: int = 2,
-        score_function: Literal["softmax", "sigmoid"] = "softmax",
+        score_function: rules.ScoreFunction = "softmax",
         score_after: bool = False,
         renormalize: Renormalize | None = None,
         selection_bias: bool = False,
         bias_update_rate: float = 0.001,
+        norm_order: float = 1.0,
+        norm_eps: float = 0.0,
+        norm_min: float = 0.0,
+        scaling_factor: float = 1.0,
+        per_expert_scale: bool = False,
+        expert_groups: int = 1,
+        top_groups: int | None = None,
+        group_score: rules.GroupScore = "max",
         group_size: int | None = None,
         load_balancing_loss: float = 0.01,
         **options: Any,
@@ -61,8 +81,10 @@ class TopK(LinearRouter):
         super().__init__(dim, num_experts, load_balancing_loss=load_balancing_loss, **options)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k {top_k} must be between 1 and num_experts, {num_experts}")
-        if score_function not in ("softmax", "sigmoid"):
-            raise ValueError(f"score_function {score_function!r} is unknown; choose softmax or sigmoid")
+        if score_function not in rules.SCORE_FUNCTIONS:
+            raise ValueError(
+                f"score_function {score_function!r} is unknown; choose {' or '.join(rules.SCORE_FUNCTIONS)}"
+            )
         if renormalize is None:
             renormalize = "no" if top_k == 1 else "before_drop"
         if renormalize not in get_args(Renormalize):
@@ -74,7 +96,18 @@ class TopK(LinearRouter):
             )
         if group_size is not None and group_size < 1:
             raise ValueError(f"group_size {group_size} must be at least 1, or None for one group")
+        if top_groups is None:
+            top_groups = expert_groups
+        rules.check_groups(num_experts, top_k, expert_groups, top_groups, group_score)
+        if norm_order <= 0:
+            raise ValueError(f"norm_order {norm_order} must be positive")
         self.top_k = top_k
+        self.norm_order, self.norm_eps, self.norm_min = norm_order, norm_eps, norm_min
+        self.scaling_factor = scaling_factor
+        self.expert_scale: nn.Parameter | None = None
+        if per_expert_scale:
+            self.expert_scale = nn.Parameter(torch.ones_like(self.weight[:, 0]))
+        self.expert_groups, self.top_groups, self.group_score = expert_groups, top_groups, group_score
         self.group_size = group_size
         self.score_function = score_function
         self.score_after = score_after
@@ -87,25 +120,66 @@ class TopK(LinearRouter):
         self.register_buffer("observed", None if bias is None else torch.zeros_like(bias), persistent=False)
 
     def probs(self, logits: Tensor) -> Tensor:
-        """Softmax of the logits, or sigmoids divided by their sum."""
+        """The scores, divided by their sum where they are not a softmax."""
+        scores = rules.SCORE_FUNCTIONS[self.score_function](logits)
         if self.score_function == "softmax":
-            return logits.softmax(-1)
-        scores = logits.sigmoid()
+            return scores
         return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
     def choose(self, logits: Tensor, context: Context) -> Routing:
-        """The top k experts of each row, by score plus selection bias."""
-        score = torch.sigmoid if self.score_function == "sigmoid" else (lambda h: h.softmax(-1))
-        ranked = scores = logits if self.score_after else score(logits)
+        """The experts that the context forces, or the top k of each row, with the weights of the rules."""
+        if context.experts is not None:
+            index, keep = self._forced(context.experts)
+        else:
+            index, keep = self.select(logits), None
+        return Routing.from_topk(index, self.weigh(logits, index, keep), self.num_experts, keep=keep, check=False)
+
+    def select(self, logits: Tensor) -> Tensor:
+        """The experts (T, k) of each row, best first: by score plus selection bias, within the best groups."""
+        ranked = logits.detach()
+        if not self.score_after:
+            ranked = rules.SCORE_FUNCTIONS[self.score_function](ranked)
         if self.selection_bias is not None:
-            ranked = scores + self.selection_bias
-        index = largest(ranked.detach(), self.top_k)
-        weight = scores.gather(-1, index)
+            ranked = ranked + self.selection_bias
+        if self.top_groups < self.expert_groups:
+            ranked = rules.limit_to_groups(ranked, self.expert_groups, self.top_groups, self.group_score)
+        return largest(ranked, self.top_k)
+
+    def weigh(self, logits: Tensor, index: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The weights (T, k) of the experts index (T, k), of which keep (T, k) says which there are."""
+        score = rules.SCORE_FUNCTIONS[self.score_function]
+        weight = (logits if self.score_after else score(logits)).gather(-1, index)
+        if keep is not None:
+            weight = weight.masked_fill(~keep, torch.finfo(weight.dtype).min if self.score_after else 0.0)
         if self.score_after:
             weight = score(weight)
+        if self.renormalize == "after_drop":
+            return weight
         if self.renormalize == "before_drop":
-            weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-        return Routing.from_topk(index, weight, self.num_experts, check=False)
+            norm = torch.linalg.vector_norm(weight, self.norm_order, dim=-1, keepdim=True)
+            weight = weight / self._divisor(norm)
+        return self._scale(weight, index)
+
+    def _divisor(self, norm: Tensor) -> Tensor:
+        return (norm + self.norm_eps).clamp_min(max(self.norm_min, torch.finfo(norm.dtype).tiny))
+
+    def _scale(self, weight: Tensor, expert: Tensor) -> Tensor:
+        if self.scaling_factor != 1:
+            weight = weight * self.scaling_factor
+        return weight if self.expert_scale is None else weight * self.expert_scale.to(weight.dtype)[expert]
+
+    def _forced(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts (T, k) of a context, and which of them there are."""
+        experts = experts.to(torch.int64)
+        if experts.numel() and (int(experts.min()) < -1 or int(experts.max()) >= self.num_experts):
+            bad = int(experts[(experts < -1) | (experts >= self.num_experts)][0])
+            raise ValueError(f"experts {bad} is out of range; experts are 0 to {self.num_experts - 1}, and -1 for none")
+        row = experts.sort(dim=-1).values
+        again = (row[:, 1:] == row[:, :-1]) & (row[:, 1:] >= 0)
+        if bool(again.any()):
+            token = int(again.any(-1).nonzero()[0])
+            raise ValueError(f"experts of token {token} are {experts[token].tolist()}; an expert may come once only")
+        return experts.clamp_min(0), experts >= 0
 
     def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
         """Add up the load of each expert for the next `update`."""
@@ -126,6 +200,7 @@ class TopK(LinearRouter):
         routing = super().limit(routing, logits, context)
         if self.renormalize != "after_drop":
             return routing
-        total = routing.weight.new_zeros(routing.num_tokens).index_add(0, routing.token, routing.weight)
-        tiny = torch.finfo(total.dtype).tiny
-        return routing.with_weight(routing.weight / total[routing.token].clamp_min(tiny))
+        power = routing.weight.abs() ** self.norm_order
+        norm = power.new_zeros(routing.num_tokens).index_add(0, routing.token, power) ** (1 / self.norm_order)
+        weight = routing.weight / self._divisor(norm)[routing.token]
+        return routing.with_weight(self._scale(weight, routing.expert))
