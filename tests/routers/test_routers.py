@@ -233,7 +233,7 @@ def test_balanced_hash_bounds_the_load():
 @pytest.mark.parametrize("bad", [-1, VOCAB])
 def test_ids_outside_the_table_are_named(bad):
     router = create("hash", 6, 4, vocab_size=VOCAB)
-    with pytest.raises(ValueError, match=f"token id {bad} is outside the table; ids are 0 to {VOCAB - 1}"):
+    with pytest.raises(ValueError, match=f"token_ids {bad} is out of range; ids are 0 to {VOCAB - 1}"):
         router.assign(torch.zeros(1, 4), Context(token_ids=torch.tensor([bad])))
 
 

@@ -11,8 +11,9 @@ from .conditioned import Sentence, Speech, Task
 from .dense_to_sparse import DenseToSparse
 from .dselect_k import DSelectK
 from .expert_choice import ExpertChoice
+from .fixed import Domain, Language
 from .gshard import GShard
-from .hash import Hash
+from .hash import BigramHash, Hash, PositionHash, PreviousTokenHash
 from .limoe import LIMoE
 from .noisy_topk import HierarchicalNoisyTopK, NoisyTopK
 from .prototypes import Prototypes
@@ -54,6 +55,11 @@ _ROUTERS: dict[str, type[Router]] = {
     "limoe": LIMoE,
     "expert_choice": ExpertChoice,
     "hash": Hash,
+    "previous_token_hash": PreviousTokenHash,
+    "bigram_hash": BigramHash,
+    "position_hash": PositionHash,
+    "domain": Domain,
+    "language": Language,
 }
 
 

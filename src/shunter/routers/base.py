@@ -137,12 +137,16 @@ class Router(nn.Module):
     def require(self, context: Context, name: str, size: int | None = None) -> Tensor:
         """What the context knows of the tokens under a name of `Context`; ids are checked to be in 0..size-1.
 
+        What stands at padding is not checked: with a size it comes back as 0.
+
         Raises:
             ValueError: where the context lacks it, or an id is out of range.
         """
         value = getattr(context, name)
         if value is None:
             raise ValueError(f"{type(self).__name__} needs {name}; pass {name}= to the layer")
+        if size is not None and context.mask is not None and value.shape == context.mask.shape:
+            value = value.masked_fill(~context.mask, 0)
         if size is not None and value.numel() and (int(value.min()) < 0 or int(value.max()) >= size):
             bad = int(value[(value < 0) | (value >= size)][0])
             raise ValueError(f"{type(self).__name__}: {name} {bad} is out of range; ids are 0 to {size - 1}")
