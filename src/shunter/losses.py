@@ -15,6 +15,7 @@ from .routing import Routing
 
 __all__ = [
     "Choices",
+    "consistency_loss",
     "cv_squared",
     "entropy",
     "global_entropy_loss",
@@ -187,6 +188,26 @@ def mean_importance_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     Source: You et al. 2021 (SpeechMoE), the mean importance loss.
     """
     return probs.shape[-1] * mean_over_tokens(probs, mask).square().sum()
+
+
+def consistency_loss(logits: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(KL(p || q) + KL(q || p)) / 2, mean over tokens, of the predictions p, q of two passes; 0 only where they agree.
+
+    A training step with the `thor` router is two forwards and the loss CE + CE' + alpha * consistency_loss, each a mean
+    over the same tokens; alpha is 5 in the paper, 1 in its code.
+
+    Args:
+        logits, other: (..., V) the next-token logits of the two passes; gradients flow through both.
+        mask: (...) bool, True at real tokens.
+
+    Source: Zuo et al. 2021 (Taming Sparsely Activated Transformer with Stochastic Experts), section 3.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    p, q = (values.to(dtype).log_softmax(-1) for values in (logits, other))
+    # An entry that both passes rule out has the logits -inf, whose difference is no number.
+    gap = torch.where(p == q, 0, p - q)
+    divergence = 0.5 * ((p.exp() - q.exp()) * gap).sum(-1)
+    return mean_over_tokens(divergence.reshape(-1), None if mask is None else mask.reshape(-1))
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from .limoe import LIMoE
 from .noisy_topk import HierarchicalNoisyTopK, NoisyTopK
 from .prototypes import Prototypes
 from .switch import Switch
+from .thor import Thor
 from .topk import TopK
 from .vmoe import VMoE
 
@@ -60,6 +61,7 @@ _ROUTERS: dict[str, type[Router]] = {
     "position_hash": PositionHash,
     "domain": Domain,
     "language": Language,
+    "thor": Thor,
 }
 
 

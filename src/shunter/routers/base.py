@@ -134,6 +134,11 @@ class Router(nn.Module):
         """The logits (T, E) of hidden states x (T, d), in float32 (float64 for float64), autocast off."""
         raise NotImplementedError
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """What the router needs of the context as its options are: `needs`, to which an option may add."""
+        return self.needs
+
     def require(self, context: Context, name: str, size: int | None = None) -> Tensor:
         """What the context knows of the tokens under a name of `Context`; ids are checked to be in 0..size-1.
 
@@ -171,11 +176,11 @@ class Router(nn.Module):
         """
         if logits.dim() != 2 or logits.shape[1] != self.score_width:
             raise ValueError(f"assign: logits have shape {tuple(logits.shape)}; they must be (T, {self.score_width})")
-        for name in self.needs:
+        for name in self.required:
             self.require(context, name)
         if context.experts is not None and not self.replays:
             raise ValueError(f"{type(self).__name__} decides itself: it cannot follow experts=; use a top-k router")
-        for name in ("mask", "experts", *self.needs):
+        for name in ("mask", "experts", *self.required):
             value = getattr(context, name)
             if value is not None and value.shape[0] != logits.shape[0]:
                 raise ValueError(f"assign: {name} has {value.shape[0]} entries for {logits.shape[0]} tokens")
