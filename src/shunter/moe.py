@@ -174,6 +174,7 @@ class MoE(nn.Module):
         deciders = {
             "tokens": f"each token chooses {router.top_k} expert{'s' if router.top_k > 1 else ''}",
             "experts": "each expert chooses its tokens",
+            "both": f"tokens apply to {router.top_k} experts each, experts choose among the applicants",
             "global": "one assignment of all tokens is solved",
             "fixed": "the expert is fixed in advance",
         }[router.chooses]

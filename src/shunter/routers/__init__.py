@@ -20,6 +20,7 @@ from .prototypes import Prototypes
 from .switch import Switch
 from .thor import Thor
 from .topk import TopK
+from .two_sided import TwoSided
 from .vmoe import VMoE
 
 __all__ = [
@@ -55,6 +56,7 @@ _ROUTERS: dict[str, type[Router]] = {
     "speech": Speech,
     "limoe": LIMoE,
     "expert_choice": ExpertChoice,
+    "two_sided": TwoSided,
     "hash": Hash,
     "previous_token_hash": PreviousTokenHash,
     "bigram_hash": BigramHash,

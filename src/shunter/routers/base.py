@@ -75,7 +75,7 @@ class Router(nn.Module):
     """
 
     chooses: ClassVar[str]
-    """Who chooses whom: "tokens", "experts", "global" or "fixed"."""
+    """Who chooses whom: "tokens", "experts", "both", "global" or "fixed"."""
     in_review: ClassVar[bool] = True
     """Whether the review (Fedus et al. 2022) describes the algorithm, or it came after."""
     needs: ClassVar[tuple[str, ...]] = ()
