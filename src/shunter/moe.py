@@ -135,7 +135,7 @@ class MoE(nn.Module):
         for field in fields(Context):
             value = known.pop(field.name, None)
             value = getattr(around, field.name) if value is None else value
-            if value is None and field.name in self.router.required and len(shape) >= 2:
+            if value is None and field.name in self.router.required and shape:
                 if field.name == "sequence":
                     value = torch.arange(shape[:-1].numel(), device=x.device).reshape(shape[:-1])
                 elif field.name == "position":

@@ -6,21 +6,27 @@ import difflib
 import inspect
 from typing import Any
 
+from .balanced import Base, Sinkhorn
 from .base import NO_CONTEXT, Context, LinearRouter, Router
 from .conditioned import Sentence, Speech, Task
+from .cosine import Cosine
+from .deepseek import DeepSeek
 from .dense_to_sparse import DenseToSparse
 from .dselect_k import DSelectK
 from .expert_choice import ExpertChoice
 from .fixed import Domain, Language
+from .given import Forced, Uniform
 from .gshard import GShard
 from .hash import BigramHash, Hash, PositionHash, PreviousTokenHash
 from .limoe import LIMoE
 from .noisy_topk import HierarchicalNoisyTopK, NoisyTopK
+from .null_experts import NullExperts
 from .prototypes import Prototypes
 from .switch import Switch
 from .thor import Thor
 from .topk import TopK
 from .two_sided import TwoSided
+from .variable import ReLU, TopP
 from .vmoe import VMoE
 
 __all__ = [
@@ -57,6 +63,8 @@ _ROUTERS: dict[str, type[Router]] = {
     "limoe": LIMoE,
     "expert_choice": ExpertChoice,
     "two_sided": TwoSided,
+    "base": Base,
+    "sinkhorn": Sinkhorn,
     "hash": Hash,
     "previous_token_hash": PreviousTokenHash,
     "bigram_hash": BigramHash,
@@ -64,6 +72,13 @@ _ROUTERS: dict[str, type[Router]] = {
     "domain": Domain,
     "language": Language,
     "thor": Thor,
+    "deepseek": DeepSeek,
+    "cosine": Cosine,
+    "null_experts": NullExperts,
+    "top_p": TopP,
+    "relu": ReLU,
+    "forced": Forced,
+    "uniform": Uniform,
 }
 
 

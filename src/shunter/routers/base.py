@@ -50,6 +50,24 @@ class Context:
         """T without padding."""
         return num_tokens if self.mask is None else int(self.mask.sum())
 
+    def forced(self, num_experts: int) -> tuple[Tensor, Tensor]:
+        """The forced experts (T, k), 0 in place of -1, and the mask (T, k) of those that there are.
+
+        Raises:
+            ValueError: where one is not in -1..E-1, or comes twice in a row.
+        """
+        assert self.experts is not None
+        experts = self.experts.to(torch.int64)
+        if experts.numel() and (int(experts.min()) < -1 or int(experts.max()) >= num_experts):
+            bad = int(experts[(experts < -1) | (experts >= num_experts)][0])
+            raise ValueError(f"experts {bad} is out of range; experts are 0 to {num_experts - 1}, and -1 for none")
+        row = experts.sort(dim=-1).values
+        again = (row[:, 1:] == row[:, :-1]) & (row[:, 1:] >= 0)
+        if bool(again.any()):
+            token = int(again.any(-1).nonzero()[0])
+            raise ValueError(f"experts of token {token} are {experts[token].tolist()}; an expert may come once only")
+        return experts.clamp_min(0), experts >= 0
+
 
 NO_CONTEXT = Context()
 
@@ -350,12 +368,16 @@ class LinearRouter(Router):
 
     def project(self, x: Tensor, context: Context) -> Tensor:
         """The linear map (T, E) of x (T, d), which is in the precision of the logits: x W_r^T, and the bias."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(self.prepare(x), self.weight.to(x.dtype), bias)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """The input (T, d) of the linear map: with jitter in training, normalised where asked."""
         if self.jitter and self.training:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         if self.input_scale is not None:
             x = F.rms_norm(x, (self.dim,), eps=1e-6) * self.input_scale.to(x.dtype) * self.dim**-0.5
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return x
 
     def extra_repr(self) -> str:
         """d and E, for `print(model)`."""

@@ -129,7 +129,7 @@ class TopK(LinearRouter):
     def choose(self, logits: Tensor, context: Context) -> Routing:
         """The experts that the context forces, or the top k of each row, with the weights of the rules."""
         if context.experts is not None:
-            index, keep = self._forced(context.experts)
+            index, keep = context.forced(self.num_experts)
         else:
             index, keep = self.select(logits), None
         return Routing.from_topk(index, self.weigh(logits, index, keep), self.num_experts, keep=keep, check=False)
@@ -167,19 +167,6 @@ class TopK(LinearRouter):
         if self.scaling_factor != 1:
             weight = weight * self.scaling_factor
         return weight if self.expert_scale is None else weight * self.expert_scale.to(weight.dtype)[expert]
-
-    def _forced(self, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts (T, k) of a context, and which of them there are."""
-        experts = experts.to(torch.int64)
-        if experts.numel() and (int(experts.min()) < -1 or int(experts.max()) >= self.num_experts):
-            bad = int(experts[(experts < -1) | (experts >= self.num_experts)][0])
-            raise ValueError(f"experts {bad} is out of range; experts are 0 to {self.num_experts - 1}, and -1 for none")
-        row = experts.sort(dim=-1).values
-        again = (row[:, 1:] == row[:, :-1]) & (row[:, 1:] >= 0)
-        if bool(again.any()):
-            token = int(again.any(-1).nonzero()[0])
-            raise ValueError(f"experts of token {token} are {experts[token].tolist()}; an expert may come once only")
-        return experts.clamp_min(0), experts >= 0
 
     def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
         """Add up the load of each expert for the next `update`."""

@@ -1,0 +1,95 @@
+"""After the review: tokens choose, and some of what they may choose computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..routing import Routing
+from .base import NO_CONTEXT, Context
+from .topk import TopK
+
+__all__ = ["NullExperts"]
+
+
+class NullExperts(TopK):
+    """Top-k among E experts and some that compute nothing: a token decides how many experts it needs.
+
+    The logits are (T, E + Z). A choice among the last Z columns costs nothing; its weight goes to the token's own
+    hidden state (an identity expert) or nowhere (a zero expert). Losses see all E + Z columns.
+
+    Args:
+        top_k: k, how many of the E + Z a token takes.
+        num_null: Z.
+        identity: whether the weight of null choices multiplies the token's hidden state; else they add nothing.
+        **options: of `TopK`, without renormalize="after_drop".
+
+    Raises:
+        ValueError: where num_null is less than 1, or renormalize is "after_drop": the null choices would be left out.
+
+    Source: Jin et al. 2024 (MoE++), section 3.1; Meituan 2025 (LongCat-Flash), section 2.1, which scales the choice
+    by a softmax over all and does not renormalise.
+    """
+
+    in_review: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
+    source: ClassVar[str] = "Jin et al. 2024"
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        top_k: int = 2,
+        num_null: int = 1,
+        identity: bool = True,
+        **options: Any,
+    ) -> None:
+        if num_null < 1:
+            raise ValueError(f"num_null {num_null} must be at least 1; without null experts use topk")
+        if options.get("renormalize") == "after_drop":
+            raise ValueError(
+                'null_experts: renormalize="after_drop" would leave the null choices out; use "before_drop"'
+            )
+        super().__init__(dim, num_experts + num_null, top_k=top_k, **options)
+        self.num_experts = num_experts  # the parameters and buffers have a column for each null expert too
+        self.num_null = num_null
+        self.identity = identity
+
+    @property
+    def score_width(self) -> int:
+        """E + Z."""
+        return self.num_experts + self.num_null
+
+    def _wide(self, logits: Tensor) -> Routing:
+        """The choices among all E + Z columns."""
+        index = self.select(logits)
+        return Routing.from_topk(index, self.weigh(logits, index), self.score_width, check=False)
+
+    def choose(self, logits: Tensor, context: Context) -> Routing:
+        """The choices among the E experts."""
+        index = self.select(logits)
+        keep = index < self.num_experts
+        return Routing.from_topk(index, self.weigh(logits, index), self.num_experts, keep=keep, check=False)
+
+    def identity_weight(self, logits: Tensor, routing: Routing, context: Context) -> Tensor | None:
+        """The sum (T,) of each token's weights of null choices, where null experts are the identity."""
+        if not self.identity:
+            return None
+        index = self.select(logits)
+        weight = self.weigh(logits, index).where(index >= self.num_experts, 0.0).sum(-1)
+        return weight if context.mask is None else weight.where(context.mask, 0.0)
+
+    def loss_terms(self, logits: Tensor, routing: Routing, context: Context) -> dict[str, Callable[[], Tensor]]:
+        """The losses of `Router`, over all E + Z columns."""
+        wide = self._wide(logits)
+        if context.mask is not None:
+            wide = wide._take(context.mask[wide.token])
+        return super().loss_terms(logits, wide, context)
+
+    def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
+        """Add up the load of all E + Z columns for the next `update`."""
+        wide = self._wide(logits)
+        super().observe(logits, wide if context.mask is None else wide._take(context.mask[wide.token]), context)
