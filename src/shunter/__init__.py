@@ -9,7 +9,7 @@ from .moe import MoE, aux_loss, moe_layers, update_routers
 from .routing import Routing
 
 if TYPE_CHECKING:
-    from .hf import from_pretrained, sparsify
+    from .hf import from_pretrained, sparsify, upcycle
 
 __version__ = "0.1.0"
 
@@ -24,13 +24,14 @@ __all__ = [
     "moe_layers",
     "routers",
     "sparsify",
+    "upcycle",
     "update_routers",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Hugging Face is an extra: it is imported when first used.
-    if name in ("from_pretrained", "sparsify"):
+    if name in ("from_pretrained", "sparsify", "upcycle"):
         from . import hf
 
         return getattr(hf, name)

@@ -60,6 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(verb=_generate)
+
+    upcycle = verbs.add_parser("upcycle", help="make a dense Hugging Face model a sparse one, its experts copies")
+    upcycle.add_argument("model", help="the dense model's folder, or its name on the Hub")
+    upcycle.add_argument("--out", type=Path, required=True, help="the folder to make")
+    upcycle.add_argument("--experts", type=int, help="default: 8, or one for each sibling")
+    upcycle.add_argument("--top-k", type=int, default=2, help="experts of a token (default: 2)")
+    upcycle.add_argument("--method", choices=["copy", "split", "noise", "drop", "siblings"], default="copy")
+    upcycle.add_argument("--granularity", type=int, help="split: into how many parts (default: 2)")
+    upcycle.add_argument("--noise", type=float, help="noise: in standard deviations of the weights (default: 0.01)")
+    upcycle.add_argument("--drop", type=float, help="drop: share of hidden units drawn anew (default: 0.5)")
+    upcycle.add_argument("--siblings", nargs="+", default=[], help="siblings: fine-tuned models, an expert each")
+    upcycle.add_argument("--prompts", type=Path, help="siblings: JSON file, a list of texts for each, for the routers")
+    upcycle.add_argument("--to", default="auto", help="a family of transformers, shunter, or auto (default)")
+    upcycle.add_argument("--every", type=int, default=1, help="sparsify every n-th block")
+    upcycle.add_argument("--seed", type=int, default=0)
+    upcycle.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
+    upcycle.add_argument("--json", action="store_true", help="the receipt to standard output")
+    upcycle.set_defaults(verb=_upcycle)
     return parser
 
 
@@ -137,6 +155,38 @@ def _generate(args: argparse.Namespace) -> int:
         print(f"shunter generate: {error}", file=sys.stderr)
         return 2
     print(text)
+    return 0
+
+
+def _upcycle(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from .hf.tensors import read_texts
+    from .hf.upcycling import describe, upcycle
+
+    logging.disable_progress_bar()
+    try:
+        prompts = None if args.prompts is None else read_texts(args.prompts)
+        receipt = upcycle(
+            args.model,
+            args.out,
+            args.experts,
+            args.top_k,
+            method=args.method,
+            granularity=args.granularity,
+            noise=args.noise,
+            drop=args.drop,
+            siblings=args.siblings,
+            prompts=prompts,
+            to=args.to,
+            every=args.every,
+            seed=args.seed,
+            check=not args.no_check,
+        )
+    except (ValueError, OSError) as error:
+        print(f"shunter upcycle: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
     return 0
 
 

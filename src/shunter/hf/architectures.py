@@ -30,6 +30,7 @@ class FeedForward:
         up_bias: (2f,) or (f,), or None.
         down_bias: (d,), or None.
         activation: a key of `shunter.experts.ACTIVATIONS`.
+        linears: the modules that hold the matrices: gate and up (or up alone), then down.
         second: where the block is spread over two modules, the second linear map, which the `MoE` makes superfluous.
         dropout: the probability of the dropout at the block's end.
     """
@@ -40,6 +41,7 @@ class FeedForward:
     up_bias: Tensor | None
     down_bias: Tensor | None
     activation: str
+    linears: tuple[nn.Module, ...]
     second: str | None = None
     dropout: float = 0.0
 
@@ -78,7 +80,7 @@ def _activation(function: object, gated: bool) -> str | None:
         return None
     name = _GATED[name] if gated else name
     # The class name is a hint: what counts is that it computes the same.
-    probe = torch.linspace(-6, 6, 97, device="cpu")
+    probe = torch.linspace(-6, 6, 97, device="cpu", dtype=torch.float32)
     ours = ACTIVATIONS[name][0](probe)
     return name if callable(function) and torch.allclose(function(probe), ours, atol=1e-6) else None
 
@@ -108,7 +110,7 @@ def _block(
         return None
     matrices = [_matrix(up) for up in ups]
     up = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-    return FeedForward(path, up, _matrix(down), _bias(*ups), _bias(down), known, second, dropout)
+    return FeedForward(path, up, _matrix(down), _bias(*ups), _bias(down), known, (*ups, down), second, dropout)
 
 
 def _first(module: nn.Module, *names: str) -> object:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .. import routers
 from ..moe import MoE
 from ..routers import Router
 from .architectures import FeedForward, find_feed_forwards
 from .context import install
+from .families import STACKED
 
 __all__ = ["from_pretrained", "sparsify"]
 
@@ -26,6 +28,7 @@ def sparsify(
     router: str | type[Router] = "switch",
     *,
     every: int = 1,
+    layers: Sequence[int] | None = None,
     hidden: int | None = None,
     init: str = "scratch",
     backend: str = "auto",
@@ -46,6 +49,7 @@ def sparsify(
         num_experts: E.
         router: a registered name, or a registered class.
         every: sparsify every n-th block, the n-th first (2: the second, fourth, …).
+        layers: sparsify these blocks of each stack instead, counted from 0.
         hidden: f of one expert; default: the dense block's.
         init: "scratch" draws each expert from a normal distribution with the dense weights' standard deviation; "copy"
             makes each expert a copy of the dense block.
@@ -68,17 +72,13 @@ def sparsify(
         raise ValueError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
     if init not in ("scratch", "copy"):
         raise ValueError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
-    if every < 1:
-        raise ValueError(f"sparsify: every={every} must be at least 1")
     if init == "copy" and num_shared_experts:
         raise ValueError("sparsify: copies beside a shared expert would not compute what the dense block does")
     known = routers.options(name)
     if "vocab_size" in known and options.get("vocab_size") is None:
         options["vocab_size"] = model.config.get_text_config().vocab_size
-    chosen = [block for stack in find_feed_forwards(model) for block in stack[every - 1 :: every]]
-    if not chosen:
-        raise ValueError(f"sparsify: every={every} leaves no block to replace")
-    layers = []
+    chosen = choose_blocks(find_feed_forwards(model), every, layers)
+    made = []
     for block in chosen:
         width = block.hidden if hidden is None else hidden
         if init == "copy" and width != block.hidden:
@@ -99,8 +99,8 @@ def sparsify(
             **options,
         )
         _initialise(moe, block, init)
-        layers.append(moe.train(model.training))
-    for block, moe in zip(chosen, layers, strict=True):
+        made.append(moe.train(model.training))
+    for block, moe in zip(chosen, made, strict=True):
         model.set_submodule(block.path, moe)
         if block.second is not None:
             model.set_submodule(block.second, nn.Identity())
@@ -113,6 +113,8 @@ def sparsify(
         "backend": backend,
         "num_shared_experts": num_shared_experts,
         "allow_leak": allow_leak,
+        **({} if layers is None else {"layers": list(layers)}),
+        "layout": STACKED,
         **{key: value for key, value in options.items() if key not in unsaved},
     }
     install(model)
@@ -130,24 +132,78 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: where the folder holds a model that Shunter did not make.
     """
     config = AutoConfig.from_pretrained(path)
-    spec = getattr(config, "shunter", None)
-    if not isinstance(spec, dict):
-        raise ValueError(
-            f"from_pretrained: {path} is not a model that shunter.sparsify made; load it with transformers"
-        )
-    name = (config.architectures or ["?"])[0]
-    base = getattr(transformers, name, None)
-    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
-        raise ValueError(f"from_pretrained: {path} names the architecture {name!r}, which transformers does not have")
+    spec = saved_options(config, path)
+    base = model_class(config, path)
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **options: Any) -> None:
         base.__init__(self, config, *args, **options)
+        make_dense(self)
         sparsify(self, **spec)
 
-    sparse: Any = type(name, (base,), {"__init__": __init__, "__module__": base.__module__})
+    sparse: Any = type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
     # Whatever dtype the model is loaded in, routers decide in float32 and keep their state exact.
     sparse._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "router"}
     return sparse.from_pretrained(path, **kwargs)
+
+
+def model_class(config: PreTrainedConfig, path: str) -> type[PreTrainedModel]:
+    """The class of transformers that a configuration names.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    name = (config.architectures or ["?"])[0]
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"{path} names the architecture {name!r}, which transformers does not have")
+    return found
+
+
+def saved_options(config: PreTrainedConfig, path: str) -> dict[str, Any]:
+    """The arguments of `sparsify` that a configuration keeps.
+
+    Raises:
+        ValueError: where Shunter did not make the model, or stored it in a layout that is unknown here.
+    """
+    spec = getattr(config, "shunter", None)
+    if not isinstance(spec, dict):
+        raise ValueError(f"{path} is not a model that shunter.sparsify made; load it with transformers")
+    layout = spec.get("layout", STACKED)
+    if layout != STACKED:
+        raise ValueError(f"{path} stores its experts as {layout!r}; this version of Shunter reads {STACKED!r}")
+    return {name: value for name, value in spec.items() if name != "layout"}
+
+
+def make_dense(model: PreTrainedModel) -> None:
+    """Give a model whose architecture has experts in every layer dense blocks in their place, for `sparsify`."""
+    if model.config.model_type == "olmoe":
+        from transformers.models.olmoe.modeling_olmoe import OlmoeMLP
+
+        for layer in model.get_decoder().layers:
+            layer.mlp = OlmoeMLP(model.config)
+
+
+def choose_blocks(
+    stacks: list[list[FeedForward]], every: int = 1, layers: Sequence[int] | None = None
+) -> list[FeedForward]:
+    """Every n-th block of each stack, or those that `layers` counts from 0.
+
+    Raises:
+        ValueError: where that leaves none, or a stack has no such block.
+    """
+    if every < 1:
+        raise ValueError(f"sparsify: every={every} must be at least 1")
+    if layers is None:
+        chosen = [block for stack in stacks for block in stack[every - 1 :: every]]
+        if not chosen:
+            raise ValueError(f"sparsify: every={every} leaves no block to replace")
+        return chosen
+    shortest = min(map(len, stacks))
+    if every != 1:
+        raise ValueError("sparsify: layers and every both say which blocks are replaced; give one")
+    if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0 or layers[-1] >= shortest:
+        raise ValueError(f"sparsify: layers={list(layers)} must be increasing numbers from 0 to {shortest - 1}")
+    return [stack[i] for stack in stacks for i in layers]
 
 
 def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:

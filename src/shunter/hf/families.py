@@ -1,0 +1,401 @@
+"""How sparse layers lie in a folder: in Shunter's own format, and in the families that transformers itself loads.
+
+A layout names where each piece of a layer is: the router, and of each expert the gate, up and down projections. Pieces
+are found by these names alone, never by shapes, so that square matrices cannot be mistaken for their transposes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+from ..experts import ACTIVATIONS
+
+__all__ = ["FAMILIES", "STACKED", "Family", "Key", "Piece", "Sizes", "carry", "family_for", "stacked_pieces"]
+
+STACKED = "gate_up_proj (E, 2f, d), gate first; down_proj (E, d, f)"
+"""The tag of Shunter's own layout, which config.json carries."""
+
+Key = tuple[str, int]
+"""What a piece is: "router", "selection_bias", "gate", "up", "down", …, and the number of the expert (0 where one)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A sparse layer's sizes.
+
+    Args:
+        experts: E.
+        dim: d.
+        hidden: f.
+        gated: whether the activation gates.
+        bias: whether the projections have biases.
+        shared: the width of the shared experts together; 0 without.
+        selection_bias: whether the router has a bias for the selection.
+    """
+
+    experts: int
+    dim: int
+    hidden: int
+    gated: bool = True
+    bias: bool = False
+    shared: int = 0
+    selection_bias: bool = False
+
+    @classmethod
+    def of(cls, experts: int, dim: int, hidden: int, activation: str, **options: Any) -> Sizes:
+        """Sizes with `gated` read off an activation's name."""
+        return cls(experts, dim, hidden, ACTIVATIONS[activation][1], **options)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix or vector as a run of elements of a stored tensor.
+
+    Args:
+        name: the tensor.
+        tensor: its whole shape.
+        offset: how many of its elements come before the piece.
+        shape: the piece's shape.
+    """
+
+    name: str
+    tensor: tuple[int, ...]
+    offset: int
+    shape: tuple[int, ...]
+
+
+def stacked_pieces(path: str, sizes: Sizes) -> dict[Key, Piece]:
+    """Shunter's own layout of the layer at `path`: all experts in one tensor, the gate's rows before the up's."""
+    found = {("router", 0): _whole(f"{path}.router.weight", sizes.experts, sizes.dim)}
+    if sizes.selection_bias:
+        found["selection_bias", 0] = _whole(f"{path}.router.selection_bias", sizes.experts)
+    found |= _stack(f"{path}.experts", "", sizes.experts, sizes.hidden, sizes)
+    if sizes.shared:
+        found |= _stack(f"{path}.shared_experts", "shared_", 1, sizes.shared, sizes)
+    return found
+
+
+def _stack(path: str, prefix: str, experts: int, hidden: int, sizes: Sizes) -> dict[Key, Piece]:
+    up_name = "gate_up_proj" if sizes.gated else "up_proj"
+    ups = ["gate", "up"] if sizes.gated else ["up"]
+    found = {}
+    for ending, inner in [("", (sizes.dim,)), ("_bias", ())] if sizes.bias else [("", (sizes.dim,))]:
+        rows = len(ups) * hidden
+        width = sizes.dim if inner else 1
+        for e in range(experts):
+            for i, part in enumerate(ups):
+                place = (e * rows + i * hidden) * width
+                key = (f"{prefix}{part}{ending}", e)
+                found[key] = Piece(f"{path}.{up_name}{ending}", (experts, rows, *inner), place, (hidden, *inner))
+    for e in range(experts):
+        down = (experts, sizes.dim, hidden)
+        found[f"{prefix}down", e] = Piece(f"{path}.down_proj", down, e * sizes.dim * hidden, (sizes.dim, hidden))
+        if sizes.bias:
+            name = f"{path}.down_proj_bias"
+            found[f"{prefix}down_bias", e] = Piece(name, (experts, sizes.dim), e * sizes.dim, (sizes.dim,))
+    return found
+
+
+def _whole(name: str, *shape: int) -> Piece:
+    return Piece(name, shape, 0, shape)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Sparse models that transformers has: which dense models they continue, how they store layers, how they route.
+
+    Args:
+        name: its model_type.
+        architecture: its class for causal language models.
+        dense: the model_type of the dense models whose attention, norms and embeddings are the same, best first; a
+            family without a dense one has itself here, and `sparse_only` is set.
+        block: what a sparse block is called in a folder.
+        names: the projections of one expert in a folder: gate, up, down.
+        experts_field: the configuration's E.
+        width_field: the configuration's f.
+        sparse_fields: further fields that speak of experts.
+        extra_fields: fields that its configuration does not declare but its layers read.
+        optional_norm: whether it can leave the top-k weights as they are (norm_topk_prob), or always normalises.
+        sigmoid: whether it routes as DeepSeek-V3: sigmoid scores, a bias for the selection, shared experts.
+        float32_router: whether it computes the router's logits in float32 whatever its weights are.
+        sparse_only: no dense model of transformers has its attention and norms.
+    """
+
+    name: str
+    architecture: str
+    dense: tuple[str, ...]
+    block: str = "mlp"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    experts_field: str = "num_experts"
+    width_field: str = "intermediate_size"
+    sparse_fields: frozenset[str] = frozenset()
+    extra_fields: frozenset[str] = frozenset()
+    optional_norm: bool = True
+    sigmoid: bool = False
+    float32_router: bool = False
+    sparse_only: bool = False
+
+    @property
+    def layout(self) -> str:
+        """The tag of its layout."""
+        gate, up, down = self.names
+        return f"{self.block}.experts.{{e}}: {gate}.weight (f, d), {up}.weight (f, d), {down}.weight (d, f)"
+
+    def path(self, layer: int) -> str:
+        """Where a sparse layer is in a folder."""
+        return f"model.layers.{layer}.{self.block}"
+
+    def pieces(self, layer: int, sizes: Sizes) -> dict[Key, Piece]:
+        """Where each piece of a sparse layer is in a folder."""
+        path = self.path(layer)
+        found = {("router", 0): _whole(f"{path}.gate.weight", sizes.experts, sizes.dim)}
+        if sizes.selection_bias:
+            found["selection_bias", 0] = _whole(f"{path}.gate.e_score_correction_bias", sizes.experts)
+        shapes = [(sizes.hidden, sizes.dim), (sizes.hidden, sizes.dim), (sizes.dim, sizes.hidden)]
+        for e in range(sizes.experts):
+            for part, name, shape in zip(("gate", "up", "down"), self.names, shapes, strict=True):
+                found[part, e] = _whole(f"{path}.experts.{e}.{name}.weight", *shape)
+        for part, rows, columns in (
+            [("gate", sizes.shared, sizes.dim), ("up", sizes.shared, sizes.dim), ("down", sizes.dim, sizes.shared)]
+            if self.sigmoid
+            else []
+        ):
+            found[f"shared_{part}", 0] = _whole(f"{path}.shared_experts.{part}_proj.weight", rows, columns)
+        return found
+
+    def sparse_layers(self, config: PreTrainedConfig) -> list[int]:
+        """Which layers of a sparse model have experts."""
+        layers = range(config.num_hidden_layers)
+        if self.name == "qwen3_moe":
+            step, dense = config.decoder_sparse_step, config.mlp_only_layers
+            return [i for i in layers if i not in dense and (i + 1) % step == 0]
+        if self.name == "deepseek_v3":
+            return [i for i in layers if i >= config.first_k_dense_replace]
+        return list(layers)
+
+    def sizes(self, config: PreTrainedConfig) -> Sizes:
+        """The sizes of a sparse model's layers."""
+        hidden = getattr(config, self.width_field)
+        shared = hidden * config.n_shared_experts if self.sigmoid else 0
+        experts = getattr(config, self.experts_field)
+        return Sizes(experts, config.hidden_size, hidden, shared=shared, selection_bias=self.sigmoid)
+
+    def router_options(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The options of Shunter's `topk` router that route as a sparse model's configuration says.
+
+        Raises:
+            ValueError: where `topk` cannot.
+        """
+        options: dict[str, Any] = {"top_k": config.num_experts_per_tok}
+        if self.sigmoid:
+            for name in ("n_group", "topk_group", "routed_scaling_factor"):
+                if getattr(config, name) not in (1, None):
+                    raise ValueError(
+                        f"{self.name} with {name}={getattr(config, name)} routes in groups or scales its weights, "
+                        "which the router topk does not; only 1 can be brought into Shunter's format"
+                    )
+            options |= {"score_function": "sigmoid", "selection_bias": True}
+        else:
+            options["load_balancing_loss"] = config.router_aux_loss_coef
+        normalises = config.norm_topk_prob if self.optional_norm else True
+        if normalises and config.num_experts_per_tok == 1:
+            raise ValueError(f"{self.name} with one expert a token weighs it by the constant 1; topk refuses that")
+        options["renormalize"] = "before_drop" if normalises else "no"
+        if getattr(config, "router_jitter_noise", 0.0):
+            options["jitter"] = config.router_jitter_noise
+        return options
+
+    def sparse_config(
+        self,
+        dense: PreTrainedConfig,
+        experts: int,
+        hidden: int,
+        layers: list[int],
+        options: dict[str, Any],
+        shared: int = 0,
+    ) -> PreTrainedConfig:
+        """The configuration of the sparse model.
+
+        Args:
+            dense: the configuration of the dense model.
+            experts: E.
+            hidden: f.
+            layers: which layers are sparse.
+            options: of the router `topk`.
+            shared: how many shared experts of width f.
+
+        Raises:
+            ValueError: where the family has no field for what the dense configuration or the router says.
+        """
+        values = {
+            self.experts_field: experts,
+            self.width_field: hidden,
+            "num_experts_per_tok": options.get("top_k", 2),
+            **self._routing_fields(options),
+        }
+        if self.sigmoid:
+            values["n_shared_experts"] = shared
+        elif shared:
+            raise ValueError(f"{self.name} has no shared experts; the layers have {shared}")
+        every_layer = list(range(dense.num_hidden_layers))
+        if self.name == "qwen3_moe":
+            values |= {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in every_layer if i not in layers]}
+        elif self.name == "deepseek_v3":
+            first = len(every_layer) - len(layers)
+            if layers != every_layer[first:]:
+                raise ValueError(f"{self.name} can only keep its first layers dense, not layer {layers[0] + 1}")
+            values["first_k_dense_replace"] = first
+        elif layers != every_layer:
+            raise ValueError(f"{self.name} has experts in every layer; it cannot keep some dense")
+        return carry(dense, self.name, self.extra_fields, values, self.sparse_fields)
+
+    def _routing_fields(self, options: dict[str, Any]) -> dict[str, Any]:
+        renormalize = options.get("renormalize") or ("no" if options.get("top_k") == 1 else "before_drop")
+        score = options.get("score_function", "softmax")
+        renormalised = renormalize != "no" or (score == "softmax" and options.get("score_after", False))
+        if options.get("capacity_factor") is not None:
+            raise ValueError(f"{self.name} drops no token; the router has capacity_factor={options['capacity_factor']}")
+        if (score == "sigmoid") != self.sigmoid:
+            raise ValueError(f"{self.name} does not score by {score}")
+        if bool(options.get("selection_bias", False)) != self.sigmoid:
+            raise ValueError(
+                f"{self.name} {'needs' if self.sigmoid else 'has no'} selection bias; "
+                f"the router has selection_bias={options.get('selection_bias', False)}"
+            )
+        fields: dict[str, Any] = {}
+        if self.optional_norm:
+            fields["norm_topk_prob"] = renormalised
+        elif not renormalised:
+            raise ValueError(f"{self.name} always normalises the weights of a token; the router has renormalize='no'")
+        if self.sigmoid:
+            fields |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+        elif "load_balancing_loss" in options:
+            fields["router_aux_loss_coef"] = options["load_balancing_loss"]
+        if self.name == "mixtral":
+            fields["router_jitter_noise"] = options.get("jitter", 0.0)
+        return fields
+
+
+_SPARSE = frozenset({"num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"})
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            ("mistral", "llama"),
+            block="block_sparse_moe",
+            names=("w1", "w3", "w2"),
+            experts_field="num_local_experts",
+            sparse_fields=_SPARSE | {"num_local_experts", "router_jitter_noise"},
+            optional_norm=False,
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            ("qwen3",),
+            width_field="moe_intermediate_size",
+            experts_field="num_experts",
+            sparse_fields=_SPARSE
+            | {"num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
+            extra_fields=frozenset({"head_dim"}),
+        ),
+        Family(
+            "flex_olmo",
+            "FlexOlmoForCausalLM",
+            ("olmo2",),
+            sparse_fields=_SPARSE | {"num_experts", "norm_topk_prob"},
+            extra_fields=frozenset({"head_dim"}),
+        ),
+        Family(
+            "olmoe",
+            "OlmoeForCausalLM",
+            ("olmoe",),
+            sparse_fields=_SPARSE | {"num_experts", "norm_topk_prob"},
+            sparse_only=True,
+        ),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            ("deepseek_v3",),
+            experts_field="n_routed_experts",
+            width_field="moe_intermediate_size",
+            sparse_fields=_SPARSE
+            | {
+                "n_routed_experts",
+                "moe_intermediate_size",
+                "n_shared_experts",
+                "norm_topk_prob",
+                "n_group",
+                "topk_group",
+                "routed_scaling_factor",
+                "first_k_dense_replace",
+            },
+            sigmoid=True,
+            float32_router=True,
+        ),
+    )
+}
+
+
+def family_for(config: PreTrainedConfig, architecture: str) -> Family:
+    """The native family that continues a dense model.
+
+    Raises:
+        ValueError: saying why there is none.
+    """
+    family = next((f for f in FAMILIES.values() if config.model_type in f.dense and not f.sparse_only), None)
+    if family is None:
+        raise ValueError(
+            f"no sparse family of transformers has the attention and norms of {config.model_type!r}; there is one for "
+            + ", ".join(f"{dense} ({f.name})" for f in FAMILIES.values() for dense in f.dense if not f.sparse_only)
+        )
+    if not architecture.endswith("ForCausalLM"):
+        raise ValueError(f"{architecture} is not a causal language model, as {family.architecture} is")
+    return family
+
+
+_FREE = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type", "use_cache"}
+
+
+def carry(
+    config: PreTrainedConfig,
+    model_type: str,
+    extra: frozenset[str],
+    values: dict[str, Any],
+    without: frozenset[str],
+) -> PreTrainedConfig:
+    """A configuration of another model_type with every field that both have, and the given values.
+
+    Args:
+        config: what is carried over.
+        model_type: of the result.
+        extra: fields of the result that its class does not declare.
+        values: fields that are set.
+        without: fields that are not carried over.
+
+    Raises:
+        ValueError: where the other has no field for something that is not as by default.
+    """
+    target = CONFIG_MAPPING[model_type]
+    known = set(AutoConfig.for_model(model_type).to_dict()) | extra
+    default = type(config)().to_dict()
+    given = {name: value for name, value in config.to_dict().items() if name not in without | _FREE}
+    if given.get("use_sliding_window"):
+        raise ValueError(f"{config.model_type} and {model_type} give sliding windows to different layers")
+    lost = [name for name in given if name not in known and name in default and _matters(name, given, default)]
+    if lost:
+        raise ValueError(f"{model_type} has no field for " + ", ".join(f"{name}={given[name]!r}" for name in lost))
+    kept = {name: value for name, value in given.items() if name in known and name not in values}
+    return target(**kept, **values)
+
+
+def _matters(name: str, given: dict[str, Any], default: dict[str, Any]) -> bool:
+    """Whether a field changes what the model computes: it is not as by default, and not about windows left unused."""
+    if name == "layer_types":
+        return not set(given[name] or ()) <= {"full_attention"}
+    return name not in ("max_window_layers", "pretraining_tp") and bool(given[name] != default[name])

@@ -1,0 +1,340 @@
+"""Folders of safetensors, read and written a piece at a time.
+
+Nothing in a folder is trusted: names stay inside it, headers are checked before anything is allocated, pickles are not
+opened. What is written appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Checkpoint", "Stored", "Writer", "copy_companions", "new_folder", "read_json", "read_texts"]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes, as the safetensors library allows
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_COMPANIONS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Args:
+        dtype: of the elements.
+        shape: row-major.
+        file: the shard; None for a tensor that is yet to be written.
+        start: where its first byte lies in the file.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path | None = None
+    start: int = 0
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a model folder, by the names on disk.
+
+    Args:
+        folder: holds model.safetensors, or model.safetensors.index.json and the shards that it names.
+
+    Attributes:
+        tensors: name -> `Stored`.
+
+    Raises:
+        ValueError: for a folder without safetensors, and for files that are damaged or reach outside the folder; the
+            message names the file and what is wrong.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, Stored] = {}
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        if (folder / _INDEX).exists():
+            self._read_index(folder / _INDEX)
+        elif (folder / _SINGLE).exists():
+            self.tensors = _header(folder / _SINGLE)
+        else:
+            pickles = sorted(f.name for f in folder.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+            raise ValueError(
+                f"{folder}: holds no {_SINGLE} and no {_INDEX}"
+                + (
+                    f"; {pickles[0]} is a pickle, which can run code and is not opened: load it where you trust it and "
+                    "save_pretrained the model"
+                    if pickles
+                    else ""
+                )
+            )
+        if not self.tensors:
+            raise ValueError(f"{folder}: holds no tensors")
+
+    def _read_index(self, file: Path) -> None:
+        weight_map = read_json(file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(f"{file}: has no weight_map from tensor names to file names")
+        for shard in sorted(set(weight_map.values())):
+            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+                raise ValueError(f"{file}: names the file {shard!r}; a shard is a .safetensors file in the same folder")
+            if not (file.parent / shard).is_file():
+                raise ValueError(f"{file}: names {shard}, which is missing; the folder is incomplete")
+            found = _header(file.parent / shard)
+            for name in found:
+                if weight_map.get(name) != shard:
+                    raise ValueError(f"{file.parent / shard}: holds {name!r}, which the index does not place there")
+            self.tensors |= found
+        for name, shard in weight_map.items():
+            if name not in self.tensors:
+                raise ValueError(f"{file}: places {name!r} in {shard}, which does not hold it")
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def read(self, name: str, offset: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor, or the elements of it from `offset` on that fill a shape.
+
+        Raises:
+            ValueError: where the file has become shorter.
+        """
+        stored = self.tensors[name]
+        assert stored.file is not None
+        shape = stored.shape if shape is None else shape
+        size = math.prod(shape) * stored.dtype.itemsize
+        assert offset * stored.dtype.itemsize + size <= stored.nbytes
+        if not size:
+            return torch.empty(shape, dtype=stored.dtype)
+        # The file is read, not mapped, so that what has been used is out of memory again.
+        data = torch.empty(size, dtype=torch.uint8)
+        with stored.file.open("rb") as file:
+            file.seek(stored.start + offset * stored.dtype.itemsize)
+            if file.readinto(data.numpy().data) != size:
+                raise ValueError(f"{stored.file}: ends within {name!r}")
+        return data.view(stored.dtype).reshape(shape)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: naming the file, where there is none.
+    """
+    found = _json(file)
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: must hold a JSON object, not a {type(found).__name__}")
+    return found
+
+
+def read_texts(file: Path) -> list[list[str]]:
+    """The lists of texts in a JSON file.
+
+    Raises:
+        ValueError: naming the file, where there are none.
+    """
+    found = _json(file)
+    lists = isinstance(found, list) and all(isinstance(texts, list) for texts in found)
+    if not lists or not all(isinstance(text, str) for texts in found for text in texts):
+        raise ValueError(f"{file}: must hold a list of lists of texts")
+    return list(found)
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error})") from None
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    """The tensors of one file, its header checked against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"{file}: is truncated or not a safetensors file ({size} bytes)")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+        header.pop("__metadata__", None)
+        tensors = {name: _entry(name, entry) for name, entry in header.items()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: its header is damaged: {str(error)[:200]}") from None
+    found, end = {}, 0
+    for name, (dtype, shape, start, stop) in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        stored = Stored(dtype, shape, file, 8 + length + start)
+        if start != end or stop - start != stored.nbytes:
+            raise ValueError(f"{file}: its header is damaged: the bytes of {name!r} overlap, leave a gap or do not fit")
+        found[name], end = stored, stop
+    if 8 + length + end != size:
+        raise ValueError(f"{file}: is truncated or damaged: its tensors need {8 + length + end} bytes, it has {size}")
+    return found
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
+
+
+def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name!r} is not described by an object")
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if code not in DTYPES:
+        raise ValueError(f"{name!r} has the dtype {code!r}; this reads {', '.join(DTYPES)}, no quantised tensors")
+    sizes, (start, stop) = _sizes(name, shape, 16), (*_sizes(name, offsets, 2), 0, 0)[:2]
+    return DTYPES[code], sizes, start, stop
+
+
+def _sizes(name: str, numbers: Any, most: int) -> tuple[int, ...]:
+    valid = isinstance(numbers, list) and len(numbers) <= most
+    if not valid or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise ValueError(f"{name!r} has a shape or offsets that are not sizes: {str(numbers)[:80]}")
+    return tuple(numbers)
+
+
+class Writer:
+    """Writes a set of tensors, known beforehand by dtype and shape, into shards, in any order and in pieces.
+
+    Args:
+        folder: exists and is empty of weights.
+        tensors: name -> `Stored` (dtype and shape).
+        max_shard_bytes: a shard is closed before it outgrows this.
+
+    Raises:
+        ValueError: where the disk has no room for them.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Stored], max_shard_bytes: int = 5_000_000_000) -> None:
+        total = sum(stored.nbytes for stored in tensors.values())
+        free = shutil.disk_usage(folder).free
+        if total > free:
+            raise ValueError(f"the model takes {total:,} bytes, and {folder.parent} has {free:,} bytes free")
+        shards: list[dict[str, Stored]] = [{}]
+        for name, stored in tensors.items():
+            if shards[-1] and sum(s.nbytes for s in shards[-1].values()) + stored.nbytes > max_shard_bytes:
+                shards.append({})
+            shards[-1][name] = stored
+        self.tensors: dict[str, Stored] = {}
+        self._missing = {name: stored.nbytes for name, stored in tensors.items()}
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            name = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            self.tensors |= _allocate(folder / name, shard)
+            weight_map |= dict.fromkeys(shard, name)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, name: str, tensor: Tensor, offset: int = 0) -> None:
+        """Put the elements of a tensor into the tensor `name`, from element `offset` on."""
+        stored = self.tensors[name]
+        assert stored.file is not None and tensor.dtype == stored.dtype
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        assert offset * stored.dtype.itemsize + data.numel() <= stored.nbytes
+        with stored.file.open("r+b") as file:
+            file.seek(stored.start + offset * stored.dtype.itemsize)
+            file.write(data.numpy().data)
+        self._missing[name] -= data.numel()
+
+    def finish(self) -> None:
+        """Make sure that every byte has been written, once."""
+        wrong = [name for name, missing in self._missing.items() if missing]
+        if wrong:
+            raise RuntimeError(f"{len(wrong)} tensors were not written whole, the first is {wrong[0]!r}; report this")
+
+
+def _allocate(file: Path, tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Write the header of a file and give it its full size."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    # Wide elements first, so that each tensor is aligned.
+    for name, stored in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        starts[name] = end
+        shape = list(stored.shape)
+        offsets = [end, end + stored.nbytes]
+        header[name] = {"dtype": _CODES[stored.dtype], "shape": shape, "data_offsets": offsets}
+        end += stored.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        stream.truncate(8 + len(raw) + end)
+    base = 8 + len(raw)
+    return {name: Stored(s.dtype, s.shape, file, base + starts[name]) for name, s in tensors.items()}
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which becomes `out` at the end, or disappears with an error.
+
+    Raises:
+        ValueError: where `out` exists, or the folder above it does not.
+    """
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists already; choose a new folder, nothing is overwritten")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        if out.exists():
+            raise ValueError(f"{out} has appeared meanwhile; choose a new folder, nothing is overwritten")
+        partial.rename(out)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what stands beside a model's weights (tokenizer, generation settings, licence), no code and no pickles."""
+    for file in sorted(source.iterdir()):
+        known = file.suffix in _COMPANIONS or file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+        if known and file.is_file() and not (target / file.name).exists() and not _is_ours(file.name):
+            shutil.copyfile(file, target / file.name)
+
+
+def _is_ours(name: str) -> bool:
+    """What belongs to the weights themselves and is written anew."""
+    return name in {"config.json", "receipt.json", _INDEX} or name.endswith((".bin.index.json",))
