@@ -67,15 +67,18 @@ _NAMES = {
     "PytorchGELUTanh": "gelu_tanh",
     "AccurateGELUActivation": "gelu_tanh",
     "ReLU": "relu",
+    "silu": "silu",
+    "gelu": "gelu",
+    "relu": "relu",
 }
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
 
-def _activation(function: object, gated: bool) -> str | None:
+def known_activation(function: object, gated: bool) -> str | None:
     """The name of an activation in a model; None where `shunter.experts` does not have it."""
     if isinstance(function, str):
         function = ACT2FN[function]
-    name = _NAMES.get(type(function).__name__)
+    name = _NAMES.get(getattr(function, "__name__", type(function).__name__))
     if name is None:
         return None
     name = _GATED[name] if gated else name
@@ -105,7 +108,7 @@ def _block(
     second: str | None = None,
     dropout: float = 0.0,
 ) -> FeedForward | None:
-    known = _activation(activation, gated=len(ups) == 2)
+    known = known_activation(activation, gated=len(ups) == 2)
     if known is None or not all(isinstance(linear, nn.Linear | Conv1D) for linear in [*ups, down]):
         return None
     matrices = [_matrix(up) for up in ups]
