@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     upcycle.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
     upcycle.add_argument("--json", action="store_true", help="the receipt to standard output")
     upcycle.set_defaults(verb=_upcycle)
+
+    table = verbs.add_parser("routers", help="list every router: who decides, what it needs, where it comes from")
+    table.add_argument("--format", choices=["text", "markdown", "json"], default="text")
+    table.set_defaults(verb=_routers)
     return parser
 
 
@@ -187,6 +191,16 @@ def _upcycle(args: argparse.Namespace) -> int:
         print(f"shunter upcycle: {error}", file=sys.stderr)
         return 2
     print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
+
+
+def _routers(args: argparse.Namespace) -> int:
+    from .routers.taxonomy import markdown, plain, taxonomy
+
+    rows = taxonomy()
+    if args.format == "json":
+        print(json.dumps([row._asdict() for row in rows], indent=2))
+    else:
+        print(markdown(rows) if args.format == "markdown" else plain(rows), end="\n" if args.format == "text" else "")
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from .balanced import Base, Sinkhorn
@@ -82,9 +84,15 @@ _ROUTERS: dict[str, type[Router]] = {
 }
 
 
+@cache
+def _installed() -> dict[str, EntryPoint]:
+    """The routers of other installed packages, by name, not yet imported."""
+    return {entry.name: entry for entry in entry_points(group="shunter.routers") if entry.name not in _ROUTERS}
+
+
 def names() -> list[str]:
-    """The names that `create` knows."""
-    return list(_ROUTERS)
+    """The names that `create` knows: built in, registered, or an installed package's entry point `shunter.routers`."""
+    return [*_ROUTERS, *(name for name in _installed() if name not in _ROUTERS)]
 
 
 def register(name: str, router: type[Router]) -> None:
@@ -105,14 +113,20 @@ def find(name: str | type[Router]) -> type[Router]:
     """The class behind a name.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known one.
+        ValueError: for an unknown name, with the nearest known one; for an installed router that cannot be imported.
     """
     if isinstance(name, type):
         return name
     if name not in _ROUTERS:
-        near = difflib.get_close_matches(name, _ROUTERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"router {name!r} is unknown{hint} Known: {', '.join(_ROUTERS)}")
+        entry = _installed().get(name)
+        if entry is None:
+            near = difflib.get_close_matches(name, names(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"router {name!r} is unknown{hint} Known: {', '.join(names())}")
+        try:
+            register(name, entry.load())
+        except Exception as error:
+            raise ValueError(f"router {name!r} of the entry point {entry.value} cannot be loaded: {error}") from error
     return _ROUTERS[name]
 
 

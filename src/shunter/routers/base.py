@@ -102,6 +102,8 @@ class Router(nn.Module):
     """Whether the router follows the `experts` of a context."""
     source: ClassVar[str]
     """The paper that the router comes from."""
+    example_options: ClassVar[dict[str, Any]] = {}
+    """Small values of the options that have no default, with which tables and benchmarks make the router."""
     top_k: int = 1
     """k, how many experts a token takes; it enters the capacity formulas that count choices."""
     group_size: int | None = None

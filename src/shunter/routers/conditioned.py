@@ -33,6 +33,7 @@ class Task(TopK):
     """
 
     source: ClassVar[str] = "Kudugunta et al. 2021"
+    example_options: ClassVar[dict[str, Any]] = {"num_tasks": 4}
     needs: ClassVar[tuple[str, ...]] = ("task",)
 
     def __init__(
@@ -114,6 +115,7 @@ class Speech(TopK):
     """
 
     source: ClassVar[str] = "You et al. 2021"
+    example_options: ClassVar[dict[str, Any]] = {"embedding_dim": 8}
     needs: ClassVar[tuple[str, ...]] = ("embedding",)
 
     def __init__(

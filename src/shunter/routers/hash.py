@@ -50,6 +50,7 @@ class Hash(Fixed):
     source: ClassVar[str] = "Roller et al. 2021"
     needs: ClassVar[tuple[str, ...]] = ("token_ids",)
     unsaved_options: ClassVar[tuple[str, ...]] = ("frequencies", "embeddings")
+    example_options: ClassVar[dict[str, Any]] = {"vocab_size": 256}
 
     table: Tensor
 
@@ -203,6 +204,7 @@ class PositionHash(Fixed):
 
     source: ClassVar[str] = "Roller et al. 2021"
     needs: ClassVar[tuple[str, ...]] = ("position",)
+    example_options: ClassVar[dict[str, Any]] = {"num_positions": 4096}
 
     table: Tensor
 

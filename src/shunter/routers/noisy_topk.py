@@ -135,6 +135,8 @@ class HierarchicalNoisyTopK(NoisyTopK):
     Source: Shazeer et al. 2017, appendix B, equations 12 to 14.
     """
 
+    example_options: ClassVar[dict[str, Any]] = {"num_groups": 2}
+
     def __init__(
         self,
         dim: int,
