@@ -191,6 +191,7 @@ def _upcycle(args: argparse.Namespace) -> int:
         print(f"shunter upcycle: {error}", file=sys.stderr)
         return 2
     print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
+    return 0
 
 
 def _routers(args: argparse.Namespace) -> int:
@@ -200,7 +201,7 @@ def _routers(args: argparse.Namespace) -> int:
     if args.format == "json":
         print(json.dumps([row._asdict() for row in rows], indent=2))
     else:
-        print(markdown(rows) if args.format == "markdown" else plain(rows), end="\n" if args.format == "text" else "")
+        sys.stdout.write(markdown(rows) if args.format == "markdown" else plain(rows) + "\n")
     return 0
 
 
