@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import capacity, experts, losses, routers
-from .moe import MoE, aux_loss, moe_layers, update_routers
+from .moe import MoE, aux_loss, give_reward, moe_layers, update_routers
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = [
     "capacity",
     "experts",
     "from_pretrained",
+    "give_reward",
     "losses",
     "moe_layers",
     "routers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import fields
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from . import routers
 from .experts import Experts, choose
 from .routers import NO_CONTEXT, Context, Router
+from .routers.policy import Decision, PolicyRouter
 from .routing import Routing
 
-__all__ = ["MoE", "aux_loss", "moe_layers", "recomputing", "update_routers"]
+__all__ = ["MoE", "aux_loss", "give_reward", "moe_layers", "recomputing", "update_routers"]
 
 
 class MoE(nn.Module):
@@ -36,6 +38,7 @@ class MoE(nn.Module):
     Attributes:
         routing: the last forward's `Routing` (T, E), outside the graph; None before the first.
         losses: the last training forward's auxiliary losses by name, weighted; a forward in evaluation leaves them.
+        decision: what a router that learns by reward decided in the last training forward, until `give_reward`.
 
     Raises:
         ValueError: for unknown names, impossible sizes, and a router that leaks in a causal model.
@@ -94,6 +97,7 @@ class MoE(nn.Module):
         self.context: Context | None = None
         self.routing: Routing | None = None
         self.losses: dict[str, Tensor] = {}
+        self.decision: Decision | None = None
 
     def forward(self, x: Tensor, **known: Tensor | None) -> Tensor:
         """Route and compute: x (..., d) -> (..., d); a token without an expert gets zeros.
@@ -125,6 +129,8 @@ class MoE(nn.Module):
             self.losses = self.router.losses(logits, routing, context)
             if not recomputing():
                 self.router.observe(logits.detach(), routing, context)
+                if isinstance(self.router, PolicyRouter):
+                    self.decision = Decision(tokens, logits, routing, context, x.shape[:-1])
         self.routing = routing.detach()
         return self.dropout(out).reshape(x.shape)
 
@@ -160,7 +166,7 @@ class MoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The last forward belongs to a graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "context": None, "routing": None, "losses": {}}
+        return {**self.__dict__, "context": None, "routing": None, "losses": {}, "decision": None}
 
     def explain(self, num_tokens: int = 1024) -> str:
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
@@ -177,6 +183,7 @@ class MoE(nn.Module):
             "both": f"tokens apply to {router.top_k} experts each, experts choose among the applicants",
             "global": "one assignment of all tokens is solved",
             "fixed": "the expert is fixed in advance",
+            "all": "every token takes every expert",
         }[router.chooses]
         lines = [
             f"Router {type(router).__name__} ({router.source}): {deciders}; E={self.num_experts}.",
@@ -190,6 +197,8 @@ class MoE(nn.Module):
             + ("none." if self.shared_experts is None else f"width {self.shared_experts.hidden} in all."),
             f"Backend {backend.name}: {backend.summary}; chosen because {why}.",
         ]
+        if isinstance(router, PolicyRouter):
+            lines.insert(3, "Learns by reward: call shunter.give_reward(model, reward) after each training forward.")
         return "\n".join(lines)
 
 
@@ -216,10 +225,16 @@ def aux_loss(model: nn.Module) -> Tensor:
 
     Raises:
         RuntimeError: where gradients are wanted but the losses were computed without them, as under reentrant
-            activation checkpointing: they would silently train nothing.
+            activation checkpointing, or where a router that learns by reward has none: they would silently train
+            nothing.
     """
     terms = []
     for name, layer in moe_layers(model).items():
+        if layer.decision is not None and layer.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"the router of {name or 'the layer'} learns by reward and has none for this forward: call "
+                "shunter.give_reward(model, reward) before aux_loss(model)"
+            )
         for loss, value in layer.losses.items():
             learns = any(p.requires_grad for p in layer.router.parameters())
             if torch.is_grad_enabled() and learns and not value.requires_grad:
@@ -232,6 +247,63 @@ def aux_loss(model: nn.Module) -> Tensor:
         parameter = next(model.parameters(), torch.zeros(()))
         return torch.zeros((), device=parameter.device)
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def give_reward(model: nn.Module, reward: Tensor, mask: Tensor | None = None) -> None:
+    """Tell the routers that learn by reward how well the last training forward went; `aux_loss` then has their losses.
+
+    The return of a layer's action is this reward and what `PolicyRouter.action_reward` gives to its own action and to
+    those of later layers.
+
+    Args:
+        model: whose layers decided; layers without such a router are left alone.
+        reward: floating point, larger is better, as minus the loss of each token's prediction, or +1 and -1 for right
+            and wrong. Its shape is that of the layers' tokens, (...) or (T,), or has fewer leading sizes: one value for
+            each sequence. No gradient flows through it.
+        mask: bool, in such a shape, True at tokens that have a reward; padding has none in any case.
+
+    Raises:
+        RuntimeError: where no layer awaits a reward.
+        ValueError: where reward or mask do not fit a layer's tokens.
+    """
+    waiting = [layer for layer in moe_layers(model).values() if layer.decision is not None]
+    if not waiting:
+        raise RuntimeError(
+            "give_reward: no layer awaits a reward; call it once after each training forward of a model whose router "
+            "learns by reward"
+        )
+    decisions = Counter(layer.decision.shape for layer in waiting if layer.decision is not None)
+    earned: dict[torch.Size, Tensor] = {}
+    for layer in reversed(waiting):
+        decision, router = layer.decision, layer.router
+        assert decision is not None and isinstance(router, PolicyRouter)
+        shape, device = decision.shape, decision.logits.device
+        value = _for_tokens("reward", reward.detach().to(device), shape)
+        real = decision.context.mask
+        if mask is not None:
+            rewarded = _for_tokens("mask", mask.to(device, torch.bool), shape)
+            real = rewarded if real is None else real & rewarded
+        own = router.action_reward(decision, decisions[shape])
+        if own is not None:
+            earned[shape] = earned.get(shape, torch.zeros_like(own)) + own.to(device)
+        if shape in earned:
+            value = value + earned[shape].to(device)
+        if real is not None:
+            value = value.masked_fill(~real, 0)
+        layer.losses = {**layer.losses, **router.reward_losses(decision, value, real)}
+        layer.decision = None
+
+
+def _for_tokens(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """A value for each of the T tokens of a layer whose input has these leading sizes, (T,)."""
+    if value.shape == (shape.numel(),):
+        return value
+    if value.shape != shape[: value.dim()]:
+        raise ValueError(
+            f"give_reward: {name} has shape {tuple(value.shape)}; the tokens of a layer are {tuple(shape)}: give one "
+            "value for each token, or for each sequence"
+        )
+    return value.reshape(*value.shape, *[1] * (len(shape) - value.dim())).expand(shape).reshape(-1)
 
 
 def update_routers(model: nn.Module) -> None:

@@ -78,6 +78,18 @@ def test_training_loss_is_the_models_loss_plus_the_layers(architecture, build, i
     assert torch.allclose(copy.deepcopy(model)(**batch).loss, total), "copies keep their hooks"
 
 
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_a_micro_batch_adds_its_share_of_the_labels_that_its_loss_counts(architecture, build, inputs):
+    model = shunter.sparsify(build(architecture), 4, "topk", top_k=2).train()
+    batch = inputs(architecture)
+    out = model(**batch, num_items_in_batch=torch.tensor(40))
+    labels = batch["labels"][:, 1:].flatten()
+    nats = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), labels, ignore_index=-100, reduction="sum"
+    )
+    assert torch.allclose(out.loss, (nats + shunter.aux_loss(model) * (labels != -100).sum()) / 40)
+
+
 class _Rows(torch.utils.data.Dataset):
     def __init__(self, rows):
         self.rows = rows

@@ -9,7 +9,7 @@ import io
 
 import torch
 
-from shunter import MoE
+from shunter import MoE, give_reward
 from shunter.routers import Context, create
 
 DIM, EXPERTS = 6, 8
@@ -199,6 +199,8 @@ def the_layer_trains(name, options, context):
         torch.nn.init.normal_(parameter, std=0.5)
     known = {key: value for key, value in vars(context(24)).items() if value is not None}
     out = moe(torch.randn(24, DIM), **known)
+    if moe.decision is not None:
+        give_reward(moe, torch.randn(24))
     (out.square().sum() + sum(moe.losses.values(), out.sum() * 0)).backward()
     for key, parameter in moe.router.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key

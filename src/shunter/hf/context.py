@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ..moe import aux_loss, moe_layers
+from ..moe import aux_loss, give_reward, moe_layers
 from ..routers import Context
 
 __all__ = ["install", "takes_tokens", "tokens_of"]
@@ -68,6 +68,7 @@ def _add_losses(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
     labels = given.get("labels")
     if not module.training or labels is None:
         return None
+    _give_rewards(module, labels, output)
     extra = aux_loss(module) * _share_of_batch(module, labels, given.get("num_items_in_batch"))
     if isinstance(output, tuple):
         return (output[0] + extra, *output[1:])
@@ -84,7 +85,47 @@ def _share_of_batch(model: PreTrainedModel, labels: Tensor, num_items_in_batch: 
     """
     if num_items_in_batch is None:
         return 1.0
-    shifted = LOSS_MAPPING.get(model.loss_type or "") is ForCausalLMLoss
-    if shifted and not model.config.is_encoder_decoder:
+    if _predicts_the_next(model):
         labels = labels[..., 1:]
     return (labels != -100).sum() / num_items_in_batch
+
+
+def _predicts_the_next(model: PreTrainedModel) -> bool:
+    """Whether the logits at a place are for the label of the next place."""
+    if model.config.is_encoder_decoder or not (model.loss_type or model.can_generate()):
+        return False
+    # A class whose name transformers does not know (GPT2LMHeadModel) has this loss too.
+    return LOSS_MAPPING.get(model.loss_type or "ForCausalLM") is ForCausalLMLoss
+
+
+def _awaits_reward(module: nn.Module) -> bool:
+    return any(layer.decision is not None for layer in moe_layers(module).values())
+
+
+def _give_rewards(model: PreTrainedModel, labels: Tensor, output: Any) -> None:
+    """Reward each token by minus the cross-entropy of its own prediction; tokens without a label have no reward.
+
+    An encoder's tokens predict nothing themselves: they share the mean reward of their sequence.
+    """
+    if not _awaits_reward(model):
+        return
+    logits = output[1] if isinstance(output, tuple) else getattr(output, "logits", None)
+    if logits is None or logits.shape[:-1] != labels.shape or labels.is_floating_point():
+        raise ValueError(
+            f"{type(model).__name__}: its routers learn by reward, and the reward of a token, minus the cross-entropy "
+            "of its prediction, needs logits and an integer label for each; call the model without labels, and "
+            "shunter.give_reward(model, reward) before shunter.aux_loss(model)"
+        )
+    if _predicts_the_next(model):
+        # The last token of a sequence predicts nothing that is known.
+        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+    labels = labels.to(logits.device)
+    flat = logits.detach().reshape(-1, logits.shape[-1]).float()
+    nats = torch.nn.functional.cross_entropy(flat, labels.reshape(-1), reduction="none")
+    reward, real = -nats.reshape(labels.shape), labels != -100
+    if model.config.is_encoder_decoder and labels.dim() == 2:
+        encoder = model.get_encoder()
+        if _awaits_reward(encoder):
+            give_reward(encoder, reward.sum(-1) / real.sum(-1).clamp_min(1), real.any(-1))
+    if _awaits_reward(model):
+        give_reward(model, reward, real)

@@ -24,6 +24,7 @@ from .limoe import LIMoE
 from .noisy_topk import HierarchicalNoisyTopK, NoisyTopK
 from .null_experts import NullExperts
 from .prototypes import Prototypes
+from .reinforce import Reinforce
 from .switch import Switch
 from .thor import Thor
 from .topk import TopK
@@ -81,6 +82,7 @@ _ROUTERS: dict[str, type[Router]] = {
     "relu": ReLU,
     "forced": Forced,
     "uniform": Uniform,
+    "reinforce": Reinforce,
 }
 
 
