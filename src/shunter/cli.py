@@ -82,6 +82,20 @@ def _parser() -> argparse.ArgumentParser:
     table = verbs.add_parser("routers", help="list every router: who decides, what it needs, where it comes from")
     table.add_argument("--format", choices=["text", "markdown", "json"], default="text")
     table.set_defaults(verb=_routers)
+
+    inspect = verbs.add_parser(
+        "inspect",
+        help="see inside the experts of any mixture-of-experts model, or compare two checkpoints of one",
+        epilog="Leaves inspect.html and inspect.json. Ctrl-C ends the work early and reports what there is.",
+    )
+    inspect.add_argument("models", nargs="+", metavar="MODEL", help="a model's folder; two: before and after")
+    inspect.add_argument("--data", nargs="+", help="text as in train, or folders of images; none: the built-in text")
+    inspect.add_argument("--out", type=Path, help="the report's folder (default: runs/inspect-MODEL)")
+    inspect.add_argument("--tokens", type=int, default=16384, help="how many tokens to look at")
+    inspect.add_argument("--length", type=int, default=128, help="tokens of a window")
+    inspect.add_argument("--ablate", type=int, default=256, help="how many experts to remove in turn; 0: none")
+    inspect.add_argument("--json", action="store_true", help="the findings to standard output too")
+    inspect.set_defaults(verb=_inspect)
     return parser
 
 
@@ -203,6 +217,23 @@ def _routers(args: argparse.Namespace) -> int:
     else:
         sys.stdout.write(markdown(rows) if args.format == "markdown" else plain(rows) + "\n")
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .recipes.data import DataError
+    from .recipes.inspection import InspectError, inspect_models
+
+    try:
+        findings, page = inspect_models(
+            args.models, args.data, args.out, args.tokens, args.length, args.ablate, quiet=args.json
+        )
+    except (DataError, InspectError) as error:
+        print(f"shunter inspect: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(findings))
+    print(f"Report: {page}", file=sys.stderr)
+    return 0 if findings["complete"] else 130
 
 
 if __name__ == "__main__":

@@ -117,3 +117,24 @@ def test_data_json_tells_what_was_read(small):
     described = json.loads(json.dumps(prepare(small()).describe()))
     assert described["vocab_size"] == 257 and described["tokenizer"] == "bytes"
     assert all(d["train_tokens"] > 0 and d["eval_bytes"] > 0 and d["passes"] > 0 for d in described["domains"])
+
+
+def test_languages_stay_with_their_documents(tmp_path):
+    records = [{"text": c * n, "language": c} for c, n in (("é", 400), ("語", 300), ("a", 900))] + [{"text": "b" * 500}]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    [whole] = read_domains([str(file)], 10**6)
+    assert list(whole.languages) == ["é", "語", "a", None]
+    [cut] = read_domains([str(file)], 1000)  # in the middle of a character
+    assert [(set(d), language) for d, language in zip(cut.documents, cut.languages, strict=True)] == [
+        ({"é"}, "é"),
+        ({"語"}, "語"),
+        ({"a"}, "a"),
+    ]
+    built_in = {domain.name: domain for domain in built_in_domains(10**6)}
+    assert set(built_in["english"].languages) == {"en"} and not built_in["code"].languages
+    some = built_in["languages"]
+    assert len(some.languages) == len(some.documents) and len(set(some.languages)) > 1
+    file.write_text('{"text": "a", "language": 3}\n')
+    with pytest.raises(DataError, match="record 1: 'language' must be a name, not 3"):
+        read_domains([str(file)], 1000)

@@ -251,7 +251,7 @@ def domain_scale(domains: int) -> Normalize:
     return Normalize(0, min(max(domains, 2), 4))
 
 
-def domain_map(layer: Specialisation, domains: list[str]) -> Figure:
+def domain_map(layer: Specialisation, domains: list[str], what: str = "domain") -> Figure:
     """How much of each expert's work is from each domain, in even shares, the domains counted as equally long; experts
     ordered by the domain that they serve most."""
     mix = domain_mix(layer.share)
@@ -272,7 +272,7 @@ def domain_map(layer: Specialisation, domains: list[str]) -> Figure:
     axes.set_ylim(len(domains) - 0.5, -0.5)
     labels = [str(expert) for expert in order] if experts <= MAX_LABELS else []
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_xlabel("experts, by main domain")
+    axes.set_xlabel(f"experts, by main {what}")
     axes.grid(visible=False)
     return figure
 
@@ -286,12 +286,13 @@ def domain_mix(share: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(share, total, out=np.zeros_like(share), where=total > 0)
 
 
-def colour_bar(scale: Normalize, label: str) -> Figure:
-    """The key to a group of heat maps whose unit is an even share."""
+def colour_bar(scale: Normalize, label: str, ticks: dict[float, str] | None = None) -> Figure:
+    """The key to a group of heat maps; by default their unit is an even share."""
     figure = Figure(figsize=(4.2, 0.62), layout="constrained")
     axes = figure.add_subplot()
     bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, COLOUR_MAP), cax=axes, orientation="horizontal")
-    ticks = {value: str(value) for value in range(int(scale.vmax or 0) + 1)} | {0: "0: none", 1: "1: even"}
+    even: dict[float, str] = {value: str(value) for value in range(int(scale.vmax or 0) + 1)}
+    ticks = ticks or even | {0: "0: none", 1: "1: even"}
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.set_label(label)
     bar.outline.set_visible(False)

@@ -96,12 +96,13 @@ def characteristic(counts: Tensor, text: Tensor, top: int = TOP_TOKENS) -> list[
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token as a person reads it; a piece of a character as its bytes."""
-    text = str(tokenizer.decode([token]))
+    text, piece = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))
+    if piece.startswith("\u2581") and not text.startswith(" "):
+        text = " " + text  # SentencePiece leaves the space of a text's first word out
     if "\ufffd" not in text:
         return text
     # Byte-level tokens spell bytes as letters: printable Latin-1 as itself, the others counted up from U+0100.
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(itself)]
     byte_of = {chr(b): b for b in itself} | {chr(256 + i): b for i, b in enumerate(others)}
-    piece = str(tokenizer.convert_ids_to_tokens(token))
     return "".join(f"\\x{byte_of[c]:02x}" for c in piece) if set(piece) <= set(byte_of) else text

