@@ -47,6 +47,7 @@ def load_balancing_loss(
     mask: Tensor | None = None,
     choices: Choices = "mean",
     group: Tensor | None = None,
+    demand: Tensor | None = None,
 ) -> Tensor:
     """E * sum_i f_i P_i: the dot product of the share of tokens sent to each expert and its mean probability.
 
@@ -58,16 +59,20 @@ def load_balancing_loss(
             divided by k: the balanced value is 1).
         group: (T,) int64, the group of each token: f and P are taken within each group, and the loss is the mean over
             the groups with real tokens. Groups are GShard's, or the sequences of DeepSeek-V3's sequence-wise loss.
+        demand: (E,) how many tokens were sent to each expert in a larger batch, of which these tokens are a part: f is
+            taken from it, divided by its sum. None takes f from the routing.
 
     Returns:
         A scalar; 1 (or k, for "all") at perfect balance. It is not a lower bound: f and P may differ.
 
-    Source: Fedus et al. 2021 (Switch Transformers), equations 4 to 6; Lepikhin et al. 2020 (GShard), algorithm 1.
+    Source: Fedus et al. 2021 (Switch Transformers), equations 4 to 6; Lepikhin et al. 2020 (GShard), algorithm 1; of
+        a larger batch: Qiu et al. 2025 (Demons in the Detail), section 3.
     """
     if group is not None:
         return _mean_over_groups(probs, routing, mask, choices, group)
-    asked = routing.first_choices if choices == "first" else routing.demand
-    share = asked.to(probs.dtype)
+    if demand is None:
+        demand = routing.first_choices if choices == "first" else routing.demand
+    share = demand.to(probs.dtype)
     if choices == "all":
         tokens = probs.shape[0] if mask is None else mask.sum()
         share = share / torch.as_tensor(tokens, device=probs.device).clamp_min(1)

@@ -1,7 +1,8 @@
-"""Hugging Face: any dense model made sparse, and any sparse one on Shunter's experts."""
+"""Hugging Face: any dense model made sparse, any sparse one on Shunter's experts and kept balanced."""
 
 from . import experts  # noqa: F401 (registers experts_implementation="shunter")
+from .balance import BalanceCallback, BalanceWarning
 from .conversion import from_pretrained, sparsify
 from .upcycling import upcycle
 
-__all__ = ["from_pretrained", "sparsify", "upcycle"]
+__all__ = ["BalanceCallback", "BalanceWarning", "from_pretrained", "sparsify", "upcycle"]

@@ -8,6 +8,7 @@ the next forward, as trainers do.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..moe import aux_loss, give_reward, moe_layers
 from ..routers import Context
 
-__all__ = ["install", "takes_tokens", "tokens_of"]
+__all__ = ["add_to_loss", "install", "takes_tokens", "tokens_of"]
 
 _INPUTS = ("input_ids", "attention_mask")
 
@@ -42,7 +43,7 @@ def takes_tokens(module: nn.Module) -> bool:
 
 
 def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
-    """What the arguments of a model's forward say of its tokens: padding (B, S), None where there is none, and ids."""
+    """What the arguments of a model's forward say of its tokens (B, S): padding (None for none), ids, sequences."""
     given = _arguments(module, args, kwargs)
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     embeds = given.get("inputs_embeds")
@@ -54,7 +55,11 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         mask = mask[:, -shape[1] :].to(torch.bool)
         if bool(mask.all()):
             mask = None
-    return Context(mask=mask, token_ids=ids)
+    sequence = None
+    known = embeds if ids is None else ids
+    if known is not None:
+        sequence = torch.arange(known.shape[0], device=known.device)[:, None].expand(known.shape[:2])
+    return Context(mask=mask, token_ids=ids, sequence=sequence)
 
 
 def _hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -64,12 +69,25 @@ def _hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _add_losses(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def losses() -> Tensor:
+        _give_rewards(module, _arguments(module, args, kwargs)["labels"], output)
+        return aux_loss(module)
+
+    return add_to_loss(module, args, kwargs, output, losses) if module.training else None
+
+
+def add_to_loss(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, losses: Callable[[], Tensor]
+) -> Any | None:
+    """A model's output with losses (means over a micro-batch) in its loss, by the micro-batch's share of the batch.
+
+    None where the forward had no labels and so no loss; the losses are then not computed.
+    """
     given = _arguments(module, args, kwargs)
     labels = given.get("labels")
-    if not module.training or labels is None:
+    if labels is None:
         return None
-    _give_rewards(module, labels, output)
-    extra = aux_loss(module) * _share_of_batch(module, labels, given.get("num_items_in_batch"))
+    extra = losses() * _share_of_batch(module, labels, given.get("num_items_in_batch"))
     if isinstance(output, tuple):
         return (output[0] + extra, *output[1:])
     if output.loss is not None:
@@ -77,7 +95,7 @@ def _add_losses(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
     return output
 
 
-def _share_of_batch(model: PreTrainedModel, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+def _share_of_batch(model: Any, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
     """This micro-batch's share of an accumulated batch's labels: 1 unless the Trainer says how many there are in all.
 
     The Trainer divides a micro-batch's summed loss by the labels of the whole accumulated batch, so the micro-batches'

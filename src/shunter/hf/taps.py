@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -56,6 +56,7 @@ class Observation:
         hidden: (T, d), what the router saw (the experts, where the router is not found), outside the graph.
         mask: (T,) bool, True at real tokens; None where all are real.
         num_experts: E. Where the router also scores classes without weights (null, zero or skip experts) they count.
+        sequence: (T,) int64, which sequence of the batch each token belongs to; None where it is not known.
         dropped: (T, k) bool, the choices that capacity took away; None where there is no capacity.
         to_probs: turns logits into router probabilities.
     """
@@ -66,6 +67,7 @@ class Observation:
     hidden: Tensor
     mask: Tensor | None
     num_experts: int
+    sequence: Tensor | None = None
     dropped: Tensor | None = None
     to_probs: Callable[[Tensor], Tensor] | None = None
 
@@ -95,7 +97,7 @@ class Tap:
         router: the module that scores experts; None where it is not found.
         experts: the module that takes (hidden_states, top_k_index, top_k_weights); None in Shunter's layers and where
             the routing is read from the router alone.
-        num_experts: E.
+        num_experts: E; with the classes without weights that the router scores, once a forward has shown them.
         logits_at: which output of the router is the logits.
         score_function: a key of `SCORE_FUNCTIONS`; found from the first forward's logits and weights, unless set.
             Unused in Shunter's layers, whose routers know.
@@ -171,49 +173,49 @@ def listening(model: nn.Module, callback: Callable[[str, Observation], None]) ->
             f"{type(model).__name__} has no layer whose routing can be read: no shunter.MoE, no module that takes "
             "(hidden_states, top_k_index, top_k_weights), and no router that transformers records"
         )
-    masks: dict[str, Tensor | None] = {}
+    around: dict[str, Context] = {}
     with ExitStack() as stack:
         for path, module in model.named_modules():
             if isinstance(module, PreTrainedModel) and takes_tokens(module):
                 under = [name for name in found if not path or name == path or name.startswith(path + ".")]
                 stack.callback(
-                    module.register_forward_pre_hook(partial(_note_mask, masks, under), with_kwargs=True).remove
+                    module.register_forward_pre_hook(partial(_note_tokens, around, under), with_kwargs=True).remove
                 )
         for tap in found.values():
-            for handle in tap._listen(partial(_emit, tap, masks, callback)):
+            for handle in tap._listen(partial(_emit, tap, around, callback)):
                 stack.callback(handle.remove)
         yield found
 
 
-def _note_mask(
-    masks: dict[str, Tensor | None], under: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _note_tokens(
+    around: dict[str, Context], under: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    mask = tokens_of(module, args, kwargs).mask
+    context = tokens_of(module, args, kwargs)
     for name in under:
-        masks[name] = None if mask is None else mask.reshape(-1)
+        around[name] = context
 
 
 def _emit(
     tap: Tap,
-    masks: dict[str, Tensor | None],
+    around: dict[str, Context],
     callback: Callable[[str, Observation], None],
     logits: Tensor | None,
     index: Tensor,
     weight: Tensor,
     hidden: Tensor,
-    mask: Tensor | None = None,
+    context: Context = NO_CONTEXT,
     dropped: Tensor | None = None,
     to_probs: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    if mask is None:
-        mask = masks.get(tap.name)
-        if mask is not None and mask.shape[0] != index.shape[0]:
-            mask = None  # a layer that sees only some of the tokens (one modality)
-    num_experts = tap.num_experts
+    mask, sequence = (
+        _own(getattr(context, field), getattr(around.get(tap.name, NO_CONTEXT), field), index)
+        for field in ("mask", "sequence")
+    )
     if logits is not None and to_probs is None:
-        num_experts = max(num_experts, logits.shape[-1])
+        tap.num_experts = max(tap.num_experts, logits.shape[-1])
+    num_experts = tap.num_experts
     none = (index < 0) | (index >= num_experts)
-    if num_experts > tap.num_experts:
+    if tap.experts is not None and num_experts > _size(tap.experts):
         none = none | (weight == 0)  # a skipped token may be sent to expert 0 with weight 0
     index = index.masked_fill(none, -1)
     if logits is not None and to_probs is None:
@@ -221,7 +223,15 @@ def _emit(
             tap.score_function = _score_function(logits.detach(), index, weight.detach())
         to_probs = tap._to_probs
     hidden = hidden.detach().reshape(-1, hidden.shape[-1])
-    callback(tap.name, Observation(logits, index, weight.detach(), hidden, mask, num_experts, dropped, to_probs))
+    weight = weight.detach()
+    callback(tap.name, Observation(logits, index, weight, hidden, mask, num_experts, sequence, dropped, to_probs))
+
+
+def _own(given: Tensor | None, outer: Tensor | None, index: Tensor) -> Tensor | None:
+    """What the layer was told of its T tokens; else what the model around was, unless the layer sees only some."""
+    if given is not None or outer is None or outer.numel() != index.shape[0]:
+        return given
+    return outer.reshape(-1)
 
 
 def _size(experts: nn.Module) -> int:
@@ -282,7 +292,10 @@ def _listen_moe(layer: MoE, emit: Callable[..., None]) -> list[RemovableHandle]:
             routing = inner(logits, context)
             if not recomputing():
                 index, weight, dropped = _by_choice(routing.detach())
-                emit(logits, index, weight, x, context.mask, dropped, router.probs)
+                if context.sequence is None and x.dim() >= 3:
+                    sequence = torch.arange(x.shape[0], device=x.device).repeat_interleave(x[0, ..., 0].numel())
+                    context = replace(context, sequence=sequence)
+                emit(logits, index, weight, x, context, dropped, router.probs)
             return routing
 
         router.__dict__["assign"] = assign
