@@ -268,18 +268,17 @@ def test_selection_biases_move_by_the_sign_of_the_load(family, tmp_path):
 
 def test_selection_biases_balance_what_is_skewed():
     model = _model("deepseek_v3", n_group=1, num_hidden_layers=2, dtype=torch.float32)
-    with torch.no_grad():
-        for tap in taps(model).values():
-            tap.router.weight[0] *= 4
-            tap.router.weight[1] = 0.5 * tap.router.weight[0]
+    for tap in taps(model).values():
+        tap.router.e_score_correction_bias.copy_(torch.tensor([1.0] * 2 + [-1.0] * 6))  # scores are between 0 and 1
     batch = _batch(32, 8, padded=False)
-    balance = BalanceCallback(load_balancing_loss=0, bias_update_rate=0.01).attach(model)
+    balance = BalanceCallback(load_balancing_loss=0, bias_update_rate=0.015).attach(model)
     violations = []
     for _ in range(150):
         model(**batch)
         balance.step()
         violations.append(balance.metrics()["balance/max_violation_max"])
-    assert violations[-1] < 0.25 * violations[0] and violations[-1] < 0.3, (violations[0], violations[-1])
+    assert violations[0] == 3, "two of eight experts have all tokens"
+    assert max(violations[-10:]) < 0.75
 
 
 def test_shunters_layers_have_one_balancing_loss_and_update():
