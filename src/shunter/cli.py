@@ -14,7 +14,7 @@ __all__ = ["main"]
 def main(argv: list[str] | None = None) -> int:
     """Run `shunter` with arguments; the exit code: 0 done, 1 failed, 2 bad input, 130 stopped with Ctrl-C."""
     args, rest = _parser().parse_known_args(argv)
-    if rest and args.verb is not _train:
+    if rest and args.verb not in (_train, _compare):
         print(f"shunter: unknown argument {rest[0]!r}; see shunter {args.name} --help", file=sys.stderr)
         return 2
     args.overrides = rest
@@ -46,6 +46,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     train.add_argument("--json", action="store_true", help="metrics to standard output, a JSON object a line")
     train.set_defaults(verb=_train)
+
+    compare = verbs.add_parser(
+        "compare",
+        help="train one router after another on the same tokens, and report them in one table and one picture",
+        epilog="Settings by dotted names as in train: shunter compare text --routers switch,base training.steps=300",
+    )
+    compare.add_argument("recipe", choices=["text"], help="what to train")
+    compare.add_argument("--routers", help="as in switch,topk:top_k=1,hash; shunter routers lists them")
+    compare.add_argument("--config", type=Path, help="YAML or TOML file")
+    compare.add_argument("--run", type=Path, help="the comparison's folder (default: runs/compare)")
+    compare.add_argument("--resume", action="store_true", help="go on with a comparison that was stopped")
+    compare.add_argument("--json", action="store_true", help="metrics to standard output, a JSON object a line")
+    compare.set_defaults(verb=_compare)
 
     evaluate = verbs.add_parser("eval", help="evaluate a run's models again")
     evaluate.add_argument("run", type=Path)
@@ -140,6 +153,37 @@ def _train(args: argparse.Namespace) -> int:
             f"{sparse['peak_rss_bytes'] / dense['peak_rss_bytes']:.2f} times the memory.\n"
             f"Report: {run / 'report.html'}"
         )
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .recipes.compare import compare, parse_routers, resumed
+    from .recipes.config import ConfigError, TextConfig, load_config
+    from .recipes.data import DataError
+    from .recipes.training import Interrupted
+
+    run: Path = args.run or Path("runs/compare")
+    try:
+        if args.resume:
+            if args.config or args.routers or args.overrides:
+                raise ConfigError("--resume goes on with the comparison's own settings; leave the other options out")
+            config, specs = resumed(run)
+        else:
+            specs = parse_routers(args.routers or "")
+            config = load_config(TextConfig, args.config, args.overrides)
+            if (run / "metrics.jsonl").exists():
+                raise ConfigError(
+                    f"{run} holds a run already; go on with --resume --run {run}, or choose another --run"
+                )
+        compare(config, specs, run, resume=args.resume, as_json=args.json)
+    except (ConfigError, DataError) as error:
+        print(f"shunter compare: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as where:
+        print(f"\nStopped at the {where}. Go on with: shunter compare text --resume --run {run}", file=sys.stderr)
+        return 130
+    if not args.json:
+        print(f"\n{(run / 'compare.md').read_text(encoding='utf-8')}\nPicture: {run / 'compare.png'}")
     return 0
 
 

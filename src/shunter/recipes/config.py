@@ -21,6 +21,7 @@ __all__ = [
     "TextConfig",
     "TrainingConfig",
     "load_config",
+    "parse_value",
     "save_config",
 ]
 
@@ -170,7 +171,7 @@ def load_config(cls: type[C], file: Path | None, overrides: list[str]) -> C:
         if not equals or not key:
             raise ConfigError(_line(f"override {text!r} must be key=value, as in training.steps=500"))
         try:
-            parsed = _number(yaml.safe_load(value))
+            parsed = parse_value(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(_line(f"{key}={value}: not a YAML value ({error})")) from None
         node = tree
@@ -208,8 +209,9 @@ def _read(file: Path) -> dict[str, Any]:
     return tree
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4, without a dot, as text; people mean the number."""
+def parse_value(text: str) -> Any:
+    """The YAML value of a text; 3e-4, which YAML 1.1 reads as text for want of a dot, is a number."""
+    value = yaml.safe_load(text)
     if isinstance(value, str):
         try:
             return float(value) if "e" in value.lower() and value[:1] in "+-.0123456789" else value

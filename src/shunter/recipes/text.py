@@ -24,7 +24,19 @@ from .config import TextConfig, load_config, save_config
 from .data import EvalDomain, TextData, prepare
 from .training import Metrics, train_model
 
-__all__ = ["build_model", "evaluate", "evaluate_run", "generate", "load_model", "train"]
+__all__ = [
+    "account",
+    "begin",
+    "build_model",
+    "evaluate",
+    "evaluate_run",
+    "expert_width",
+    "generate",
+    "load_model",
+    "train",
+    "train_one",
+    "versions",
+]
 
 MODELS = ("dense", "sparse")
 _TENSORS = "model.safetensors"
@@ -106,6 +118,20 @@ def train(config: TextConfig, run: Path, *, resume: bool = False, as_json: bool 
     Raises:
         Interrupted: after Ctrl-C, when the checkpoint is written.
     """
+    data, metrics = begin(config, run, as_json)
+    costs = {which: train_one(which, config, run, data, metrics, resume=resume) for which in MODELS}
+    summary = _summary(config, run, data, metrics, costs)
+    (run / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    found = specialisation(load_model(run, "sparse"), {d.name: d.input_ids for d in data.eval}, data.tokenizer)
+    (run / "specialisation.json").write_text(json.dumps(found), encoding="utf-8")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    write_report(run)
+    write_picture(run, run / "picture.png")
+    return summary
+
+
+def begin(config: TextConfig, run: Path, as_json: bool) -> tuple[TextData, Metrics]:
+    """Make the run folder, or find it again: configuration, data and its licences, tokenizer, metrics."""
     hf_logging.disable_progress_bar()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
@@ -118,80 +144,89 @@ def train(config: TextConfig, run: Path, *, resume: bool = False, as_json: bool 
     )
     (run / "data.json").write_text(json.dumps(data.describe(), indent=2), encoding="utf-8")
     data.tokenizer.save_pretrained(run / "tokenizer")
-    metrics = Metrics(run / "metrics.jsonl", sys.stdout if as_json else None)
+    return data, Metrics(run / "metrics.jsonl", sys.stdout if as_json else None)
+
+
+def train_one(
+    name: str, config: TextConfig, run: Path, data: TextData, metrics: Metrics, *, resume: bool
+) -> dict[str, float]:
+    """Train one model of a run into its folder `run / name`, unless it is resumed and finished already.
+
+    Args:
+        name: "dense", or whatever the sparse model is called.
+        config: what to train.
+        run: the run's folder.
+        data, metrics: of `begin`.
+        resume: go on from the newest checkpoint.
+
+    Returns:
+        What `train_model` measured.
+    """
+    receipt = run / name / "training.json"
+    if resume and receipt.exists():
+        found: dict[str, float] = json.loads(receipt.read_text())
+        return found
     t = config.training
-    costs: dict[str, dict[str, float]] = {}
-    for which in MODELS:
-        receipt = run / which / "training.json"
-        if resume and receipt.exists():
-            costs[which] = json.loads(receipt.read_text())
-            continue
-        model = build_model(config, which, len(data.tokenizer))
-        costs[which] = train_model(
-            which,
-            model,
-            data.train,
-            lambda m: evaluate(m, data.eval),
-            metrics,
-            run / "checkpoints" / which,
-            tokens_per_step=t.batch_tokens,
-            eval_every=t.eval_every,
-            log_every=t.log_every,
-            resume=resume,
-            max_steps=t.steps,
-            per_device_train_batch_size=t.batch_tokens // config.data.sequence_length,
-            learning_rate=t.learning_rate,
-            warmup_steps=t.warmup,
-            lr_scheduler_type=t.schedule,
-            weight_decay=t.weight_decay,
-            max_grad_norm=t.max_grad_norm,
-            adam_beta2=t.beta2,
-            save_strategy="steps",
-            save_steps=t.save_every,
-            seed=config.seed,
-            use_cpu=not torch.cuda.is_available(),
-        )
-        model.save_pretrained(run / which)
-        data.tokenizer.save_pretrained(run / which)
-        receipt.write_text(json.dumps(costs[which]))  # written last: from here on the model counts as trained
-    summary = _summary(config, run, data, metrics, costs)
-    (run / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    found = specialisation(load_model(run, "sparse"), {d.name: d.input_ids for d in data.eval}, data.tokenizer)
-    (run / "specialisation.json").write_text(json.dumps(found), encoding="utf-8")
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    write_report(run)
-    write_picture(run, run / "picture.png")
-    return summary
+    model = build_model(config, "dense" if name == "dense" else "sparse", len(data.tokenizer))
+    costs = train_model(
+        name,
+        model,
+        data.train,
+        lambda m: evaluate(m, data.eval),
+        metrics,
+        run / "checkpoints" / name,
+        tokens_per_step=t.batch_tokens,
+        eval_every=t.eval_every,
+        log_every=t.log_every,
+        resume=resume,
+        max_steps=t.steps,
+        per_device_train_batch_size=t.batch_tokens // config.data.sequence_length,
+        learning_rate=t.learning_rate,
+        warmup_steps=t.warmup,
+        lr_scheduler_type=t.schedule,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        adam_beta2=t.beta2,
+        save_strategy="steps",
+        save_steps=t.save_every,
+        seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    model.save_pretrained(run / name)
+    data.tokenizer.save_pretrained(run / name)
+    receipt.write_text(json.dumps(costs))  # written last: from here on the model counts as trained
+    return costs
+
+
+def account(name: str, config: TextConfig, run: Path, metrics: Metrics, costs: dict[str, float]) -> dict[str, Any]:
+    """What one trained model of a run reached and cost, as in the summary."""
+    found = ledger(load_model(run, name), config.data.sequence_length)
+    last = [m for m in metrics.lines() if m["kind"] == "eval" and m["model"] == name][-1]
+    return {
+        "eval_loss": last["loss"],
+        "bits_per_byte": last["bits_per_byte"],
+        "flops_per_token": found.flops_per_token,
+        "params_total": found.params_total,
+        "params_active": found.params_active,
+        "seconds": costs["seconds"],
+        "tokens": config.training.steps * config.training.batch_tokens,
+        "peak_rss_bytes": costs["peak_rss_bytes"],
+        "domains": last["domains"],
+    }
 
 
 def _summary(
     config: TextConfig, run: Path, data: TextData, metrics: Metrics, costs: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    tokens = config.training.steps * config.training.batch_tokens
-    summary: dict[str, Any] = {}
-    evals = {which: [m for m in metrics.lines() if m["kind"] == "eval" and m["model"] == which] for which in MODELS}
-    for which in MODELS:
-        model = load_model(run, which)
-        account = ledger(model, config.data.sequence_length)
-        last = evals[which][-1]
-        summary[which] = {
-            "eval_loss": last["loss"],
-            "bits_per_byte": last["bits_per_byte"],
-            "flops_per_token": account.flops_per_token,
-            "params_total": account.params_total,
-            "params_active": account.params_active,
-            "seconds": costs[which]["seconds"],
-            "tokens": tokens,
-            "peak_rss_bytes": costs[which]["peak_rss_bytes"],
-            "domains": last["domains"],
-        }
+    summary: dict[str, Any] = {which: account(which, config, run, metrics, costs[which]) for which in MODELS}
+    sparse = [m for m in metrics.lines() if m["kind"] == "eval" and m["model"] == "sparse"]
     return summary | {
         "gain": summary["dense"]["eval_loss"] - summary["sparse"]["eval_loss"],
-        "steps_to_dense_loss": _share_of_steps(evals["sparse"], summary["dense"]["eval_loss"], config.training.steps),
-        "tokens": tokens,
+        "steps_to_dense_loss": _share_of_steps(sparse, summary["dense"]["eval_loss"], config.training.steps),
+        "tokens": summary["sparse"]["tokens"],
         "seed": config.seed,
         "licenses": [{key: d[key] for key in ("name", "license", "source")} for d in data.domains],
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -205,14 +240,15 @@ def _share_of_steps(evals: list[dict[str, Any]], target: float, steps: int) -> f
     return None
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
+def versions() -> dict[str, str]:
+    """Of Python, the platform and the packages that a result depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("shunter", "torch", "transformers", "accelerate", "tokenizers"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return versions
+            found[package] = "not installed as a package"
+    return found
 
 
 def _say(quiet: bool, *lines: str) -> None:
@@ -230,7 +266,8 @@ def load_model(run: Path, which: str) -> PreTrainedModel:
     folder = run / which
     if not (folder / _TENSORS).exists():
         raise FileNotFoundError(f"{folder} holds no trained model; `shunter train text` leaves one in its run folder")
-    loaded = from_pretrained(str(folder)) if which == "sparse" else AutoModelForCausalLM.from_pretrained(folder)
+    made_here = hasattr(AutoConfig.from_pretrained(folder), "shunter")
+    loaded = from_pretrained(str(folder)) if made_here else AutoModelForCausalLM.from_pretrained(folder)
     return loaded.eval()
 
 

@@ -63,6 +63,10 @@ class Metrics:
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
+# What is added up between two lines of the log; routed are tokens, kept their assignments, over all layers.
+_WINDOW = ("loss", "aux_loss", "steps", "routed", "kept")
+
+
 class _Watch(TrainerCallback):
     """Logs, evaluates, shows progress, moves the routers' state, and stops on Ctrl-C: all at the ends of steps."""
 
@@ -73,7 +77,7 @@ class _Watch(TrainerCallback):
         self.tokens_per_step, self.eval_every, self.log_every = tokens_per_step, eval_every, log_every
         self.stop = False
         self.seconds = 0.0
-        self.window = {"loss": 0.0, "aux_loss": 0.0, "steps": 0}
+        self.window = dict.fromkeys(_WINDOW, 0.0)
         self.load: dict[str, Tensor] = {}
         self.bar: tqdm[Any] | None = None
 
@@ -86,6 +90,8 @@ class _Watch(TrainerCallback):
         for name, layer in moe_layers(model).items():
             assert layer.routing is not None
             self.load[name] = self.load.get(name, 0) + layer.routing.demand
+            self.window["routed"] += layer.routing.num_tokens
+            self.window["kept"] += layer.routing.token.numel()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: PreTrainedModel = kwargs["model"]
@@ -142,15 +148,20 @@ class _Watch(TrainerCallback):
         shown = {"loss": f"{loss:.3f}", "tokens/s": f"{step * self.tokens_per_step / max(self.seconds, 1e-9):,.0f}"}
         if self.load:
             line["aux_loss"] = self.window["aux_loss"] / steps
-            line["balance"] = math.fsum(float(n.max() / n.float().mean()) for n in self.load.values()) / len(self.load)
+            asked = math.fsum(float(n.sum()) for n in self.load.values())
+            line["experts_per_token"] = asked / self.window["routed"]
+            line["dropped"] = 1 - self.window["kept"] / asked if asked else 0.0
+            line["balance"] = math.fsum(
+                float(n.max() / n.float().mean().clamp_min(1e-9)) for n in self.load.values()
+            ) / len(self.load)
             shown["balance"] = f"{line['balance']:.2f}"
         self.metrics.write(kind="train", model=self.name, **line)
         if self.load:
-            layers = {name: (load / load.sum()).tolist() for name, load in self.load.items()}
+            layers = {name: (load / load.sum().clamp_min(1)).tolist() for name, load in self.load.items()}
             self.metrics.write(kind="load", model=self.name, step=step, layers=layers)
         if self.bar is not None:
             self.bar.set_postfix(shown, refresh=False)
-        self.window = {"loss": 0.0, "aux_loss": 0.0, "steps": 0}
+        self.window = dict.fromkeys(_WINDOW, 0.0)
         self.load = {}
 
     def _evaluate(self, model: PreTrainedModel, step: int) -> None:

@@ -46,7 +46,7 @@ class _Variable(LinearRouter):
 
     @property
     def experts_per_token(self) -> float:
-        """The mean over the tokens of the last step; E before the first."""
+        """The mean over the tokens of the last step; before the first E, or the target of a router that has one."""
         return float(self.mean_experts)
 
 
@@ -150,6 +150,7 @@ class ReLU(_Variable):
         self.balance = balance
         self.coefficients["sparsity_loss"] = 1.0  # the loss carries its coefficient, which is state
         self.register_buffer("coefficient", torch.tensor(sparsity_loss, dtype=torch.float32, device=device))
+        self.mean_experts.fill_(target_experts)
 
     def probs(self, logits: Tensor) -> Tensor:
         """relu(h) divided by its sum; uniform where all are zero."""

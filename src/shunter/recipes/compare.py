@@ -1,0 +1,219 @@
+"""Routers compared: the main job's sparse model with one router after another, on the same tokens in the same order."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from .. import routers
+from ..analysis import figures
+from .config import ConfigError, TextConfig, load_config, parse_value
+from .text import account, begin, train_one, versions
+from .training import Metrics
+
+__all__ = ["compare", "parse_routers", "picture", "table", "with_router"]
+
+KNOWN = ("mask", "token_ids", "sequence", "position")
+"""What a language model on plain text can tell its routers, of the fields of `Context`."""
+LAST = 0.1
+"""The balance of a router is that of this last part of its training."""
+
+
+def parse_routers(text: str) -> list[str]:
+    """The routers of `switch,topk:top_k=1`, each a name with options after colons.
+
+    Raises:
+        ConfigError: where there is none, or one comes twice.
+    """
+    specs = [part.strip() for part in text.split(",") if part.strip()]
+    if not specs:
+        raise ConfigError(f"--routers: name at least one of {', '.join(routers.names())}")
+    folders = [folder_of(spec) for spec in specs]
+    for spec, folder in zip(specs, folders, strict=True):
+        if folders.count(folder) > 1 or folder == "dense":
+            raise ConfigError(f"--routers: {spec!r} is there more than once; each router has one row")
+    return specs
+
+
+def folder_of(spec: str) -> str:
+    """The folder, and the name in the metrics, of a router with options."""
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", spec)
+
+
+def with_router(config: TextConfig, spec: str) -> TextConfig:
+    """The configuration with a router `name:option=value:…` in place of its own.
+
+    Options that the configuration sets for its own router are left out, but for those that every router of the
+    comparison shares: experts, width, backend. A router that leaks in training alone is let through, because its
+    evaluation is causal.
+
+    Raises:
+        ConfigError: for an unknown router or option, for one that needs what plain text does not have, and for one
+            whose evaluation leaks where the configuration does not insist (sparse.allow_leak).
+    """
+    name, *settings = spec.split(":")
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"router {spec!r}: {setting!r} must be option=value, as in topk:top_k=1")
+        try:
+            options[key] = parse_value(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"router {spec!r}: {setting} is not a YAML value ({' '.join(str(error).split())})"
+            ) from None
+    if name in routers.names():
+        lacking = [need for need in routers.find(name).needs if need not in KNOWN]
+        if lacking:
+            raise ConfigError(f"router {name!r} needs {', '.join(lacking)} of each token, which plain text has not")
+    sparse = config.sparse.model_dump() | {"router": name, "options": options, "top_k": options.pop("top_k", None)}
+    try:
+        insisting = TextConfig.model_validate(config.model_dump() | {"sparse": sparse | {"allow_leak": True}})
+    except ValueError as error:
+        first = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+        raise ConfigError(f"router {spec!r}: {' '.join(first.removeprefix('Value error, ').split())}") from None
+    leak = insisting.sparse.build_router(8, 257).eval().leak
+    if leak and not config.sparse.allow_leak:
+        raise ConfigError(
+            f"router {spec!r}: {leak}, in evaluation too, so its loss would be no language model's; leave it out, give "
+            "it other options (as :capacity_factor=null), or set sparse.allow_leak=true"
+        )
+    return insisting
+
+
+def compare(
+    config: TextConfig, specs: list[str], run: Path, *, resume: bool = False, as_json: bool = False
+) -> dict[str, Any]:
+    """Train the dense model, then its sparse twin once with each router, and leave one table and one picture.
+
+    All have the same seed, the same tokens in the same order, the same initial weights outside the feed-forward blocks
+    and the same FLOPs per token: an expert is as wide as the router's number of experts for a token allows.
+
+    Args:
+        config: the main job's; its own router is not used.
+        specs: of `parse_routers`.
+        run: the folder; compare.json, compare.md, compare.png and a folder for each model.
+        resume: go on with a comparison that was stopped; finished models are not trained again.
+        as_json: metrics go to standard output, a JSON object a line, in place of progress lines.
+
+    Returns:
+        What compare.json holds: "models", a row for each; tokens, seed, versions.
+
+    Raises:
+        ConfigError: see `with_router`; before anything is trained.
+        Interrupted: after Ctrl-C, when the checkpoint is written.
+    """
+    configs = {"dense": config} | {spec: with_router(config, spec) for spec in specs}
+    data, metrics = begin(config, run, as_json)
+    (run / "routers.json").write_text(json.dumps(specs), encoding="utf-8")
+    rows = []
+    for spec, own in configs.items():
+        name = folder_of(spec)
+        costs = train_one(name, own, run, data, metrics, resume=resume)
+        row = {"router": spec} | account(name, own, run, metrics, costs)
+        rows.append(row if spec == "dense" else row | _routing(metrics, name) | {"leak": _leak(own)})
+        result = {
+            "models": rows,
+            "tokens": config.training.steps * config.training.batch_tokens,
+            "seed": config.seed,
+            "versions": versions(),
+        }
+        (run / "compare.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+        (run / "compare.md").write_text(table(result), encoding="utf-8")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    with figures.style(figures.PAPER):
+        picture(result).savefig(run / "compare.png", metadata={"Software": None})
+    return result
+
+
+def resumed(run: Path) -> tuple[TextConfig, list[str]]:
+    """The configuration and the routers of a comparison that was begun in a folder.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    try:
+        specs = json.loads((run / "routers.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(f"{run} holds no comparison to resume") from None
+    return load_config(TextConfig, run / "config.yaml", []), specs
+
+
+def _routing(metrics: Metrics, name: str) -> dict[str, float]:
+    """Balance, drops and experts of a token, each a mean over the last part of training."""
+    lines = [line for line in metrics.lines() if line["kind"] == "train" and line["model"] == name]
+    last = [line for line in lines if line["step"] > (1 - LAST) * lines[-1]["step"]]
+    return {
+        key: math.fsum(line[key] for line in last) / len(last) for key in ("balance", "dropped", "experts_per_token")
+    }
+
+
+def _leak(config: TextConfig) -> str | None:
+    """Where a later token can change an earlier one: "training", "training and evaluation", or nowhere."""
+    router = config.sparse.build_router(8, 257)
+    training, evaluation = router.leak, router.eval().leak
+    return "training and evaluation" if evaluation else "training" if training else None
+
+
+def table(result: dict[str, Any]) -> str:
+    """The comparison as a table in Markdown, the best loss first."""
+    dense = result["models"][0]
+    lines = [
+        "| router | loss | gain | bits/byte | balance | dropped | experts/token | MFLOP/token | seconds | peak MiB "
+        "| parameters | leaks in |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(result["models"], key=lambda row: row["eval_loss"]):
+        sparse = "balance" in row
+        cells = [
+            f"`{row['router']}`" if sparse else "(dense)",
+            f"{row['eval_loss']:.4f}",
+            f"{dense['eval_loss'] - row['eval_loss']:+.4f}" if sparse else "",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['balance']:.2f}" if sparse else "",
+            f"{row['dropped']:.1%}" if sparse else "",
+            f"{row['experts_per_token']:.2f}" if sparse else "",
+            f"{row['flops_per_token'] / 1e6:.3f}",
+            f"{row['seconds']:.0f} ({row['seconds'] / dense['seconds']:.2f}×)",
+            f"{row['peak_rss_bytes'] / 2**20:,.0f}",
+            f"{row['params_total']:,}",
+            row.get("leak") or "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(result: dict[str, Any]) -> Figure:
+    """The table's main columns as points, a row for each router, the best loss on top; the dense model is the line."""
+    dense, *sparse = result["models"]
+    sparse = sorted(sparse, key=lambda row: row["eval_loss"])
+    panels = [
+        ("held-out loss\n(nats/token)", [row["eval_loss"] for row in sparse], dense["eval_loss"]),
+        ("busiest expert\n(times the mean)", [row["balance"] for row in sparse], None),
+        ("assignments\ndropped (%)", [100 * row["dropped"] for row in sparse], None),
+        ("training time\n(times the dense)", [row["seconds"] / dense["seconds"] for row in sparse], 1.0),
+        ("peak memory\n(MiB)", [row["peak_rss_bytes"] / 2**20 for row in sparse], dense["peak_rss_bytes"] / 2**20),
+    ]
+    figure = Figure(figsize=(9.6, 1.3 + 0.26 * len(sparse)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    palette = figures.PAPER
+    for one, (label, values, baseline) in zip(axes, panels, strict=True):
+        one.plot(values, range(len(sparse)), "o", color=palette.sparse, markersize=5)
+        if baseline is not None:
+            one.axvline(baseline, color=palette.dense, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
+        else:
+            one.set_xlim(left=0)
+        one.set_xlabel(label)
+        one.margins(x=0.12)
+    axes[0].set_yticks(range(len(sparse)), [row["router"] for row in sparse])
+    axes[0].set_ylim(len(sparse) - 0.5, -0.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right")
+    return figure

@@ -1,0 +1,163 @@
+"""The comparison of routers: fair by construction, resumable to the bit, and honest in what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from shunter import routers
+from shunter.cli import main
+from shunter.recipes import training
+from shunter.recipes.compare import compare, parse_routers, resumed, table, with_router
+from shunter.recipes.config import ConfigError
+from shunter.recipes.text import load_model
+from shunter.recipes.training import Metrics
+
+from .conftest import SMALL
+
+SPECS = ["switch", "topk:top_k=2:capacity_factor=null", "base", "hash", "reinforce", "relu"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One comparison of six routers, finished."""
+    root = tmp_path_factory.mktemp("compare")
+    (root / "corpus/letters").mkdir(parents=True)
+    (root / "corpus/digits").mkdir()
+    for i in range(6):
+        (root / f"corpus/letters/{i}.txt").write_text("abc de fgh " * 12)
+        (root / f"corpus/digits/{i}.txt").write_text("12 345 6 78 " * 12)
+    args = [*SMALL, "training.steps=6", f"data.source=['{root / 'corpus'}']"]
+    assert main(["compare", "text", "--routers", ",".join(SPECS), "--run", str(root / "run"), "--json", *args]) == 0
+    return root / "run", json.loads((root / "run/compare.json").read_text())
+
+
+def test_a_row_for_each_router_and_for_the_dense_model(done):
+    run, result = done
+    assert [row["router"] for row in result["models"]] == ["dense", *SPECS]
+    dense, *sparse = result["models"]
+    for row in sparse:
+        assert 1 <= row["balance"] <= 4 and 0 <= row["dropped"] < 1, row
+        if row["router"] != "relu":  # its number of experts is what training makes of it
+            assert row["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.05)
+    by_name = {row["router"]: row for row in sparse}
+    assert by_name[SPECS[1]]["experts_per_token"] == pytest.approx(2)
+    assert by_name["switch"]["experts_per_token"] == pytest.approx(1)
+    assert by_name["base"]["balance"] == pytest.approx(1), "BASE assigns every expert the same number of tokens"
+    assert by_name["base"]["leak"] == "training" and by_name["hash"]["leak"] is None
+    assert (run / "compare.png").stat().st_size > 0 and not (run / "checkpoints").exists()
+
+
+def test_models_load_and_start_alike_outside_the_experts(done):
+    run, _ = done
+    first = {}
+    for name in ("dense", "hash", "base"):
+        lines = [m for m in Metrics(run / "metrics.jsonl").lines() if m["model"] == name]
+        assert lines[0]["kind"] == "eval" and lines[0]["step"] == 0
+        first[name] = set(load_model(run, name).state_dict())
+    assert type(load_model(run, "hash").model.layers[0].mlp.router) is routers.find("hash")
+    assert {key for key in first["dense"] if ".mlp." not in key} <= first["hash"] & first["base"]
+
+
+def test_the_table_has_the_best_loss_first_and_what_was_dropped(done):
+    lines = table(done[1]).splitlines()
+    losses = [float(line.split("|")[2]) for line in lines[2:]]
+    assert losses == sorted(losses) and len(losses) == 7
+    worst = {**done[1]["models"][1], "router": "worst", "eval_loss": 99.0, "dropped": 0.25, "leak": "training"}
+    last = table({"models": [*done[1]["models"], worst]}).splitlines()[-1]
+    assert "`worst`" in last and "25.0%" in last and last.endswith("| training |")
+
+
+def test_drops_are_those_of_the_capacity(done, small, tmp_path):
+    result = compare(small("training.steps=3"), ["switch:capacity_factor=0.25"], tmp_path / "run", as_json=True)
+    assert 0.75 <= result["models"][1]["dropped"] < 1
+    assert all(row.get("dropped", 0) == 0 for row in done[1]["models"] if row["router"] != "switch")
+
+
+@pytest.mark.parametrize("stop_in, step", [("dense", 2), ("hash", 3), ("switch", 1)])
+def test_stopped_and_resumed_ends_with_the_same_bits(stop_in, step, small, tmp_path, monkeypatch):
+    config, specs = small("training.steps=4"), ["hash", "switch"]
+    compare(config, specs, tmp_path / "straight", as_json=True)
+    inner, pending = training._Watch.on_step_begin, [True]
+
+    def stop(watch, args, state, control, **kwargs):
+        inner(watch, args, state, control, **kwargs)
+        if pending and watch.name == stop_in and state.global_step + 1 == step:
+            pending.clear()
+            watch.stop = True
+
+    monkeypatch.setattr(training._Watch, "on_step_begin", stop)
+    with pytest.raises(training.Interrupted):
+        compare(config, specs, tmp_path / "broken", as_json=True)
+    again = resumed(tmp_path / "broken")
+    assert again == (config, specs)
+    compare(*again, tmp_path / "broken", resume=True, as_json=True)
+    for name in ("dense", *specs):
+        bits = [(tmp_path / run / name / "model.safetensors").read_bytes() for run in ("straight", "broken")]
+        assert bits[0] == bits[1], name
+
+
+def test_options_are_the_routers_own(small):
+    config = small("sparse.router=topk", "sparse.top_k=3", "sparse.options={selection_bias: true}")
+    other = with_router(config, "switch:capacity_factor=1e1:jitter=0.01")
+    assert other.sparse.top_k is None and other.sparse.options == {"capacity_factor": 10.0, "jitter": 0.01}
+    assert with_router(config, "topk:top_k=2").sparse.top_k == 2
+    assert other.sparse.num_experts == config.sparse.num_experts
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("swich", "did you mean switch"),
+        ("switch:jiter=1", "did you mean jitter"),
+        ("switch:jitter", "option=value"),
+        ("switch:jitter=[", "not a YAML value"),
+        ("task", "needs task"),
+        ("domain", "needs domain"),
+        ("expert_choice", "in evaluation too"),
+        ("topk:top_k=99", "top_k 99"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(spec, message, small, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        compare(small(), ["hash", spec], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_leak_can_be_insisted_on(small):
+    assert with_router(small("sparse.allow_leak=true"), "expert_choice").sparse.router == "expert_choice"
+
+
+@pytest.mark.parametrize("text", ["", " , ", "hash,hash", "topk:top_k=2,topk/top_k=2", "dense"])
+def test_lists_of_routers_are_checked(text):
+    with pytest.raises(ConfigError, match="--routers"):
+        parse_routers(text)
+
+
+def test_bad_commands_are_one_line(capsys, tmp_path):
+    for args, message in (
+        (["--routers", "swich"], "did you mean switch"),
+        ([], "--routers: name at least one"),
+        (["--routers", "hash", "training.step=3"], "did you mean training.steps"),
+        (["--resume", "--run", str(tmp_path / "none")], "no comparison to resume"),
+        (["--resume", "--routers", "hash"], "leave the other options out"),
+    ):
+        assert main(["compare", "text", *args]) == 2
+        said = capsys.readouterr().err.strip()
+        assert message in said and "\n" not in said
+
+
+def test_every_router_that_text_can_serve_trains(small, tmp_path):
+    """Whatever is in the registry, by default options: one step, finite losses."""
+    config = small("training.steps=1", "sparse.allow_leak=true", "model.layers=1", "sparse.num_experts=8")
+    specs = []
+    for name in routers.names():
+        try:
+            with_router(config, name)
+        except ConfigError as error:
+            assert "needs" in str(error) or routers.find(name).example_options, error  # options without a default
+        else:
+            specs.append(name)
+    assert len(specs) >= 20
+    result = compare(config, specs, tmp_path / "run", as_json=True)
+    assert all(torch.tensor(row["eval_loss"]).isfinite() for row in result["models"])
