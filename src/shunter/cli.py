@@ -109,6 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--ablate", type=int, default=256, help="how many experts to remove in turn; 0: none")
     inspect.add_argument("--json", action="store_true", help="the findings to standard output too")
     inspect.set_defaults(verb=_inspect)
+
+    bench = verbs.add_parser("bench", help="time the backends next to a dense layer and to transformers' own")
+    bench.add_argument("what", choices=["experts"])
+    bench.add_argument("--shapes", nargs="+", help="of S1 to S6, or T,d,f,E,k (default: S1 to S6)")
+    bench.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    bench.add_argument("--backends", nargs="+", help="besides auto (default: all that can run)")
+    bench.add_argument("--rounds", type=int, default=11, help="of the interleaved run")
+    bench.add_argument("--out", type=Path, help="a folder for bench-experts.json and bench-experts.md")
+    bench.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
+    bench.set_defaults(verb=_bench)
     return parser
 
 
@@ -278,6 +288,38 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(findings))
     print(f"Report: {page}", file=sys.stderr)
     return 0 if findings["complete"] else 130
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .benchmarks.experts import SHAPES, Shape, bench, markdown
+    from .experts import backend_names
+
+    def shape(text: str) -> Shape:
+        if text in SHAPES:
+            return SHAPES[text]
+        sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
+        if len(sizes) != 5 or min(sizes) < 1 or sizes[4] > sizes[3]:
+            raise ValueError(f"shape {text!r} is neither of {', '.join(SHAPES)} nor T,d,f,E,k with k at most E")
+        tokens, dim, hidden, experts, top_k = sizes
+        return Shape(tokens, dim, hidden, experts, top_k)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    try:
+        if args.rounds < 1:
+            raise ValueError(f"--rounds {args.rounds} must be at least 1")
+        shapes = {text: shape(text) for text in args.shapes or SHAPES}
+        found = bench(shapes, args.dtype, args.backends or backend_names(), rounds=args.rounds, say=say)
+    except ValueError as error:
+        print(f"shunter bench: {error}", file=sys.stderr)
+        return 2
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "bench-experts.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / "bench-experts.md").write_text(markdown(found))
+    sys.stdout.write(json.dumps(found) + "\n" if args.json else markdown(found))
+    return 0
 
 
 if __name__ == "__main__":

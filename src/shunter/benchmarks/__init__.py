@@ -1,0 +1,1 @@
+"""Benchmarks: this library side by side with its peers in one run, with the machine and the versions."""
