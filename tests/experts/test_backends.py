@@ -12,8 +12,14 @@ from shunter.experts.backends import get
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
 
 # Backends that run on any CPU input; others have files of their own.
-CPU = [name for name in ("reference", "loop", "padded") if name in backend_names()]
+CPU = [name for name in ("reference", "loop", "padded", "grouped_mm") if name in backend_names()]
 FAST = [name for name in CPU if name != "reference"]
+# What a backend computes in for inputs of float64 where it does not take them, and how near it then comes.
+SINGLE = {"grouped_mm"}
+
+
+def _tolerance(backend):
+    return 1e-4 if backend in SINGLE else 1e-9
 
 
 def _leaves(x, routing, weights):
@@ -24,6 +30,9 @@ def _leaves(x, routing, weights):
 
 def _run(name, x, weights, routing, grad):
     """Output and gradients by name, from fresh leaves."""
+    if name in SINGLE and x.dtype == torch.float64:
+        x, weights, routing = _to(torch.float32, x, weights, routing)
+        return {k: v.double() for k, v in _run(name, x, weights, routing, grad.float()).items()}
     copy = {k: v.detach().clone().requires_grad_() for k, v in _leaves(x, routing, weights).items()}
     w = Weights(copy["up"], copy["down"], copy.get("up_bias"), copy.get("down_bias"), weights.activation)
     y = get(name).run(copy["x"], w, routing.with_weight(copy["weight"]))
@@ -48,10 +57,11 @@ def test_equal_to_a_loop_over_tokens_in_float64(backend, activation, bias):
     x = torch.randn(11, 6, dtype=torch.float64)
     routing = random_routing(11, 5)
     expected = by_tokens(x, weights, routing.dense())
-    assert torch.allclose(get(backend).run(x, weights, routing), expected, atol=1e-12)
+    found = _run(backend, x, weights, routing, torch.zeros_like(x))["y"]
+    assert torch.allclose(found, expected, atol=1e-5 if backend in SINGLE else 1e-12)
 
 
-@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("backend", [name for name in CPU if name not in SINGLE])
 @pytest.mark.parametrize("activation, bias", [("swiglu", False), ("geglu_tanh", True), ("gelu", True), ("silu", False)])
 def test_gradcheck(backend, activation, bias):
     weights = random_weights(3, 4, 3, activation, bias)
@@ -76,7 +86,7 @@ def test_edges_equal_the_reference_with_every_gradient(backend, tokens, experts,
     expected = _run("reference", x, weights, routing, grad)
     found = _run(backend, x, weights, routing, grad)
     for name, value in expected.items():
-        assert found[name] is not None and torch.allclose(found[name], value, atol=1e-10), name
+        assert found[name] is not None and torch.allclose(found[name], value, atol=_tolerance(backend)), name
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,7 +105,7 @@ def test_any_shape_equals_the_reference(backend, tokens, experts, dim, hidden, a
         routing = random_routing(tokens, experts, density)
     expected, found = (_run(name, x, weights, routing, grad) for name in ("reference", backend))
     for name, value in expected.items():
-        assert torch.allclose(found[name], value, atol=1e-9), name
+        assert torch.allclose(found[name], value, atol=_tolerance(backend)), name
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -182,18 +192,21 @@ def test_strided_input_and_gradient(backend):
 def test_frozen_parts_get_no_gradient_and_change_no_other(backend, frozen):
     weights, routing = random_weights(4, 6, 5, bias=True), random_routing(20, 4)
     x, grad = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
+    if backend in SINGLE:
+        (x, weights, routing), grad = _to(torch.float32, x, weights, routing), grad.float()
     whole = _run(backend, x, weights, routing, grad)
     parts = {k: v.detach().clone().requires_grad_(k not in frozen) for k, v in _leaves(x, routing, weights).items()}
     w = Weights(parts["up"], parts["down"], parts["up_bias"], parts["down_bias"], weights.activation)
     get(backend).run(parts["x"], w, routing.with_weight(parts["weight"])).backward(grad)
     for name, part in parts.items():
-        assert part.grad is None if name in frozen else torch.allclose(part.grad, whole[name]), name
+        assert part.grad is None if name in frozen else torch.allclose(part.grad, whole[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize("backend", FAST)
 def test_what_is_kept_for_the_backward(backend):
-    weights, routing = random_weights(8, 16, 12), random_routing(64, 8)
-    x = torch.randn(64, 16, dtype=torch.float64, requires_grad=True)
+    weights = random_weights(8, 16, 12, dtype=torch.float32)
+    routing = random_routing(64, 8, dtype=torch.float32)
+    x = torch.randn(64, 16, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         get(backend).run(x, weights, routing)
@@ -214,8 +227,9 @@ def test_the_same_bits_every_time(backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_second_derivatives_are_refused(backend):
-    weights, routing = random_weights(3, 4, 3), random_routing(6, 3)
-    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    weights = random_weights(3, 4, 3, dtype=torch.float32)
+    routing = random_routing(6, 3, dtype=torch.float32)
+    x = torch.randn(6, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(get(backend).run(x, weights, routing).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

@@ -1,6 +1,6 @@
 """Experts: a routing and hidden states to outputs. The backends are one file each; `reference` defines the result."""
 
-from . import loop, padded, reference  # noqa: F401 (each registers itself)
+from . import grouped, loop, padded, reference  # noqa: F401 (each registers itself)
 from .backends import ACTIVATIONS, Backend, Weights, activate, backend_names, choose, register
 from .module import Experts
 
