@@ -25,6 +25,7 @@ class Listed(nn.Module):
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim)) for _ in range(experts)
         )
+        self.experts.append(nn.Dropout())  # NLLB-MoE keeps one among its experts
 
 
 def test_stacked_experts_are_found_with_their_biases_and_without_the_router():

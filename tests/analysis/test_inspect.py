@@ -36,8 +36,10 @@ from shunter.analysis.inspect_figures import patch_sheet
 from shunter.analysis.inspect_page import LABELS, render
 from shunter.analysis.material import KINDS, Document, MaterialError, image_material, kind, text_material
 from shunter.analysis.recording import batch_losses
+from shunter.hf.taps import taps
 from shunter.recipes.config import DataConfig
 from shunter.recipes.data import _tokenizer
+from tests.hf import families
 
 EXPERTS = 4
 LM = {
@@ -292,6 +294,34 @@ def test_ctrl_c_leaves_what_there_is(monkeypatch, stage, after):
 def _at_once():
     raise KeyboardInterrupt
     yield
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_of_transformers_is_measured_whole(family):
+    """And the rise without an expert is that of the same forward with the expert's combine weights at zero."""
+    model = families.build(family, vocab_size=257)
+    subject = Inspected(family, model, None)
+    material = _material(subject, tokens=400)
+    found = inspect(subject, material, ablations=1, quiet=True)["models"][0]
+    assert found["layers"] and math.isfinite(found["loss"])
+    for layer in found["layers"].values():
+        assert layer["tokens"] == material.tokens and layer["experts_per_token"] == pytest.approx(2)
+        assert all(layer[key] is not None for key in ("information", "together", "margins", "tokens_served"))
+        assert layer["similarity"].keys() == {"cosine", "gram"}
+    [(name, expert, row)] = _rows_of(found)
+    experts = taps(model)[name].experts
+    if experts is None:  # Llama 4 and JetMoE decide within
+        assert math.isfinite(row["rise"])
+        return
+
+    def without(module, args):
+        return args[0], args[1], args[2].masked_fill(args[1] == expert, 0.0)
+
+    whole = torch.cat([batch_losses(model, batch) for batch in material.batches])
+    hook = experts.register_forward_pre_hook(without)
+    alone = torch.cat([batch_losses(model, batch) for batch in material.batches])
+    hook.remove()
+    assert row["rise"] == pytest.approx(float((alone - whole).nanmean()), abs=2e-5)
 
 
 def test_encoder_and_decoder_are_told_apart():

@@ -6,7 +6,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers import (
+    DogeConfig,
+    DogeForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 import shunter
 from shunter.hf.taps import Observation, listening, taps
@@ -82,6 +87,12 @@ def test_indices_are_the_largest_logits_and_weights_their_scores(family):
         weight = observation.weight.double()
         ratio = weight[:, 0] / weight[:, 1]
         assert torch.allclose(ratio, scores[:, 0] / scores[:, 1], rtol=1e-4)
+
+
+def test_keys_that_are_combined_into_experts_are_not_taken_for_logits():
+    shape = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = DogeForCausalLM(DogeConfig(vocab_size=VOCAB, is_moe=True, num_experts=16, **shape))
+    assert taps(model) == {}
 
 
 def test_switch_transformers_is_read_with_its_drops():

@@ -35,7 +35,7 @@ def expert_parameters(layer: nn.Module, num_experts: int) -> list[dict[str, Tens
     if stacks:
         return [{name: p.detach()[e] for name, p in stacks.items()} for e in range(num_experts)]
     for module in layer.modules():
-        children = list(module.children())
+        children = [child for child in module.children() if any(True for _ in child.parameters())]
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(children) == num_experts:
             found = [{name: p.detach() for name, p in child.named_parameters()} for child in children]
             if found[0] and all(list(one) == list(found[0]) for one in found):

@@ -149,7 +149,7 @@ def taps(model: nn.Module) -> dict[str, Tap]:
                 used.add(router)
     for path, module in modules.items():
         num_experts = getattr(module, "num_experts", None)
-        if module in recorded and module not in used and isinstance(num_experts, int):
+        if module in recorded and module not in used and isinstance(num_experts, int) and _scores(module, num_experts):
             where = path.rpartition(".")[0]
             found[where] = Tap(where, modules[where], module, None, num_experts, recorded[module])
     order = {path: place for place, path in enumerate(modules)}
@@ -252,6 +252,11 @@ def _recorded_routers(model: nn.Module) -> dict[nn.Module, int]:
                     found[module] = getattr(spec, "index", 1)
     # Some record a whole block, which is not the router.
     return {m: at for m, at in found.items() if not any(_takes_choices(c) or c in found for c in _inside(m))}
+
+
+def _scores(module: nn.Module, num_experts: int) -> bool:
+    """Whether a module has a logit for each expert: keys that are combined into experts (Doge) are not understood."""
+    return any(isinstance(part, nn.Linear) and part.out_features == num_experts for part in module.modules())
 
 
 def _inside(module: nn.Module) -> list[nn.Module]:
