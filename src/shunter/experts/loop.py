@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..routing import Routing
 from .backends import Backend, Weights, activate, register
 from .combine import sum_by_token
+from .memory import empty
 
 __all__ = ["loop"]
 
@@ -41,8 +42,8 @@ class _Loop(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         n = routing.token.numel()
-        h = x.new_empty(n, up.shape[1])
-        y = x.new_empty(n, x.shape[1])
+        h = empty(x, n, up.shape[1])
+        y = empty(x, n, x.shape[1])
         for e, rows in _spans(routing):
             x_e = x.index_select(0, routing.token[rows])
             _linear(x_e, up[e], up_bias, e, out=h[rows])
@@ -59,10 +60,10 @@ class _Loop(torch.autograd.Function):
         grad_out = grads[0].contiguous()
         need_x, need_weight, need_up, need_down, need_up_bias, need_down_bias = ctx.needs_input_grad[:6]
         need_h = need_x or need_up or need_up_bias
-        grad_rows = x.new_empty(routing.token.numel(), x.shape[1]) if need_x else None
+        grad_rows = empty(x, routing.token.numel(), x.shape[1]) if need_x else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_up, grad_down, grad_up_bias, grad_down_bias = (
-            torch.zeros_like(value) if need else None
+            empty(value,*value.shape).zero_() if need else None
             for value, need in (
                 (up, need_up), (down, need_down), (up_bias, need_up_bias), (down_bias, need_down_bias)
             )

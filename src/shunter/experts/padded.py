@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..routing import Routing
 from .backends import Backend, Weights, activate, activate_backward, register
 from .combine import sum_by_token
+from .memory import empty
 
 __all__ = ["padded"]
 
@@ -117,8 +118,8 @@ class _Padded(torch.autograd.Function):
     ) -> Tensor:
         n, (d, f) = routing.token.numel(), down.shape[1:]
         width = up.shape[1]
-        h = x.new_empty(n, width)
-        y = x.new_empty(n, d)
+        h = empty(x, n, width)
+        y = empty(x, n, d)
         buffers = _Buffers(x)
         chunks = _chunks(routing, (2 * d + width + f) * x.element_size())
         for c in chunks:
@@ -147,10 +148,10 @@ class _Padded(torch.autograd.Function):
         need_h = need_x or need_up or need_up_bias
         d, f, width = down.shape[1], down.shape[2], up.shape[1]
         n = routing.token.numel()
-        grad_rows = x.new_empty(n, d) if need_x else None
+        grad_rows = empty(x, n, d) if need_x else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_up, grad_down, grad_up_bias, grad_down_bias = (
-            torch.empty_like(value) if need else None
+            empty(value, *value.shape) if need else None
             for value, need in (
                 (up, need_up),
                 (down, need_down),
