@@ -30,6 +30,7 @@ class MoE(nn.Module):
         activation: "swiglu", "geglu", "geglu_tanh", "reglu" (gated), "silu", "gelu", "gelu_tanh" or "relu".
         bias: whether the experts' projections have biases.
         num_shared_experts: how many experts of width f every token passes through besides, with weight 1.
+        recompute: whether the experts' backward computes their pre-activations again instead of keeping them.
         dropout: in training, the probability of dropping an entry of the layer's output.
         causal: whether the layer is in a causal model: a router that lets later tokens change earlier ones is refused.
         device, dtype: of the parameters.
@@ -61,6 +62,7 @@ class MoE(nn.Module):
         activation: str = "swiglu",
         bias: bool = False,
         num_shared_experts: int = 0,
+        recompute: bool = False,
         dropout: float = 0.0,
         causal: bool = False,
         device: torch.device | str | None = None,
@@ -86,11 +88,12 @@ class MoE(nn.Module):
                 f"{type(self.router).__name__} in a causal model: {self.router.leak}. Choose another router, or pass "
                 "causal=False (sparsify: allow_leak=True) if you insist"
             )
-        self.experts = Experts(num_experts, dim, hidden, activation=activation, bias=bias, backend=backend, **place)
+        alike: dict[str, Any] = {"activation": activation, "bias": bias, "backend": backend, "recompute": recompute}
+        self.experts = Experts(num_experts, dim, hidden, **alike, **place)
         self.shared_experts: Experts | None = None
         if num_shared_experts:
             width = hidden * num_shared_experts
-            self.shared_experts = Experts(1, dim, width, activation=activation, bias=bias, backend=backend, **place)
+            self.shared_experts = Experts(1, dim, width, **alike, **place)
         self.dropout = nn.Dropout(dropout)
         self.dim = dim
         self.num_experts = num_experts

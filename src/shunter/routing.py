@@ -6,6 +6,7 @@ Nothing outside this file knows how the triples are stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -164,6 +165,18 @@ class Routing:
         tokens = torch.arange(self.num_tokens + 1, device=self.token.device)
         rows = self.token.argsort(stable=True)
         return rows, torch.searchsorted(self.token[rows], tokens)
+
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Where the triples are, without their weights, for `from_indices`: all that the experts compute from."""
+        return self.token, self.expert, self.offsets, *self.by_token
+
+    @classmethod
+    def from_indices(cls, indices: Sequence[Tensor], weight: Tensor, num_tokens: int, num_experts: int) -> Routing:
+        """The routing of `indices` of another, with weights (N,); unchecked, without ranks."""
+        token, expert, offsets, rows, starts = indices
+        routing = cls(token, expert, weight, num_tokens, num_experts, check=False)
+        routing.__dict__.update(offsets=offsets, by_token=(rows, starts))
+        return routing
 
     @property
     def first_choices(self) -> Tensor:

@@ -45,11 +45,10 @@ BUILD = {
         {"router": "expert_choice", "capacity_factor": 2.0, "allow_leak": True},
     ],
 )
-@pytest.mark.parametrize("backend", ["reference", "loop"])
-def test_flops_equal_the_counted_ones(architecture, options, backend):
+def test_flops_equal_the_counted_ones(architecture, options):
     model = BUILD[architecture]().eval()
     if options is not None:
-        shunter.sparsify(model, 4, backend=backend, **options)
+        shunter.sparsify(model, 4, backend="reference", **options)
     ids = torch.randint(50, (2, LENGTH))
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(ids)

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shunter import Routing
-from shunter.experts import ACTIVATIONS, Backend, Experts, Weights, backend_names, choose, register
+from shunter import MoE, Routing
+from shunter.experts import ACTIVATIONS, Backend, Experts, Weights, backend_names, choose, memory, padded, register
 from shunter.experts.backends import get
 
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
 
 # Backends that run on any CPU input; others have files of their own.
-CPU = [name for name in ("reference", "loop", "padded", "grouped_mm") if name in backend_names()]
+CPU = [name for name in ("reference", "padded", "grouped_mm") if name in backend_names()]
 FAST = [name for name in CPU if name != "reference"]
 # What a backend computes in for inputs of float64 where it does not take them, and how near it then comes.
 SINGLE = {"grouped_mm"}
@@ -89,13 +89,24 @@ def test_edges_equal_the_reference_with_every_gradient(backend, tokens, experts,
         assert found[name] is not None and torch.allclose(found[name], value, atol=_tolerance(backend)), name
 
 
+@pytest.fixture(params=[(padded.CHUNK_BYTES, 1), (2000, 4), (1, 4)], ids=["one chunk", "chunks", "single experts"])
+def chunks(request, monkeypatch):
+    """How the padded backend goes through the experts: all at once, a few, one by one, with slots left over."""
+    size, step = request.param
+    monkeypatch.setattr(padded, "CHUNK_BYTES", size)
+    monkeypatch.setattr(padded, "_step", lambda x, routing: step)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(0, 40), experts=st.integers(1, 12), dim=st.integers(1, 9), hidden=st.integers(1, 9),
     activation=st.sampled_from(list(ACTIVATIONS)), bias=st.booleans(), density=st.floats(0, 1), one=st.booleans(),
+    chunk=st.sampled_from([1, 400, 2**20]), step=st.sampled_from([1, 4]),
 )  # fmt: skip
 @pytest.mark.parametrize("backend", FAST)
-def test_any_shape_equals_the_reference(backend, tokens, experts, dim, hidden, activation, bias, density, one):
+def test_any_shape_equals_the_reference(
+    backend, tokens, experts, dim, hidden, activation, bias, density, one, chunk, step
+):
     weights = random_weights(experts, dim, hidden, activation, bias)
     x, grad = torch.randn(tokens, dim, dtype=torch.float64), torch.randn(tokens, dim, dtype=torch.float64)
     if one:  # everything to one expert
@@ -103,7 +114,10 @@ def test_any_shape_equals_the_reference(backend, tokens, experts, dim, hidden, a
         routing = Routing.from_topk(index, torch.rand(tokens, 1, dtype=torch.float64), experts)
     else:
         routing = random_routing(tokens, experts, density)
-    expected, found = (_run(name, x, weights, routing, grad) for name in ("reference", backend))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(padded, "CHUNK_BYTES", chunk)
+        patch.setattr(padded, "_step", lambda x, routing: step)
+        expected, found = (_run(name, x, weights, routing, grad) for name in ("reference", backend))
     for name, value in expected.items():
         assert torch.allclose(found[name], value, atol=_tolerance(backend)), name
 
@@ -112,7 +126,7 @@ def test_any_shape_equals_the_reference(backend, tokens, experts, dim, hidden, a
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("activation, bias", [("swiglu", False), ("gelu", True)])
-def test_error_against_float64_is_that_of_the_reference(backend, dtype, scale, activation, bias):
+def test_error_against_float64_is_that_of_the_reference(backend, dtype, scale, activation, bias, chunks):
     weights = random_weights(6, 32, 24, activation, bias)
     x = torch.randn(200, 32, dtype=torch.float64) * scale
     grad = torch.randn(200, 32, dtype=torch.float64)
@@ -136,14 +150,16 @@ def test_the_error_test_would_see_a_broken_backend():
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_uninitialised_memory_is_never_read(backend, monkeypatch):
+def test_uninitialised_memory_is_never_read(backend, chunks, monkeypatch):
+    """Not where a backend allocates, nor in the scratch memory that it finds as the last run left it."""
     weights, routing = random_weights(9, 6, 5, bias=True), random_routing(50, 9, 0.2)
     x, grad = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
     clean = _run(backend, x, weights, routing, grad)
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    new_empty, empty_like, scratch = torch.Tensor.new_empty, torch.empty_like, memory.scratch
     poison = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(padded, "scratch", lambda *a, **k: poison(scratch(*a, **k)))
     poisoned = _run(backend, x, weights, routing, grad)
     for name, value in clean.items():
         assert torch.equal(poisoned[name], value), name
@@ -163,7 +179,7 @@ def test_an_unrouted_token_touches_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_a_broken_token_stays_with_its_experts(backend):
+def test_a_broken_token_stays_with_its_experts(backend, chunks):
     """NaN in a token of expert 0 reaches no gradient of another expert, padded slots included."""
     weights = random_weights(6, 6, 5, bias=True)
     index = torch.cat([torch.zeros(1, 1), torch.randint(1, 6, (40, 1))]).long()
@@ -189,7 +205,8 @@ def test_strided_input_and_gradient(backend):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("frozen", [("x",), ("up", "down"), ("weight",), ("x", "up"), ("x", "up", "weight"), ("down",)])
-def test_frozen_parts_get_no_gradient_and_change_no_other(backend, frozen):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_parts_get_no_gradient_and_change_no_other(backend, frozen, recompute):
     weights, routing = random_weights(4, 6, 5, bias=True), random_routing(20, 4)
     x, grad = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
     if backend in SINGLE:
@@ -197,7 +214,7 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(backend, frozen):
     whole = _run(backend, x, weights, routing, grad)
     parts = {k: v.detach().clone().requires_grad_(k not in frozen) for k, v in _leaves(x, routing, weights).items()}
     w = Weights(parts["up"], parts["down"], parts["up_bias"], parts["down_bias"], weights.activation)
-    get(backend).run(parts["x"], w, routing.with_weight(parts["weight"])).backward(grad)
+    get(backend).run(parts["x"], w, routing.with_weight(parts["weight"]), recompute=recompute).backward(grad)
     for name, part in parts.items():
         assert part.grad is None if name in frozen else torch.allclose(part.grad, whole[name], atol=1e-6), name
 
@@ -213,6 +230,34 @@ def test_what_is_kept_for_the_backward(backend):
     given = {v.data_ptr() for v in (x, weights.up, weights.down, routing.weight)}
     extra = [t for t in kept if t.data_ptr() not in given and t.is_floating_point()]
     assert sum(t.numel() for t in extra) <= routing.token.numel() * 2 * 12
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_keeps_less_and_gives_the_same_bits(backend, dtype, chunks):
+    experts = Experts(8, 16, 12, bias=True, backend=backend, dtype=dtype)
+    routing = random_routing(64, 8, dtype=torch.float32)
+    x, grad = torch.randn(64, 16, dtype=dtype, requires_grad=True), torch.randn(64, 16, dtype=dtype)
+    found, kept = [], []
+    for recompute in (False, True):
+        experts.recompute = recompute
+        score = routing.weight.detach().requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = experts(x, routing.with_weight(score))
+        kept.append({t.data_ptr(): t.numel() for t in saved if t.is_floating_point()})
+        found.append([y, *torch.autograd.grad(y, [x, score, *experts.parameters()], grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    if backend != "reference":  # which counts what checkpointing keeps inside
+        given = {t.data_ptr() for t in (x, *experts.parameters())}
+        kept = [sum(n for where, n in floats.items() if where not in given) for floats in kept]
+        assert kept[0] - kept[1] == routing.token.numel() * 24 and kept[1] <= routing.token.numel()
+
+
+def test_a_layer_recomputes_where_asked_to():
+    layer = MoE(8, 4, 3, "topk", recompute=True, num_shared_experts=1)
+    assert layer.experts.recompute and layer.shared_experts.recompute
+    assert not MoE(8, 4, 3, "topk").experts.recompute
 
 
 @pytest.mark.parametrize("backend", FAST)

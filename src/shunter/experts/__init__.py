@@ -1,7 +1,8 @@
 """Experts: a routing and hidden states to outputs. The backends are one file each; `reference` defines the result."""
 
-from . import grouped, loop, padded, reference  # noqa: F401 (each registers itself)
-from .backends import ACTIVATIONS, Backend, Weights, activate, backend_names, choose, register
+from . import grouped, padded, reference  # noqa: F401 (each registers itself)
+from .activations import ACTIVATIONS, activate
+from .backends import Backend, Weights, backend_names, choose, register
 from .module import Experts
 
 __all__ = ["ACTIVATIONS", "Backend", "Experts", "Weights", "activate", "backend_names", "choose", "register"]

@@ -7,15 +7,14 @@ ends of groups that cover every row, because rows behind the last end come back 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..routing import Routing
-from .backends import Backend, Weights, activate, activate_backward, register
+from .activations import activate, activate_backward
+from .autograd import Gradients, Needs, Plan, differentiable
+from .backends import Backend, Weights, register
 from .combine import sum_by_token
 
 __all__ = ["grouped"]
@@ -25,72 +24,57 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CUDA_EXPERTS = 1023
 
 
-def grouped(x: Tensor, weights: Weights, routing: Routing) -> Tensor:
-    """The experts' weighted outputs (T, d) of x (T, d); equal to `reference`, once differentiable."""
-    return _Grouped.apply(
-        x, routing.weight, weights.up, weights.down, weights.up_bias, weights.down_bias, routing, weights.activation
-    )
+class _Grouped:
+    def plan(self, x: Tensor, weights: Weights, routing: Routing) -> Plan:
+        return Plan(None, (routing.offsets[1:].to(torch.int32),))
 
-
-class _Grouped(torch.autograd.Function):
-    @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        up: Tensor,
-        down: Tensor,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        routing: Routing,
-        activation: str,
-    ) -> Tensor:
-        ends = _ends(routing)
-        h = _product(x[routing.token], up.mT, ends)
-        if up_bias is not None:
-            h += up_bias[routing.expert]
-        y = _product(activate(h, activation), down.mT, ends)
-        if down_bias is not None:
-            y += down_bias[routing.expert]
-        ctx.save_for_backward(x, weight, up, down, up_bias, down_bias, h)
-        ctx.routing, ctx.activation = routing, activation
-        return sum_by_token(y.contiguous(), routing, weight)
+        self, x: Tensor, weights: Weights, routing: Routing, plan: Plan, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        (ends,) = plan.indices
+        h = _up(x[routing.token], weights, routing, ends)
+        y = _product(activate(h, weights.activation), weights.down.mT, ends)
+        if weights.down_bias is not None:
+            y += weights.down_bias[routing.expert]
+        return sum_by_token(y.contiguous(), routing, routing.weight), h if keep else None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, up, down, up_bias, down_bias, h = ctx.saved_tensors
-        routing: Routing = ctx.routing
-        need_x, need_weight, need_up, need_down, need_up_bias, need_down_bias = ctx.needs_input_grad[:6]
-        need_h = need_x or need_up or need_up_bias
-        ends = _ends(routing)
+    def backward(
+        self, grad: Tensor, x: Tensor, weights: Weights, routing: Routing, plan: Plan, h: Tensor | None, needs: Needs
+    ) -> Gradients:
+        (ends,) = plan.indices
         grad_x = grad_weight = grad_up = grad_down = grad_up_bias = grad_down_bias = None
-        dy = grads[0][routing.token]
-        w = weight[:, None].to(x.dtype)
-        da = _product(dy, down, ends)  # before the combine weight
-        a, dh = activate_backward(h, da, w if need_h else None, ctx.activation)
-        if need_weight:
-            grad_weight = (da * a).sum(-1, dtype=weight.dtype)
-            if down_bias is not None:
-                grad_weight += (dy * down_bias[routing.expert]).sum(-1, dtype=weight.dtype)
-        if need_down or need_down_bias:
+        if h is None:
+            h = _up(x[routing.token], weights, routing, ends)
+        dy = grad[routing.token]
+        w = routing.weight[:, None].to(x.dtype)
+        da = _product(dy, weights.down, ends)  # before the combine weight
+        a, dh = torch.empty_like(da), torch.empty_like(h)
+        inner = activate_backward(h, da, w, weights.activation, (torch.empty_like(da), a, dh))
+        if needs.weight:
+            grad_weight = inner.to(routing.weight.dtype)
+            if weights.down_bias is not None:
+                grad_weight += (dy * weights.down_bias[routing.expert]).sum(-1, dtype=grad_weight.dtype)
+        if needs.down or needs.down_bias:
             dy = dy.mul_(w)
-            if need_down:
+            if needs.down:
                 grad_down = _gradient(dy, a, ends)
-            if need_down_bias:
+            if needs.down_bias:
                 grad_down_bias = _sums(dy, ends)
-        if dh is not None:
-            if need_up:
-                grad_up = _gradient(dh, x[routing.token], ends)
-            if need_up_bias:
-                grad_up_bias = _sums(dh, ends)
-            if need_x:
-                grad_x = sum_by_token(_product(dh, up, ends).contiguous(), routing, None)
-        return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None
+        if needs.up:
+            grad_up = _gradient(dh, x[routing.token], ends)
+        if needs.up_bias:
+            grad_up_bias = _sums(dh, ends)
+        if needs.x:
+            grad_x = sum_by_token(_product(dh, weights.up, ends).contiguous(), routing, None)
+        return Gradients(grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias)
 
 
-def _ends(routing: Routing) -> Tensor:
-    return routing.offsets[1:].to(torch.int32)
+def _up(rows: Tensor, weights: Weights, routing: Routing, ends: Tensor) -> Tensor:
+    """The pre-activations (N, 2f) or (N, f) of gathered rows (N, d)."""
+    h = _product(rows, weights.up.mT, ends)
+    if weights.up_bias is not None:
+        h += weights.up_bias[routing.expert]
+    return h
 
 
 def _product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
@@ -113,6 +97,8 @@ def _gradient(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 
 def _sums(rows: Tensor, ends: Tensor) -> Tensor:
     """The sum of each expert's rows: (n, p) to (E, p)."""
+    if rows.is_cpu:  # where a product with ones adds one after the other, and rounds as often
+        return torch.stack([part.sum(0) for part in rows.tensor_split(ends[:-1].to(torch.int64))])
     return _gradient(rows.new_ones(rows.shape[0], 1), rows, ends)[:, 0]
 
 
@@ -140,4 +126,5 @@ def _refuses(x: Tensor, weights: Weights) -> str | None:
     return None
 
 
+grouped = differentiable(_Grouped())
 register(Backend("grouped_mm", grouped, _refuses, "torch's grouped product: a call for all experts of a projection"))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..routing import Routing
-from .backends import Backend, Weights, activate, register
+from .activations import activate
+from .backends import Backend, Weights, register
 
 __all__ = ["reference"]
 
 
-def reference(x: Tensor, weights: Weights, routing: Routing) -> Tensor:
+def reference(x: Tensor, weights: Weights, routing: Routing, recompute: bool = False) -> Tensor:
     """y_t = sum over the experts e of token t of w_te (down_e act(up_e x_t)); x and y are (T, d).
 
     The weighted sum runs in at least float32 and is rounded once, to x's dtype.
     """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(reference, x, weights, routing, use_reentrant=False)
     out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     # Empty sums tie every parameter to the result: without a triple, gradients are zeros rather than missing.
     parts = (x, routing.weight, weights.up, weights.down, weights.up_bias, weights.down_bias)

@@ -1,0 +1,118 @@
+"""From a forward and a backward on plain tensors to a backend: the autograd around them, written once.
+
+What is kept for the backward is x, the weights, the pre-activations and indices; with `recompute` not even the
+pre-activations. The gathered input, the activations and the expert outputs are recomputed or never needed: the gradient
+of a combine weight is <dy W_down, a>, not <dy, y>.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..routing import Routing
+from .backends import Run, Weights
+
+__all__ = ["Gradients", "Kernel", "Needs", "Plan", "differentiable"]
+
+
+class Needs(NamedTuple):
+    """Which inputs want a gradient."""
+
+    x: bool
+    weight: bool
+    up: bool
+    down: bool
+    up_bias: bool
+    down_bias: bool
+
+    @property
+    def h(self) -> bool:
+        """Whether the gradient of the pre-activations is on the way to one."""
+        return self.x or self.up or self.up_bias
+
+
+class Gradients(NamedTuple):
+    """The gradients of the inputs that want one; None for the others."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class Plan(NamedTuple):
+    """How a kernel goes through a routing: what it likes in plain Python, and index tensors."""
+
+    layout: Any
+    indices: tuple[Tensor, ...]
+
+
+class Kernel(Protocol):
+    """The two halves of a backend, without autograd."""
+
+    def plan(self, x: Tensor, weights: Weights, routing: Routing) -> Plan:
+        """What both halves need to know of the routing."""
+
+    def forward(
+        self, x: Tensor, weights: Weights, routing: Routing, plan: Plan, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output (T, d), and where `keep` asks for them the pre-activations (N, 2f) or (N, f)."""
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weights: Weights, routing: Routing, plan: Plan, h: Tensor | None, needs: Needs
+    ) -> Gradients:
+        """The gradients, of the output's (T, d), contiguous; without h the pre-activations are computed again."""
+
+
+def differentiable(kernel: Kernel) -> Run:
+    """The backend of a kernel: once differentiable, in eager mode."""
+
+    def run(x: Tensor, weights: Weights, routing: Routing, recompute: bool = False) -> Tensor:
+        parts = (x, routing.weight, weights.up, weights.down, weights.up_bias, weights.down_bias)
+        if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
+            return _Experts.apply(*parts, routing, weights.activation, kernel, recompute)
+        return kernel.forward(x, weights, routing, kernel.plan(x, weights, routing), keep=False)[0]
+
+    return run
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        up: Tensor,
+        down: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        routing: Routing,
+        activation: str,
+        kernel: Kernel,
+        recompute: bool,
+    ) -> Tensor:
+        weights = Weights(up, down, up_bias, down_bias, activation)
+        plan = kernel.plan(x, weights, routing)
+        out, h = kernel.forward(x, weights, routing, plan, keep=not recompute)
+        places = routing.indices()
+        ctx.save_for_backward(x, weight, up, down, up_bias, down_bias, h, *places, *plan.indices)
+        ctx.size, ctx.places = (routing.num_tokens, routing.num_experts), len(places)
+        ctx.activation, ctx.kernel, ctx.layout = activation, kernel, plan.layout
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, up, down, up_bias, down_bias, h, *indices = ctx.saved_tensors
+        routing = Routing.from_indices(indices[: ctx.places], weight, *ctx.size)
+        plan = Plan(ctx.layout, tuple(indices[ctx.places :]))
+        weights = Weights(up, down, up_bias, down_bias, ctx.activation)
+        needs = Needs(*ctx.needs_input_grad[:6])
+        found = ctx.kernel.backward(grads[0].contiguous(), x, weights, routing, plan, h, needs)
+        return (*found, None, None, None, None)
