@@ -146,7 +146,7 @@ def test_future_tokens_change_nothing_in_causal_safe_layers(name):
     moe = make(name)
     x = torch.randn(10, 6, dtype=torch.float64)
     changed = False
-    for _ in range(20):
+    for _ in range(60):
         other = x.clone()
         other[5:] = torch.randn(5, 6)
         changed |= not torch.allclose(call(moe, x)[:5], call(moe, other)[:5])
@@ -209,11 +209,11 @@ def test_activation_checkpointing_changes_no_bit(name):
 
 def test_state_counts_a_forward_once_under_checkpointing_and_not_in_evaluation():
     moe = MoE(6, 5, 4, "topk", top_k=2, selection_bias=True)
-    x = torch.randn(10, 6, requires_grad=True)
+    x = torch.randn(11, 6, requires_grad=True)  # 22 choices of 4 experts: never in balance
     with set_checkpoint_early_stop(False):  # else a recomputation stops before it would count
         checkpoint(moe, x, use_reentrant=False).sum().backward()
     moe.eval()(torch.randn(50, 6))
-    assert moe.router.observed.sum() == 20
+    assert moe.router.observed.sum() == 22
     update_routers(moe)
     assert moe.router.observed.sum() == 0 and moe.router.selection_bias.abs().sum() > 0
 

@@ -28,6 +28,11 @@ def _leaves(x, routing, weights):
     return {name: value for name, value in named.items() if value is not None}
 
 
+def _poison_scratch():
+    for buffer in memory._HELD.buffers.values():
+        buffer.fill_(255)  # as floating point, in any format: NaN
+
+
 def _run(name, x, weights, routing, grad):
     """Output and gradients by name, from fresh leaves."""
     if name in SINGLE and x.dtype == torch.float64:
@@ -35,7 +40,9 @@ def _run(name, x, weights, routing, grad):
         return {k: v.double() for k, v in _run(name, x, weights, routing, grad.float()).items()}
     copy = {k: v.detach().clone().requires_grad_() for k, v in _leaves(x, routing, weights).items()}
     w = Weights(copy["up"], copy["down"], copy.get("up_bias"), copy.get("down_bias"), weights.activation)
+    _poison_scratch()
     y = get(name).run(copy["x"], w, routing.with_weight(copy["weight"]))
+    _poison_scratch()
     y.backward(grad)
     return {"y": y.detach(), **{k: v.grad for k, v in copy.items()}}
 
@@ -214,7 +221,9 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(backend, frozen, recom
     whole = _run(backend, x, weights, routing, grad)
     parts = {k: v.detach().clone().requires_grad_(k not in frozen) for k, v in _leaves(x, routing, weights).items()}
     w = Weights(parts["up"], parts["down"], parts["up_bias"], parts["down_bias"], weights.activation)
-    get(backend).run(parts["x"], w, routing.with_weight(parts["weight"]), recompute=recompute).backward(grad)
+    y = get(backend).run(parts["x"], w, routing.with_weight(parts["weight"]), recompute=recompute)
+    _poison_scratch()
+    y.backward(grad)
     for name, part in parts.items():
         assert part.grad is None if name in frozen else torch.allclose(part.grad, whole[name], atol=1e-6), name
 
