@@ -65,6 +65,9 @@ class Backend:
     summary: str
 
 
+# Up to so many tokens a layer without a backward is bound by reading weights.
+FEW_TOKENS = 32
+
 _BACKENDS: dict[str, Backend] = {}
 
 
@@ -102,6 +105,8 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
         return backend, "you asked for it"
     if torch.is_grad_enabled() and _wants_higher_order(x):
         return get("reference"), "the input is in a functorch transform, which only the reference supports"
+    if x.is_cpu and x.shape[0] <= FEW_TOKENS and not get("decode").refuses(x, weights):
+        return get("decode"), f"for {FEW_TOKENS} tokens or fewer without gradients reading weights is what takes time"
     if x.is_cpu:
         return get("padded"), "on a CPU a product for each expert would cost more in calls, and fresh memory in faults"
     grouped = get("grouped_mm")

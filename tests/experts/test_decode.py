@@ -1,0 +1,70 @@
+"""The decode backend: the reference's output for a few tokens, nothing of experts that nobody chose."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shunter import Routing
+from shunter.experts import ACTIVATIONS, Experts, Weights, choose
+from shunter.experts.backends import FEW_TOKENS, get
+
+from ..helpers import by_tokens, random_routing, random_weights, relative_error
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    tokens=st.integers(0, 12), experts=st.integers(1, 9), dim=st.integers(1, 9), hidden=st.integers(1, 9),
+    activation=st.sampled_from(list(ACTIVATIONS)), bias=st.booleans(), density=st.floats(0, 1), one=st.booleans(),
+)  # fmt: skip
+def test_equal_to_a_loop_over_tokens(tokens, experts, dim, hidden, activation, bias, density, one):
+    weights = random_weights(experts, dim, hidden, activation, bias)
+    x = torch.randn(dim, tokens, dtype=torch.float64).T
+    routing = random_routing(tokens, experts, density)
+    if one:
+        index = torch.full((tokens, 1), experts - 1)
+        routing = Routing.from_topk(index, torch.rand(tokens, 1, dtype=torch.float64), experts)
+    with torch.no_grad():
+        found = get("decode").run(x, weights, routing)
+        assert torch.allclose(found, by_tokens(x, weights, routing.dense()), atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@torch.no_grad()
+def test_error_against_float64_is_that_of_the_reference(dtype, scale):
+    weights = random_weights(8, 128, 96)
+    low = Weights(weights.up.to(dtype), weights.down.to(dtype))
+    x = (torch.randn(32, 128, dtype=torch.float64) * scale).to(dtype)
+    routing = random_routing(32, 8, 0.2, torch.float32)
+    exact = get("reference").run(
+        x.double(), Weights(low.up.double(), low.down.double()), routing.with_weight(routing.weight.double())
+    )
+    ours, theirs = (relative_error(get(name).run(x, low, routing), exact) for name in ("decode", "reference"))
+    assert ours <= 1.5 * theirs + torch.finfo(dtype).eps / 8
+
+
+@torch.no_grad()
+def test_nothing_of_other_experts_or_tokens_enters():
+    weights, x = random_weights(5, 6, 7), torch.randn(4, 6, dtype=torch.float64)
+    index = torch.tensor([[0], [1], [1], [3]])
+    routing = Routing.from_topk(index, torch.rand(4, 1, dtype=torch.float64), 5)
+    clean = get("decode").run(x, weights, routing)
+    for e in (2, 4):
+        weights.up[e] = weights.down[e] = float("nan")
+    assert torch.equal(get("decode").run(x, weights, routing), clean)
+    x[1] = float("nan")
+    found = get("decode").run(x, weights, routing)
+    assert torch.equal(found[[0, 2, 3]], clean[[0, 2, 3]]) and found[1].isnan().all()
+
+
+def test_auto_takes_it_for_few_tokens_without_gradients_alone():
+    weights = random_weights(4, 6, 5)
+    few, many = torch.randn(FEW_TOKENS, 6, dtype=torch.float64), torch.randn(FEW_TOKENS + 1, 6, dtype=torch.float64)
+    assert choose("auto", few, weights)[0].name == choose("auto", many, weights)[0].name == "padded"
+    with torch.no_grad():
+        assert choose("auto", few, weights)[0].name == "decode"
+        assert choose("auto", many, weights)[0].name == "padded"
+        assert Experts(4, 6, 5)(torch.randn(3, 6), random_routing(3, 4, dtype=torch.float32)).shape == (3, 6)
+    with pytest.raises(ValueError, match="cannot run this: it has no backward; call it under torch.no_grad"):
+        choose("decode", few, weights)
