@@ -17,9 +17,10 @@ IN_A_MODEL = [name for name in names() if set(find(name).needs) <= {"token_ids",
 @pytest.mark.parametrize("router", IN_A_MODEL)
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
 def test_padding_changes_nothing(architecture, router, build, inputs):
-    options = {"allow_leak": True}
+    if router == "thor":
+        pytest.skip("draws in evaluation too")
     try:
-        model = shunter.sparsify(build(architecture), 4, router, **options)
+        model = shunter.sparsify(build(architecture), 4, router, allow_leak=True)
     except ValueError as error:
         pytest.skip(str(error))
     batch = {k: v[:1] for k, v in inputs(architecture).items() if k != "labels"}

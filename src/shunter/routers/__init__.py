@@ -25,6 +25,7 @@ from .noisy_topk import HierarchicalNoisyTopK, NoisyTopK
 from .null_experts import NullExperts
 from .prototypes import Prototypes
 from .reinforce import Reinforce
+from .soft import HME, MMoE, Soft
 from .switch import Switch
 from .thor import Thor
 from .topk import TopK
@@ -75,6 +76,9 @@ _ROUTERS: dict[str, type[Router]] = {
     "domain": Domain,
     "language": Language,
     "thor": Thor,
+    "soft": Soft,
+    "hme": HME,
+    "mmoe": MMoE,
     "deepseek": DeepSeek,
     "cosine": Cosine,
     "null_experts": NullExperts,

@@ -348,10 +348,15 @@ class LinearRouter(Router):
         self.logit_scale = logit_scale
         self.logit_cap = logit_cap
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, **place))
-        self.bias = nn.Parameter(torch.zeros(num_experts, **place)) if router_bias else None
+        self.weight = nn.Parameter(torch.empty(self.num_rows, dim, **place))
+        self.bias = nn.Parameter(torch.zeros(self.num_rows, **place)) if router_bias else None
         self.input_scale = nn.Parameter(torch.ones(dim, **place)) if input_norm else None
         self.reset_parameters()
+
+    @property
+    def num_rows(self) -> int:
+        """How many outputs the linear map has: E, unless the logits are made of others."""
+        return self.num_experts
 
     def reset_parameters(self) -> None:
         """Draw the initial weights (see `init_scale`)."""
@@ -369,7 +374,7 @@ class LinearRouter(Router):
             return logits
 
     def project(self, x: Tensor, context: Context) -> Tensor:
-        """The linear map (T, E) of x (T, d), which is in the precision of the logits: x W_r^T, and the bias."""
+        """The linear map (T, rows) of x (T, d), which is in the precision of the logits: x W_r^T, and the bias."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(self.prepare(x), self.weight.to(x.dtype), bias)
 
