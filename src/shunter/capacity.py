@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,22 +19,47 @@ from .routing import Routing
 __all__ = ["FORMULAS", "ORDERS", "capacity", "limit"]
 
 
+class _Share(NamedTuple):
+    """A number p / q, exact in integers, in which torch.compile can follow a T that varies."""
+
+    p: int
+    q: int
+
+    def times(self, n: int) -> _Share:
+        return _Share(self.p * n, self.q)
+
+    def over(self, n: int) -> _Share:
+        return _Share(self.p, self.q * n)
+
+    def floor(self) -> int:
+        return self.p // self.q
+
+    def ceil(self) -> int:
+        return -(-self.p // self.q)
+
+    def round(self) -> int:
+        """To the nearest, halves to the even."""
+        twice = 2 * self.p + self.q
+        nearest = twice // (2 * self.q)
+        return nearest - (nearest % 2 if twice % (2 * self.q) == 0 else 0)
+
+
 def _up_to_multiple_of_4(n: int) -> int:
     return -(-n // 4) * 4
 
 
 # What the code bases compute from T tokens, E experts, k choices and the capacity factor F. They differ in whether k
 # counts, in rounding and in the least number of slots, and so in what they drop.
-FORMULAS: dict[str, Callable[[int, int, int, Fraction], int]] = {
-    "review": lambda t, e, k, f: max(1, math.ceil(f * t / e)),
-    "mesh": lambda t, e, k, f: max(4, min(t, math.floor(f * t / e))),
-    "flaxformer": lambda t, e, k, f: max(4, round(f * t / e)),
-    "gshard": lambda t, e, k, f: _up_to_multiple_of_4(math.floor(f * t / e)),
-    "vmoe": lambda t, e, k, f: _up_to_multiple_of_4(math.ceil(f * t * k / e)),
-    "deepspeed": lambda t, e, k, f: max(4, math.ceil(f * k * t / e)),
-    "fairseq": lambda t, e, k, f: math.floor(f * math.ceil(t / e)) if k == 1 else 2 * math.ceil(t / e),
-    "tutel": lambda t, e, k, f: k * math.floor(f * math.ceil(t / e)),
-    "fastmoe": lambda t, e, k, f: math.ceil(f * t / e) if k == 1 else math.ceil(f * t) * k // e,
+FORMULAS: dict[str, Callable[[int, int, int, _Share], int]] = {
+    "review": lambda t, e, k, f: max(1, f.times(t).over(e).ceil()),
+    "mesh": lambda t, e, k, f: max(4, min(t, f.times(t).over(e).floor())),
+    "flaxformer": lambda t, e, k, f: max(4, f.times(t).over(e).round()),
+    "gshard": lambda t, e, k, f: _up_to_multiple_of_4(f.times(t).over(e).floor()),
+    "vmoe": lambda t, e, k, f: _up_to_multiple_of_4(f.times(t * k).over(e).ceil()),
+    "deepspeed": lambda t, e, k, f: max(4, f.times(k * t).over(e).ceil()),
+    "fairseq": lambda t, e, k, f: f.times(-(-t // e)).floor() if k == 1 else 2 * -(-t // e),
+    "tutel": lambda t, e, k, f: k * f.times(-(-t // e)).floor(),
+    "fastmoe": lambda t, e, k, f: f.times(t).over(e).ceil() if k == 1 else f.times(t).ceil() * k // e,
 }
 
 ORDERS = ("position", "random", "batch", "probability")
@@ -58,8 +84,13 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: flo
         raise ValueError(f"capacity: formula {formula!r} is unknown; choose from {', '.join(FORMULAS)}")
     if not (math.isfinite(capacity_factor) and capacity_factor > 0):
         raise ValueError(f"capacity: capacity_factor {capacity_factor} must be a positive number, or None for dropless")
-    # The factor as written in decimal: 1.1 * 10 / 1 is 11 slots, not the 12 that binary rounding would make of it.
-    return FORMULAS[formula](num_tokens, num_experts, top_k, Fraction(repr(float(capacity_factor))))
+    return FORMULAS[formula](num_tokens, num_experts, top_k, _share(float(capacity_factor)))
+
+
+@torch.compiler.assume_constant_result
+def _share(factor: float) -> _Share:
+    """The factor as written in decimal: 1.1 * 10 / 1 is 11 slots, not the 12 that binary rounding would make of it."""
+    return _Share(*Fraction(repr(factor)).as_integer_ratio())
 
 
 def limit(

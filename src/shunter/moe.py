@@ -17,6 +17,8 @@ from .routing import Routing
 
 __all__ = ["MoE", "aux_loss", "give_reward", "moe_layers", "recomputing", "update_routers"]
 
+_KNOWN = tuple(field.name for field in fields(Context))
+
 
 class MoE(nn.Module):
     """A sparse feed-forward layer: each token is computed by the experts that the router gives it.
@@ -141,30 +143,29 @@ class MoE(nn.Module):
         around = self.context or NO_CONTEXT
         shape = x.shape[:-1]
         values: dict[str, Tensor | None] = {}
-        for field in fields(Context):
-            value = known.pop(field.name, None)
-            value = getattr(around, field.name) if value is None else value
-            if value is None and field.name in self.router.required and shape:
-                if field.name == "sequence":
+        for name in _KNOWN:
+            value = known.pop(name, None)
+            value = getattr(around, name) if value is None else value
+            if value is None and name in self.router.required and shape:
+                if name == "sequence":
                     value = torch.arange(shape[:-1].numel(), device=x.device).reshape(shape[:-1])
-                elif field.name == "position":
+                elif name == "position":
                     value = torch.arange(shape[-1], device=x.device).expand(shape)
             if value is not None:
-                wide = field.name in ("embedding", "experts")
+                wide = name in ("embedding", "experts")
                 given = value.shape[:-1] if wide else value.shape
                 if given != shape[: len(given)]:
                     raise ValueError(
-                        f"MoE: {field.name} has shape {tuple(value.shape)}; x {tuple(x.shape)} needs {tuple(shape)}"
+                        f"MoE: {name} has shape {tuple(value.shape)}; x {tuple(x.shape)} needs {tuple(shape)}"
                         + (" and its own last size" if wide else "")
                     )
                 own = value.shape[len(given) :]
                 value = value.reshape(*given, *[1] * (len(shape) - len(given)), *own)
                 value = value.expand(*shape, *own).reshape(-1, *own)
-                value = value.to(torch.bool) if field.name == "mask" else value
-            values[field.name] = value
+                value = value.to(torch.bool) if name == "mask" else value
+            values[name] = value
         if known:
-            names = ", ".join(field.name for field in fields(Context))
-            raise TypeError(f"MoE: {', '.join(known)} is not known of tokens; the names are {names}")
+            raise TypeError(f"MoE: {', '.join(known)} is not known of tokens; the names are {', '.join(_KNOWN)}")
         return Context(**values)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -207,7 +208,7 @@ class MoE(nn.Module):
 
 def recomputing() -> bool:
     """Whether this forward is activation checkpointing's second one, run from inside a backward."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _everyone(tokens: Tensor) -> Routing:

@@ -6,14 +6,27 @@ Nothing outside this file knows how the triples are stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["Routing"]
+
+Value = TypeVar("Value")
+
+
+class _computed_once(Generic[Value]):
+    """As functools.cached_property, but without the lock that it has before Python 3.12: torch.compile traces this."""
+
+    def __init__(self, function: Callable[[Any], Value]) -> None:
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Value:
+        value = instance.__dict__[self.function.__name__] = self.function(instance)
+        return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,23 +156,23 @@ class Routing:
         num_tokens, num_experts = matrix.shape
         return cls(token, expert, matrix[token, expert], num_tokens, num_experts, check=check)
 
-    @cached_property
+    @_computed_once
     def counts(self) -> Tensor:
         """(E,) int64: how many tokens each expert computes."""
         return self.offsets.diff()
 
-    @cached_property
+    @_computed_once
     def offsets(self) -> Tensor:
         """(E + 1,) int64: the triples of expert e are offsets[e] to offsets[e + 1]."""
         experts = torch.arange(self.num_experts + 1, device=self.expert.device)
         return torch.searchsorted(self.expert, experts)
 
-    @cached_property
+    @_computed_once
     def demand(self) -> Tensor:
         """(E,) int64: how many tokens asked for each expert, those that capacity dropped included."""
         return self.counts if self.dropped is None else self.counts + self.dropped.counts
 
-    @cached_property
+    @_computed_once
     def by_token(self) -> tuple[Tensor, Tensor]:
         """(N,) int64 rows and (T + 1,) int64 offsets: the triples of token t are rows[offsets[t]:offsets[t + 1]]."""
         tokens = torch.arange(self.num_tokens + 1, device=self.token.device)

@@ -70,11 +70,18 @@ class Kernel(Protocol):
         """The gradients, of the output's (T, d), contiguous; without h the pre-activations are computed again."""
 
 
-def differentiable(kernel: Kernel) -> Run:
-    """The backend of a kernel: once differentiable, in eager mode."""
+_KERNELS: dict[str, Kernel] = {}
+
+
+def differentiable(name: str, kernel: Kernel) -> Run:
+    """The backend of a kernel: once differentiable; to `torch.compile` one operator, in a graph without breaks."""
+    _KERNELS[name] = kernel
 
     def run(x: Tensor, weights: Weights, routing: Routing, recompute: bool = False) -> Tensor:
         parts = (x, routing.weight, weights.up, weights.down, weights.up_bias, weights.down_bias)
+        if torch.compiler.is_compiling():
+            out: Tensor = _operator(*parts, list(routing.indices()), name, weights.activation, not recompute)[0]
+            return out
         if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
             return _Experts.apply(*parts, routing, weights.activation, kernel, recompute)
         return kernel.forward(x, weights, routing, kernel.plan(x, weights, routing), keep=False)[0]
@@ -116,3 +123,114 @@ class _Experts(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:6])
         found = ctx.kernel.backward(grads[0].contiguous(), x, weights, routing, plan, h, needs)
         return (*found, None, None, None, None)
+
+
+@torch.library.custom_op(
+    "shunter::experts",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor[] indices, "
+        "str kernel, str activation, bool keep) -> (Tensor, Tensor)"
+    ),
+)
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    indices: list[Tensor],
+    kernel: str,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output and the pre-activations, empty where they are not kept."""
+    weights = Weights(up, down, up_bias, down_bias, activation)
+    routing = Routing.from_indices(indices, weight, x.shape[0], up.shape[0])
+    plan = _KERNELS[kernel].plan(x, weights, routing)
+    out, h = _KERNELS[kernel].forward(x, weights, routing, plan, keep)
+    return out, x.new_empty(0, up.shape[1]) if h is None else h
+
+
+@_operator.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    indices: list[Tensor],
+    kernel: str,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(weight.shape[0] if keep else 0, up.shape[1])
+
+
+@torch.library.custom_op(
+    "shunter::experts_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor x, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
+        "Tensor[] indices, Tensor? h, str kernel, str activation, bool[] needs) -> Tensor[]"
+    ),
+)
+def _backward_operator(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    indices: list[Tensor],
+    h: Tensor | None,
+    kernel: str,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that are needed, in the order of `Gradients`."""
+    weights = Weights(up, down, up_bias, down_bias, activation)
+    routing = Routing.from_indices(indices, weight, x.shape[0], up.shape[0])
+    plan = _KERNELS[kernel].plan(x, weights, routing)
+    found = _KERNELS[kernel].backward(grad.contiguous(), x, weights, routing, plan, h, Needs(*needs))
+    return [gradient for gradient in found if gradient is not None]
+
+
+@_backward_operator.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    indices: list[Tensor],
+    h: Tensor | None,
+    kernel: str,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    parts = (x, weight, up, down, up_bias, down_bias)
+    return [torch.empty_like(part) for part, need in zip(parts, needs, strict=True) if part is not None and need]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *parts, indices, kernel, activation, keep = inputs
+    ctx.save_for_backward(*parts, output[1] if keep else None, *indices)
+    ctx.how = kernel, activation
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    x, weight, up, down, up_bias, down_bias, h, *indices = ctx.saved_tensors
+    parts = (x, weight, up, down, up_bias, down_bias)
+    needs = [part is not None and need for part, need in zip(parts, ctx.needs_input_grad, strict=False)]
+    found = iter(_backward_operator(grad, *parts, indices, h, *ctx.how, needs))
+    return *(next(found) if need else None for need in needs), [None] * len(indices), None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_keep_for_backward)

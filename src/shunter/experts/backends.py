@@ -116,4 +116,4 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
 
 
 def _wants_higher_order(x: Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .activations import activate
+from .autograd import Gradients, Needs, Plan, differentiable
 from .backends import Backend, Weights, register
 from .combine import sum_by_token
 
@@ -19,17 +20,26 @@ __all__ = ["decode"]
 FEW_ROWS = 6
 
 
-def decode(x: Tensor, weights: Weights, routing: Routing, recompute: bool = False) -> Tensor:
-    """The experts' weighted outputs (T, d) of x (T, d); equal to `reference`, without gradients."""
-    counts = routing.counts.tolist()
-    h = _products(x, routing.token, weights.up, counts)
-    if weights.up_bias is not None:
-        h += weights.up_bias[routing.expert]
-    a = activate(h, weights.activation)
-    y = _products(a, torch.arange(a.shape[0], device=a.device), weights.down, counts)
-    if weights.down_bias is not None:
-        y += weights.down_bias[routing.expert]
-    return sum_by_token(y, routing, routing.weight)
+class _Decode:
+    def plan(self, x: Tensor, weights: Weights, routing: Routing) -> Plan:
+        return Plan(routing.counts.tolist(), ())
+
+    def forward(
+        self, x: Tensor, weights: Weights, routing: Routing, plan: Plan, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        h = _products(x, routing.token, weights.up, plan.layout)
+        if weights.up_bias is not None:
+            h += weights.up_bias[routing.expert]
+        a = activate(h, weights.activation)
+        y = _products(a, torch.arange(a.shape[0], device=a.device), weights.down, plan.layout)
+        if weights.down_bias is not None:
+            y += weights.down_bias[routing.expert]
+        return sum_by_token(y, routing, routing.weight), h if keep else None
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weights: Weights, routing: Routing, plan: Plan, h: Tensor | None, needs: Needs
+    ) -> Gradients:
+        raise NotImplementedError("the decode backend has no backward; call it under torch.no_grad()")
 
 
 def _products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
@@ -58,4 +68,5 @@ def _refuses(x: Tensor, weights: Weights) -> str | None:
     return None
 
 
+decode = differentiable("decode", _Decode())
 register(Backend("decode", decode, _refuses, "a product for each expert that a token chose, and no other weights read"))

@@ -126,5 +126,5 @@ def _refuses(x: Tensor, weights: Weights) -> str | None:
     return None
 
 
-grouped = differentiable(_Grouped())
+grouped = differentiable("grouped_mm", _Grouped())
 register(Backend("grouped_mm", grouped, _refuses, "torch's grouped product: a call for all experts of a projection"))

@@ -228,5 +228,5 @@ def _batched(rows: Tensor, matrices: Tensor, bias: Tensor | None, chunk: _Chunk,
         torch.baddbmm(bias[chunk.experts, None], rows, matrices, out=out)
 
 
-padded = differentiable(_Padded())
+padded = differentiable("padded", _Padded())
 register(Backend("padded", padded, lambda x, weights: None, "padded batched products over chunks of experts"))

@@ -162,7 +162,7 @@ class Router(nn.Module):
     def require(self, context: Context, name: str, size: int | None = None) -> Tensor:
         """What the context knows of the tokens under a name of `Context`; ids are checked to be in 0..size-1.
 
-        What stands at padding is not checked: with a size it comes back as 0.
+        What stands at padding is not checked: with a size it comes back as 0. A compiled graph checks no values.
 
         Raises:
             ValueError: where the context lacks it, or an id is out of range.
@@ -172,7 +172,9 @@ class Router(nn.Module):
             raise ValueError(f"{type(self).__name__} needs {name}; pass {name}= to the layer")
         if size is not None and context.mask is not None and value.shape == context.mask.shape:
             value = value.masked_fill(~context.mask, 0)
-        if size is not None and value.numel() and (int(value.min()) < 0 or int(value.max()) >= size):
+        if size is None or torch.compiler.is_compiling():
+            return value
+        if value.numel() and (int(value.min()) < 0 or int(value.max()) >= size):
             bad = int(value[(value < 0) | (value >= size)][0])
             raise ValueError(f"{type(self).__name__}: {name} {bad} is out of range; ids are 0 to {size - 1}")
         return value
@@ -205,8 +207,10 @@ class Router(nn.Module):
             if value is not None and value.shape[0] != logits.shape[0]:
                 raise ValueError(f"assign: {name} has {value.shape[0]} entries for {logits.shape[0]} tokens")
         routing = self.choose(logits, context)
-        if context.mask is not None and bool((real := context.mask[routing.token]).logical_not().any()):
-            routing = routing._take(real)
+        if context.mask is not None:
+            real = context.mask[routing.token]
+            if torch.compiler.is_compiling() or not bool(real.all()):
+                routing = routing._take(real)
         return self.limit(routing, logits, context)
 
     def limit(self, routing: Routing, logits: Tensor, context: Context) -> Routing:
