@@ -78,13 +78,15 @@ def test_layers_draw_by_themselves_and_two_passes_differ():
     assert not torch.equal(layers[0](x.repeat(1, 20, 1)), layers[0](x.repeat(1, 20, 1)))
 
 
-def test_the_layer_knows_its_sentences_and_needs_them_for_sentences_alone():
+def test_the_layer_knows_its_sentences():
     MoE(6, 5, 4, router="thor")(torch.randn(7, 6))
     sentences = MoE(6, 5, 4, router="thor", level="sentence")
     sentences(torch.randn(2, 7, 6))
     assert sentences.routing.counts.max() in (7, 14)
+    sentences(torch.randn(7, 6))
+    assert sentences.routing.counts.max() == 7, "one sentence"
     with pytest.raises(ValueError, match="Thor needs sequence"):
-        sentences(torch.randn(7, 6))
+        sentences.router.assign(torch.randn(7, 4))
 
 
 def test_golden_consistency():
