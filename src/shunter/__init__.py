@@ -9,13 +9,14 @@ from .moe import MoE, aux_loss, give_reward, moe_layers, update_routers
 from .routing import Routing
 
 if TYPE_CHECKING:
-    from .hf import from_pretrained, sparsify, upcycle
+    from .hf import RoutingRecord, from_pretrained, record, replay, sparsify, upcycle
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MoE",
     "Routing",
+    "RoutingRecord",
     "aux_loss",
     "capacity",
     "experts",
@@ -23,6 +24,8 @@ __all__ = [
     "give_reward",
     "losses",
     "moe_layers",
+    "record",
+    "replay",
     "routers",
     "sparsify",
     "upcycle",
@@ -32,7 +35,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Hugging Face is an extra: it is imported when first used.
-    if name in ("from_pretrained", "sparsify", "upcycle"):
+    if name in ("RoutingRecord", "from_pretrained", "record", "replay", "sparsify", "upcycle"):
         from . import hf
 
         return getattr(hf, name)

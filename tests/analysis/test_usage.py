@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from shunter.analysis.margins import BF16, margins, routing_entropy, summarise
 from shunter.analysis.saturation import chance_saturation, saturation
 from shunter.analysis.usage import affinity, coactivation, label_shares, usage
+from shunter.margins import BF16, margins, routing_entropy, summarise
 
 
 def _ragged(tokens, experts, k):

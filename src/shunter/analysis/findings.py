@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..margins import QUANTILES, summarise
 from .expert_weights import cosine_similarity, expert_parameters, gram_similarity
 from .information import information
-from .margins import QUANTILES, summarise
 from .material import Material, Stream
 from .recording import Decisions
 from .specialisation import MIN_COUNT, characteristic

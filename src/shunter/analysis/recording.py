@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..hf.taps import Observation, listening
-from .margins import margins, routing_entropy
+from ..margins import margins, routing_entropy
 from .material import Batch, Material
 
 __all__ = ["Decisions", "Loss", "Progress", "Recording", "batch_losses", "record"]

@@ -1,8 +1,19 @@
-"""Hugging Face: any dense model made sparse, any sparse one on Shunter's experts and kept balanced."""
+"""Hugging Face: any dense model made sparse, any sparse one on Shunter's experts, kept balanced, replayed."""
 
 from . import experts  # noqa: F401 (registers experts_implementation="shunter")
 from .balance import BalanceCallback, BalanceWarning
 from .conversion import from_pretrained, sparsify
+from .records import RoutingRecord
+from .replaying import record, replay
 from .upcycling import upcycle
 
-__all__ = ["BalanceCallback", "BalanceWarning", "from_pretrained", "sparsify", "upcycle"]
+__all__ = [
+    "BalanceCallback",
+    "BalanceWarning",
+    "RoutingRecord",
+    "from_pretrained",
+    "record",
+    "replay",
+    "sparsify",
+    "upcycle",
+]

@@ -30,8 +30,9 @@ from ..moe import MoE, recomputing
 from ..routers import NO_CONTEXT, Context, Router
 from ..routing import Routing
 from .context import takes_tokens, tokens_of
+from .selection import EachForward, Selection
 
-__all__ = ["SCORE_FUNCTIONS", "Observation", "Tap", "listening", "taps"]
+__all__ = ["SCORE_FUNCTIONS", "Observation", "Tap", "listening", "noting_tokens", "own_tokens", "require_taps", "taps"]
 
 _INDEX_NAMES = ("top_k_index", "router_indices", "selected_experts")
 _ROUTER_NAMES = ("gate", "router")
@@ -120,7 +121,7 @@ class Tap:
             k = getattr(getattr(self.router, "config", None), "top_k_experts", None)
         return k if isinstance(k, int) else None
 
-    def _listen(self, emit: Callable[..., None]) -> list[RemovableHandle]:
+    def _listen(self, emit: Callable[..., None]) -> list[Any]:
         if isinstance(self.layer, MoE):
             return _listen_moe(self.layer, emit)
         if self.experts is None:
@@ -167,12 +168,33 @@ def listening(model: nn.Module, callback: Callable[[str, Observation], None]) ->
     Raises:
         ValueError: where the model has no layer whose routing can be read.
     """
+    found = require_taps(model)
+    with ExitStack() as stack:
+        around = stack.enter_context(noting_tokens(model, found))
+        for tap in found.values():
+            for handle in tap._listen(partial(_emit, tap, around, callback)):
+                stack.callback(handle.remove)
+        yield found
+
+
+def require_taps(model: nn.Module) -> dict[str, Tap]:
+    """`taps` of a model that must have some.
+
+    Raises:
+        ValueError: where it has none.
+    """
     found = taps(model)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no layer whose routing can be read: no shunter.MoE, no module that takes "
             "(hidden_states, top_k_index, top_k_weights), and no router that transformers records"
         )
+    return found
+
+
+@contextmanager
+def noting_tokens(model: nn.Module, found: dict[str, Tap]) -> Iterator[dict[str, Context]]:
+    """While the context lasts, what the models around the layers are told of their tokens, by layer name."""
     around: dict[str, Context] = {}
     with ExitStack() as stack:
         for path, module in model.named_modules():
@@ -181,10 +203,7 @@ def listening(model: nn.Module, callback: Callable[[str, Observation], None]) ->
                 stack.callback(
                     module.register_forward_pre_hook(partial(_note_tokens, around, under), with_kwargs=True).remove
                 )
-        for tap in found.values():
-            for handle in tap._listen(partial(_emit, tap, around, callback)):
-                stack.callback(handle.remove)
-        yield found
+        yield around
 
 
 def _note_tokens(
@@ -208,7 +227,7 @@ def _emit(
     to_probs: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     mask, sequence = (
-        _own(getattr(context, field), getattr(around.get(tap.name, NO_CONTEXT), field), index)
+        own_tokens(getattr(context, field), getattr(around.get(tap.name, NO_CONTEXT), field), len(index))
         for field in ("mask", "sequence")
     )
     if logits is not None and to_probs is None:
@@ -227,9 +246,9 @@ def _emit(
     callback(tap.name, Observation(logits, index, weight, hidden, mask, num_experts, sequence, dropped, to_probs))
 
 
-def _own(given: Tensor | None, outer: Tensor | None, index: Tensor) -> Tensor | None:
-    """What the layer was told of its T tokens; else what the model around was, unless the layer sees only some."""
-    if given is not None or outer is None or outer.numel() != index.shape[0]:
+def own_tokens(given: Tensor | None, outer: Tensor | None, num_tokens: int) -> Tensor | None:
+    """What a layer was told of its T tokens; else what the model around was, unless the layer sees only some."""
+    if given is not None or outer is None or outer.numel() != num_tokens:
         return given
     return outer.reshape(-1)
 
@@ -296,11 +315,8 @@ def _listen_moe(layer: MoE, emit: Callable[..., None]) -> list[RemovableHandle]:
         def assign(logits: Tensor, context: Context = NO_CONTEXT) -> Routing:
             routing = inner(logits, context)
             if not recomputing():
-                index, weight, dropped = _by_choice(routing.detach())
-                if context.sequence is None and x.dim() >= 3:
-                    sequence = torch.arange(x.shape[0], device=x.device).repeat_interleave(x[0, ..., 0].numel())
-                    context = replace(context, sequence=sequence)
-                emit(logits, index, weight, x, context, dropped, router.probs)
+                index, weight, dropped = by_choice(routing.detach())
+                emit(logits, index, weight, x, with_sequence(context, x), dropped, router.probs)
             return routing
 
         router.__dict__["assign"] = assign
@@ -315,7 +331,15 @@ def _listen_moe(layer: MoE, emit: Callable[..., None]) -> list[RemovableHandle]:
     ]
 
 
-def _by_choice(routing: Routing) -> tuple[Tensor, Tensor, Tensor | None]:
+def with_sequence(context: Context, x: Tensor) -> Context:
+    """A layer's context; which sequence each token is in taken from the shape (B, ..., d) of its input if not told."""
+    if context.sequence is not None or x.dim() < 3:
+        return context
+    length = x.shape[1:-1].numel()
+    return replace(context, sequence=torch.arange(x.shape[0], device=x.device).repeat_interleave(length))
+
+
+def by_choice(routing: Routing) -> tuple[Tensor, Tensor, Tensor | None]:
     """A routing as index (T, k), weight (T, k) and dropped (T, k), a column for each rank of choice; -1 for none."""
     parts = [routing] if routing.dropped is None else [routing, routing.dropped]
     token = torch.cat([part.token for part in parts])
@@ -370,28 +394,33 @@ def _listen_experts(tap: Tap, emit: Callable[..., None]) -> list[RemovableHandle
     return [*handles, tap.experts.register_forward_pre_hook(before, with_kwargs=True)]
 
 
-def _listen_router(tap: Tap, emit: Callable[..., None]) -> list[RemovableHandle]:
+def _listen_router(tap: Tap, emit: Callable[..., None]) -> list[Any]:
     seen = _Seen()
-    handles = _watch_router(tap, seen)
+    assert tap.router is not None
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Selection:
+        return Selection(tap.name, tap.num_experts)
+
+    def leave(selection: Selection, output: Any) -> None:
         logits, hidden = seen.logits, seen.hidden
         seen.logits = seen.hidden = None
         if recomputing() or logits is None or hidden is None:
             return
-        best, index = logits.detach().topk(tap.top_k or 2, dim=-1)
-        weight = best.softmax(-1)
+        index = logits.detach().topk(tap.top_k or 2, dim=-1).indices if selection.index is None else selection.index
+        weight = logits.detach().gather(1, index).softmax(-1)
         outputs = output if isinstance(output, tuple) else ()
         for place, value in enumerate(outputs):
             # A dense matrix of weights, zero where an expert was not chosen (Llama 4, NLLB-MoE).
             dense = isinstance(value, Tensor) and value.is_floating_point() and value.shape == logits.shape
             if dense and place != tap.logits_at:
-                weight, index = value.detach().topk(tap.top_k or 2, dim=-1)
+                weight = value.detach()
+                if selection.index is None:
+                    index = weight.topk(tap.top_k or 2, dim=-1).indices
+                weight = weight.gather(1, index)
                 index = index.masked_fill(weight == 0, -1)
         emit(logits, index, weight, hidden)
 
-    assert tap.router is not None
-    return [*handles, tap.router.register_forward_hook(after)]
+    return [*_watch_router(tap, seen), EachForward(tap.router, enter, leave)]
 
 
 def _watch_router(tap: Tap, seen: _Seen) -> list[RemovableHandle]:

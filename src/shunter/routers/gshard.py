@@ -71,7 +71,9 @@ class GShard(TopK):
     def choose(self, logits: Tensor, context: Context) -> Routing:
         """The first expert, and the second that the policy of the present mode gives."""
         policy = self.second_policy if self.training else self.eval_second_policy
-        if policy == "all" or context.experts is not None:
+        if context.experts is not None:
+            return self._follow(logits, context)
+        if policy == "all":
             return super().choose(logits, context)
         index, keep = self.select(logits), None
         if policy == "sampling":
@@ -81,6 +83,14 @@ class GShard(TopK):
             both = logits.detach().gather(1, index).softmax(-1)
             keep = torch.ones_like(index, dtype=torch.bool)
             keep[:, 1] = torch.rand_like(both[:, 1]) * self.second_threshold < both[:, 1]
+        return Routing.from_topk(index, self.weigh(logits, index), self.num_experts, keep=keep, check=False)
+
+    def _follow(self, logits: Tensor, context: Context) -> Routing:
+        """The forced experts; the first shares the weight with a second that was left out, as by the policies."""
+        index, keep = context.forced(self.num_experts)
+        if index.shape[1] == 2:
+            others = logits.detach().scatter(1, index[:, :1], -torch.inf)
+            index = torch.where(keep, index, torch.cat([index[:, :1], largest(others, 1)], dim=1))
         return Routing.from_topk(index, self.weigh(logits, index), self.num_experts, keep=keep, check=False)
 
 

@@ -128,14 +128,21 @@ class TopK(LinearRouter):
 
     def choose(self, logits: Tensor, context: Context) -> Routing:
         """The experts that the context forces, or the top k of each row, with the weights of the rules."""
+        keep: Tensor | None
         if context.experts is not None:
             index, keep = context.forced(self.num_experts)
+            if bool(keep.all()):
+                keep = None
         else:
             index, keep = self.select(logits), None
         return Routing.from_topk(index, self.weigh(logits, index, keep), self.num_experts, keep=keep, check=False)
 
     def select(self, logits: Tensor) -> Tensor:
-        """The experts (T, k) of each row, best first: by score plus selection bias, within the best groups."""
+        """The experts (T, k) of each row, best first, of what `rank` makes of the logits."""
+        return largest(self.rank(logits), self.top_k)
+
+    def rank(self, logits: Tensor) -> Tensor:
+        """What the choice goes by (T, E): the scores plus the selection bias, -inf outside the best groups."""
         ranked = logits.detach()
         if not self.score_after:
             ranked = rules.SCORE_FUNCTIONS[self.score_function](ranked)
@@ -143,7 +150,7 @@ class TopK(LinearRouter):
             ranked = ranked + self.selection_bias
         if self.top_groups < self.expert_groups:
             ranked = rules.limit_to_groups(ranked, self.expert_groups, self.top_groups, self.group_score)
-        return largest(ranked, self.top_k)
+        return ranked
 
     def weigh(self, logits: Tensor, index: Tensor, keep: Tensor | None = None) -> Tensor:
         """The weights (T, k) of the experts index (T, k), of which keep (T, k) says which there are."""
