@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["NOT_TOP_K", "RULES", "topk_options"]
+__all__ = ["KNOWN_UP_TO", "NOT_TOP_K", "RULES", "topk_options"]
+
+# The newest transformers whose families were all looked at; a later one may have others.
+KNOWN_UP_TO = "5.24.0"
 
 Options = dict[str, Any]
 
@@ -147,7 +150,7 @@ def _kolibri(config: Any) -> Options:
     }
 
 
-def _deepseek_v4(config: Any) -> Options:
+def _scored_by_config(config: Any) -> Options:
     names = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "sqrt_softplus"}
     rule = _biased_sigmoid(1e-20, "routed_scaling_factor", renormalize=True)(config)
     return {**rule, "score_function": names[config.scoring_func]}
@@ -159,7 +162,8 @@ RULES: dict[str, Callable[[Any], Options]] = {
     ),
     **dict.fromkeys(["gemma4", "diffusion_gemma"], _scaled_experts),
     **dict.fromkeys(
-        ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen4_exp", "olmoe", "flex_olmo", "mellum"], _softmax_if_asked
+        ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen4_exp", "olmoe", "flex_olmo", "mellum", "lara_mini"],
+        _softmax_if_asked,
     ),
     "jamba": _raw_softmax,
     "dbrx": _p_norm,
@@ -177,7 +181,7 @@ RULES: dict[str, Callable[[Any], Options]] = {
         [
             "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "glm5_next",
             "dots1", "dots3_note", "kimi_linear", "exaone_moe", "bailing_hybrid", "axk1", "axk2", "hy_v4",
-            "mimo_v2_flash", "nemotron_h", "solar_open",
+            "hy_v4_vl", "mimo_v2_flash", "nemotron_h", "solar_open",
         ],
         _deepseek_v3,
     ),
@@ -191,7 +195,7 @@ RULES: dict[str, Callable[[Any], Options]] = {
     "flint": _flint,
     "kolibri1": _kolibri,
     **dict.fromkeys(["ernie4_5_moe", "ernie4_5_vl_moe"], _ernie),
-    "deepseek_v4": _deepseek_v4,
+    **dict.fromkeys(["deepseek_v4", "inkling2_loop"], _scored_by_config),
 }  # fmt: skip
 """The rule of each family, by `model_type`: a function of its configuration."""
 

@@ -21,6 +21,9 @@ __all__ = ["from_pretrained", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+# Of the memory that torch allocates, in bytes.
+ALIGNMENT = 64
+
 
 def sparsify(
     model: Model,
@@ -143,7 +146,16 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     sparse: Any = type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
     # Whatever dtype the model is loaded in, routers decide in float32 and keep their state exact.
     sparse._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "router"}
-    return sparse.from_pretrained(path, **kwargs)
+    loaded = sparse.from_pretrained(path, **kwargs)
+    _align(loaded[0] if isinstance(loaded, tuple) else loaded)  # with the loading info where that was asked for
+    return loaded
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Copy the CPU parameters that lie at odd addresses in the file's memory map: products round otherwise there."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def model_class(config: PreTrainedConfig, path: str) -> type[PreTrainedModel]:
