@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 __all__ = ["main"]
 
@@ -110,14 +111,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="the findings to standard output too")
     inspect.set_defaults(verb=_inspect)
 
-    bench = verbs.add_parser("bench", help="time the backends next to a dense layer and to transformers' own")
-    bench.add_argument("what", choices=["experts"])
-    bench.add_argument("--shapes", nargs="+", help="of S1 to S6, or T,d,f,E,k (default: S1 to S6)")
-    bench.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    bench.add_argument("--backends", nargs="+", help="besides auto (default: all that can run)")
-    bench.add_argument("--rounds", type=int, default=11, help="of the interleaved run")
-    bench.add_argument("--out", type=Path, help="a folder for bench-experts.json and bench-experts.md")
-    bench.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
+    bench = verbs.add_parser("bench", help="time Shunter side by side with a dense layer and with transformers")
+    benches = bench.add_subparsers(dest="what", required=True, metavar="what")
+    experts = benches.add_parser("experts", help="the backends next to a dense layer and to transformers' own experts")
+    experts.add_argument("--shapes", nargs="+", help="of S1 to S6, or T,d,f,E,k (default: S1 to S6)")
+    experts.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    experts.add_argument("--backends", nargs="+", help="besides auto (default: all that can run)")
+    experts.set_defaults(rounds=11, measure=_bench_experts)
+    finetune = benches.add_parser("finetune", help="steps of Trainer on a Qwen3-MoE, by experts_implementation")
+    finetune.set_defaults(rounds=3, measure=_bench_finetune)
+    for each in (experts, finetune):
+        each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
+        each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
+        each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
     bench.set_defaults(verb=_bench)
     return parser
 
@@ -291,35 +297,40 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .benchmarks.experts import SHAPES, Shape, bench, markdown
-    from .experts import backend_names
-
-    def shape(text: str) -> Shape:
-        if text in SHAPES:
-            return SHAPES[text]
-        sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
-        if len(sizes) != 5 or min(sizes) < 1 or sizes[4] > sizes[3]:
-            raise ValueError(f"shape {text!r} is neither of {', '.join(SHAPES)} nor T,d,f,E,k with k at most E")
-        tokens, dim, hidden, experts, top_k = sizes
-        return Shape(tokens, dim, hidden, experts, top_k)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
+    measure: Callable[[argparse.Namespace], tuple[dict[str, Any], str]] = args.measure
     try:
         if args.rounds < 1:
             raise ValueError(f"--rounds {args.rounds} must be at least 1")
-        shapes = {text: shape(text) for text in args.shapes or SHAPES}
-        found = bench(shapes, args.dtype, args.backends or backend_names(), rounds=args.rounds, say=say)
+        found, page = measure(args)
     except ValueError as error:
         print(f"shunter bench: {error}", file=sys.stderr)
         return 2
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "bench-experts.json").write_text(json.dumps(found, indent=1) + "\n")
-        (args.out / "bench-experts.md").write_text(markdown(found))
-    sys.stdout.write(json.dumps(found) + "\n" if args.json else markdown(found))
+        (args.out / f"bench-{args.what}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / f"bench-{args.what}.md").write_text(page)
+    sys.stdout.write(json.dumps(found) + "\n" if args.json else page)
     return 0
+
+
+def _bench_experts(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from .benchmarks.experts import SHAPES, bench, markdown, parse_shape
+    from .experts import backend_names
+
+    shapes = {text: parse_shape(text) for text in args.shapes or SHAPES}
+    found = bench(shapes, args.dtype, args.backends or backend_names(), rounds=args.rounds, say=_progress)
+    return found, markdown(found)
+
+
+def _bench_finetune(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from .benchmarks.finetune import bench, markdown
+
+    found = bench(rounds=args.rounds, say=_progress)
+    return found, markdown(found)
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

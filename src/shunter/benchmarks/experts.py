@@ -7,7 +7,6 @@ a SwiGLU of width k f over the same T tokens, which multiplies and adds exactly 
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import __version__
 from ..experts import Weights, backend_names, choose
 from ..routing import Routing
+from .machine import described, machine, versions
 
-__all__ = ["SHAPES", "Shape", "bench", "markdown"]
+__all__ = ["SHAPES", "Shape", "bench", "markdown", "parse_shape"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,23 @@ SHAPES = {
     "S5": Shape(16, 1024, 768, 64, 8, backward=False),
     "S6": Shape(2048, 128, 128, 32, 1),
 }
+
+
+def parse_shape(text: str) -> Shape:
+    """The shape of a name in `SHAPES`, or of "T,d,f,E,k".
+
+    Raises:
+        ValueError: where it is neither.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
+    if len(sizes) != 5 or min(sizes) < 1 or sizes[4] > sizes[3]:
+        raise ValueError(f"shape {text!r} is neither of {', '.join(SHAPES)} nor T,d,f,E,k with k at most E")
+    tokens, dim, hidden, experts, top_k = sizes
+    return Shape(tokens, dim, hidden, experts, top_k)
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -216,13 +232,16 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a large product, the best of several sizes and repetitions."""
+    """FLOP/s of a large product, the best of several sizes and repetitions; no larger than a few seconds allow."""
     best = 0.0
-    for size in (1024, 2048):
+    for size in (256, 512, 1024, 2048):
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         for _ in range(8):
-            best = max(best, 2 * size**3 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)))  # type: ignore[misc]
+            taken = _seconds(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out))  # type: ignore[misc]
+            best = max(best, 2 * size**3 / taken)
+        if taken > 0.1:
+            break
     return best
 
 
@@ -283,7 +302,7 @@ def bench(
         for name in given:
             if name not in known:
                 raise ValueError(f"bench: {name!r} is unknown; choose from {', '.join(known)}")
-    found: dict[str, Any] = {"machine": _machine(), "versions": _versions(), "rounds": rounds, "seed": seed}
+    found: dict[str, Any] = {"machine": machine(), "versions": versions("transformers"), "rounds": rounds, "seed": seed}
     bandwidth = _copy_bandwidth()
     found["copy_gb_per_s"] = bandwidth / 1e9
     found["matmul_gflops"] = {name: _matmul_peak(DTYPES[name]) / 1e9 for name in dtypes}
@@ -346,44 +365,16 @@ def _results(
     return results
 
 
-def _machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.system(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "shunter": __version__}
-    try:
-        import transformers
-    except ImportError:
-        return versions
-    return versions | {"transformers": transformers.__version__}
-
-
 def markdown(found: dict[str, Any]) -> str:
     """What `bench` found, as a page."""
-    machine, versions = found["machine"], found["versions"]
     rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in found["matmul_gflops"].items())
     lines = [
         "# Experts against a dense layer",
         "",
         "Written by `shunter bench experts`; the numbers behind it are in the JSON file beside it.",
         "",
-        f"{machine['processor']}, {machine['threads']} threads ({machine['instructions']}); "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f". Large products reach {rates}; copying moves {found['copy_gb_per_s']:.0f} GB/s (read and written). "
-        f"Medians of {found['rounds']} interleaved rounds.",
+        f"{described(found)}. Large products reach {rates}; copying moves {found['copy_gb_per_s']:.0f} GB/s (read and "
+        f"written). Medians of {found['rounds']} interleaved rounds.",
         "",
         "Ratio: the time of a dense SwiGLU of equal FLOPs over this time (above 1: faster than dense). Roofline: the "
         "share of what the peaks above allow. Saved: what is kept for the backward besides x and the parameters. "
