@@ -6,7 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shunter import MoE, Routing
-from shunter.experts import ACTIVATIONS, Backend, Experts, Weights, backend_names, choose, memory, padded, register
+from shunter.experts import (
+    ACTIVATIONS,
+    Backend,
+    Experts,
+    Weights,
+    backend_names,
+    choose,
+    memory,
+    padded,
+    products,
+    register,
+)
 from shunter.experts.backends import get
 
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
@@ -96,10 +107,17 @@ def test_edges_equal_the_reference_with_every_gradient(backend, tokens, experts,
         assert found[name] is not None and torch.allclose(found[name], value, atol=_tolerance(backend)), name
 
 
-@pytest.fixture(params=[(padded.CHUNK_BYTES, 1), (2000, 4), (1, 4)], ids=["one chunk", "chunks", "single experts"])
+@pytest.fixture(
+    params=[(padded.CHUNK_BYTES, 1, True), (2000, 4, True), (2000, 4, False), (1, 4, False)],
+    ids=["one chunk", "chunks", "chunks widened", "single experts widened"],
+)
 def chunks(request, monkeypatch):
-    """How the padded backend goes through the experts: all at once, a few, one by one, with slots left over."""
-    size, step = request.param
+    """How the padded backend goes through the experts: all at once, a few, one by one, with slots left over.
+
+    And whether its products in half precision run in that, or in float32.
+    """
+    size, step, half = request.param
+    monkeypatch.setattr(products, "FAST", dict.fromkeys(products.FAST, half))
     monkeypatch.setattr(padded, "CHUNK_BYTES", size)
     monkeypatch.setattr(padded, "_step", lambda x, routing: step)
 
@@ -299,6 +317,18 @@ def test_autocast_computes_in_the_autocast_dtype():
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32 and experts.down_proj.grad.dtype == torch.float32
     assert relative_error(y, experts(x, routing)) < 0.02
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_products_in_half_precision_run_in_float32_where_the_processor_has_none(half, monkeypatch):
+    monkeypatch.setattr(products, "FAST", dict.fromkeys(products.FAST, half))
+    used = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, *rest, **out: used.append(a.dtype) or bmm(a, *rest, **out))
+    layer = MoE(8, 4, 3, "topk", top_k=2, dtype=torch.bfloat16)
+    layer(torch.randn(40, 8, dtype=torch.bfloat16)).sum().backward()
+    assert set(used) == {torch.bfloat16 if half else torch.float32}
+    assert ("products run in torch.float32" in layer.explain()) is not half
 
 
 def test_choice_is_explained_and_refusals_are_errors():

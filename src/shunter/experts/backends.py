@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .activations import ACTIVATIONS
+from .products import product_dtype
 
 __all__ = ["Backend", "Weights", "backend_names", "choose", "get", "register"]
 
@@ -108,7 +109,10 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
     if x.is_cpu and x.shape[0] <= FEW_TOKENS and not get("decode").refuses(x, weights):
         return get("decode"), f"for {FEW_TOKENS} tokens or fewer without gradients reading weights is what takes time"
     if x.is_cpu:
-        return get("padded"), "on a CPU a product for each expert would cost more in calls, and fresh memory in faults"
+        why = "on a CPU a product for each expert would cost more in calls, and fresh memory in faults"
+        if (wide := product_dtype(x)) != x.dtype:
+            why += f"; its products run in {wide}, which this processor multiplies faster than {x.dtype}"
+        return get("padded"), why
     grouped = get("grouped_mm")
     if refusal := grouped.refuses(x, weights):
         return get("reference"), refusal

@@ -3,6 +3,9 @@
 A loop of small products pays a call and a thread hand-over for each expert. Here neighbouring experts form a chunk
 whose rows, padded to the chunk's fullest expert, fit the cache together: one batched product computes them all, and the
 gathers, activations and products of a chunk reuse the same few buffers. A large expert is a chunk by itself.
+
+Where the processor has no instructions for products in half precision, torch's take many times those in float32: a
+chunk's operands are then widened to float32, and its results rounded once.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from .autograd import Gradients, Needs, Plan, differentiable
 from .backends import Backend, Weights, register
 from .combine import sum_by_token
 from .memory import scratch
+from .products import product_dtype
 
 __all__ = ["padded"]
 
@@ -118,7 +122,7 @@ def _step(x: Tensor, routing: Routing) -> int:
 
     Products of half precision are compiled for their sizes, anew for each number of rows: few different ones do.
     """
-    if x.element_size() > 2:
+    if product_dtype(x).itemsize > 2:
         return 1
     mean = routing.token.numel() // routing.num_experts
     return max(8, 2 ** (mean // 32).bit_length() // 2)
@@ -138,28 +142,28 @@ class _Buffers:
 class _Padded:
     def plan(self, x: Tensor, weights: Weights, routing: Routing) -> Plan:
         width, (d, f) = weights.up.shape[1], weights.down.shape[1:]
-        return _plan(routing, (2 * d + width + f) * x.element_size(), _step(x, routing))
+        return _plan(routing, (2 * d + width + f) * product_dtype(x).itemsize, _step(x, routing))
 
     def forward(
         self, x: Tensor, weights: Weights, routing: Routing, plan: Plan, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        up, down = weights.up, weights.down
-        width, (d, f) = up.shape[1], down.shape[1:]
+        width, (d, f) = weights.up.shape[1], weights.down.shape[1:]
         row, token, slot, local = plan.indices
         h = x.new_empty(slot.numel(), width) if keep else None
-        y = scratch("rows", x, row.numel(), d)
-        buffers = _Buffers(x, plan.layout, x=d, h=width, a=f)
+        wide = x.to(product_dtype(x))
+        y = scratch("rows", wide, row.numel(), d)
+        buffers = _Buffers(wide, plan.layout, x=d, h=width, a=f)
         for c in plan.layout.chunks:
-            x_c = torch.index_select(x, 0, token[c.padded], out=buffers.take("x", c.size))
+            x_c = torch.index_select(wide, 0, token[c.padded], out=buffers.take("x", c.size))
             # Unfilled slots behind the others may run over the next chunk's triples, which it then writes.
-            direct = h is not None and c.in_order and c.start + c.size <= h.shape[0]
+            direct = h is not None and h.dtype == wide.dtype and c.in_order and c.start + c.size <= h.shape[0]
             h_c = h[c.start : c.start + c.size] if h is not None and direct else buffers.take("h", c.size)
-            _batched(x_c, up[c.experts].mT, weights.up_bias, c, h_c)
+            _batched(x_c, _matrices("up", weights.up, c, wide).mT, weights.up_bias, c, h_c)
             if h is not None and not direct:
-                torch.index_select(h_c, 0, local[c.triples], out=h[c.triples])
+                h[c.triples] = h_c[: c.end - c.start] if c.in_order else h_c[local[c.triples]]
             a_c = activate(h_c, weights.activation, buffers.take("a", c.size))
-            _batched(a_c, down[c.experts].mT, weights.down_bias, c, y[c.padded])
-        return sum_by_token(y, routing, routing.weight, slot), h
+            _batched(a_c, _matrices("down", weights.down, c, wide).mT, weights.down_bias, c, y[c.padded])
+        return sum_by_token(y, routing, routing.weight, slot).to(x.dtype), h
 
     def backward(
         self, grad: Tensor, x: Tensor, weights: Weights, routing: Routing, plan: Plan, h: Tensor | None, needs: Needs
@@ -167,29 +171,32 @@ class _Padded:
         up, down, up_bias, down_bias = weights.up, weights.down, weights.up_bias, weights.down_bias
         width, (d, f) = up.shape[1], down.shape[1:]
         row, token, slot, local = plan.indices
-        weight = x.new_zeros(row.numel(), 1)
-        weight[slot, 0] = routing.weight.to(x.dtype)
+        wide, wide_grad = x.to(product_dtype(x)), grad.to(product_dtype(x))
+        weight = wide.new_zeros(row.numel(), 1)
+        weight[slot, 0] = routing.weight.to(wide.dtype)
         grad_weight = torch.empty_like(routing.weight) if needs.weight else None
         grad_up, grad_down, grad_up_bias, grad_down_bias = parameters = [
             torch.empty_like(value) if value is not None and need else None
             for value, need in zip((up, down, up_bias, down_bias), needs[2:], strict=True)
         ]
-        dx = scratch("rows", x, row.numel(), d) if needs.x else None
-        buffers = _Buffers(x, plan.layout, x=d, dy=d, h=width, da=f, acted=f, a=f, dh=width)
+        dx = scratch("rows", wide, row.numel(), d) if needs.x else None
+        buffers = _Buffers(wide, plan.layout, x=d, dy=d, h=width, da=f, acted=f, a=f, dh=width)
         for c in plan.layout.chunks:
             m = c.end - c.start if c.in_order else c.size
-            dy = torch.index_select(grad, 0, token[c.padded], out=buffers.take("dy", c.size))
+            dy = torch.index_select(wide_grad, 0, token[c.padded], out=buffers.take("dy", c.size))
             x_c, h_c = buffers.take("x", c.size), buffers.take("h", c.size)
             if h is None or grad_up is not None:
-                torch.index_select(x, 0, token[c.padded], out=x_c)
+                torch.index_select(wide, 0, token[c.padded], out=x_c)
             if h is None:
-                _batched(x_c, up[c.experts].mT, up_bias, c, h_c)
+                _batched(x_c, _matrices("up", up, c, wide).mT, up_bias, c, h_c)
+                if x.dtype != wide.dtype:
+                    h_c.copy_(h_c.to(x.dtype))  # as it would have been kept
             elif c.in_order:
-                h_c = h[c.triples]
+                h_c = h[c.triples].to(wide.dtype)
             else:
-                torch.index_select(h, 0, row[c.padded], out=h_c)
+                h_c.copy_(h[row[c.padded]])
             da, a, dh = buffers.take("da", c.size), buffers.take("a", c.size), buffers.take("dh", c.size)
-            _batched(dy, down[c.experts], None, c, da)
+            _batched(dy, _matrices("down", down, c, wide), None, c, da)
             w = weight[c.padded]
             into = buffers.take("acted", m), a[:m], dh[:m]
             inner = activate_backward(h_c[:m], da[:m], w[:m], weights.activation, into)
@@ -197,25 +204,26 @@ class _Padded:
             dh[m:].zero_()
             if grad_weight is not None:
                 if down_bias is not None:
-                    inner += torch.bmm(dy.view(*c.shape, d), down_bias[c.experts, :, None]).view(-1)[:m]
+                    bias = down_bias[c.experts, :, None].to(wide.dtype)
+                    inner += torch.bmm(dy.view(*c.shape, d), bias).view(-1)[:m]
                 grad_weight[c.triples] = inner if c.in_order else inner[local[c.triples]]
             if grad_down is not None or grad_down_bias is not None:
                 dy.mul_(w)
             if grad_down is not None:
-                torch.bmm(dy.view(*c.shape, d).mT, a.view(*c.shape, f), out=grad_down[c.experts])
+                _product(dy.view(*c.shape, d).mT, a.view(*c.shape, f), grad_down[c.experts])
             if grad_down_bias is not None:
-                torch.sum(dy.view(*c.shape, d), 1, out=grad_down_bias[c.experts])
+                grad_down_bias[c.experts] = dy.view(*c.shape, d).sum(1)
             if grad_up is not None:
-                torch.bmm(dh.view(*c.shape, width).mT, x_c.view(*c.shape, d), out=grad_up[c.experts])
+                _product(dh.view(*c.shape, width).mT, x_c.view(*c.shape, d), grad_up[c.experts])
             if grad_up_bias is not None:
-                torch.sum(dh.view(*c.shape, width), 1, out=grad_up_bias[c.experts])
+                grad_up_bias[c.experts] = dh.view(*c.shape, width).sum(1)
             if dx is not None:
-                _batched(dh, up[c.experts], None, c, dx[c.padded])
+                _batched(dh, _matrices("up", up, c, wide), None, c, dx[c.padded])
         if plan.layout.idle:
             for gradient in parameters:
                 if gradient is not None:
                     gradient[plan.layout.idle] = 0
-        grad_x = None if dx is None else sum_by_token(dx, routing, None, slot)
+        grad_x = None if dx is None else sum_by_token(dx, routing, None, slot).to(x.dtype)
         return Gradients(grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias)
 
 
@@ -225,7 +233,21 @@ def _batched(rows: Tensor, matrices: Tensor, bias: Tensor | None, chunk: _Chunk,
     if bias is None:
         torch.bmm(rows, matrices, out=out)
     else:
-        torch.baddbmm(bias[chunk.experts, None], rows, matrices, out=out)
+        torch.baddbmm(bias[chunk.experts, None].to(rows.dtype), rows, matrices, out=out)
+
+
+def _matrices(name: str, matrices: Tensor, chunk: _Chunk, like: Tensor) -> Tensor:
+    """The chunk's matrices in the dtype of the products; widened ones are in scratch memory of a name."""
+    own = matrices[chunk.experts]
+    return own if own.dtype == like.dtype else scratch(name, like, *own.shape).copy_(own)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """The batched product of a and b, rounded to the dtype of out."""
+    if a.dtype == out.dtype:
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a, b, out=scratch("product", a, *out.shape)))
 
 
 padded = differentiable("padded", _Padded())
