@@ -108,6 +108,14 @@ weights, a norm) runs as the module has it, under autograd, on the rows sorted b
 | family | class | weights | under "shunter" |
 |---|---|---|---|
 {rows}
+
+`shunter.hf.use_experts(model)` does the same to a model that is loaded, and runs Llama 4 too, which transformers leaves
+out: there it computes only the tokens that chose an expert, not every token by every expert.
+`tests/hf/test_whole_models.py` compares whole tiny models of these families with transformers' own loop: logits, every
+gradient and generated tokens.
+
+Not handled, because transformers does not let their experts be exchanged: dbrx, doge, jetmoe, longcat_flash, nllb_moe,
+step3p7, switch_transformers and vitpose_backbone. They run as transformers has them.
 """
 
 

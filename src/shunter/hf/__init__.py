@@ -3,6 +3,7 @@
 from . import experts  # noqa: F401 (registers experts_implementation="shunter")
 from .balance import BalanceCallback, BalanceWarning
 from .conversion import from_pretrained, sparsify
+from .llama4 import use_experts
 from .records import RoutingRecord
 from .replaying import record, replay
 from .upcycling import upcycle
@@ -16,4 +17,5 @@ __all__ = [
     "replay",
     "sparsify",
     "upcycle",
+    "use_experts",
 ]
