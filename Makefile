@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/python tools/install.py
 	touch $@
 
-.PHONY: train test lint
+.PHONY: train test lint bench-gpu
 train: .venv/ready
 	$(BIN)/shunter train text
 
@@ -18,3 +18,7 @@ test: .venv/ready
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Needs an NVIDIA GPU; without one it says so.
+bench-gpu: .venv/ready
+	$(BIN)/shunter bench gpu --out runs/bench

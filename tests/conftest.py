@@ -6,6 +6,10 @@ import random
 import pytest
 import torch
 
+# Before anything imports the kernels: without a GPU they run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SEED = int(os.environ.get("SHUNTER_SEED", random.SystemRandom().randrange(2**31)))
 torch.set_num_threads(1)
 

@@ -120,7 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     experts.set_defaults(rounds=11, measure=_bench_experts)
     finetune = benches.add_parser("finetune", help="steps of Trainer on a Qwen3-MoE, by experts_implementation")
     finetune.set_defaults(rounds=3, measure=_bench_finetune)
-    for each in (experts, finetune):
+    gpu = benches.add_parser(
+        "gpu", help="the Triton backend next to torch's grouped product and a dense layer, on a GPU"
+    )
+    gpu.add_argument("--shapes", nargs="+", help="of the named ones, or T,d,f,E,k (default: all the named ones)")
+    gpu.add_argument("--backends", nargs="+", help="default: triton and grouped_mm")
+    gpu.set_defaults(rounds=11, measure=_bench_gpu)
+    for each in (experts, finetune, gpu):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -297,11 +303,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    measure: Callable[[argparse.Namespace], tuple[dict[str, Any], str]] = args.measure
+    measure: Callable[[argparse.Namespace], tuple[dict[str, Any], str, bool]] = args.measure
     try:
         if args.rounds < 1:
             raise ValueError(f"--rounds {args.rounds} must be at least 1")
-        found, page = measure(args)
+        found, page, right = measure(args)
     except ValueError as error:
         print(f"shunter bench: {error}", file=sys.stderr)
         return 2
@@ -310,23 +316,32 @@ def _bench(args: argparse.Namespace) -> int:
         (args.out / f"bench-{args.what}.json").write_text(json.dumps(found, indent=1) + "\n")
         (args.out / f"bench-{args.what}.md").write_text(page)
     sys.stdout.write(json.dumps(found) + "\n" if args.json else page)
-    return 0
+    return 0 if right else 1
 
 
-def _bench_experts(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _bench_experts(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
     from .benchmarks.experts import SHAPES, bench, markdown, parse_shape
     from .experts import backend_names
 
-    shapes = {text: parse_shape(text) for text in args.shapes or SHAPES}
+    shapes = {text: parse_shape(text, SHAPES) for text in args.shapes or SHAPES}
     found = bench(shapes, args.dtype, args.backends or backend_names(), rounds=args.rounds, say=_progress)
-    return found, markdown(found)
+    return found, markdown(found), True
 
 
-def _bench_finetune(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _bench_gpu(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from .benchmarks.experts import parse_shape
+    from .benchmarks.gpu import BACKENDS, DTYPES, SHAPES, bench, markdown, right
+
+    shapes = {text: parse_shape(text, SHAPES) for text in args.shapes or SHAPES}
+    found = bench(shapes, list(DTYPES), args.backends or BACKENDS, rounds=args.rounds, say=_progress)
+    return found, markdown(found), right(found)
+
+
+def _bench_finetune(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
     from .benchmarks.finetune import bench, markdown
 
     found = bench(rounds=args.rounds, say=_progress)
-    return found, markdown(found)
+    return found, markdown(found), True
 
 
 def _progress(line: str) -> None:

@@ -17,6 +17,7 @@ from shunter.experts import (
     padded,
     products,
     register,
+    triton,
 )
 from shunter.experts.backends import get
 
@@ -25,6 +26,8 @@ from ..helpers import by_tokens, random_routing, random_weights, relative_error
 # Backends that run on any CPU input; others have files of their own.
 CPU = [name for name in ("reference", "padded", "grouped_mm") if name in backend_names()]
 FAST = [name for name in CPU if name != "reference"]
+# With the Triton backend, whose interpreter is slow, where one run says it all; the rest is in its own file.
+FUSED = [*FAST, pytest.param("triton", marks=pytest.mark.skipif(not triton.INSTALLED, reason="needs triton"))]
 # What a backend computes in for inputs of float64 where it does not take them, and how near it then comes.
 SINGLE = {"grouped_mm"}
 
@@ -190,7 +193,7 @@ def test_uninitialised_memory_is_never_read(backend, chunks, monkeypatch):
         assert torch.equal(poisoned[name], value), name
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FUSED)
 def test_an_unrouted_token_touches_nothing(backend):
     """Not even with NaN: its rows belong to no expert."""
     weights, routing = random_weights(4, 6, 5), random_routing(30, 4)
@@ -217,7 +220,7 @@ def test_a_broken_token_stays_with_its_experts(backend, chunks):
         assert torch.equal(found[name][1:], clean[name][1:]), name
 
 
-@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("backend", FUSED)
 def test_strided_input_and_gradient(backend):
     weights, routing = random_weights(4, 6, 5), random_routing(20, 4)
     wide = torch.randn(6, 40, dtype=torch.float64)
@@ -246,7 +249,7 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(backend, frozen, recom
         assert part.grad is None if name in frozen else torch.allclose(part.grad, whole[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FUSED)
 def test_what_is_kept_for_the_backward(backend):
     weights = random_weights(8, 16, 12, dtype=torch.float32)
     routing = random_routing(64, 8, dtype=torch.float32)
@@ -297,7 +300,7 @@ def test_the_same_bits_every_time(backend):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FUSED)
 def test_second_derivatives_are_refused(backend):
     weights = random_weights(3, 4, 3, dtype=torch.float32)
     routing = random_routing(6, 3, dtype=torch.float32)

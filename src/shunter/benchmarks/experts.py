@@ -56,17 +56,17 @@ SHAPES = {
 }
 
 
-def parse_shape(text: str) -> Shape:
-    """The shape of a name in `SHAPES`, or of "T,d,f,E,k".
+def parse_shape(text: str, named: dict[str, Shape]) -> Shape:
+    """The shape of a name, or of "T,d,f,E,k".
 
     Raises:
         ValueError: where it is neither.
     """
-    if text in SHAPES:
-        return SHAPES[text]
+    if text in named:
+        return named[text]
     sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
     if len(sizes) != 5 or min(sizes) < 1 or sizes[4] > sizes[3]:
-        raise ValueError(f"shape {text!r} is neither of {', '.join(SHAPES)} nor T,d,f,E,k with k at most E")
+        raise ValueError(f"shape {text!r} is neither of {', '.join(named)} nor T,d,f,E,k with k at most E")
     tokens, dim, hidden, experts, top_k = sizes
     return Shape(tokens, dim, hidden, experts, top_k)
 
@@ -98,17 +98,18 @@ class Contestant:
 class _Case:
     """The tensors of one shape and dtype: hidden states, a random choice of experts, expert and dense weights."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:
         self.shape, self.dtype = shape, dtype
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         tokens, dim, hidden, wide = shape.tokens, shape.dim, shape.hidden, shape.top_k * shape.hidden
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
-            return (torch.randn(*size, generator=generator) * std).to(dtype).requires_grad_(shape.backward)
+            drawn = torch.randn(*size, generator=generator, device=device)
+            return (drawn * std).to(dtype).requires_grad_(shape.backward)
 
         self.x = normal(tokens, dim)
         self.grad = normal(tokens, dim).detach()
-        scores = torch.randn(tokens, shape.experts, generator=generator).softmax(-1)
+        scores = torch.randn(tokens, shape.experts, generator=generator, device=device).softmax(-1)
         weight, self.index = scores.topk(shape.top_k, dim=-1)
         # transformers' batched_mm wants the weights in the dtype of the hidden states.
         self.weight = (weight / weight.sum(-1, keepdim=True)).to(dtype).requires_grad_(shape.backward)
@@ -346,23 +347,30 @@ def _results(
         results[name]["saved_bytes"] = _saved_bytes(contestant, case) if case.shape.backward else 0
         del values
     del expected
-    times: dict[str, list[float]] = {name: [] for name in running}
-    order = list(running)
-    for round_ in range(rounds + 1):
-        for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
-            seconds = _seconds(lambda name=name: _pass(running[name], case))  # type: ignore[misc]
-            if round_:  # the first one warms up
-                times[name].append(seconds)
-    dense = statistics.median(times["dense"])
-    for name, taken in times.items():
-        seconds = statistics.median(taken)
+    passes = {name: lambda contestant=contestant: _pass(contestant, case) for name, contestant in running.items()}
+    times = _medians(passes, rounds, _seconds)  # type: ignore[arg-type]
+    for name, seconds in times.items():
         results[name] |= {
             "ms": seconds * 1e3,
-            "ratio": dense / seconds,
+            "ratio": times["dense"] / seconds,
             "gflops": case.shape.flops / seconds / 1e9,
             "roofline": fastest / seconds,
         }
     return results
+
+
+def _medians(
+    runs: dict[str, Callable[[], object]], rounds: int, stopwatch: Callable[[Callable[[], object]], float]
+) -> dict[str, float]:
+    """Seconds of each run, medians over rounds that run them all, each round starting with another."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for round_ in range(rounds + 1):
+        for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
+            seconds = stopwatch(runs[name])
+            if round_:  # the first one warms up
+                times[name].append(seconds)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def markdown(found: dict[str, Any]) -> str:

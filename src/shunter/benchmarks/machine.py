@@ -28,7 +28,18 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        **({"gpu": _gpu()} if torch.cuda.is_available() else {}),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "processors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
     }
 
 
@@ -46,6 +57,6 @@ def versions(*packages: str) -> dict[str, str]:
 def described(found: dict[str, Any]) -> str:
     """The `machine` and `versions` of a benchmark's result, in words."""
     where = found["machine"]
-    gpu = f"{where['gpu']}, " if "gpu" in where else ""
+    gpu = f"{where['gpu']['name']} (CUDA {where['gpu']['cuda']}), " if "gpu" in where else ""
     processor = f"{where['processor']}, {where['threads']} threads ({where['instructions']})"
     return f"{gpu}{processor}; " + ", ".join(f"{name} {value}" for name, value in found["versions"].items())

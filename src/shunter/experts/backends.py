@@ -113,10 +113,22 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
         if (wide := product_dtype(x)) != x.dtype:
             why += f"; its products run in {wide}, which this processor multiplies faster than {x.dtype}"
         return get("padded"), why
-    grouped = get("grouped_mm")
+    grouped, fused = get("grouped_mm"), get("triton")
+    unfit = fused.refuses(x, weights) or _unfit(x, weights) if x.is_cuda else None
+    if x.is_cuda and unfit is None:
+        return fused, "its fused kernels move the least memory on a GPU"
     if refusal := grouped.refuses(x, weights):
         return get("reference"), refusal
-    return grouped, f"it is the fastest that runs on {x.device.type}"
+    return grouped, f"it is the fastest that runs on {x.device.type}" + (f" (triton: {unfit})" if unfit else "")
+
+
+def _unfit(x: Tensor, weights: Weights) -> str | None:
+    """Why the Triton backend, which could run this, is not the choice on a GPU; None where it is."""
+    if x.element_size() != 2:
+        return f"without tensor cores, in {x.dtype}, its products are slower than cuBLAS's"
+    if any(width % 8 for width in weights.down.shape[1:]):
+        return f"widths {tuple(weights.down.shape[1:])} that are not multiples of 8 make it load single elements"
+    return None
 
 
 def _wants_higher_order(x: Tensor) -> bool:

@@ -1,0 +1,46 @@
+"""Run by test_triton.py in a process without the interpreter: compile what the backend launches for an absent GPU."""
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from shunter import Routing
+from shunter.experts import Weights
+from shunter.experts.autograd import Needs
+from shunter.experts.triton import _Fused
+
+CAPABILITY, DTYPE = int(sys.argv[1]), getattr(torch, sys.argv[2])
+run, found = JITFunction.run, []
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = run(self, *args, grid=grid, warmup=True, **options)
+    found.append({"name": self.__name__, "shared": kernel.metadata.shared, "wgmma": "wgmma" in kernel.asm["ptx"]})
+
+
+triton.runtime.driver.set_active(Driver())
+JITFunction.run = compile_only
+
+T, E, k, d, f = 256, 8, 2, 32, 32
+x = torch.zeros(T, d, dtype=DTYPE)
+weights = Weights(*(torch.zeros(*size, dtype=DTYPE) for size in ((E, 2 * f, d), (E, d, f), (E, 2 * f), (E, d))))
+routing = Routing.from_topk(torch.rand(T, E).topk(k).indices, torch.rand(T, k), E)
+plan = _Fused().plan(x, weights, routing)
+_, h = _Fused().forward(x, weights, routing, plan, keep=True)
+_Fused().backward(x, x, weights, routing, plan, h, Needs(*[True] * 6))
+print(json.dumps(found))
