@@ -43,7 +43,7 @@ _EXTRA = {
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
     "glm4_moe_lite": _MLA,
-    "gemma4_text": {"enable_moe_block": True, "vocab_size_per_layer_input": VOCAB},
+    "gemma4_text": {"enable_moe_block": True},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 8, "n_groups": 1},
     "jamba": {"attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1, "expert_layer_offset": 0},
     "qwen3_next": {"layer_types": ["full_attention"] * 3},
@@ -72,5 +72,7 @@ def build(family, **changes):
     """A tiny model of a family, in evaluation, without dropout; changes are of its configuration."""
     kind = CONFIG_MAPPING[family]
     takes = {*inspect.signature(kind.__init__).parameters, *getattr(kind, "attribute_map", {})}
-    sizes = {key: value for key, value in {**_SIZES, **_EXTRA.get(family, {}), **changes}.items() if key in takes}
+    sizes = {**_SIZES, **_EXTRA.get(family, {}), **changes}
+    sizes["vocab_size_per_layer_input"] = sizes["vocab_size"]  # Gemma 4 looks tokens up in a second table
+    sizes = {key: value for key, value in sizes.items() if key in takes}
     return AutoModelForCausalLM.from_config(kind(**sizes)).eval()
