@@ -5,7 +5,9 @@ import copy
 import io
 import json
 import math
+import os
 import re
+import signal
 from html.parser import HTMLParser
 
 import pytest
@@ -31,6 +33,7 @@ from PIL import Image
 import shunter
 from shunter import Routing, cli, routers
 from shunter.analysis import inspect as room
+from shunter.analysis import recording
 from shunter.analysis.inspect import Inspected, InspectError, inspect, load
 from shunter.analysis.inspect_figures import patch_sheet
 from shunter.analysis.inspect_page import LABELS, render
@@ -296,6 +299,66 @@ def _at_once():
     yield
 
 
+def test_two_checkpoints_see_the_same_where_ctrl_c_comes_during_the_first(monkeypatch):
+    passes = []
+
+    def stopping(self, items, what, total):
+        passes.append(what)
+        for number, item in enumerate(items):
+            if passes == ["routing"] and number == 2:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(room._Progress, "steps", stopping)
+    one, other = _sparse("topk", top_k=2), _sparse("topk", top_k=2)
+    material = _material(one, 4000)
+    findings = inspect(other, material, earlier=one, quiet=True)
+    assert passes.count("routing") == 2 and not findings["complete"]
+    seen = sum(batch.targets.numel() for batch in material.batches[:2])
+    for model in findings["models"]:
+        assert all(layer["tokens"] == seen and layer["information"] for layer in model["layers"].values())
+    assert all(0 < layer["saturation"] < 1 for layer in findings["comparison"]["layers"].values())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_ctrl_c_on_the_command_line_leaves_a_report_and_exit_code_130(monkeypatch, capsys, tmp_path, text_file):
+    """Two signals as the terminal sends them: one during the forwards, one while experts are removed."""
+    folder = _saved(tmp_path / "model", _mixtral(num_hidden_layers=1))
+    capsys.readouterr()
+    arguments = ["--data", text_file, "--out", tmp_path / "r", "--tokens", 4000, "--length", 32]
+    for name in ("batch_losses", "ablate"):
+        where = room if name == "ablate" else recording
+        inner, calls = getattr(where, name), []
+
+        def interrupted(*args, inner=inner, calls=calls):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return inner(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(where, name, interrupted)
+            code, printed = _run(capsys, folder, *arguments)
+        assert code == 130 and "Report: " in printed.err and "Traceback" not in printed.err
+        findings = json.loads((tmp_path / "r" / "inspect.json").read_text())
+        assert not findings["complete"] and "Stopped early" in (tmp_path / "r" / "inspect.html").read_text()
+        [layer] = findings["models"][0]["layers"].values()
+        if name == "ablate":
+            assert sum(row is not None for row in layer["ablation"]) == 1
+        else:
+            assert findings["models"][0]["targets"] < 1000 and layer["ablation"] is None
+
+
+def test_progress_is_shown_unless_it_is_to_be_quiet(capsys):
+    subject = _sparse("topk")
+    material = _material(subject, 400)
+    for quiet in (False, True):
+        inspect(subject, material, ablations=1, quiet=quiet)
+        shown = capsys.readouterr().err
+        for what in ("routing", "what experts serve", "experts' weights", "removing experts"):
+            assert (what in shown) is not quiet
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_of_transformers_is_measured_whole(family):
     """And the rise without an expert is that of the same forward with the expert's combine weights at zero."""
@@ -476,6 +539,17 @@ def _broken(kind, tmp_path):
 
         tensors = load_file(weights)
         save_file({n: t for n, t in tensors.items() if "layers.1" not in n}, weights, {"format": "pt"})
+    elif kind in ("index outside", "shard missing"):
+        from safetensors import safe_open
+
+        outside = weights.rename(tmp_path / "elsewhere.safetensors")
+        shard = "../elsewhere.safetensors" if kind == "index outside" else "gone.safetensors"
+        with safe_open(outside, "pt") as file:
+            index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), shard)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "wrong shapes":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     elif kind == "unknown architecture":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchForCausalLM"]}))
@@ -504,7 +578,10 @@ def _broken(kind, tmp_path):
         ("dense", "has no mixture-of-experts layer"),
         ("truncated", "cannot be loaded"),
         ("bad header", "cannot be loaded"),
-        ("pickle", "cannot be loaded"),
+        ("pickle", "is a pickle, which can run code"),
+        ("index outside", "a shard is a .safetensors file in the same folder"),
+        ("shard missing", "names gone.safetensors, which is missing"),
+        ("wrong shapes", "cannot be loaded"),
         ("weights missing", "weights of the model are missing"),
         ("unknown architecture", "'NoSuchForCausalLM' is not one that transformers has"),
         ("remote code", "cannot be loaded"),

@@ -2,11 +2,14 @@
 
 import copy
 import math
+import os
+import socket
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -135,6 +138,42 @@ def _arguments(folder, micro, accumulation, **options):
     )  # fmt: skip
 
 
+def _stepped(oracle, family, batch, micro, scope, ranks=1):
+    """The parameters after one SGD step, and the loads by layer, of a loop that shares no code with the callback.
+
+    `ranks` micro-batches in a row are those of one forward on as many ranks.
+    """
+    witness = Witness(oracle, family)
+    parts = [{key: value[i : i + micro] for key, value in batch.items()} for i in range(0, 8, micro)]
+    labels = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
+    so_far = [torch.zeros(8, dtype=torch.float64) for _ in witness.layers]
+    for first in range(0, len(parts), ranks):
+        forwards = []
+        for part in parts[first : first + ranks]:
+            out = oracle(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+            real, shifted = part["attention_mask"].flatten().bool(), part["labels"][:, 1:]
+            nats = nn.functional.cross_entropy(
+                out.logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum"
+            )
+            forwards.append((nats, int((shifted != -100).sum()), real, witness.take()))
+        for place in range(len(so_far)):
+            for *_, real, layers in forwards:
+                so_far[place] += torch.bincount(layers[place][1][real].flatten(), minlength=8)
+        for nats, mine, real, layers in forwards:
+            balance = 0
+            for place, (logits, index) in enumerate(layers):
+                balance = balance + 0.1 * witness.z(logits, real)
+                if scope == "sequence":
+                    rows = [slice(6 * i, 6 * i + 6) for i in range(micro)]
+                    each = [witness.balance(logits[r], index[r], real[r]) for r in rows]
+                    balance = balance + 0.5 * torch.stack(each).mean()
+                else:
+                    shares = so_far[place] if scope == "global_batch" else None
+                    balance = balance + 0.5 * witness.balance(logits, index, real, shares)
+            (nats / labels + mine / labels * balance).backward()
+    return {name: p - 0.1 * p.grad for name, p in oracle.named_parameters() if p.grad is not None}, so_far
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
@@ -142,30 +181,7 @@ def test_trainer_steps_as_an_independent_loop(scope, accumulation, checkpointing
     """One SGD step of a plain Trainer moves a Mixtral by the gradient of a loop that shares no code with it."""
     model, batch, micro = _model("mixtral", num_hidden_layers=2), _batch(8), 8 // accumulation
     batch["labels"][3:, :3] = -100
-    oracle = copy.deepcopy(model)
-    witness = Witness(oracle, "mixtral")
-    parts = [{key: value[i : i + micro] for key, value in batch.items()} for i in range(0, 8, micro)]
-    labels = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
-    so_far = [torch.zeros(8, dtype=torch.float64) for _ in witness.layers]
-    for part in parts:
-        out = oracle(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
-        shifted = part["labels"][:, 1:]
-        nats = nn.functional.cross_entropy(
-            out.logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum"
-        )
-        real, balance = part["attention_mask"].flatten().bool(), 0
-        for place, (logits, index) in enumerate(witness.take()):
-            balance = balance + 0.1 * witness.z(logits, real)
-            if scope == "sequence":
-                rows = [slice(6 * i, 6 * i + 6) for i in range(micro)]
-                each = [witness.balance(logits[r], index[r], real[r]) for r in rows]
-                balance = balance + 0.5 * torch.stack(each).mean()
-            else:
-                so_far[place] += torch.bincount(index[real].flatten(), minlength=8)
-                shares = so_far[place] if scope == "global_batch" else None
-                balance = balance + 0.5 * witness.balance(logits, index, real, shares)
-        (nats / labels + int((shifted != -100).sum()) / labels * balance).backward()
-    expected = {name: p - 0.1 * p.grad for name, p in oracle.named_parameters() if p.grad is not None}
+    expected, _ = _stepped(copy.deepcopy(model), "mixtral", batch, micro, scope)
     callback = BalanceCallback(load_balancing_loss=0.5, z_loss=0.1, scope=scope)
     arguments = _arguments(tmp_path, micro, accumulation, gradient_checkpointing=checkpointing)
     Trainer(model=model, args=arguments, train_dataset=_Rows(batch), callbacks=[callback]).train()
@@ -309,24 +325,33 @@ def _toy(scale):
 
 
 def _train(layer, balance, steps, planted=False):
+    """Real training on random data; planted data have a constant in front, by which a skewed router goes."""
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
     for _ in range(steps):
         x = torch.randn(64, 16)
         x[:, 0] = 1 if planted else x[:, 0]
-        layer(x)
+        ((layer(x) - x.roll(1, -1)).square().mean() + balance.loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
         balance.step()
 
 
 def test_a_planted_collapse_raises_the_alarm_and_healthy_runs_do_not():
-    layer = _toy(scale=50.0)
-    balance = BalanceCallback(load_balancing_loss=0).attach(layer)
-    with pytest.warns(BalanceWarning, match=r"the layer is collapsing: .* used 2.0 of 8 experts .* expert 2 is dead"):
+    layer = _toy(scale=0.0)
+    balance = BalanceCallback().attach(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            healthy = _toy(scale=0.0)
+            _train(healthy, BalanceCallback().attach(healthy), 50)
+        _train(layer, balance, 30)
+    with torch.no_grad():
+        layer.router.weight[2:, 0] -= 50  # in the midst of a run that was well
+    with pytest.warns(BalanceWarning, match=r"the layer is collapsing: .* used 2.\d of 8 experts"):
         _train(layer, balance, 50, planted=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _train(layer, balance, 30, planted=True)  # said once
-        for _ in range(20):
-            healthy = _toy(scale=0.0)
-            _train(healthy, BalanceCallback(load_balancing_loss=0).attach(healthy), 50)
 
 
 def test_a_dead_expert_is_named_with_its_layer():
@@ -340,6 +365,49 @@ def test_a_dead_expert_is_named_with_its_layer():
     with pytest.warns(BalanceWarning) as caught:
         _train(model, balance, 50, planted=True)
     assert len(caught) == 1 and "second: expert 5 is dead: 0 of" in str(caught[0].message)
+
+
+def _train_on_rank(rank, folder, port, state, batch, scope, queue):
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is forked from
+    torch.set_num_threads(1)
+    model = _model("deepseek_v3", num_hidden_layers=2)
+    model.load_state_dict(state)
+    callback = BalanceCallback(load_balancing_loss=0.5, z_loss=0.1, scope=scope)
+    arguments = _arguments(folder, 2, 2, gradient_checkpointing=True, ddp_backend="gloo")
+    Trainer(model=model, args=arguments, train_dataset=_Rows(batch), callbacks=[callback]).train()
+    # Lists: tensors would pass through memory that ends with this process.
+    queue.put({name: value.tolist() for name, value in [*model.named_parameters(), *callback.biases.items()]})
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("scope", ["sequence", "global_batch"])
+def test_a_trainer_on_two_ranks_steps_as_an_independent_loop(scope, tmp_path):
+    """With accumulation, activation checkpointing, padding and parts that have different numbers of labels."""
+    model, batch = _model("deepseek_v3", num_hidden_layers=2), _batch(8)
+    batch["labels"][3:, :3] = -100
+    state = copy.deepcopy(model.state_dict())
+    expected, loads = _stepped(copy.deepcopy(model), "deepseek_v3", batch, 2, scope, ranks=2)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    spawned = [
+        context.Process(target=_train_on_rank, args=(rank, tmp_path, port, state, batch, scope, queue))
+        for rank in range(2)
+    ]
+    for process in spawned:
+        process.start()
+    results = [queue.get() for _ in spawned]
+    for process in spawned:
+        process.join()
+    for got in results:
+        for name, parameter in expected.items():
+            assert torch.allclose(torch.tensor(got[name]), parameter.float(), atol=1e-6), name
+        for name, load in zip(taps(model), loads, strict=True):
+            assert torch.allclose(torch.tensor(got[name]), (0.001 * (load.mean() - load).sign()).float(), atol=1e-7)
 
 
 def _rank(rank, world, folder, state, batch, scope, queue):

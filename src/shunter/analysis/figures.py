@@ -270,8 +270,8 @@ def domain_map(layer: Specialisation, domains: list[str], what: str = "domain") 
     )
     axes.set_yticks(range(len(domains)), [shorten(name) for name in domains])
     axes.set_ylim(len(domains) - 0.5, -0.5)
-    labels = [str(expert) for expert in order] if experts <= MAX_LABELS else []
-    axes.set_xticks(range(len(labels)), labels)
+    labels = [str(expert) for expert in order] if experts <= 2 * MAX_LABELS else []
+    axes.set_xticks(range(len(labels)), labels, fontsize=6 if experts > MAX_LABELS else None)
     axes.set_xlabel(f"experts, by main {what}")
     axes.grid(visible=False)
     return figure

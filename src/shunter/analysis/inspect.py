@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import logging as hf_logging
 
 from ..hf import from_pretrained
+from ..hf.dense import local_folder
 from ..hf.taps import taps
+from ..hf.tensors import check_files
 from .ablation import ablate
 from .expert_weights import expert_parameters, moved
 from .findings import describe_data, describe_usage, describe_weights, specialisation_of
@@ -64,14 +66,20 @@ class Inspected:
 
 
 def load(path: str) -> Inspected:
-    """Load a model folder of Hugging Face or of Shunter, or a run of `shunter train`, whose sparse model it takes.
+    """Load a model of Hugging Face or of Shunter, or of a run of `shunter train`, whose sparse model it takes.
 
     Weights are read from safetensors alone, and no code of the folder is run.
 
+    Args:
+        path: a folder, or a name on the Hugging Face Hub.
+
     Raises:
-        InspectError: where the folder is missing, cannot be loaded whole, or the model has no experts.
+        InspectError: where there is no such model, it cannot be loaded whole, or it has no experts.
     """
-    folder = Path(path)
+    try:
+        folder = local_folder(path)
+    except ValueError as error:
+        raise InspectError(str(error)) from None
     if not folder.is_dir():
         raise InspectError(f"{path}: no such folder; give the folder of a model, with its config.json")
     if not (folder / "config.json").is_file() and (folder / "sparse" / "config.json").is_file():
@@ -79,6 +87,10 @@ def load(path: str) -> Inspected:
     if not (folder / "config.json").is_file():
         raise InspectError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
     hf_logging.disable_progress_bar()
+    try:
+        check_files(folder)
+    except ValueError as error:
+        raise InspectError(str(error)) from None
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         name = (config.architectures or ["none"])[0]
@@ -146,6 +158,7 @@ def inspect(
             recording = record(one.model, material, show.steps)
             if recording.batches < len(material.batches):
                 _stopped(findings, f"{recording.batches} of {len(material.batches)} batches were seen")
+                material = material.first(recording.batches)  # for the second checkpoint, too
             recordings.append(recording)
             findings["models"].append(_describe_model(one, recording))
         if earlier is not None:

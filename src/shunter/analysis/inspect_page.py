@@ -121,9 +121,9 @@ def _tiles(model: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     ties = [layer["margins"]["near_ties"] for layer in layers if layer["margins"]]
     if ties:
-        tiles.append((_percent(sum(ties) / len(ties)), "of decisions are near-ties in bfloat16"))
+        tiles.append((_percent(sum(ties) / len(ties)), "of decisions are near-ties, which rounding could turn"))
     if model["loss"] is not None:
-        tiles.append((f"{model['loss']:.3f}", "nats a target: the loss on these data"))
+        tiles.append((f"{model['loss']:.3f}", "loss on these data, in nats a prediction; lower is better"))
     return tiles
 
 
@@ -218,7 +218,9 @@ def _margins(layers: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     if not known:
         return None
     figure = inspect_figures.margin_ranges(known, THEME)
-    return {"svg": page.svg(figure, "margins", "Margins of the routing decisions"), "layers": known}
+    entropy = {name: layers[name]["router_entropy"] for name in known}
+    svg = page.svg(figure, "margins", "Margins of the routing decisions")
+    return {"svg": svg, "layers": known, "entropy": entropy}
 
 
 def _matrices(layers: dict[str, dict[str, Any]], key: str) -> dict[str, Any] | None:
@@ -226,9 +228,9 @@ def _matrices(layers: dict[str, dict[str, Any]], key: str) -> dict[str, Any] | N
     if not known:
         return None
     if key == "together":
-        scale, label = Normalize(0, 4), "how often two experts meet, in meetings by chance"
+        scale, label = Normalize(0, 4), "how often two experts meet, against chance"
         matrices = {name: value["affinity"] for name, value in known.items()}
-        bar = figures.colour_bar(scale, label)
+        bar = figures.colour_bar(scale, label, {0: "0: never", 1: "1: by chance", 2: "2×", 3: "3×", 4: "4× or more"})
     else:
         which = "gram" if all("gram" in value for value in known.values()) else "cosine"
         matrices = {name: value[which]["matrix"] for name, value in known.items()}

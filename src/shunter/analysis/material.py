@@ -6,7 +6,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,6 +111,10 @@ class Material:
     images: Tensor | None = None
     patch: int = 0
     notices: list[str] = field(default_factory=list)
+
+    def first(self, batches: int) -> Material:
+        """The same with the first so many batches alone."""
+        return replace(self, batches=self.batches[:batches])
 
     def stream(self, layer: str, tokens: int, batches: int) -> Stream | None:
         """What is known of the tokens that a layer saw in the first forwards; None where they are not the model's.

@@ -29,7 +29,7 @@ def environment() -> Environment:
 
 
 def _fixed(value: float, digits: int = 3) -> str:
-    return f"{value:,.{digits}f}" if math.isfinite(value) else NOT_KNOWN
+    return f"{round(value, digits) + 0.0:,.{digits}f}" if math.isfinite(value) else NOT_KNOWN  # + 0.0: no "-0.00"
 
 
 def _signed(value: float) -> str:

@@ -131,7 +131,7 @@ class BalanceCallback(TrainerCallback):
         if getattr(getattr(model, "config", None), "output_router_logits", False):
             warnings.warn(
                 "config.output_router_logits is True: transformers adds its own balancing loss, over all layers "
-                "together, to this callback's; set it to False",
+                "together, to this callback's; set it to False (in TRL's configurations router_aux_loss_coef=0.0)",
                 stacklevel=2,
             )
         self._model = model

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Checkpoint", "Stored", "Writer", "copy_companions", "new_folder", "read_json", "read_texts"]
+__all__ = ["Checkpoint", "Stored", "Writer", "check_files", "copy_companions", "new_folder", "read_json", "read_texts"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -86,33 +86,17 @@ class Checkpoint:
         self.tensors: dict[str, Stored] = {}
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
+        check_files(folder)
         if (folder / _INDEX).exists():
             self._read_index(folder / _INDEX)
-        elif (folder / _SINGLE).exists():
-            self.tensors = _header(folder / _SINGLE)
         else:
-            pickles = sorted(f.name for f in folder.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-            raise ValueError(
-                f"{folder}: holds no {_SINGLE} and no {_INDEX}"
-                + (
-                    f"; {pickles[0]} is a pickle, which can run code and is not opened: load it where you trust it and "
-                    "save_pretrained the model"
-                    if pickles
-                    else ""
-                )
-            )
+            self.tensors = _header(folder / _SINGLE)
         if not self.tensors:
             raise ValueError(f"{folder}: holds no tensors")
 
     def _read_index(self, file: Path) -> None:
-        weight_map = read_json(file).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError(f"{file}: has no weight_map from tensor names to file names")
+        weight_map = _weight_map(file)
         for shard in sorted(set(weight_map.values())):
-            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
-                raise ValueError(f"{file}: names the file {shard!r}; a shard is a .safetensors file in the same folder")
-            if not (file.parent / shard).is_file():
-                raise ValueError(f"{file}: names {shard}, which is missing; the folder is incomplete")
             found = _header(file.parent / shard)
             for name in found:
                 if weight_map.get(name) != shard:
@@ -147,6 +131,40 @@ class Checkpoint:
             if file.readinto(data.numpy().data) != size:
                 raise ValueError(f"{stored.file}: ends within {name!r}")
         return data.view(stored.dtype).reshape(shape)
+
+
+def check_files(folder: Path) -> None:
+    """Check that the weights of a folder are safetensors that lie in it, before anything else reads them.
+
+    Raises:
+        ValueError: where they are pickles alone, or an index names files that are missing or elsewhere.
+    """
+    if (folder / _INDEX).exists():
+        _weight_map(folder / _INDEX)
+    elif not (folder / _SINGLE).exists():
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+        raise ValueError(
+            f"{folder}: holds no {_SINGLE} and no {_INDEX}"
+            + (
+                f"; {pickles[0]} is a pickle, which can run code and is not opened: load it where you trust it and "
+                "save_pretrained the model"
+                if pickles
+                else ""
+            )
+        )
+
+
+def _weight_map(file: Path) -> dict[str, str]:
+    """Of an index, the shard of each tensor, all of them files beside it."""
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{file}: has no weight_map from tensor names to file names")
+    for shard in sorted(set(weight_map.values())):
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise ValueError(f"{file}: names the file {shard!r}; a shard is a .safetensors file in the same folder")
+        if not (file.parent / shard).is_file():
+            raise ValueError(f"{file}: names {shard}, which is missing; the folder is incomplete")
+    return weight_map
 
 
 def read_json(file: Path) -> dict[str, Any]:
