@@ -1,4 +1,4 @@
-"""The code in README and CONTRIBUTING runs as it stands."""
+"""The code in README, CONTRIBUTING and the pages of docs runs as it stands."""
 
 import re
 from pathlib import Path
@@ -10,15 +10,17 @@ from shunter import routers
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/balance.md"])
 def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """Each block by itself; those of a page of docs one after the other."""
     monkeypatch.chdir(tmp_path)
     before = dict(routers._ROUTERS)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
+    names: dict = {}
     try:
         for block in blocks:
-            exec(compile(block, page, "exec"), {})
+            exec(compile(block, page, "exec"), names if page.startswith("docs/") else {})
     finally:
         routers._ROUTERS.clear()
         routers._ROUTERS.update(before)

@@ -155,11 +155,11 @@ def _stepped(oracle, family, batch, micro, scope, ranks=1):
             nats = nn.functional.cross_entropy(
                 out.logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum"
             )
-            forwards.append((nats, int((shifted != -100).sum()), real, witness.take()))
+            forwards.append((nats, real, witness.take()))
         for place in range(len(so_far)):
-            for *_, real, layers in forwards:
+            for _, real, layers in forwards:
                 so_far[place] += torch.bincount(layers[place][1][real].flatten(), minlength=8)
-        for nats, mine, real, layers in forwards:
+        for nats, real, layers in forwards:
             balance = 0
             for place, (logits, index) in enumerate(layers):
                 balance = balance + 0.1 * witness.z(logits, real)
@@ -170,7 +170,7 @@ def _stepped(oracle, family, batch, micro, scope, ranks=1):
                 else:
                     shares = so_far[place] if scope == "global_batch" else None
                     balance = balance + 0.5 * witness.balance(logits, index, real, shares)
-            (nats / labels + mine / labels * balance).backward()
+            (nats / labels + balance / len(parts)).backward()
     return {name: p - 0.1 * p.grad for name, p in oracle.named_parameters() if p.grad is not None}, so_far
 
 
@@ -454,12 +454,49 @@ def test_two_ranks_equal_one(scope, tmp_path):
             assert math.isclose(got_metrics[f"balance/{key}"], metrics[f"balance/{key}"])
 
 
-def test_trainers_with_losses_of_their_own_are_told(tmp_path):
-    model, batch = _model("mixtral", dtype=torch.float32), _batch(8)
-    arguments = _arguments(tmp_path, 8, 1, label_smoothing_factor=0.1)
-    trainer = Trainer(model=model, args=arguments, train_dataset=_Rows(batch), callbacks=[BalanceCallback()])
-    with pytest.warns(UserWarning, match=r"add the callback's loss\(\) in its compute_loss"):
+class _FromLogits(Trainer):
+    """Makes its loss without the model's, as TRL's trainers do."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs)
+        loss = out.logits.square().mean()
+        return (loss, out) if return_outputs else loss
+
+
+OWN_LOSSES = {
+    "label smoothing": (Trainer, {"label_smoothing_factor": 0.1}, {}),
+    "compute_loss_func": (Trainer, {}, {"compute_loss_func": lambda out, labels, **more: out.logits.square().mean()}),
+    "compute_loss": (_FromLogits, {}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_LOSSES)
+def test_losses_reach_trainers_that_make_their_loss_without_the_models(kind, tmp_path):
+    """What the callback changes in one SGD step is the gradient of the mean over the accumulated micro-batches."""
+    cls, options, more = OWN_LOSSES[kind]
+    model, batch = _model("mixtral"), _batch(8)
+    plain, oracle = copy.deepcopy(model), copy.deepcopy(model)
+    trainers = [
+        cls(model=one, args=_arguments(tmp_path, 4, 2, **options), train_dataset=_Rows(batch), callbacks=called, **more)
+        for one, called in ((model, [BalanceCallback(load_balancing_loss=0.5)]), (plain, []))
+    ]
+    for trainer in trainers:
         trainer.train()
+        assert "compute_loss" not in vars(trainer)
+    witness, total = Witness(oracle, "mixtral"), 0
+    for part in (slice(0, 4), slice(4, 8)):
+        oracle(input_ids=batch["input_ids"][part], attention_mask=batch["attention_mask"][part])
+        real = batch["attention_mask"][part].flatten().bool()
+        total = total + sum(0.5 * witness.balance(logits, index, real) for logits, index in witness.take()) / 2
+    total.backward()
+    moved = 0.0
+    for (name, got), other, expected in zip(
+        model.named_parameters(), plain.parameters(), oracle.parameters(), strict=True
+    ):
+        change = torch.zeros_like(expected) if expected.grad is None else -0.1 * expected.grad
+        assert torch.allclose(got - other, change, atol=1e-7), name
+        moved += float(change.abs().sum())
+    assert moved > 0.01
 
 
 @pytest.mark.parametrize(

@@ -50,18 +50,21 @@ def render(findings: dict[str, Any], images: Tensor | None = None, patch: int = 
     """
     model = findings["models"][-1]
     layers: dict[str, dict[str, Any]] = model["layers"]
+    piece, pieces = ("token", "tokens") if findings["data"]["kind"] == "text" else ("patch", "patches")
     with figures.style(THEME):
         content = {
             "findings": findings,
             "model": model,
             "before": findings["models"][0] if len(findings["models"]) > 1 else None,
             "headline": _headline(findings),
-            "tiles": _tiles(model),
+            "tiles": _tiles(model, piece),
+            "piece": piece,
+            "pieces": pieces,
             "layers": layers,
             "labels": LABELS,
             "evidence": _evidence(layers),
             "loads": _loads(layers),
-            "serves": _serves(layers),
+            "serves": _serves(layers, pieces),
             "experts": {name: _experts(layer) for name, layer in layers.items()},
             "patches": _patches(layers, images, patch),
             "margins": _margins(layers),
@@ -107,7 +110,7 @@ def _headline(findings: dict[str, Any]) -> str:
     return f"{where} {LABELS[label]} decides most: {_range(parts)} of the routing"
 
 
-def _tiles(model: dict[str, Any]) -> list[tuple[str, str]]:
+def _tiles(model: dict[str, Any], piece: str) -> list[tuple[str, str]]:
     layers = model["layers"].values()
     experts = sum(layer["experts"] for layer in layers)
     dead = sum(len(layer["dead"]) for layer in layers)
@@ -115,7 +118,7 @@ def _tiles(model: dict[str, Any]) -> list[tuple[str, str]]:
     taken = sum(layer["experts_per_token"] for layer in layers) / len(layers)
     tiles = [
         (str(experts), f"experts: {' or '.join(map(str, each))} in each of {_plural(len(layers), 'layer')}"),
-        (f"{taken:.3g}", "experts take each token, on average"),
+        (f"{taken:.3g}", f"experts take each {piece}, on average"),
         (str(dead), f"dead experts, below {_percent(DEAD_BELOW)} of an even share"),
         (f"{max(layer['balance'] for layer in layers):.2f}×", "the mean load, on the busiest expert of all layers"),
     ]
@@ -127,7 +130,7 @@ def _tiles(model: dict[str, Any]) -> list[tuple[str, str]]:
     return tiles
 
 
-def _evidence(layers: dict[str, dict[str, Any]]) -> Markup | None:
+def _evidence(layers: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     told = {name: layer["information"] for name, layer in layers.items() if layer["information"]}
     if not told:
         return None
@@ -135,7 +138,9 @@ def _evidence(layers: dict[str, dict[str, Any]]) -> Markup | None:
     headings = {label: text for label, text in HEADINGS.items() if label in seen}
     parts = {name: {label: row["adjusted"] for label, row in told[name].items()} for name in told}
     title = "Part of each layer's routing that each label decides"
-    return page.svg(inspect_figures.evidence_map(parts, headings), "evidence", title)
+    figure = inspect_figures.evidence_map(parts, headings)
+    rem = figure.get_figwidth() * 5.3  # at which its text is as large as the page's small print
+    return {"svg": page.svg(figure, "evidence", title), "rem": round(rem, 1)}
 
 
 def _loads(layers: dict[str, dict[str, Any]]) -> dict[str, Markup]:
@@ -151,14 +156,14 @@ def _share(rows: dict[str, list[float]]) -> Specialisation:
     return Specialisation(share.sum(0), share, [])
 
 
-def _serves(layers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _serves(layers: dict[str, dict[str, Any]], pieces: str) -> list[dict[str, Any]]:
     found = []
     for what, words in SERVES.items():
         rows = {name: layer["serves"][what] for name, layer in layers.items() if what in (layer["serves"] or {})}
         if not rows:
             continue
         scale = figures.domain_scale(max(len(row) for row in rows.values()))
-        bar = figures.colour_bar(scale, f"{words}'s part of an expert's tokens, in even shares")
+        bar = figures.colour_bar(scale, f"{words}'s part of an expert's {pieces}, in even shares")
         panels = []
         for number, (name, row) in enumerate(rows.items()):
             svg = page.svg(

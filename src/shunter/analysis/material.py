@@ -343,7 +343,7 @@ def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *
     side = size // patch
     stream = Stream(
         {"domain": torch.tensor(domain).repeat_interleave(patches), "position": place},
-        {"domain": domains, "position": [f"row {i // side}, column {i % side}" for i in range(patches)]},
+        {"domain": domains, "position": [f"r{i // side} c{i % side}" for i in range(patches)]},
     )
     return Material(batches, {"": stream}, torch.tensor(domain), domains, len(files) * patches, patches, pixels, patch)
 

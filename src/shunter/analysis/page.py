@@ -24,16 +24,22 @@ def environment() -> Environment:
         finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     made.filters |= {"fixed": _fixed, "si": _si, "binary": _binary, "ratio": _ratio, "visible": visible}
-    made.filters |= {"signed": _signed, "exp": math.exp}
+    made.filters |= {"signed": _signed, "significant": _significant, "exp": math.exp}
     return made
 
 
 def _fixed(value: float, digits: int = 3) -> str:
-    return f"{round(value, digits) + 0.0:,.{digits}f}" if math.isfinite(value) else NOT_KNOWN  # + 0.0: no "-0.00"
+    text = f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.00"
+    return text.replace("-", "\u2212") if math.isfinite(value) else NOT_KNOWN
 
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "\u2212") if math.isfinite(value) else NOT_KNOWN
+
+
+def _significant(value: float, sign: str = "") -> str:
+    """Three significant digits, with "+" before what is positive where asked for."""
+    return f"{value:{sign}.3g}".replace("-", "\u2212") if math.isfinite(value) else NOT_KNOWN
 
 
 def _scaled(value: float, base: int, prefixes: tuple[str, ...], unit: str) -> str:

@@ -8,27 +8,29 @@ in a plain loop.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from .. import losses
 from ..moe import MoE, update_routers
 from ..routers import Context
-from .context import add_to_loss
 from .taps import Observation, Tap, listening
 
 __all__ = ["BalanceCallback", "BalanceWarning"]
 
+T = TypeVar("T")
 Scope = Literal["micro_batch", "sequence", "global_batch"]
 
 _BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -41,13 +43,12 @@ class BalanceWarning(UserWarning):
 class BalanceCallback(TrainerCallback):
     """Balance the experts of any mixture-of-experts model, transformers' or Shunter's, in a `Trainer` or a plain loop.
 
-    In a Trainer the losses become part of `output.loss`, weighted by the micro-batch's share of the labels as the
-    Trainer weights its own; biases move after each optimizer step; metrics are in every log:
+    In a Trainer, TRL's included, the losses become part of what `compute_loss` returns, the mean over the micro-batches
+    of an optimizer step and over ranks; biases move after each optimizer step; metrics are in every log:
 
         Trainer(model, args, train_dataset=data, callbacks=[BalanceCallback(load_balancing_loss=0.01)])
 
-    In a plain loop, and in a Trainer that makes its loss without the model's (label smoothing, compute_loss_func, TRL's
-    DPO and GRPO), add `loss()` yourself:
+    In a plain loop add `loss()` yourself:
 
         balance = BalanceCallback(load_balancing_loss=0.01).attach(model)
         for batch in data:
@@ -277,8 +278,9 @@ class BalanceCallback(TrainerCallback):
                 f"{num_experts} experts effectively (the exponential of the load's entropy), with {top_k} a token"
             )
         for expert in (load < even / 100).nonzero().flatten().tolist():
+            state = "all but dead" if float(load[expert]) else "dead"
             found[f"dead {expert}"] = (
-                f"{where}: expert {expert} is dead: {int(load[expert])} of {int(total)} choices in the last "
+                f"{where}: expert {expert} is {state}: {int(load[expert])} of {int(total)} choices in the last "
                 f"{self.patience} steps"
             )
         new = [text for kind, text in found.items() if (name, kind) not in self._warned]
@@ -326,21 +328,37 @@ class BalanceCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the Trainer's model, and come before what it reports to."""
         self.detach()
-        model = kwargs["model"]
-        self.attach(model)
+        self.attach(kwargs["model"])
         assert self._attached is not None
-        self._attached.callback(model.register_forward_hook(self._add_loss, with_kwargs=True).remove)
-        _be_first(self)
+        # The Trainer gives callbacks no way to itself or to each other: both are found in the callers.
+        trainer, handler = _caller(Trainer), _caller(CallbackHandler)
+        if trainer is not None:
+            self._attached.callback(_wrap_loss(trainer, self._with_loss))
+        if handler is not None:
+            # Within the handler's loop over this list: what comes after the callback keeps its place. It comes before
+            # those that report (to TensorBoard, W&B, …), so that they see the metrics.
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
 
-    def _add_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return add_to_loss(module, args, kwargs, output, self.loss) if self._heard else None
+    def _with_loss(self, trainer: Trainer, found: Any, num_items_in_batch: Any) -> Any:
+        """What the Trainer's compute_loss found, with the losses of this micro-batch."""
+        if not self._heard:
+            return found
+        # As in Trainer.training_step, which divides a loss that was not made for the whole of an accumulated batch.
+        divides = not trainer.model_accepts_loss_kwargs or num_items_in_batch is None
+        if divides and trainer.compute_loss_func is None:
+            parts = 1
+        else:
+            parts = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+        extra = self.loss() / parts
+        return (found[0] + extra, *found[1:]) if isinstance(found, tuple) else found + extra
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End an optimizer step."""
         if self._heard:
             warnings.warn(
-                "BalanceCallback: this Trainer makes its loss without the model's, so the balancing losses are not in "
-                "it; add the callback's loss() in its compute_loss",
+                "BalanceCallback: this training does not ask its Trainer's compute_loss for the loss, so the balancing "
+                "losses are not in it; add the callback's loss()",
                 stacklevel=2,
             )
         self.step()
@@ -374,18 +392,37 @@ def _find_bias(tap: Tap) -> Tensor | None:
     return None
 
 
-def _be_first(callback: TrainerCallback) -> None:
-    """Move a callback before the others of its Trainer.
-
-    The Trainer calls those that report (to TensorBoard, W&B, …) before those of the user, and gives no callback a way
-    to the others: the list is found in the caller.
-    """
+def _caller(kind: type[T]) -> T | None:
+    """The object of a kind whose method is being called, the innermost."""
     frame = inspect.currentframe()
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            # Within the handler's loop over this list: what comes after the callback keeps its place.
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
+        found = frame.f_locals.get("self")
+        if isinstance(found, kind):
+            return found
         frame = frame.f_back
+    return None
+
+
+def _wrap_loss(trainer: Trainer, change: Callable[[Trainer, Any, Any], Any]) -> Callable[[], None]:
+    """Let what a Trainer's compute_loss returns pass through change(…); returns what undoes it.
+
+    The output of the model would be the wrong place: many trainers make their loss from its logits alone (label
+    smoothing, compute_loss_func, all of TRL's).
+    """
+    inner, own = trainer.compute_loss, vars(trainer).get("compute_loss")
+
+    @functools.wraps(inner)
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        found = inner(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        return change(trainer, found, given.get("num_items_in_batch"))
+
+    def undo() -> None:
+        if own is None:
+            del trainer.compute_loss
+        else:
+            trainer.compute_loss = own  # type: ignore[method-assign]
+
+    signature = inspect.signature(inner)
+    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    return undo
