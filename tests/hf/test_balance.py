@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import shunter
 from shunter.hf import BalanceCallback, BalanceWarning
-from shunter.hf.taps import taps
+from shunter.hf.taps import listening, taps
 
 from .families import BIASED, FAMILIES, SOFTMAX, VOCAB, build
 
@@ -90,6 +91,25 @@ def test_losses_equal_a_float64_computation_in_every_family(family):
     loss.backward()
     for router, _ in witness.layers:
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in router.parameters())
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PLAIN])
+def test_losses_of_families_that_are_read_otherwise(family):
+    """From the logits and choices that taps read, which tests of their own compare with transformers'."""
+    model, batch, seen = _model(family, dtype=torch.float32), _batch(), {}
+    balance = BalanceCallback(load_balancing_loss=0.3, z_loss=0.2).attach(model)
+    with listening(model, seen.__setitem__):
+        model(**batch)
+    real, rule = batch["attention_mask"].flatten().bool(), SimpleNamespace(softmax=family in SOFTMAX)
+    expected = sum(
+        0.3 * Witness.balance(rule, one.logits, one.index, real) + 0.2 * Witness.z(one.logits, real)
+        for one in seen.values()
+    )
+    loss = balance.loss()
+    assert math.isclose(float(loss), float(expected), rel_tol=1e-5)
+    loss.backward()
+    for tap in taps(model).values():
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in tap.router.parameters())
 
 
 def test_two_collapsed_layers_do_not_add_up_to_a_balanced_one():
