@@ -27,6 +27,7 @@ __all__ = [
     "mean_over_tokens",
     "selection_probability",
     "sparsity_loss",
+    "variance_over_tokens",
     "z_loss",
 ]
 
@@ -39,6 +40,11 @@ def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.mean(0) if values.shape[0] else values.sum(0)
     real = mask.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
     return torch.where(mask.reshape(real.shape), values, 0).sum(0) / real.sum().clamp_min(1)
+
+
+def variance_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The population variance of values (T, ...) over the tokens where mask (T,) is True; zero where there is none."""
+    return mean_over_tokens((values - mean_over_tokens(values, mask)).square(), mask)
 
 
 def load_balancing_loss(

@@ -124,7 +124,7 @@ class MoE(nn.Module):
         context = self._context(x, known)
         logits = self.router.score(tokens, context)
         routing = self.router.assign(logits, context)
-        out = self.experts(tokens, routing)
+        out = self.router.compute(tokens, logits, routing, context, self.experts)
         own = self.router.identity_weight(logits, routing, context)
         if own is not None:
             out = out + own.to(out.dtype)[:, None] * tokens
@@ -188,6 +188,7 @@ class MoE(nn.Module):
             "global": "one assignment of all tokens is solved",
             "fixed": "the expert is fixed in advance",
             "all": "every token takes every expert",
+            "slots": "experts compute slots, mixtures of all tokens, and every token takes all slots",
         }[router.chooses]
         lines = [
             f"Router {type(router).__name__} ({router.source}): {deciders}; E={self.num_experts}.",

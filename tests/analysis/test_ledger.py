@@ -43,6 +43,7 @@ BUILD = {
         {"router": "topk", "top_k": 3, "num_shared_experts": 2, "every": 2},
         {"router": "hash"},
         {"router": "expert_choice", "capacity_factor": 2.0, "allow_leak": True},
+        {"router": "soft_moe", "slots_per_expert": 3, "allow_leak": True},
     ],
 )
 def test_flops_equal_the_counted_ones(architecture, options):

@@ -73,9 +73,9 @@ def test_both_models_start_alike_outside_the_experts(small):
 
 @pytest.mark.parametrize("hidden, experts, k", [(384, 48, 1), (264, 24, 2), (100, 7, 3)])
 def test_expert_width_spends_the_dense_blocks_flops(hidden, experts, k):
-    width = expert_width(hidden, shunter.routers.create("topk", 16, experts, top_k=k))
+    width = expert_width(hidden, shunter.routers.create("topk", 16, experts, top_k=k), 32)
     assert abs(3 * width * k + experts - 3 * hidden) <= 1.5 * k
-    free = expert_width(hidden, shunter.routers.create("hash", 16, experts, vocab_size=9))
+    free = expert_width(hidden, shunter.routers.create("hash", 16, experts, vocab_size=9), 32)
     assert free == hidden, "a router without weights leaves the experts the whole width"
 
 

@@ -177,14 +177,14 @@ def state_moves_by_update_alone(name, options, context):
     for key, value in moe.router.named_buffers():
         assert torch.equal(value, before[key]), f"evaluation moved {key}"
     moe.train()
-    moe(x, **known).sum().backward()
+    seeded(lambda: moe(x, **known)).sum().backward()
     seen = {key: value.clone() for key, value in moe.router.named_buffers()}
     saved = {key: value.clone() for key, value in moe.router.state_dict().items()}
     # The hooks of checkpointing run the forward a second time inside backward.
     again = {key: value.clone() for key, value in before.items()}
     for key, value in moe.router.named_buffers():
         value.copy_(again[key])
-    out = torch.utils.checkpoint.checkpoint(lambda y: moe(y, **known), x, use_reentrant=False)
+    out = seeded(lambda: torch.utils.checkpoint.checkpoint(lambda y: moe(y, **known), x, use_reentrant=False))
     out.sum().backward()
     for key, value in moe.router.named_buffers():
         assert torch.equal(value, seen[key]), f"recomputation moved {key}"

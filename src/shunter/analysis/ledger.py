@@ -53,14 +53,16 @@ def ledger(model: PreTrainedModel, sequence_length: int) -> Ledger:
     inside = {id(part) for layer in model.modules() if isinstance(layer, MoE) for part in layer.modules()}
     for module in model.modules():
         if isinstance(module, MoE):
-            share = module.router.experts_per_token / module.num_experts
+            share = module.router.experts_for(sequence_length) / module.num_experts
             stacks = [(module.experts, share)]
             if module.shared_experts is not None:
                 stacks.append((module.shared_experts, 1.0))
             for experts, used in stacks:
                 flops["experts"] += 2 * used * (experts.weights.up.numel() + experts.weights.down.numel())
-            flops["routers"] += 2 * sum(p.numel() for p in module.router.parameters() if p.dim() == 2)
-            inactive += (1 - share) * sum(p.numel() for p in module.experts.parameters())
+            flops["routers"] += module.router.flops_per_token
+            # Every token hears from all slots, however few rows the experts compute.
+            reached = 1.0 if module.router.chooses == "slots" else share
+            inactive += (1 - reached) * sum(p.numel() for p in module.experts.parameters())
         elif isinstance(module, nn.Linear | Conv1D) and id(module) not in inside:
             flops["projections"] += 2 * module.weight.numel()
     heads = config.num_attention_heads

@@ -60,7 +60,7 @@ def build_model(config: TextConfig, which: str, vocab_size: int) -> PreTrainedMo
         eos_token_id=None,
     )
     s = config.sparse
-    hidden = s.hidden or expert_width(m.hidden, s.build_router(m.dim, vocab_size))
+    hidden = s.hidden or expert_width(m.hidden, s.build_router(m.dim, vocab_size), config.data.sequence_length)
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_config(shape)
     if which == "dense":
@@ -69,14 +69,14 @@ def build_model(config: TextConfig, which: str, vocab_size: int) -> PreTrainedMo
     return sparsify(model, s.num_experts, s.router, every=s.every, hidden=hidden, **options)
 
 
-def expert_width(hidden: int, router: Router) -> int:
+def expert_width(hidden: int, router: Router, sequence_length: int) -> int:
     """The width f of one expert at which k experts and the router cost what one dense gated block does.
 
-    3 d f k + router weights = 3 d hidden, rounded to the nearest whole unit; k is the mean number of experts a token
+    6 d f k + router FLOPs = 6 d hidden, rounded to the nearest whole unit; k is the mean number of experts a token
     asks for.
     """
-    weights = sum(p.numel() for p in router.parameters() if p.dim() == 2)
-    return max(1, round((3 * router.dim * hidden - weights) / (3 * router.dim * router.experts_per_token)))
+    unit = 6 * router.dim
+    return max(1, round((unit * hidden - router.flops_per_token) / (unit * router.experts_for(sequence_length))))
 
 
 @torch.no_grad()

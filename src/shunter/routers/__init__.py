@@ -10,6 +10,7 @@ from typing import Any
 
 from .balanced import Base, Sinkhorn
 from .base import NO_CONTEXT, Context, LinearRouter, Router
+from .bernoulli import Bernoulli
 from .conditioned import Sentence, Speech, Task
 from .cosine import Cosine
 from .deepseek import DeepSeek
@@ -25,7 +26,9 @@ from .noisy_topk import HierarchicalNoisyTopK, NoisyTopK
 from .null_experts import NullExperts
 from .prototypes import Prototypes
 from .reinforce import Reinforce
+from .routing_networks import RoutingNetworks
 from .soft import HME, MMoE, Soft
+from .soft_moe import SoftMoE
 from .switch import Switch
 from .thor import Thor
 from .topk import TopK
@@ -87,6 +90,9 @@ _ROUTERS: dict[str, type[Router]] = {
     "forced": Forced,
     "uniform": Uniform,
     "reinforce": Reinforce,
+    "routing_networks": RoutingNetworks,
+    "bernoulli": Bernoulli,
+    "soft_moe": SoftMoE,
 }
 
 

@@ -93,7 +93,7 @@ class Router(nn.Module):
     """
 
     chooses: ClassVar[str]
-    """Who chooses whom: "tokens", "experts", "both", "global" or "fixed"."""
+    """Who chooses whom: "tokens", "experts", "both", "global", "fixed", "all" or "slots" (none: they are mixtures)."""
     in_review: ClassVar[bool] = True
     """Whether the review (Fedus et al. 2022) describes the algorithm, or it came after."""
     needs: ClassVar[tuple[str, ...]] = ()
@@ -260,6 +260,25 @@ class Router(nn.Module):
         """The weight (T,) of each token's own hidden state in the output; None where there are no such choices."""
         return None
 
+    def compute(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        routing: Routing,
+        context: Context,
+        experts: Callable[[Tensor, Routing], Tensor],
+    ) -> Tensor:
+        """The output (T, d) of a layer for hidden states x (T, d): what its experts make of x and the routing.
+
+        Args:
+            x: (T, d).
+            logits: (T, E), of `score`.
+            routing: of `assign`.
+            context: what is known of the tokens.
+            experts: rows (N, d) and a routing of them to outputs (N, d), as `shunter.experts.Experts`.
+        """
+        return experts(x, routing)
+
     def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
         """Note what `update` needs of a training forward. `MoE` calls it once a forward, not in a recomputation."""
 
@@ -290,6 +309,15 @@ class Router(nn.Module):
     def experts_per_token(self) -> float:
         """The mean number of experts that a token asks for: what its computation costs."""
         return float(self.top_k)
+
+    def experts_for(self, sequence_length: int) -> float:
+        """The mean number of experts that a token of sequences of this length asks for."""
+        return self.experts_per_token
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward FLOPs of the router's products for one token; a multiply-add counts as 2."""
+        return 2.0 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
 
     @property
     def leak(self) -> str | None:

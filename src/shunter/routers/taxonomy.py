@@ -16,6 +16,7 @@ CHOOSERS = {
     "global": "decided globally",
     "fixed": "fixed",
     "all": "all experts",
+    "slots": "slots mix all tokens",
 }
 """What `Router.chooses` may be, in words, in the order of the table."""
 

@@ -1,0 +1,178 @@
+"""Routing networks: an agent for each task, and what it earns for sharing."""
+
+import itertools
+
+import pytest
+import torch
+
+from shunter import MoE, Routing, aux_loss, give_reward, moe_layers, update_routers
+from shunter.routers import Context, create
+from shunter.routers.policy import Decision
+
+from . import contract
+
+TASKS = 3
+SORTS = [
+    {},
+    {"policy": "linear", "baseline": "head", "entropy_bonus": 0.01, "collaboration": 0.0},
+    {"baseline": "parameter", "load_balancing_loss": 0.01, "capacity_factor": 1.0},
+]
+
+
+def _tasks(tokens):
+    return Context(task=torch.randint(TASKS, (tokens,)))
+
+
+@pytest.mark.parametrize("check", contract.CHECKS)
+@pytest.mark.parametrize("options", SORTS)
+def test_contract(options, check):
+    if options.get("policy") == "linear" and check is contract.gradients_are_right:
+        pytest.skip("no gradient goes through the hidden states on purpose; see below")
+    check("routing_networks", {"num_tasks": TASKS, **options}, _tasks)
+
+
+@pytest.mark.parametrize("policy", ["tabular", "linear"])
+def test_a_token_follows_the_agent_of_its_task(policy):
+    router = create("routing_networks", 6, 4, num_tasks=TASKS, policy=policy)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(9, 6, requires_grad=True)
+    task = torch.randint(TASKS, (9,))
+    logits = router.score(x, Context(task=task))
+    for t in range(9):
+        expected = router.table[task[t]] if policy == "tabular" else router.weight[4 * task[t] : 4 * task[t] + 4] @ x[t]
+        assert torch.allclose(logits[t], expected, atol=1e-6)
+    logits.sum().backward()
+    assert x.grad is None, "the policy does not train what is below it"
+    if policy == "tabular":
+        assert torch.allclose(router.table.grad.sum(1), 4.0 * torch.bincount(task, minlength=TASKS))
+
+
+@pytest.mark.parametrize("policy", ["tabular", "linear"])
+def test_the_estimator_is_unbiased_by_enumeration(policy):
+    """Two layers, two tokens: over all trajectories it is the gradient of the expected return, collaboration included.
+
+    The return of a decision is the final reward and the collaboration rewards from it on, each divided by 2 layers.
+    """
+    rho = 0.7
+    layers = [create("routing_networks", 5, 3, num_tasks=TASKS, policy=policy, collaboration=rho) for _ in range(2)]
+    context = Context(task=torch.tensor([0, 2]))
+    x = torch.randn(2, 5, dtype=torch.float64)
+    for router in layers:
+        router.double()
+        for parameter in router.parameters():
+            torch.nn.init.normal_(parameter)
+        router.usage.copy_(torch.rand(3).softmax(0))
+    # Each token's final reward depends on the blocks that it took in both layers.
+    final = torch.randn(2, 3, 3, dtype=torch.float64)
+    probs = [router.score(x, context).softmax(-1) for router in layers]
+    joint = probs[0][:, :, None] * probs[1][:, None, :]
+    use = [router.usage.double() / 2 * rho for router in layers]
+    value = (joint * (final + use[0][:, None] + use[1][None, :])).sum((1, 2)).mean()
+    leaves = [p for router in layers for p in router.parameters()]
+    exact = torch.autograd.grad(value, leaves)
+    mean = [torch.zeros_like(p) for p in leaves]
+    for actions in itertools.product(range(3), repeat=4):
+        taken = torch.tensor(actions).reshape(2, 2)  # layer, token
+        model = torch.nn.ModuleList(MoE(5, 4, 3, router=router) for router in layers)
+        for moe, index in zip(model, taken, strict=True):
+            routing = Routing.from_topk(index[:, None], torch.ones(2, 1, dtype=torch.float64), 3)
+            moe.decision = Decision(x, moe.router.score(x, context), routing, context, x.shape[:1])
+        chance = torch.stack([p.detach().gather(1, a[:, None]) for p, a in zip(probs, taken, strict=True)]).prod()
+        give_reward(model, final[torch.arange(2), taken[0], taken[1]])
+        for total, grad in zip(mean, torch.autograd.grad(aux_loss(model), leaves), strict=True):
+            total -= chance * grad
+    for got, expected in zip(mean, exact, strict=True):
+        assert torch.allclose(got, expected, atol=1e-9)
+
+
+def test_the_collaboration_reward_is_rho_times_the_use_once():
+    model = torch.nn.Sequential(*(MoE(6, 4, 4, "routing_networks", num_tasks=1, collaboration=0.5) for _ in range(2)))
+    task = torch.zeros(7, dtype=torch.int64)
+    x = torch.randn(7, 6)
+    for layer in model:
+        layer.router.usage.copy_(torch.rand(4).softmax(0))
+        x = layer(x, task=task)
+    earned = []
+    for layer in reversed(model):
+        action = layer.routing.dense().argmax(-1)
+        earned.insert(0, 0.5 * layer.router.usage[action] / 2)
+    expected = [
+        layer.router.reward_losses(layer.decision, 1.0 + sum(earned[i:]))["policy_loss"]
+        for i, layer in enumerate(model)
+    ]
+    give_reward(model, torch.ones(7))
+    for layer, value in zip(model, expected, strict=True):
+        assert torch.allclose(layer.losses["policy_loss"], value)
+
+
+def test_use_is_a_running_average_over_all_tasks_that_moves_once_a_step():
+    moe = MoE(6, 4, 4, router="routing_networks", num_tasks=TASKS, usage_decay=0.75, collaboration=1.0)
+    assert moe.router.usage.tolist() == [0.25] * 4
+    counts = torch.zeros(4)
+    for _ in range(3):  # micro-batches
+        mask = torch.rand(20) < 0.8
+        moe(torch.randn(20, 6), task=torch.randint(TASKS, (20,)), mask=mask)
+        counts += moe.routing.counts
+        assert moe.routing.token.numel() == mask.sum() and moe.router.usage.tolist() == [0.25] * 4
+    update_routers(moe)
+    assert torch.allclose(moe.router.usage, 0.75 * 0.25 + 0.25 * counts / counts.sum())
+    kept = moe.router.usage.clone()
+    update_routers(moe)
+    assert torch.equal(moe.router.usage, kept), "nothing seen, nothing moved"
+
+
+def _train(collaboration, steps=400, seed=0):
+    """Two tasks with opposite targets through one layer of two experts; the agents' reward is minus the loss."""
+    torch.manual_seed(seed)
+    moe = MoE(
+        4, 16, 2, "routing_networks", num_tasks=2, collaboration=collaboration, usage_decay=0.9,
+        baseline="parameter", baseline_loss=1.0, activation="relu",
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(moe.parameters(), lr=0.02)
+    for _ in range(steps):
+        x, task = torch.randn(128, 4), torch.randint(2, (128,))
+        target = x * (1 - 2 * task)[:, None]
+        error = (moe(x, task=task) - target).square().mean(-1)
+        give_reward(moe, -error)
+        optimizer.zero_grad()
+        (error.mean() + aux_loss(moe)).backward()
+        optimizer.step()
+        update_routers(moe)
+    return moe.eval().router.table.argmax(-1).tolist(), float(error.detach().mean())
+
+
+def test_tasks_that_disagree_part_and_collaboration_joins_them():
+    """A shared block can do no better than the mean of opposite targets, an error of 1."""
+    apart, error = _train(collaboration=0.0)
+    assert apart[0] != apart[1] and error < 0.5
+    together, _ = _train(collaboration=50.0)
+    assert together[0] == together[1]
+
+
+def test_every_layer_of_a_model_is_rewarded():
+    model = torch.nn.ModuleList(MoE(6, 4, 4, "routing_networks", num_tasks=2) for _ in range(3))
+    x = torch.randn(2, 5, 6)
+    for layer in model:
+        x = layer(x, task=torch.tensor([0, 1]))
+    give_reward(model, torch.tensor([1.0, -1.0]))
+    aux_loss(model).backward()
+    assert all(layer.router.table.grad.abs().sum() > 0 for layer in moe_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "needs num_tasks="),
+        ({"num_tasks": 2, "policy": "neural"}, "choose from tabular, linear"),
+        ({"num_tasks": 2, "collaboration": -1.0}, "collaboration -1.0 must be at least 0"),
+        ({"num_tasks": 2, "usage_decay": 1.0}, r"usage_decay 1.0 in \[0, 1\)"),
+        ({"num_tasks": 2, "jitter": 0.1}, "jitter would do nothing"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        create("routing_networks", 6, 4, **options)
+    router = create("routing_networks", 6, 4, num_tasks=2)
+    with pytest.raises(ValueError, match="task 2 is out of range; ids are 0 to 1"):
+        router.score(torch.randn(1, 6), Context(task=torch.tensor([2])))
