@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import capacity, experts, losses, routers
-from .moe import MoE, aux_loss, give_reward, moe_layers, update_routers
+from . import capacity, domains, experts, losses, routers
+from .moe import MoE, aux_loss, give_reward, moe_layers, tell, update_routers
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ __all__ = [
     "RoutingRecord",
     "aux_loss",
     "capacity",
+    "domains",
     "experts",
     "from_pretrained",
     "give_reward",
@@ -28,6 +29,7 @@ __all__ = [
     "replay",
     "routers",
     "sparsify",
+    "tell",
     "upcycle",
     "update_routers",
 ]

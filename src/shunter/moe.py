@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -15,7 +17,7 @@ from .routers import NO_CONTEXT, Context, Router
 from .routers.policy import Decision, PolicyRouter
 from .routing import Routing
 
-__all__ = ["MoE", "aux_loss", "give_reward", "moe_layers", "recomputing", "update_routers"]
+__all__ = ["MoE", "aux_loss", "give_reward", "moe_layers", "recomputing", "tell", "update_routers"]
 
 _KNOWN = tuple(field.name for field in fields(Context))
 
@@ -221,6 +223,37 @@ def _everyone(tokens: Tensor) -> Routing:
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
     """The `MoE` layers of a model, by their qualified names, in order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+@contextmanager
+def tell(model: nn.Module, **known: Tensor) -> Iterator[None]:
+    """Within the block, every `MoE` layer of a model knows of the tokens what its forward can be told.
+
+    For what a model around the layers does not hand down itself: with tell(model, domain=labels): model(input_ids).
+
+    Args:
+        model: any module.
+        **known: fields of `Context` (`domain=`, `language=`, `task=`, …) in the shape of the layers' tokens (...), or
+            with fewer leading sizes: one value for each sequence, or a single one () for all tokens. Under activation
+            checkpointing the backward, which runs the layers again, belongs in the block too.
+
+    Raises:
+        TypeError: for a name that is not a field of `Context`.
+    """
+    unknown = [name for name in known if name not in _KNOWN]
+    if unknown:
+        raise TypeError(f"tell: {', '.join(unknown)} is not known of tokens; the names are {', '.join(_KNOWN)}")
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        told = {name: value.to(args[0].device) for name, value in known.items()}
+        return args, {**told, **kwargs}
+
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in moe_layers(model).values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def aux_loss(model: nn.Module) -> Tensor:
