@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..routing import Routing
@@ -40,6 +41,7 @@ class DenseToSparse(LinearRouter):
     temperature: Tensor
     steps: Tensor
     uses: Tensor
+    observed: Tensor
 
     def __init__(
         self,
@@ -72,8 +74,9 @@ class DenseToSparse(LinearRouter):
         self.hard_after = hard_after
         self.register_buffer("temperature", torch.tensor(max_temperature, dtype=torch.float32, device=device))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        # Tokens and experts used by them in training so far: the cost of the dense phase.
+        # Tokens and experts used by them in training so far, the cost of the dense phase; and since the last update.
         self.register_buffer("uses", torch.zeros(2, dtype=torch.int64, device=device))
+        self.register_buffer("observed", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
 
     def choose(self, logits: Tensor, context: Context) -> Routing:
         """The experts above the threshold, at least one; in evaluation the most probable one."""
@@ -88,11 +91,15 @@ class DenseToSparse(LinearRouter):
 
     def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
         """Add up tokens and the experts they used."""
-        self.uses[0] += context.num_real(routing.num_tokens)
-        self.uses[1] += routing.demand.sum()
+        self.observed[0] += context.num_real(routing.num_tokens)
+        self.observed[1] += routing.demand.sum()
 
     def update(self) -> None:
-        """One step of the schedule."""
+        """One step of the schedule; the tokens of all ranks since the last one enter the cost."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.observed)
+        self.uses += self.observed
+        self.observed.zero_()
         self.steps += 1
         done = min(int(self.steps) / self.anneal_steps, 1.0)
         if self.schedule == "linear":
@@ -105,5 +112,5 @@ class DenseToSparse(LinearRouter):
         """In training the mean over all training so far, E before the first token; in evaluation 1."""
         if not self.training:
             return 1.0
-        tokens, used = self.uses.tolist()
+        tokens, used = (self.uses + self.observed).tolist()
         return used / tokens if tokens else float(self.num_experts)

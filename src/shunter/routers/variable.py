@@ -42,7 +42,11 @@ class _Variable(LinearRouter):
             dist.all_reduce(self.uses)
         if self.uses[0] > 0:
             self.mean_experts.copy_(self.uses[1] / self.uses[0])
+            self.advance()
         self.uses.zero_()
+
+    def advance(self) -> None:
+        """Move what depends on `mean_experts`, after a step in which any rank saw a token."""
 
     @property
     def experts_per_token(self) -> float:
@@ -174,9 +178,6 @@ class ReLU(_Variable):
 
         return {**super().loss_terms(logits, routing, context), "sparsity_loss": sparsity}
 
-    def update(self) -> None:
+    def advance(self) -> None:
         """One step of the coefficient towards the target."""
-        seen = bool(self.uses[0] > 0)
-        super().update()
-        if seen:
-            self.coefficient *= self.growth ** torch.sign(self.mean_experts - self.target_experts)
+        self.coefficient *= self.growth ** torch.sign(self.mean_experts - self.target_experts)
