@@ -126,7 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--shapes", nargs="+", help="of the named ones, or T,d,f,E,k (default: all the named ones)")
     gpu.add_argument("--backends", nargs="+", help="default: triton and grouped_mm")
     gpu.set_defaults(rounds=11, measure=_bench_gpu)
-    for each in (experts, finetune, gpu):
+    deciding = benches.add_parser("routers", help="score and assign of every router, as a share of its layer's step")
+    deciding.add_argument("--shape", help="T,d,f,E,1 (default: 4096,512,256,64,1); k is the router's own")
+    deciding.add_argument("--routers", nargs="+", help="default: all")
+    deciding.set_defaults(rounds=11, measure=_bench_routers)
+    for each in (experts, finetune, gpu, deciding):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -341,6 +345,15 @@ def _bench_finetune(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool
     from .benchmarks.finetune import bench, markdown
 
     found = bench(rounds=args.rounds, say=_progress)
+    return found, markdown(found), True
+
+
+def _bench_routers(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from .benchmarks.experts import parse_shape
+    from .benchmarks.routers import SHAPE, bench, markdown
+
+    shape = parse_shape(args.shape, {}) if args.shape else SHAPE
+    found = bench(args.routers, shape, rounds=args.rounds, say=_progress)
     return found, markdown(found), True
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from shunter import MoE, aux_loss
 from shunter.losses import cv_squared, load_loss, selection_probability
 from shunter.routers import Context, create
 
@@ -162,3 +163,10 @@ def test_errors(options, message):
 def test_errors_of_the_hierarchy(options):
     with pytest.raises(ValueError, match="num_groups"):
         create("hierarchical_noisy_topk", 6, 8, **options)
+
+
+def test_groups_that_are_taken_whole_train():
+    """With as many choices as experts in a group the load is certain: a loss without a slope, not one without a graph."""
+    moe = MoE(6, 5, 4, "hierarchical_noisy_topk", num_groups=2)
+    (moe(torch.randn(9, 6)).sum() + aux_loss(moe)).backward()
+    assert all(p.grad.isfinite().all() for p in moe.router.parameters())
