@@ -166,7 +166,7 @@ def test_errors_of_the_hierarchy(options):
 
 
 def test_groups_that_are_taken_whole_train():
-    """With as many choices as experts in a group the load is certain: a loss without a slope, not one without a graph."""
+    """With as many choices as experts in a group the load is certain: a loss without a slope, but with a graph."""
     moe = MoE(6, 5, 4, "hierarchical_noisy_topk", num_groups=2)
     (moe(torch.randn(9, 6)).sum() + aux_loss(moe)).backward()
     assert all(p.grad.isfinite().all() for p in moe.router.parameters())
