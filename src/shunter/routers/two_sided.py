@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .base import Context, LinearRouter
+from .base import Context, LinearRouter, largest
 
 __all__ = ["TwoSided", "deferred_acceptance"]
 
@@ -21,7 +21,7 @@ class TwoSided(LinearRouter):
     their next best experts, and experts replace the worst that they hold (deferred acceptance). Without a limit of
     rounds the result is stable: no token and expert would rather have each other than what they have.
 
-    Rounds cost: for 4096 tokens and 64 experts one takes 0.03 s on one CPU core, all (some 70) take 0.1 to 0.2 s.
+    Rounds cost: for 4096 tokens and 64 experts one takes 0.01 s on one CPU core, all (some 70) take 0.1 to 0.2 s.
 
     Args:
         top_k: m, the most experts of a token.
@@ -103,6 +103,8 @@ def deferred_acceptance(scores: Tensor, top_k: int, slots: int | None = None, ro
     """
     num_tokens, num_experts = scores.shape
     slots = num_tokens if slots is None else slots
+    if rounds == 1:
+        return _one_round(scores, top_k, min(slots, num_tokens))
     preference = scores.argsort(dim=1, descending=True, stable=True)
     queue = scores.T.contiguous().argsort(dim=1, descending=True, stable=True)
     place = torch.empty_like(queue)
@@ -133,3 +135,13 @@ def deferred_acceptance(scores: Tensor, top_k: int, slots: int | None = None, ro
     pairs = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     pairs[queue[expert, at], expert] = True
     return pairs
+
+
+def _one_round(scores: Tensor, top_k: int, slots: int) -> Tensor:
+    """The first round alone, whose applications and answers need no sorted queues."""
+    pairs = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    asked = pairs.scatter(1, largest(scores, top_k), True)
+    # Whoever did not apply comes behind every score.
+    applied = scores.clamp_min(torch.finfo(scores.dtype).min).masked_fill(~asked, -torch.inf)
+    best = largest(applied.T.contiguous(), slots)
+    return asked & pairs.scatter(0, best.T, True)
