@@ -168,3 +168,9 @@ def test_padding_takes_no_part_in_the_capped_plan():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         create("expert_choice", 6, 4, **options)
+
+
+def test_a_lone_token_is_taken_by_every_expert():
+    """Decoding one token at a time it is no sparse layer: nobody competes."""
+    router = create("expert_choice", 6, 4).eval()
+    assert router.assign(torch.randn(1, 4)).counts.tolist() == [1] * 4

@@ -30,8 +30,6 @@ REASONS = {
     "base": "the exact assignment: some 20 passes over T x E scores for the prices, then a shortest path for each "
     "token left over; in training alone",
     "sinkhorn": "up to 100 passes over T x E scores, until the plan is balanced; in training alone",
-    "two_sided": "both sides sort the T x E scores",
-    "uniform": "nothing but the sorting by expert, beside the cheapest layer",
     "soft_moe": "the layer itself is cheap: E rows a sequence, whatever its length, beside logits for T x E",
 }
 _LENGTH = 128

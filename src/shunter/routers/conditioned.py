@@ -149,6 +149,11 @@ class Speech(TopK):
         for weight in (self.weight, self.embedding_weight):
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The embedding, and the domain where the router reads it."""
+        return ("embedding", "domain") if self.num_domains else self.needs
+
     def project(self, x: Tensor, context: Context) -> Tensor:
         """The linear map (T, E) of x (T, d), the embedding (T, w) and the domain."""
         embedding = self.require(context, "embedding")
