@@ -9,7 +9,7 @@ from .moe import MoE, aux_loss, give_reward, moe_layers, tell, update_routers
 from .routing import Routing
 
 if TYPE_CHECKING:
-    from .hf import RoutingRecord, from_pretrained, record, replay, sparsify, upcycle
+    from .hf import RoutingRecord, export, from_pretrained, record, replay, sparsify, upcycle
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ __all__ = [
     "capacity",
     "domains",
     "experts",
+    "export",
     "from_pretrained",
     "give_reward",
     "losses",
@@ -37,7 +38,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Hugging Face is an extra: it is imported when first used.
-    if name in ("RoutingRecord", "from_pretrained", "record", "replay", "sparsify", "upcycle"):
+    if name in ("RoutingRecord", "export", "from_pretrained", "record", "replay", "sparsify", "upcycle"):
         from . import hf
 
         return getattr(hf, name)

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(verb=_generate)
 
     upcycle = verbs.add_parser("upcycle", help="make a dense Hugging Face model a sparse one, its experts copies")
-    upcycle.add_argument("model", help="the dense model's folder, or its name on the Hub")
+    upcycle.add_argument("model", help="the dense model's folder, its name on the Hub, or a GGUF file")
     upcycle.add_argument("--out", type=Path, required=True, help="the folder to make")
     upcycle.add_argument("--experts", type=int, help="default: 8, or one for each sibling")
     upcycle.add_argument("--top-k", type=int, default=2, help="experts of a token (default: 2)")
@@ -92,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     upcycle.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
     upcycle.add_argument("--json", action="store_true", help="the receipt to standard output")
     upcycle.set_defaults(verb=_upcycle)
+
+    export = verbs.add_parser("export", help="write a sparse model for plain transformers, or bring one of its here")
+    export.add_argument("model", help="the folder of a sparse model of Shunter, Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3")
+    export.add_argument("--out", type=Path, required=True, help="the folder to make")
+    export.add_argument("--to", default="auto", help="a family of transformers, shunter, or auto (default)")
+    export.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
+    export.add_argument("--json", action="store_true", help="the receipt to standard output")
+    export.set_defaults(verb=_export)
 
     table = verbs.add_parser("routers", help="list every router: who decides, what it needs, where it comes from")
     table.add_argument("--format", choices=["text", "markdown", "json"], default="text")
@@ -273,6 +281,21 @@ def _upcycle(args: argparse.Namespace) -> int:
         )
     except (ValueError, OSError) as error:
         print(f"shunter upcycle: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from .hf.exporting import describe, export
+
+    logging.disable_progress_bar()
+    try:
+        receipt = export(args.model, args.out, args.to, check=not args.no_check)
+    except (ValueError, OSError) as error:
+        print(f"shunter export: {error}", file=sys.stderr)
         return 2
     print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
     return 0

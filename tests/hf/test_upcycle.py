@@ -1,9 +1,6 @@
 """Upcycling: the function is kept, native results load without Shunter, every tensor is accounted for."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -142,33 +139,6 @@ def test_split_in_half_precision_keeps_away_from_ties(dense, tmp_path):
     assert receipt["format"] == "shunter" and "ties between copies" in receipt["not_native_because"]
     with pytest.raises(ValueError, match="cannot write mixtral: .*ties"):
         shunter.upcycle(folder, tmp_path / "again", 8, 4, method="split", to="mixtral")
-
-
-def test_native_models_load_where_shunter_is_not_installed(dense, tmp_path):
-    ids = torch.randint(VOCAB, (2, 9))
-    torch.save(ids, tmp_path / "ids.pt")
-    expected = {}
-    for name in NATIVE:
-        folder, model = dense(name, folder=name)
-        shunter.upcycle(folder, tmp_path / f"{name}-sparse", 4, check=False)
-        expected[name] = logits(model, {"input_ids": ids})
-    code = """
-import sys
-sys.modules["shunter"] = None  # importing it fails
-import torch
-from transformers import AutoModelForCausalLM
-found = {}
-for name in sys.argv[2:]:
-    model, info = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/{name}-sparse", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    with torch.no_grad():
-        found[name] = model.eval()(torch.load(sys.argv[1] + "/ids.pt")).logits
-torch.save(found, sys.argv[1] + "/logits.pt")
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), *NATIVE], check=True, env=environment)
-    for name, found in torch.load(tmp_path / "logits.pt").items():
-        assert relative(found, expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("to", ["auto", "shunter"])

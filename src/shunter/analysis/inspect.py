@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from ..hf import from_pretrained
-from ..hf.dense import local_folder
+from ..hf.folders import local_folder
+from ..hf.loading import load_folder
 from ..hf.taps import taps
-from ..hf.tensors import check_files
 from .ablation import ablate
 from .expert_weights import expert_parameters, moved
 from .findings import describe_data, describe_usage, describe_weights, specialisation_of
@@ -84,34 +82,16 @@ def load(path: str) -> Inspected:
         raise InspectError(f"{path}: no such folder; give the folder of a model, with its config.json")
     if not (folder / "config.json").is_file() and (folder / "sparse" / "config.json").is_file():
         folder = folder / "sparse"
-    if not (folder / "config.json").is_file():
-        raise InspectError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
     hf_logging.disable_progress_bar()
     try:
-        check_files(folder)
+        model = load_folder(folder)
     except ValueError as error:
         raise InspectError(str(error)) from None
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        name = (config.architectures or ["none"])[0]
-        base = getattr(transformers, name, None)
-        if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
-            raise InspectError(f"{path}: its architecture {name!r} is not one that transformers has")
-        made_here = isinstance(getattr(config, "shunter", None), dict)
-        options: Any = {"use_safetensors": True, "output_loading_info": True}
-        loaded: Any = from_pretrained(str(folder), **options) if made_here else base.from_pretrained(folder, **options)
-        model, info = loaded
-    except InspectError:
-        raise
-    except Exception as error:  # a damaged folder fails in as many ways as there are readers
-        raise InspectError(f"{path}: cannot be loaded: {_line(error)}") from None
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise InspectError(f"{path}: {len(info['missing_keys'])} weights of the model are missing, such as {some}")
     if not taps(model):
+        name = type(model).__name__
         raise InspectError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Inspected(Path(path).resolve().name, model.to(device).eval(), folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return Inspected(Path(path).resolve().name, model, folder)
 
 
 def _line(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from . import experts  # noqa: F401 (registers experts_implementation="shunter")
 from .balance import BalanceCallback, BalanceWarning
-from .conversion import from_pretrained, sparsify
+from .conversion import sparsify
+from .exporting import export
+from .loading import from_pretrained
 from .llama4 import use_experts
 from .records import RoutingRecord
 from .replaying import record, replay
@@ -12,6 +14,7 @@ __all__ = [
     "BalanceCallback",
     "BalanceWarning",
     "RoutingRecord",
+    "export",
     "from_pretrained",
     "record",
     "replay",

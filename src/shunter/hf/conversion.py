@@ -1,4 +1,4 @@
-"""Make a dense Hugging Face model sparse, save it, load it."""
+"""Make a dense Hugging Face model sparse."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .. import routers
 from ..moe import MoE
@@ -17,12 +16,9 @@ from .architectures import FeedForward, find_feed_forwards
 from .context import install
 from .families import STACKED
 
-__all__ = ["from_pretrained", "sparsify"]
+__all__ = ["choose_blocks", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-# Of the memory that torch allocates, in bytes.
-ALIGNMENT = 64
 
 
 def sparsify(
@@ -122,77 +118,6 @@ def sparsify(
     }
     install(model)
     return model
-
-
-def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
-    """Load a sparsified model that `save_pretrained` wrote, bit for bit.
-
-    Args:
-        path: the folder, or a Hub name.
-        **kwargs: of transformers' `from_pretrained` (dtype=, device_map=, …).
-
-    Raises:
-        ValueError: where the folder holds a model that Shunter did not make.
-    """
-    config = AutoConfig.from_pretrained(path)
-    spec = saved_options(config, path)
-    base = model_class(config, path)
-
-    def __init__(self: PreTrainedModel, config: Any, *args: Any, **options: Any) -> None:
-        base.__init__(self, config, *args, **options)
-        make_dense(self)
-        sparsify(self, **spec)
-
-    sparse: Any = type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
-    # Whatever dtype the model is loaded in, routers decide in float32 and keep their state exact.
-    sparse._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "router"}
-    loaded = sparse.from_pretrained(path, **kwargs)
-    _align(loaded[0] if isinstance(loaded, tuple) else loaded)  # with the loading info where that was asked for
-    return loaded
-
-
-def _align(model: PreTrainedModel) -> None:
-    """Copy the CPU parameters that lie at odd addresses in the file's memory map: products round otherwise there."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
-            parameter.data = parameter.data.clone()
-
-
-def model_class(config: PreTrainedConfig, path: str) -> type[PreTrainedModel]:
-    """The class of transformers that a configuration names.
-
-    Raises:
-        ValueError: where there is none.
-    """
-    name = (config.architectures or ["?"])[0]
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ValueError(f"{path} names the architecture {name!r}, which transformers does not have")
-    return found
-
-
-def saved_options(config: PreTrainedConfig, path: str) -> dict[str, Any]:
-    """The arguments of `sparsify` that a configuration keeps.
-
-    Raises:
-        ValueError: where Shunter did not make the model, or stored it in a layout that is unknown here.
-    """
-    spec = getattr(config, "shunter", None)
-    if not isinstance(spec, dict):
-        raise ValueError(f"{path} is not a model that shunter.sparsify made; load it with transformers")
-    layout = spec.get("layout", STACKED)
-    if layout != STACKED:
-        raise ValueError(f"{path} stores its experts as {layout!r}; this version of Shunter reads {STACKED!r}")
-    return {name: value for name, value in spec.items() if name != "layout"}
-
-
-def make_dense(model: PreTrainedModel) -> None:
-    """Give a model whose architecture has experts in every layer dense blocks in their place, for `sparsify`."""
-    if model.config.model_type == "olmoe":
-        from transformers.models.olmoe.modeling_olmoe import OlmoeMLP
-
-        for layer in model.get_decoder().layers:
-            layer.mlp = OlmoeMLP(model.config)
 
 
 def choose_blocks(

@@ -2,83 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import FeedForward, find_feed_forwards
-from .conversion import model_class
-from .tensors import Checkpoint, read_json
+from .folders import match_names, model_class, on_meta, read_config
+from .tensors import Checkpoint
 
-__all__ = ["Dense", "local_folder", "read_config"]
-
-_MOST = 2**31
-_MOST_LAYERS = 1000
-_COMPUTED = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.attn\.(masked_)?bias$")
-"""Buffers of old checkpoints that models compute themselves today."""
-
-
-def local_folder(model: str | Path) -> Path:
-    """The folder of a model that is given by its path, or by its name on the Hugging Face Hub.
-
-    Raises:
-        ValueError: where there is neither.
-    """
-    path = Path(model)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)):
-        return path
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=wanted))
-    except Exception as error:  # no network, no such model, no access
-        raise ValueError(f"{model}: no such folder, and not a model that can be downloaded: {_line(error)}") from None
-
-
-def read_config(folder: Path, num_tensors: int) -> PreTrainedConfig:
-    """A folder's configuration, by transformers, without running code from the folder.
-
-    Args:
-        folder: holds config.json.
-        num_tensors: how many tensors the folder holds: a configuration cannot have more layers.
-
-    Raises:
-        ValueError: where it is missing, damaged, absurd, or of a model that transformers does not have.
-    """
-    file = folder / "config.json"
-    raw = read_json(file)
-    _plausible(file, raw, num_tensors)
-    if "quantization_config" in raw:
-        raise ValueError(f"{folder}: the weights are quantised; dequantise them first")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a hostile configuration fails in as many ways as there are fields
-        raise ValueError(f"{file}: transformers cannot use it: {_line(error)}") from None
-
-
-def _plausible(file: Path, values: dict[str, Any], num_tensors: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            _plausible(file, value, num_tensors)
-        elif isinstance(value, int) and not -_MOST < value < _MOST:
-            raise ValueError(f"{file}: {name}={value} is absurd")
-        elif isinstance(value, int) and "layer" in name and value > max(num_tensors, _MOST_LAYERS):
-            raise ValueError(f"{file}: {name}={value}, but the folder holds {num_tensors} tensors in all")
-        elif name == "num_labels" and isinstance(value, int) and value > 10**6:
-            raise ValueError(f"{file}: {name}={value} is absurd")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+__all__ = ["Dense"]
 
 
 @dataclass(frozen=True)
@@ -119,12 +55,8 @@ class Dense:
         if getattr(config, "shunter", None) is not None:
             raise ValueError(f"{folder}: is sparse already; Shunter made it")
         kind = model_class(config, str(folder))
-        try:
-            with torch.device("meta"):
-                model = kind(config)
-        except Exception as error:
-            raise ValueError(f"{folder}: config.json does not describe a model: {_line(error)}") from None
-        names, unused = _names(folder, model, checkpoint)
+        model = on_meta(kind, config, folder)
+        names, unused = match_names(folder, model, checkpoint.tensors)
         try:
             stacks = find_feed_forwards(model)
         except ValueError as error:
@@ -194,40 +126,3 @@ class Dense:
 
 def _part_names(block: FeedForward) -> tuple[str, ...]:
     return ("gate", "up", "down") if len(block.linears) == 3 else ("up", "down")
-
-
-def _names(folder: Path, model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
-    """What each tensor on disk is called in the model, and which it has no use for."""
-    state = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    ignored = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
-    names: dict[str, str] = {}
-    unused = []
-    for disk, stored in checkpoint.tensors.items():
-        name, converted = rename_source_key(disk, renamings, converters, model.base_model_prefix, state)
-        if converted is not None:
-            raise ValueError(
-                f"{folder}: {disk!r} is stored in a layout that transformers converts; load the model with "
-                "transformers 5, save_pretrained it and take that folder"
-            )
-        if name in state:
-            if tuple(state[name].shape) != stored.shape:
-                raise ValueError(
-                    f"{folder}: {disk!r} has shape {list(stored.shape)}; config.json asks for {list(state[name].shape)}"
-                )
-            names[disk] = name
-        elif any(re.search(pattern, name) for pattern in ignored):
-            unused.append(disk)
-        else:
-            raise ValueError(f"{folder}: {type(model).__name__} has no place for the tensor {disk!r}; it is left over")
-    taken = set(names.values())
-    if len(taken) < len(names):
-        raise ValueError(f"{folder}: two tensors stand for the same parameter of {type(model).__name__}")
-    tied: dict[str, str] = model.all_tied_weights_keys
-    optional = [*_COMPUTED, *(model._keys_to_ignore_on_load_missing or ())]
-    for name in state:
-        if name not in taken and tied.get(name) not in taken and not any(re.search(p, name) for p in optional):
-            raise ValueError(f"{folder}: lacks the tensor {name!r} of {type(model).__name__}")
-    return names, unused

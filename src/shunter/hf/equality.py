@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .conversion import from_pretrained, model_class
+from .loading import load_folder
 
-__all__ = ["compare_logits", "load_any", "probe"]
+__all__ = ["compare_logits", "probe"]
 
 _WIDER = {
     torch.float16: torch.float32,
@@ -22,29 +22,6 @@ _WIDER = {
 }
 TOLERANCE = 8
 """How many times the dense model's own rounding error the difference may be (root mean square)."""
-
-
-def load_any(folder: Path, dtype: torch.dtype, strict: bool = True) -> PreTrainedModel:
-    """A model in evaluation: one of Shunter's with `shunter.from_pretrained`, any other with transformers alone.
-
-    Raises:
-        ValueError: where `strict` and the folder lacks tensors of the model, or holds others.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    loaded: Any
-    if getattr(config, "shunter", None) is not None:
-        loaded = from_pretrained(str(folder), **options)
-    elif model_class(config, str(folder)).__name__.endswith("ForCausalLM"):
-        loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
-    else:
-        loaded = model_class(config, str(folder)).from_pretrained(folder, **options)
-    model, info = loaded
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if strict and info.get(what):
-            raise ValueError(f"{folder}: {len(info[what])} {what.replace('_', ' ')}, such as {sorted(info[what])[0]}")
-    found: PreTrainedModel = model.eval()
-    return found
 
 
 def probe(model: PreTrainedModel, length: int = 32) -> dict[str, Tensor]:
@@ -90,13 +67,15 @@ def compare_logits(reference: Path, other: Path, dtype: torch.dtype, *, exact: b
     Raises:
         ValueError: where `exact` and the difference is beyond rounding.
     """
-    model: Any = load_any(reference, dtype, strict=False)
+    model: Any = load_folder(reference, dtype=dtype)
     inputs = probe(model)
     ours = _logits(model, inputs)
+    if hasattr(model, "set_experts_implementation") and getattr(model.config, "shunter", None) is None:
+        model.set_experts_implementation("eager")  # torch's grouped product does not know float64
     wide = _logits(model.to(_WIDER[dtype]), inputs)
     del model
     gc.collect()
-    theirs = _logits(load_any(other, dtype), inputs)
+    theirs = _logits(load_folder(other, dtype=dtype), inputs)
     difference, rounding = theirs - ours, ours - wide
     found = {
         "max_difference": difference.abs().max().item(),

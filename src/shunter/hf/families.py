@@ -13,11 +13,27 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
 from ..experts import ACTIVATIONS
+from ..routers import Router
+from .native_routing import routing_fields
 
-__all__ = ["FAMILIES", "STACKED", "Family", "Key", "Piece", "Sizes", "carry", "family_for", "stacked_pieces"]
+__all__ = [
+    "FAMILIES",
+    "SPLIT",
+    "STACKED",
+    "Family",
+    "Key",
+    "Piece",
+    "Sizes",
+    "carry",
+    "family_for",
+    "split_pieces",
+    "stacked_pieces",
+]
 
 STACKED = "gate_up_proj (E, 2f, d), gate first; down_proj (E, d, f)"
 """The tag of Shunter's own layout, which config.json carries."""
+SPLIT = "experts.{e}: gate_proj.weight (f, d), up_proj.weight (f, d), down_proj.weight (d, f)"
+"""The tag of the same with each expert by itself."""
 
 Key = tuple[str, int]
 """What a piece is: "router", "selection_bias", "gate", "up", "down", …, and the number of the expert (0 where one)."""
@@ -76,6 +92,22 @@ def stacked_pieces(path: str, sizes: Sizes) -> dict[Key, Piece]:
     found |= _stack(f"{path}.experts", "", sizes.experts, sizes.hidden, sizes)
     if sizes.shared:
         found |= _stack(f"{path}.shared_experts", "shared_", 1, sizes.shared, sizes)
+    return found
+
+
+def split_pieces(path: str, sizes: Sizes) -> dict[Key, Piece]:
+    """As `stacked_pieces`, but each expert's projections by themselves.
+
+    So transformers saves stacked experts in models of the families for which it converts their names.
+    """
+    found = {key: piece for key, piece in stacked_pieces(path, sizes).items() if key[0] not in ("gate", "up", "down")}
+    for e in range(sizes.experts):
+        for part, shape in (
+            ("gate", (sizes.hidden, sizes.dim)),
+            ("up", (sizes.hidden, sizes.dim)),
+            ("down", (sizes.dim, sizes.hidden)),
+        ):
+            found[part, e] = _whole(f"{path}.experts.{e}.{part}_proj.weight", *shape)
     return found
 
 
@@ -184,38 +216,13 @@ class Family:
         experts = getattr(config, self.experts_field)
         return Sizes(experts, config.hidden_size, hidden, shared=shared, selection_bias=self.sigmoid)
 
-    def router_options(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """The options of Shunter's `topk` router that route as a sparse model's configuration says.
-
-        Raises:
-            ValueError: where `topk` cannot.
-        """
-        options: dict[str, Any] = {"top_k": config.num_experts_per_tok}
-        if self.sigmoid:
-            for name in ("n_group", "topk_group", "routed_scaling_factor"):
-                if getattr(config, name) not in (1, None):
-                    raise ValueError(
-                        f"{self.name} with {name}={getattr(config, name)} routes in groups or scales its weights, "
-                        "which the router topk does not; only 1 can be brought into Shunter's format"
-                    )
-            options |= {"score_function": "sigmoid", "selection_bias": True}
-        else:
-            options["load_balancing_loss"] = config.router_aux_loss_coef
-        normalises = config.norm_topk_prob if self.optional_norm else True
-        if normalises and config.num_experts_per_tok == 1:
-            raise ValueError(f"{self.name} with one expert a token weighs it by the constant 1; topk refuses that")
-        options["renormalize"] = "before_drop" if normalises else "no"
-        if getattr(config, "router_jitter_noise", 0.0):
-            options["jitter"] = config.router_jitter_noise
-        return options
-
     def sparse_config(
         self,
         dense: PreTrainedConfig,
         experts: int,
         hidden: int,
         layers: list[int],
-        options: dict[str, Any],
+        router: Router,
         shared: int = 0,
     ) -> PreTrainedConfig:
         """The configuration of the sparse model.
@@ -225,7 +232,7 @@ class Family:
             experts: E.
             hidden: f.
             layers: which layers are sparse.
-            options: of the router `topk`.
+            router: of the layers.
             shared: how many shared experts of width f.
 
         Raises:
@@ -234,13 +241,14 @@ class Family:
         values = {
             self.experts_field: experts,
             self.width_field: hidden,
-            "num_experts_per_tok": options.get("top_k", 2),
-            **self._routing_fields(options),
+            **routing_fields(self, router),
         }
         if self.sigmoid:
             values["n_shared_experts"] = shared
         elif shared:
-            raise ValueError(f"{self.name} has no shared experts; the layers have {shared}")
+            raise ValueError(
+                f"{self.name} has no shared experts; the layers have {shared}: train with num_shared_experts=0"
+            )
         every_layer = list(range(dense.num_hidden_layers))
         if self.name == "qwen3_moe":
             values |= {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in every_layer if i not in layers]}
@@ -253,34 +261,29 @@ class Family:
             raise ValueError(f"{self.name} has experts in every layer; it cannot keep some dense")
         return carry(dense, self.name, self.extra_fields, values, self.sparse_fields)
 
-    def _routing_fields(self, options: dict[str, Any]) -> dict[str, Any]:
-        renormalize = options.get("renormalize") or ("no" if options.get("top_k") == 1 else "before_drop")
-        score = options.get("score_function", "softmax")
-        renormalised = renormalize != "no" or (score == "softmax" and options.get("score_after", False))
-        if options.get("capacity_factor") is not None:
-            raise ValueError(f"{self.name} drops no token; the router has capacity_factor={options['capacity_factor']}")
-        if (score == "sigmoid") != self.sigmoid:
-            raise ValueError(f"{self.name} does not score by {score}")
-        if bool(options.get("selection_bias", False)) != self.sigmoid:
-            raise ValueError(
-                f"{self.name} {'needs' if self.sigmoid else 'has no'} selection bias; "
-                f"the router has selection_bias={options.get('selection_bias', False)}"
-            )
-        fields: dict[str, Any] = {}
-        if self.optional_norm:
-            fields["norm_topk_prob"] = renormalised
-        elif not renormalised:
-            raise ValueError(f"{self.name} always normalises the weights of a token; the router has renormalize='no'")
-        if self.sigmoid:
-            fields |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
-        elif "load_balancing_loss" in options:
-            fields["router_aux_loss_coef"] = options["load_balancing_loss"]
-        if self.name == "mixtral":
-            fields["router_jitter_noise"] = options.get("jitter", 0.0)
-        return fields
+    def dense_config(self, sparse: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration of the dense model that a sparse one continues, all of whose layers are dense.
+
+        Raises:
+            ValueError: where the dense model has no field for what the sparse configuration says.
+        """
+        values = {"first_k_dense_replace": sparse.num_hidden_layers} if self.sigmoid else {}
+        if "head_dim" in self.extra_fields and getattr(sparse, "head_dim", None) is None:
+            values["head_dim"] = sparse.hidden_size // sparse.num_attention_heads
+        known = getattr(sparse, "shunter_dense", None)
+        candidates = [known] if known in self.dense else list(self.dense)
+        for last, model_type in enumerate(candidates, 1 - len(candidates)):
+            try:
+                return carry(sparse, model_type, self.extra_fields, values, self.sparse_fields)
+            except ValueError:
+                if not last:
+                    raise
+        raise AssertionError
 
 
-_SPARSE = frozenset({"num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"})
+_SPARSE = frozenset(
+    {"num_experts", "num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"}
+)
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -291,7 +294,7 @@ FAMILIES: dict[str, Family] = {
             block="block_sparse_moe",
             names=("w1", "w3", "w2"),
             experts_field="num_local_experts",
-            sparse_fields=_SPARSE | {"num_local_experts", "router_jitter_noise"},
+            sparse_fields=_SPARSE | {"router_jitter_noise"},
             optional_norm=False,
         ),
         Family(
@@ -301,21 +304,21 @@ FAMILIES: dict[str, Family] = {
             width_field="moe_intermediate_size",
             experts_field="num_experts",
             sparse_fields=_SPARSE
-            | {"num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
+            | {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
             extra_fields=frozenset({"head_dim"}),
         ),
         Family(
             "flex_olmo",
             "FlexOlmoForCausalLM",
             ("olmo2",),
-            sparse_fields=_SPARSE | {"num_experts", "norm_topk_prob"},
+            sparse_fields=_SPARSE | {"norm_topk_prob"},
             extra_fields=frozenset({"head_dim"}),
         ),
         Family(
             "olmoe",
             "OlmoeForCausalLM",
             ("olmoe",),
-            sparse_fields=_SPARSE | {"num_experts", "norm_topk_prob"},
+            sparse_fields=_SPARSE | {"norm_topk_prob"},
             sparse_only=True,
         ),
         Family(
@@ -348,7 +351,10 @@ def family_for(config: PreTrainedConfig, architecture: str) -> Family:
     Raises:
         ValueError: saying why there is none.
     """
-    family = next((f for f in FAMILIES.values() if config.model_type in f.dense and not f.sparse_only), None)
+    # Only sparsify makes a model without experts of a family that has no dense one.
+    made_here = getattr(config, "shunter", None) is not None
+    known = [f for f in FAMILIES.values() if config.model_type in f.dense and (made_here or not f.sparse_only)]
+    family = next(iter(known), None)
     if family is None:
         raise ValueError(
             f"no sparse family of transformers has the attention and norms of {config.model_type!r}; there is one for "

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Checkpoint", "Stored", "Writer", "check_files", "copy_companions", "new_folder", "read_json", "read_texts"]
+__all__ = ["Checkpoint", "Stored", "Writer", "copy_companions", "inside", "new_folder", "read_json", "read_texts"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -86,18 +86,35 @@ class Checkpoint:
         self.tensors: dict[str, Stored] = {}
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
-        check_files(folder)
-        if (folder / _INDEX).exists():
+        # As transformers does, the single file goes first.
+        if (folder / _SINGLE).exists():
+            self.tensors = _header(inside(folder / _SINGLE))
+        elif (folder / _INDEX).exists():
             self._read_index(folder / _INDEX)
         else:
-            self.tensors = _header(folder / _SINGLE)
+            pickles = sorted(f.name for f in folder.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+            raise ValueError(
+                f"{folder}: holds no {_SINGLE} and no {_INDEX}"
+                + (
+                    f"; {pickles[0]} is a pickle, which can run code and is not opened: load it where you trust it and "
+                    "save_pretrained the model"
+                    if pickles
+                    else ""
+                )
+            )
         if not self.tensors:
             raise ValueError(f"{folder}: holds no tensors")
 
     def _read_index(self, file: Path) -> None:
-        weight_map = _weight_map(file)
+        weight_map = read_json(file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(f"{file}: has no weight_map from tensor names to file names")
         for shard in sorted(set(weight_map.values())):
-            found = _header(file.parent / shard)
+            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+                raise ValueError(f"{file}: names the file {shard!r}; a shard is a .safetensors file in the same folder")
+            if not (file.parent / shard).is_file():
+                raise ValueError(f"{file}: names {shard}, which is missing; the folder is incomplete")
+            found = _header(inside(file.parent / shard))
             for name in found:
                 if weight_map.get(name) != shard:
                     raise ValueError(f"{file.parent / shard}: holds {name!r}, which the index does not place there")
@@ -105,6 +122,16 @@ class Checkpoint:
         for name, shard in weight_map.items():
             if name not in self.tensors:
                 raise ValueError(f"{file}: places {name!r} in {shard}, which does not hold it")
+
+    def must_hold(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError where the folder lacks a tensor, or holds it in another shape."""
+        if name not in self.tensors:
+            raise ValueError(f"{self.folder}: lacks the tensor {name!r}")
+        if self.tensors[name].shape != shape:
+            raise ValueError(
+                f"{self.folder}: {name!r} has shape {list(self.tensors[name].shape)}; config.json asks for "
+                f"{list(shape)}"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +142,7 @@ class Checkpoint:
         """A tensor, or the elements of it from `offset` on that fill a shape.
 
         Raises:
-            ValueError: where the file has become shorter.
+            ValueError: where the file has become shorter, and where a value is not finite.
         """
         stored = self.tensors[name]
         assert stored.file is not None
@@ -130,41 +157,23 @@ class Checkpoint:
             file.seek(stored.start + offset * stored.dtype.itemsize)
             if file.readinto(data.numpy().data) != size:
                 raise ValueError(f"{stored.file}: ends within {name!r}")
-        return data.view(stored.dtype).reshape(shape)
+        tensor = data.view(stored.dtype).reshape(shape)
+        if stored.dtype.is_floating_point and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{stored.file}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
+        return tensor
 
 
-def check_files(folder: Path) -> None:
-    """Check that the weights of a folder are safetensors that lie in it, before anything else reads them.
+def inside(file: Path) -> Path:
+    """The file, where it is not a link to somewhere outside its folder (or the blobs of the Hub's cache).
 
     Raises:
-        ValueError: where they are pickles alone, or an index names files that are missing or elsewhere.
+        ValueError: where it is.
     """
-    if (folder / _INDEX).exists():
-        _weight_map(folder / _INDEX)
-    elif not (folder / _SINGLE).exists():
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-        raise ValueError(
-            f"{folder}: holds no {_SINGLE} and no {_INDEX}"
-            + (
-                f"; {pickles[0]} is a pickle, which can run code and is not opened: load it where you trust it and "
-                "save_pretrained the model"
-                if pickles
-                else ""
-            )
-        )
-
-
-def _weight_map(file: Path) -> dict[str, str]:
-    """Of an index, the shard of each tensor, all of them files beside it."""
-    weight_map = read_json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{file}: has no weight_map from tensor names to file names")
-    for shard in sorted(set(weight_map.values())):
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
-            raise ValueError(f"{file}: names the file {shard!r}; a shard is a .safetensors file in the same folder")
-        if not (file.parent / shard).is_file():
-            raise ValueError(f"{file}: names {shard}, which is missing; the folder is incomplete")
-    return weight_map
+    real, folder = file.resolve(), file.parent.resolve()
+    cached = folder.parent.name == "snapshots" and folder.parents[1] / "blobs" == real.parent
+    if real.parent != folder and not cached:
+        raise ValueError(f"{file}: is a link to {real}, outside its folder; put the file itself there")
+    return file
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -350,7 +359,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for file in sorted(source.iterdir()):
         known = file.suffix in _COMPANIONS or file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         if known and file.is_file() and not (target / file.name).exists() and not _is_ours(file.name):
-            shutil.copyfile(file, target / file.name)
+            shutil.copyfile(inside(file), target / file.name)
 
 
 def _is_ours(name: str) -> bool:

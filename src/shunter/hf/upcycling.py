@@ -12,18 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import psutil
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from .. import __version__
+from .. import __version__, routers
+from ..routers import Router
 from .architectures import FeedForward
 from .conversion import choose_blocks, sparsify
-from .dense import Dense, local_folder
+from .dense import Dense
 from .equality import compare_logits
 from .families import FAMILIES, STACKED, Family, Key, Piece, Sizes, family_for, stacked_pieces
-from .tensors import Stored, Writer, copy_companions, new_folder
+from .folders import local_folder
+from .gguf import unpacked
+from .tensors import Stored, copy_companions, new_folder
+from .transfer import Memory, Transfer, describe_check, megabytes
 
 __all__ = ["describe", "upcycle"]
 
@@ -66,7 +69,7 @@ def upcycle(
     Copies keep the function: each token's weights sum to 1 and its experts are equal, whatever the new router says.
 
     Args:
-        model: the folder of any dense model that `sparsify` knows, in safetensors.
+        model: the folder of any dense model that `sparsify` knows, in safetensors; or a GGUF file of a Llama model.
         out: the folder to make; it appears when it is whole.
         num_experts: E; 8 by default, and the number of siblings where there are any.
         top_k: k, how many experts a token takes.
@@ -99,11 +102,29 @@ def upcycle(
 
     Source: Komatsuzaki et al. 2023 (Sparse Upcycling), section 3; Fedus et al. 2022, section 5 (Dua et al. 2021).
     """
+    if Path(model).suffix == ".gguf":
+        with unpacked(Path(model), Path(out).parent) as folder:
+            return upcycle(
+                folder,
+                out,
+                num_experts,
+                top_k,
+                method=method,
+                granularity=granularity,
+                noise=noise,
+                drop=drop,
+                siblings=siblings,
+                prompts=prompts,
+                to=to,
+                every=every,
+                seed=seed,
+                check=check,
+                max_shard_bytes=max_shard_bytes,
+            )
     amount = _amount(method, {"split": granularity, "noise": noise, "drop": drop})
     num_experts = num_experts or (len(siblings) or 8)
     _validate(method, num_experts, top_k, amount, siblings, prompts)
-    process = psutil.Process()
-    start = peak = process.memory_info().rss
+    memory = Memory()
     source = Dense.open(local_folder(model))
     members = [Dense.open(local_folder(sibling)) for sibling in siblings]
     for member in members:
@@ -119,30 +140,23 @@ def upcycle(
             specs[piece.name] = Stored(torch.float32 if part == "selection_bias" else dtype, piece.tensor)
     generator = torch.Generator().manual_seed(seed)
     gates = None if prompts is None else _gates(source, blocks, prompts)
-    became: dict[str, dict[str, Any]] = {name: {"how": "unused by the model"} for name in source.unused}
-    new: dict[str, str] = {}
     with new_folder(Path(out)) as folder:
-        writer = Writer(folder, specs, max_shard_bytes)
+        transfer = Transfer(source.checkpoint, source.unused, folder, specs, max_shard_bytes, memory)
         for disk, name in passing.items():
             kept = _kept_name(target, disk, name)
-            writer.write(kept, _mean(members or [source], name))
-            peak = max(peak, process.memory_info().rss)
-            became[disk] = {"how": "mean of the siblings" if siblings else "copied", "to": [kept]}
+            transfer.write(kept, _mean(members or [source], name))
+            transfer.account(disk, "mean of the siblings" if siblings else "copied", [kept])
         for number, (block, pieces) in enumerate(zip(blocks, target.layers, strict=True)):
             parts = None if siblings else source.parts(block)
             for e in range(num_experts):
                 own = members[e].parts(theirs[e][number]) if parts is None else parts
-                _write_expert(writer, pieces, e, _expert(own, e, method, amount, generator))
-                peak = max(peak, process.memory_info().rss)
+                _write_expert(transfer, pieces, e, _expert(own, e, method, amount, generator))
             gate = None if gates is None else gates[number]
-            new |= _write_rest(writer, pieces, dtype, source, method, amount, generator, gate)
+            _write_rest(transfer, pieces, dtype, source, method, amount, generator, gate)
             for part, disk in source.disk_names(block).items():
                 names = [piece.name for (key, _), piece in pieces.items() if key == part]
-                became[disk] = {"how": _how(method, amount), "to": list(dict.fromkeys(names))}
-        writer.finish()
-        left_over = set(source.checkpoint.tensors) - set(became)
-        if left_over:
-            raise RuntimeError(f"{len(left_over)} tensors were left over, the first is {min(left_over)!r}; report this")
+                transfer.account(disk, _how(method, amount), names)
+        transfer.finish()
         target.config.save_pretrained(folder)
         copy_companions(source.folder, folder)
         receipt: dict[str, Any] = {
@@ -155,10 +169,10 @@ def upcycle(
             "dense_bytes": source.checkpoint.nbytes,
             "sparse_bytes": sum(stored.nbytes for stored in specs.values()),
             "layer_bytes": max(source.nbytes_of(block) for block in blocks),
-            "peak_bytes": peak - start,
+            "peak_bytes": memory.peak,
             "check": None,
-            "tensors": became,
-            "new": new,
+            "tensors": transfer.became,
+            "new": transfer.new,
         }
         if check:
             receipt["check"] = compare_logits(source.folder, folder, dtype, exact=method in ("copy", "split"))
@@ -171,7 +185,7 @@ def describe(receipt: dict[str, Any]) -> str:
     options, check = receipt["options"], receipt["check"]
     copied = sum(entry["how"] in ("copied", "mean of the siblings") for entry in receipt["tensors"].values())
     became = len(receipt["tensors"]) - copied
-    dense, sparse, peak, block = (_mb(receipt[f"{name}_bytes"]) for name in ("dense", "sparse", "peak", "layer"))
+    dense, sparse, peak, block = (megabytes(receipt[f"{name}_bytes"]) for name in ("dense", "sparse", "peak", "layer"))
     loader = "shunter.from_pretrained" if receipt["format"] == "shunter" else "plain transformers"
     lines = [
         f"{options['num_experts']} experts, {options['top_k']} a token, method {receipt['method']}; {loader} loads it "
@@ -183,16 +197,8 @@ def describe(receipt: dict[str, Any]) -> str:
     if receipt["not_native_because"]:
         lines.insert(1, f"No family of transformers: {receipt['not_native_because']}.")
     if check:
-        lines.append(
-            f"Logits against the dense model: largest difference {check['max_difference']:.2g}, root mean square "
-            f"{check['rms_difference']:.2g}; rounding alone moves the dense model by {check['rms_rounding']:.2g}, and "
-            f"its logits are {check['rms_logits']:.2g}."
-        )
+        lines.append(f"Logits against the dense model: {describe_check(check)}")
     return "\n".join(lines)
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
 
 
 def _amount(method: str, given: dict[str, int | float | None]) -> float:
@@ -267,10 +273,8 @@ def _target(
                     "common and would mix their parts"
                 )
             layers = [int(block.path.split(".")[-2]) for block in blocks]
-            options: dict[str, Any] = {"top_k": top_k}
-            if family.sigmoid:
-                options |= {"score_function": "sigmoid", "selection_bias": True}
-            config = family.sparse_config(source.config, num_experts, hidden // parts, layers, options)
+            router = _router(family, source.config.hidden_size, num_experts, top_k)
+            config = family.sparse_config(source.config, num_experts, hidden // parts, layers, router)
             config.architectures = [family.architecture]
             config.dtype = source.config.dtype
             sizes = replace(family.sizes(config), experts=num_experts)
@@ -290,6 +294,14 @@ def _target(
         config.shunter["hidden"] = None
     config.architectures = [type(source.model).__name__]
     return _Target(None, config, pieces, why)
+
+
+def _router(family: Family, dim: int, num_experts: int, top_k: int) -> Router:
+    """How a new model of the family is to route: a token's weights sum to 1, the balance loss is the family's own."""
+    options: dict[str, Any] = {"score_function": "sigmoid", "selection_bias": True}
+    if not family.sigmoid:
+        options = {"load_balancing_loss": AutoConfig.for_model(family.name).router_aux_loss_coef}
+    return routers.create("topk", dim, num_experts, device="meta", top_k=top_k, **options)
 
 
 def _has_bias(block: FeedForward) -> bool:
@@ -365,7 +377,7 @@ def _redrawn(parts: Parts, share: float, generator: torch.Generator) -> Parts:
     return found
 
 
-def _write_expert(writer: Writer, pieces: dict[Key, Piece], e: int, expert: Parts) -> None:
+def _write_expert(transfer: Transfer, pieces: dict[Key, Piece], e: int, expert: Parts) -> None:
     for part in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
         piece = pieces.get((part, e))
         if piece is None:
@@ -374,11 +386,11 @@ def _write_expert(writer: Writer, pieces: dict[Key, Piece], e: int, expert: Part
         if tensor is None:
             tensor = torch.zeros(piece.shape, dtype=expert["up"].dtype)
         assert tuple(tensor.shape) == piece.shape
-        writer.write(piece.name, tensor, piece.offset)
+        transfer.write(piece.name, tensor, piece.offset)
 
 
 def _write_rest(
-    writer: Writer,
+    transfer: Transfer,
     pieces: dict[Key, Piece],
     dtype: torch.dtype,
     source: Dense,
@@ -386,8 +398,8 @@ def _write_rest(
     amount: float,
     generator: torch.Generator,
     gate: Tensor | None,
-) -> dict[str, str]:
-    """The router and what else is new; name -> in words."""
+) -> None:
+    """The router and what else is new."""
     router = pieces["router", 0]
     spread = float(getattr(source.config, "initializer_range", 0.02))
     if gate is None:
@@ -397,14 +409,11 @@ def _write_rest(
         words = f"router, drawn with standard deviation {spread}" + (f", {copies} equal rows a copy" * (copies > 1))
     else:
         words = "router, from hidden states of prompts"
-    writer.write(router.name, gate.to(dtype))
-    new = {router.name: words}
+    transfer.write_new(router.name, gate.to(dtype), words)
     for (part, _), piece in pieces.items():
         if part == "selection_bias" or part.startswith("shared"):
             zeros = torch.zeros(piece.shape, dtype=torch.float32 if part == "selection_bias" else dtype)
-            writer.write(piece.name, zeros)
-            new[piece.name] = "zeros" if zeros.numel() else "empty: there is no shared expert"
-    return new
+            transfer.write_new(piece.name, zeros, "zeros" if zeros.numel() else "empty: there is no shared expert")
 
 
 def _how(method: str, amount: float) -> str:
@@ -421,10 +430,11 @@ def _how(method: str, amount: float) -> str:
 def _gates(source: Dense, blocks: list[FeedForward], prompts: Sequence[Sequence[str]]) -> list[Tensor]:
     """For each block a router (E, d) of unit rows that tells the siblings' prompts apart by their hidden states."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"upcycle: prompts need a tokenizer in {source.folder}: {str(error)[:200]}") from None
-    model: Any = type(source.model).from_pretrained(source.folder, dtype=torch.float32).eval()
+    model: Any = type(source.model).from_pretrained(source.folder, dtype=torch.float32, use_safetensors=True)
+    model.eval()
     sums = torch.zeros(len(blocks), len(prompts), blocks[0].dim, dtype=torch.float64)
     counts = torch.zeros(len(prompts), dtype=torch.int64)
     now = 0

@@ -119,8 +119,12 @@ class _Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-def prepare(config: TextConfig) -> TextData:
+def prepare(config: TextConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> TextData:
     """Read, split, tokenize and cut the text of a configuration; the same configuration gives the same windows.
+
+    Args:
+        config: what to read and how to cut it.
+        tokenizer: of a model that there is already, byte-level BPE; None trains one on the text.
 
     Raises:
         DataError: for text that cannot be read or is too little, and for a package that is missing.
@@ -128,7 +132,8 @@ def prepare(config: TextConfig) -> TextData:
     d = config.data
     domains = built_in_domains(d.max_bytes) if d.source is None else read_domains(d.source, d.max_bytes)
     splits = {domain.name: _split(domain, d.eval_share) for domain in domains}
-    tokenizer = _tokenizer(d, (document for train, _ in splits.values() for document in train))
+    if tokenizer is None:
+        tokenizer = _tokenizer(d, (document for train, _ in splits.values() for document in train))
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     length = d.sequence_length
     train_windows, held_out, records = [], [], []

@@ -18,7 +18,10 @@ from transformers.utils import logging as hf_logging
 from ..analysis.ledger import ledger
 from ..analysis.report import write_picture, write_report
 from ..analysis.specialisation import specialisation
-from ..hf import from_pretrained, sparsify
+from ..hf import sparsify
+from ..hf.folders import line_of
+from ..hf.loading import load_folder
+from ..hf.tensors import read_json
 from ..routers import Router
 from .config import TextConfig, load_config, save_config
 from .data import EvalDomain, TextData, prepare
@@ -39,7 +42,6 @@ __all__ = [
 ]
 
 MODELS = ("dense", "sparse")
-_TENSORS = "model.safetensors"
 
 
 def build_model(config: TextConfig, which: str, vocab_size: int) -> PreTrainedModel:
@@ -261,33 +263,36 @@ def load_model(run: Path, which: str) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: where the run has no such model (yet).
+        ValueError: where its folder is damaged.
     """
     hf_logging.disable_progress_bar()
     folder = run / which
-    if not (folder / _TENSORS).exists():
+    if not folder.is_dir():
         raise FileNotFoundError(f"{folder} holds no trained model; `shunter train text` leaves one in its run folder")
-    made_here = hasattr(AutoConfig.from_pretrained(folder), "shunter")
-    loaded = from_pretrained(str(folder)) if made_here else AutoModelForCausalLM.from_pretrained(folder)
-    return loaded.eval()
+    return load_folder(folder)
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:
     """Evaluate both models of a run folder again, on the run's own held-out text."""
     config = load_config(TextConfig, run / "config.yaml", [])
+    models = {which: load_model(run, which) for which in MODELS}
     data = prepare(config)
-    recorded = json.loads((run / "data.json").read_text())["fingerprint"]
+    recorded = str(read_json(run / "data.json").get("fingerprint"))
     if data.fingerprint != recorded:
         raise ValueError(
             f"the text has changed since this run: its fingerprint is {data.fingerprint[:12]}, the run's "
             f"{recorded[:12]}. Install the versions that the run's summary.json names"
         )
-    return {which: evaluate(load_model(run, which), data.eval) for which in MODELS}
+    return {which: evaluate(model, data.eval) for which, model in models.items()}
 
 
 def generate(run: Path, which: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """Continue a prompt with one of a run's models; temperature 0 takes the likeliest token each time."""
     model: Any = load_model(run, which)
-    tokenizer = AutoTokenizer.from_pretrained(run / which)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(run / which, trust_remote_code=False)
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise ValueError(f"{run / which}: its tokenizer cannot be loaded: {line_of(error)}") from None
     set_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.numel() == 0:
