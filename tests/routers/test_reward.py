@@ -109,6 +109,14 @@ def test_the_baseline_regresses_on_the_reward_and_moves_nothing_else(baseline):
     assert torch.equal(router.weight, before) and x.grad is None
 
 
+@pytest.mark.parametrize("baseline", ["parameter", "head"])
+def test_the_policy_loss_does_not_move_the_baseline(baseline):
+    router = create("reinforce", 5, 4, baseline=baseline)
+    loss = router.reward_losses(_decide(router, torch.randn(9, 5), torch.randint(4, (9,))), torch.randn(9))
+    loss["policy_loss"].backward()
+    assert router.value_bias.grad is None and router.weight.grad.abs().sum() > 0
+
+
 def test_a_contextual_bandit_finds_the_best_expert():
     dim, experts = 6, 4
     teacher = torch.randn(experts, dim)
