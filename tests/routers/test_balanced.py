@@ -80,13 +80,13 @@ def test_golden_assignments():
 
 
 def test_a_score_that_is_not_finite_is_the_smallest():
-    scores = torch.randn(8, 4, dtype=torch.float64)
+    scores = torch.randn(8, 4, dtype=torch.float64) - 10  # so that a zero would be the largest
     scores[3, 1], scores[5, 2] = float("nan"), float("-inf")
     expert = balanced_assignment(scores)
     assert (torch.bincount(expert, minlength=4) == 2).all()
     filled = scores.where(scores.isfinite(), scores[scores.isfinite()].min())
     assert torch.equal(expert, balanced_assignment(filled))
-    assert transport_plan(scores).isfinite().all()
+    assert torch.equal(transport_plan(scores), transport_plan(filled))
     assert (torch.bincount(balanced_assignment(torch.full((6, 3), float("nan"))), minlength=3) == 2).all()
 
 
@@ -109,6 +109,18 @@ def test_weights_are_sigmoids_and_train_the_router():
     assert (logits.grad != 0).sum() == 8
     two = create("sinkhorn", 6, 4, top_k=2).assign(logits)
     assert torch.equal(two.weight, logits.softmax(-1)[two.token, two.expert])
+
+
+@pytest.mark.parametrize("name, top_k", [("base", 1), ("sinkhorn", 1), ("sinkhorn", 2)])
+def test_gradients_pass_the_chosen_weights_and_not_the_assignment(name, top_k):
+    logits = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    routing = create(name, 6, 4, **({} if name == "base" else {"top_k": top_k})).train().assign(logits)
+    upstream = torch.randn(8 * top_k, dtype=torch.float64)
+    (routing.weight * upstream).sum().backward()
+    gates = (logits.sigmoid() if top_k == 1 else logits.softmax(-1))[routing.token, routing.expert]
+    assert torch.equal(routing.weight, gates)
+    assert torch.allclose(logits.grad, torch.autograd.grad((gates * upstream).sum(), logits)[0], atol=1e-12)
+    assert not transport_plan(logits).requires_grad
 
 
 def test_centroids_begin_orthogonal():

@@ -178,6 +178,17 @@ def test_jitter_is_for_training_only():
     assert abs(ratio.mean().item() - 1) < 0.2
 
 
+def test_jitter_multiplies_each_number_by_its_own_noise():
+    router = create("switch", 6, 4, jitter=0.3).train()
+    x = torch.randn(500, 6, dtype=torch.float64) * torch.tensor([0.01, 0.1, 1, 10, 100, 0], dtype=torch.float64)
+    found = router.prepare(x)
+    assert (found[:, 5] == 0).all(), "noise that is added would move a zero"
+    factor = found[:, :5] / x[:, :5]
+    assert factor.min() >= 0.7 and factor.max() <= 1.3
+    assert factor.amin(0).max() < 0.75 and factor.amax(0).min() > 1.25, "the whole range, whatever the input's scale"
+    assert (factor.std(1) > 0).all(), "a number for each entry, not for each token"
+
+
 def test_capacity_follows_the_mode():
     router = create("switch", 6, 4)
     assert (router.train().capacity(100), router.eval().capacity(100)) == (32, 50)
