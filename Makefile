@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/python tools/install.py
 	touch $@
 
-.PHONY: train test lint bench-gpu
+.PHONY: train test lint bench-gpu test-slow
 train: .venv/ready
 	$(BIN)/shunter train text
 
@@ -18,6 +18,10 @@ test: .venv/ready
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# What is too slow for every change: more routers stopped and resumed, real weights.
+test-slow: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 # Needs an NVIDIA GPU; without one it says so.
 bench-gpu: .venv/ready

@@ -323,6 +323,7 @@ def test_two_checkpoints_see_the_same_where_ctrl_c_comes_during_the_first(monkey
 @pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_on_the_command_line_leaves_a_report_and_exit_code_130(monkeypatch, capsys, tmp_path, text_file):
     """Two signals as the terminal sends them: one during the forwards, one while experts are removed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python has it, whatever ran before
     folder = _saved(tmp_path / "model", _mixtral(num_hidden_layers=1))
     capsys.readouterr()
     arguments = ["--data", text_file, "--out", tmp_path / "r", "--tokens", 4000, "--length", 32]
@@ -576,16 +577,16 @@ def _broken(kind, tmp_path):
         ("missing folder", "no such folder"),
         ("no config", "holds no config.json"),
         ("dense", "has no mixture-of-experts layer"),
-        ("truncated", "cannot be loaded"),
-        ("bad header", "cannot be loaded"),
+        ("truncated", "is truncated or damaged"),
+        ("bad header", "is truncated or not a safetensors file"),
         ("pickle", "is a pickle, which can run code"),
         ("index outside", "a shard is a .safetensors file in the same folder"),
         ("shard missing", "names gone.safetensors, which is missing"),
         ("wrong shapes", "cannot be loaded"),
-        ("weights missing", "weights of the model are missing"),
-        ("unknown architecture", "'NoSuchForCausalLM' is not one that transformers has"),
-        ("remote code", "cannot be loaded"),
-        ("config is a list", "cannot be loaded"),
+        ("weights missing", "tensors are missing, such as 'model.layers.1."),
+        ("unknown architecture", "names the architecture 'NoSuchForCausalLM', which transformers does not have"),
+        ("remote code", "config.json: transformers cannot use it"),
+        ("config is a list", "config.json: must hold a JSON object, not a list"),
         ("no tokenizer", "no tokenizer can be loaded"),
         ("unlike", "do not have the same layers of experts"),
         ("three", "3 models are given"),

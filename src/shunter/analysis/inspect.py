@@ -82,6 +82,8 @@ def load(path: str) -> Inspected:
         raise InspectError(f"{path}: no such folder; give the folder of a model, with its config.json")
     if not (folder / "config.json").is_file() and (folder / "sparse" / "config.json").is_file():
         folder = folder / "sparse"
+    if not (folder / "config.json").is_file():
+        raise InspectError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
     hf_logging.disable_progress_bar()
     try:
         model = load_folder(folder)
