@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/python tools/install.py
 	touch $@
 
-.PHONY: train test lint bench-gpu test-slow
+.PHONY: train test bench-gpu test-slow
 train: .venv/ready
 	$(BIN)/shunter train text
 

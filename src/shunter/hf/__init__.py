@@ -4,8 +4,8 @@ from . import experts  # noqa: F401 (registers experts_implementation="shunter")
 from .balance import BalanceCallback, BalanceWarning
 from .conversion import sparsify
 from .exporting import export
-from .loading import from_pretrained
 from .llama4 import use_experts
+from .loading import from_pretrained
 from .records import RoutingRecord
 from .replaying import record, replay
 from .upcycling import upcycle
