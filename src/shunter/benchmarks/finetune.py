@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from ..hf import experts  # noqa: F401 (registers itself)
 from .machine import machine, versions
@@ -117,6 +118,7 @@ def _train(model: PreTrainedModel, data: _Random, steps: int, batch: int) -> _Wa
             train_dataset=data,
             callbacks=[watch],
         )
+        trainer.remove_callback(PrinterCallback)  # the table is what is printed
         trainer.train()
     return watch
 
