@@ -187,13 +187,14 @@ def page(result: dict[str, Any]) -> str:
         rows.append((f"bits per byte, {domain}", *cells))
     table = "\n".join(f"| {name} | {first} | {second} |" for name, first, second in rows)
     texts = "\n".join(f"- `{text!r}`" for text in sparse["said"])
+    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
     return f"""# A real model upcycled
 
 {result["weights"]}, made sparse: every {ordinal(options["every"])} feed-forward block became {options["experts"]} equal
 experts, of which each token takes {options["top_k"]}. Then both models were trained on the same {result["tokens"]:,}
 tokens in the same order ({options["steps"]} steps, {options["optimizer"]}, learning rate {options["learning_rate"]}).
 
-    python tools/upcycle_smollm2.py --out runs/smollm2 --docs
+    python tools/upcycle_smollm2.py {given} --docs
 
 | | dense | sparse |
 |---|---|---|
