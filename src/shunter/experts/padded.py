@@ -160,7 +160,10 @@ class _Padded:
             h_c = h[c.start : c.start + c.size] if h is not None and direct else buffers.take("h", c.size)
             _batched(x_c, _matrices("up", weights.up, c, wide).mT, weights.up_bias, c, h_c)
             if h is not None and not direct:
-                h[c.triples] = h_c[: c.end - c.start] if c.in_order else h_c[local[c.triples]]
+                if c.in_order:
+                    h[c.triples] = h_c[: c.end - c.start]
+                else:
+                    _take(h_c, local[c.triples], h[c.triples])
             a_c = activate(h_c, weights.activation, buffers.take("a", c.size))
             _batched(a_c, _matrices("down", weights.down, c, wide).mT, weights.down_bias, c, y[c.padded])
         return sum_by_token(y, routing, routing.weight, slot).to(x.dtype), h
@@ -194,7 +197,7 @@ class _Padded:
             elif c.in_order:
                 h_c = h[c.triples].to(wide.dtype)
             else:
-                h_c.copy_(h[row[c.padded]])
+                _take(h, row[c.padded], h_c)
             da, a, dh = buffers.take("da", c.size), buffers.take("a", c.size), buffers.take("dh", c.size)
             _batched(dy, _matrices("down", down, c, wide), None, c, da)
             w = weight[c.padded]
@@ -240,6 +243,14 @@ def _matrices(name: str, matrices: Tensor, chunk: _Chunk, like: Tensor) -> Tenso
     """The chunk's matrices in the dtype of the products; widened ones are in scratch memory of a name."""
     own = matrices[chunk.experts]
     return own if own.dtype == like.dtype else scratch(name, like, *own.shape).copy_(own)
+
+
+def _take(rows: Tensor, index: Tensor, out: Tensor) -> None:
+    """The rows at an index, rounded or widened to the dtype of out."""
+    if rows.dtype == out.dtype:
+        torch.index_select(rows, 0, index, out=out)
+    else:
+        out.copy_(rows.index_select(0, index))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
