@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCall
 from transformers.trainer_callback import PrinterCallback
 
 from ..hf import experts  # noqa: F401 (registers itself)
-from .machine import machine, versions
+from .machine import described, machine, versions
 
 __all__ = ["IMPLEMENTATIONS", "bench", "finetune", "markdown"]
 
@@ -164,8 +164,6 @@ def bench(rounds: int = 3, steps: int = 6, say: Callable[[str], None] = lambda l
 
 def markdown(found: dict[str, Any]) -> str:
     """What `bench` found, as a page."""
-    from .machine import described
-
     m = found["model"]
     lines = [
         "# Fine-tuning steps of a Qwen3-MoE with Trainer",
