@@ -137,7 +137,8 @@ def test_lists_of_routers_are_checked(text):
         parse_routers(text)
 
 
-def test_bad_commands_are_one_line(capsys, tmp_path):
+def test_bad_commands_are_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for args, message in (
         (["--routers", "swich"], "did you mean switch"),
         ([], "--routers: name at least one"),

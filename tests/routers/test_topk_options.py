@@ -38,6 +38,20 @@ def test_choices_stay_within_the_best_groups(score):
         assert sorted(routing.expert[routing.token == t].tolist()) == expected
 
 
+def test_a_score_outside_the_groups_beats_negative_ones_inside():
+    options = {"top_k": 2, "expert_groups": 2, "top_groups": 1, "score_function": "sigmoid", "selection_bias": True}
+    logits = 3 * torch.randn(40, 4)
+    logits[:, :2] += 20  # the first run is the best one
+    chosen = {}
+    for outside in (None, 0.0):
+        router = create("topk", 6, 4, outside_score=outside, **options)
+        router.selection_bias.copy_(torch.tensor([0.5, -3.0, -2.0, -2.5]))
+        chosen[outside] = router.select(logits).sort().values
+        assert (chosen[outside][:, 0] == 0).all()
+    assert (chosen[None][:, 1] == 1).all(), "an expert outside the groups was taken"
+    assert (chosen[0.0][:, 1] != 1).all(), "an expert ranked below 0 was taken before those outside, ranked as 0"
+
+
 def test_the_bias_chooses_and_does_not_weigh():
     router = create("topk", 6, 4, top_k=1, selection_bias=True, renormalize="no")
     router.selection_bias.copy_(torch.tensor([0.0, 0.0, 5.0, 0.0]))

@@ -94,6 +94,13 @@ def _deepseek_v3(config: Any) -> Options:
     return {**_grouped_softmax(config), "score_function": "sigmoid", "selection_bias": True}
 
 
+def _zero_outside_groups(config: Any) -> Options:
+    """As DeepSeek-V3, but experts outside the best groups rank as 0; without groups where the configuration has none."""
+    if config.n_group is None:
+        return _biased_sigmoid(1e-20, "routed_scaling_factor")(config)
+    return {**_deepseek_v3(config), "outside_score": 0.0}
+
+
 def _biased_sigmoid(
     eps: float = 0.0, scale: str | None = None, renormalize: bool = False, **more: Any
 ) -> Callable[[Any], Options]:
@@ -180,11 +187,12 @@ RULES: dict[str, Callable[[Any], Options]] = {
     **dict.fromkeys(
         [
             "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "glm5_next",
-            "dots1", "dots3_note", "kimi_linear", "exaone_moe", "bailing_hybrid", "axk1", "axk2", "hy_v4",
-            "hy_v4_vl", "mimo_v2_flash", "nemotron_h", "solar_open",
+            "dots1", "dots3_note", "kimi_linear", "exaone_moe", "bailing_hybrid", "axk1", "hy_v4", "hy_v4_vl",
+            "mimo_v2_flash", "nemotron_h", "solar_open",
         ],
         _deepseek_v3,
     ),
+    "axk2": _zero_outside_groups,
     "beam": lambda config: {**_deepseek_v3(config), "scaling_factor": 1.0},
     "afmoe": _biased_sigmoid(1e-20, "route_scale", renormalize=True),
     "hy_v3": _biased_sigmoid(1e-20, "router_scaling_factor", renormalize=True),

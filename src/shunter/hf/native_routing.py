@@ -121,6 +121,11 @@ def _check_scores(family: Family, router: TopK) -> None:
                 f"{family.name} ranks groups by the sum of their best two experts: train with group_score='top2_sum' "
                 "and at least two experts a group"
             )
+        if router.top_groups < router.expert_groups and router.outside_score is not None:
+            raise ValueError(
+                f"{family.name} takes no expert outside a token's groups; the router has outside_score="
+                f"{router.outside_score}: train with outside_score=None"
+            )
         return
     if router.top_groups < router.expert_groups:
         raise ValueError(f"{family.name} has no groups of experts: train with expert_groups=1")

@@ -44,8 +44,10 @@ def check_groups(num_experts: int, top_k: int, groups: int, top_groups: int, gro
         raise ValueError(f"group_score {group_score!r} is unknown; choose from {', '.join(get_args(GroupScore))}")
 
 
-def limit_to_groups(ranked: Tensor, groups: int, top_groups: int, group_score: GroupScore) -> Tensor:
-    """The scores ranked (T, E) with -inf outside the best `top_groups` of `groups` runs of experts.
+def limit_to_groups(
+    ranked: Tensor, groups: int, top_groups: int, group_score: GroupScore, outside_score: float | None = None
+) -> Tensor:
+    """The scores ranked (T, E) with outside_score, None being -inf, outside the best `top_groups` of `groups` runs.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V2, section 2.1.2) for "max"; DeepSeek-AI 2024 (DeepSeek-V3, section 2.1.2) for
     "top2_sum".
@@ -56,4 +58,5 @@ def limit_to_groups(ranked: Tensor, groups: int, top_groups: int, group_score: G
     else:
         of_group = runs.topk(min(2, runs.shape[-1]), dim=-1).values.sum(-1)
     allowed = torch.zeros_like(of_group, dtype=torch.bool).scatter(-1, largest(of_group, top_groups), True)
-    return runs.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+    outside = -torch.inf if outside_score is None else outside_score
+    return runs.masked_fill(~allowed[..., None], outside).flatten(-2)

@@ -42,6 +42,8 @@ class TopK(LinearRouter):
             `top_groups` runs (DeepSeek-V2, section 2.1.2: device-limited routing). 1 does not divide.
         top_groups: how many runs a token may use; None takes all.
         group_score: what ranks the runs: "max", their best expert, or "top2_sum", the sum of their best two.
+        outside_score: what the experts outside those runs are ranked by; None forbids them. With 0.0, as in A.X K2, one
+            of them is chosen before an expert inside whose score plus selection bias is negative.
         group_size: how many consecutive tokens make a group, which has its own capacity and balance loss (GShard,
             section 3.2); the last group may be shorter. None takes all tokens of the batch as one.
         **options: of `LinearRouter` and `Router`.
@@ -74,6 +76,7 @@ class TopK(LinearRouter):
         expert_groups: int = 1,
         top_groups: int | None = None,
         group_score: rules.GroupScore = "max",
+        outside_score: float | None = None,
         group_size: int | None = None,
         load_balancing_loss: float = 0.01,
         **options: Any,
@@ -108,6 +111,7 @@ class TopK(LinearRouter):
         if per_expert_scale:
             self.expert_scale = nn.Parameter(torch.ones_like(self.weight[:, 0]))
         self.expert_groups, self.top_groups, self.group_score = expert_groups, top_groups, group_score
+        self.outside_score = outside_score
         self.group_size = group_size
         self.score_function = score_function
         self.score_after = score_after
@@ -142,14 +146,16 @@ class TopK(LinearRouter):
         return largest(self.rank(logits), self.top_k)
 
     def rank(self, logits: Tensor) -> Tensor:
-        """What the choice goes by (T, E): the scores plus the selection bias, -inf outside the best groups."""
+        """What the choice goes by (T, E): the scores plus the selection bias, outside_score outside the best groups."""
         ranked = logits.detach()
         if not self.score_after:
             ranked = rules.SCORE_FUNCTIONS[self.score_function](ranked)
         if self.selection_bias is not None:
             ranked = ranked + self.selection_bias
         if self.top_groups < self.expert_groups:
-            ranked = rules.limit_to_groups(ranked, self.expert_groups, self.top_groups, self.group_score)
+            ranked = rules.limit_to_groups(
+                ranked, self.expert_groups, self.top_groups, self.group_score, self.outside_score
+            )
         return ranked
 
     def weigh(self, logits: Tensor, index: Tensor, keep: Tensor | None = None) -> Tensor:
