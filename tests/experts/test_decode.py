@@ -1,12 +1,14 @@
 """The decode backend: the reference's output for a few tokens, nothing of experts that nobody chose."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shunter import Routing
-from shunter.experts import ACTIVATIONS, Experts, Weights, choose
+from shunter.experts import ACTIVATIONS, Experts, Weights, choose, decode
 from shunter.experts.backends import FEW_TOKENS, get
 
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
@@ -16,23 +18,26 @@ from ..helpers import by_tokens, random_routing, random_weights, relative_error
 @given(
     tokens=st.integers(0, 12), experts=st.integers(1, 9), dim=st.integers(1, 9), hidden=st.integers(1, 9),
     activation=st.sampled_from(list(ACTIVATIONS)), bias=st.booleans(), density=st.floats(0, 1), one=st.booleans(),
+    panel_bytes=st.sampled_from([64, 2**20]),
 )  # fmt: skip
-def test_equal_to_a_loop_over_tokens(tokens, experts, dim, hidden, activation, bias, density, one):
+def test_equal_to_a_loop_over_tokens(tokens, experts, dim, hidden, activation, bias, density, one, panel_bytes):
     weights = random_weights(experts, dim, hidden, activation, bias)
     x = torch.randn(dim, tokens, dtype=torch.float64).T
     routing = random_routing(tokens, experts, density)
     if one:
         index = torch.full((tokens, 1), experts - 1)
         routing = Routing.from_topk(index, torch.rand(tokens, 1, dtype=torch.float64), experts)
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(decode, "PANEL_BYTES", panel_bytes):
         found = get("decode").run(x, weights, routing)
         assert torch.allclose(found, by_tokens(x, weights, routing.dense()), atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("panel_bytes", [2**12, 2**20])
 @torch.no_grad()
-def test_error_against_float64_is_that_of_the_reference(dtype, scale):
+def test_error_against_float64_is_that_of_the_reference(dtype, scale, panel_bytes, monkeypatch):
+    monkeypatch.setattr(decode, "PANEL_BYTES", panel_bytes)
     weights = random_weights(8, 128, 96)
     low = Weights(weights.up.to(dtype), weights.down.to(dtype))
     x = (torch.randn(32, 128, dtype=torch.float64) * scale).to(dtype)

@@ -16,8 +16,10 @@ from .combine import sum_by_token
 
 __all__ = ["decode"]
 
-# In float32, up to so many rows an expert's matrix times them as columns is faster than they times it.
-FEW_ROWS = 6
+# A matrix is read in panels of so many bytes or fewer, which the cores share.
+PANEL_BYTES = 2**20
+# Up to so many rows a matrix of one panel times them as columns is faster than they times it.
+FEW_COLUMNS = 6
 
 
 class _Decode:
@@ -44,21 +46,33 @@ class _Decode:
 
 def _products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
     """The rows of x (., p) at an index (N,), sorted by expert, times their experts' matrices (E, q, p): (N, q)."""
-    columns = x.element_size() > 2
-    # Columns a power of two apart would meet in the cache, so they are a little further; a spare one comes last.
-    rows = x.new_zeros(index.numel() + 1, x.shape[1] + 16 * columns)[:, : x.shape[1]]
-    rows[:-1] = x[index]
+    # Rows a power of two apart would meet in the cache, so they are a little further.
+    rows = x.new_empty(index.numel(), x.shape[1] + 16)[:, : x.shape[1]].copy_(x[index])
     out = x.new_empty(index.numel(), matrices.shape[1])
     start = 0
     for matrix, count in zip(matrices, counts, strict=True):
-        end = start + count
-        if count and count <= FEW_ROWS and columns:
-            # A single column takes twice as long as two: the next one joins it.
-            out[start:end] = (matrix @ rows[start : max(end, start + 2)].T).T[:count]
-        elif count:
-            torch.mm(rows[start:end], matrix.T, out=out[start:end])
-        start = end
+        if count:
+            _product(rows[start : start + count], matrix, out[start : start + count])
+        start += count
     return out
+
+
+def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Rows (n, p) times a matrix (q, p), transposed, into out (n, q), reading the matrix at nearly the memory's speed.
+
+    One large product would copy the matrix into another order first; a batch of its panels does not.
+    """
+    n, q = out.shape
+    panels = 2 if n == 1 else 1
+    while matrix.nbytes > panels * PANEL_BYTES:
+        panels *= 2
+    if rows.element_size() > 2 and panels > 1 and q % panels == 0:
+        parts = matrix.unflatten(0, (panels, -1)).mT
+        out.unflatten(1, (panels, -1)).copy_(torch.bmm(rows.expand(panels, -1, -1), parts).transpose(0, 1))
+    elif rows.element_size() > 2 and n <= FEW_COLUMNS:
+        out.copy_((matrix @ rows.T).T)
+    else:
+        torch.mm(rows, matrix.T, out=out)
 
 
 def _refuses(x: Tensor, weights: Weights) -> str | None:

@@ -95,7 +95,7 @@ def _deepseek_v3(config: Any) -> Options:
 
 
 def _zero_outside_groups(config: Any) -> Options:
-    """As DeepSeek-V3, but experts outside the best groups rank as 0; without groups where the configuration has none."""
+    """DeepSeek-V3, but experts outside the best groups rank as 0; no groups where the configuration has none."""
     if config.n_group is None:
         return _biased_sigmoid(1e-20, "routed_scaling_factor")(config)
     return {**_deepseek_v3(config), "outside_score": 0.0}
