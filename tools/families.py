@@ -111,8 +111,9 @@ weights, a norm) runs as the module has it, under autograd, on the rows sorted b
 
 `shunter.hf.use_experts(model)` does the same to a model that is loaded, and runs Llama 4 too, which transformers leaves
 out: there it computes only the tokens that chose an expert, not every token by every expert.
-`tests/hf/test_whole_models.py` compares whole tiny models of these families with transformers' own loop: logits, every
-gradient and generated tokens.
+`tests/hf/test_whole_models.py` compares a whole tiny model around every class above, and around Llama 4's, with
+transformers' own loop: the output and every gradient, in float32 and in float64 (Inkling 2 cannot run in that), and the
+tokens that the families with a plain text configuration generate.
 
 Not handled, because transformers does not let their experts be exchanged: dbrx, doge, jetmoe, longcat_flash, nllb_moe,
 step3p7, switch_transformers and vitpose_backbone. They run as transformers has them.

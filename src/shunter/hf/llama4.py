@@ -45,7 +45,7 @@ def use_experts(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: where the model has no experts that Shunter can run.
     """
-    llama4 = [module for module in model.modules() if type(module) is Llama4TextExperts]
+    llama4 = [module for module in model.modules() if type(module) in (Llama4TextExperts, _Experts)]
     for module in llama4:
         module.__class__ = _Experts
     if llama4:
