@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     experts.add_argument("--shapes", nargs="+", help="of S1 to S6, or T,d,f,E,k (default: S1 to S6)")
     experts.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     experts.add_argument("--backends", nargs="+", help="besides auto (default: all that can run)")
+    experts.add_argument("--peers", nargs="+", help="of transformers (default: eager batched_mm grouped_mm)")
     experts.set_defaults(rounds=11, measure=_bench_experts)
     finetune = benches.add_parser("finetune", help="steps of Trainer on a Qwen3-MoE, by experts_implementation")
     finetune.set_defaults(rounds=3, measure=_bench_finetune)
@@ -347,11 +348,12 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _bench_experts(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
-    from .benchmarks.experts import SHAPES, bench, markdown, parse_shape
+    from .benchmarks.experts import PEERS, SHAPES, bench, markdown, parse_shape
     from .experts import backend_names
 
     shapes = {text: parse_shape(text, SHAPES) for text in args.shapes or SHAPES}
-    found = bench(shapes, args.dtype, args.backends or backend_names(), rounds=args.rounds, say=_progress)
+    backends, peers = args.backends or backend_names(), args.peers or PEERS
+    found = bench(shapes, args.dtype, backends, peers, rounds=args.rounds, say=_progress)
     return found, markdown(found), True
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from shunter.benchmarks import experts
 from shunter.benchmarks.experts import SHAPES, CannotRunError, Shape, _Case, _transformers, bench, markdown
 from shunter.cli import main
 from shunter.experts import Backend, register
@@ -47,12 +48,13 @@ def test_decode_is_timed_against_reading_the_weights():
     assert case["read_ms"] > 0 and case["results"]["auto"]["saved_bytes"] == 0
 
 
-def test_what_cannot_run_is_named_with_the_reason(extra):
+def test_what_cannot_run_is_named_with_the_reason(extra, monkeypatch):
     huge = Shape(64, 2**14, 2**14, 2, 1, backward=False)
     case = _Case(TINY, torch.float32, 0)
     case.shape = huge
     with pytest.raises(CannotRunError, match="it copies 192 GiB of weights"):
         _transformers(case, "batched_mm")
+    monkeypatch.setattr(experts, "PEERS", ["no_such"])
     (case,) = bench({"tiny": TINY}, ["float32"], ["never"], peers=["no_such"], rounds=1)["cases"]
     assert "it never runs" in case["results"]["never"]["refused"]
     assert "no_such" in case["results"]["transformers no_such"]["refused"]
@@ -82,6 +84,7 @@ def test_the_command_writes_a_page_and_json(tmp_path, capsys):
         (["--shapes", "S9"], "shape 'S9' is neither of S1, S2"),
         (["--shapes", "4,4,4,2,3"], "with k at most E"),
         (["--dtype", "int8"], "'int8' is unknown; choose from float32, bfloat16"),
+        (["--peers", "fast"], "'fast' is unknown; choose from eager, batched_mm, grouped_mm"),
         (["--backends", "fast"], "'fast' is unknown; choose from "),
         (["--rounds", "0"], "must be at least 1"),
     ],

@@ -21,7 +21,7 @@ from ..experts import Weights, backend_names, choose
 from ..routing import Routing
 from .machine import described, machine, versions
 
-__all__ = ["SHAPES", "Shape", "bench", "markdown", "parse_shape"]
+__all__ = ["PEERS", "SHAPES", "Shape", "bench", "markdown", "parse_shape"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def parse_shape(text: str, named: dict[str, Shape]) -> Shape:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+PEERS = ["eager", "batched_mm", "grouped_mm"]
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 
@@ -274,7 +276,7 @@ def bench(
     shapes: dict[str, Shape],
     dtypes: list[str],
     backends: list[str],
-    peers: list[str] = ["eager", "batched_mm", "grouped_mm"],  # noqa: B006 (never written to)
+    peers: list[str] = PEERS,
     rounds: int = 11,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
@@ -285,7 +287,7 @@ def bench(
         shapes: by name.
         dtypes: of "float32" and "bfloat16".
         backends: of `shunter.experts.backend_names()`; "auto" always runs.
-        peers: transformers' `experts_implementation`s.
+        peers: transformers' `experts_implementation`s, of `PEERS`.
         rounds: of the interleaved run; each times every contestant once, in a rotating order.
         seed: of the tensors and the routing.
         say: what is told of the progress, a line at a time.
@@ -297,9 +299,9 @@ def bench(
         and `error` (the largest relative difference from `reference`, over the output and the gradients).
 
     Raises:
-        ValueError: for an unknown dtype or backend.
+        ValueError: for an unknown dtype, backend or peer.
     """
-    for given, known in ((dtypes, DTYPES), (backends, backend_names())):
+    for given, known in ((dtypes, DTYPES), (backends, backend_names()), (peers, PEERS)):
         for name in given:
             if name not in known:
                 raise ValueError(f"bench: {name!r} is unknown; choose from {', '.join(known)}")
