@@ -54,7 +54,7 @@ def test_a_model_computes_and_learns_as_under_eager(experts):
         assert any("experts" in name for name in expected)
         assert found.keys() == expected.keys()
         whole = max(value.norm() for value in expected.values())
-        allowed = 1e-6 if dtype == torch.float64 else 1e-4  # several round to float32 on the way
+        allowed = 1e-5 if dtype == torch.float64 else 1e-3  # several round to float32 on the way
         for name, value in expected.items():
             # Gradients that are themselves rounding, as of a key's bias in softmax attention, have the others' scale.
             error = (found[name] - value).norm()
@@ -75,7 +75,7 @@ def test_a_model_generates_as_under_eager(family):
 def test_only_the_rows_that_llama4_chose_are_computed(monkeypatch):
     from shunter.hf import llama4
 
-    model = shunter.hf.use_experts(build("llama4_text"))
+    model = shunter.hf.use_experts(shunter.hf.use_experts(build("llama4_text")))  # a second time changes nothing
     rows, choose = [], llama4.choose
     monkeypatch.setattr(llama4, "choose", lambda name, x, weights: rows.append(len(x)) or choose(name, x, weights))
     model(input_ids=torch.randint(3, VOCAB, (2, 9)))
