@@ -14,6 +14,7 @@ from shunter.experts import (
     backend_names,
     choose,
     memory,
+    numba,
     padded,
     products,
     register,
@@ -111,15 +112,19 @@ def test_edges_equal_the_reference_with_every_gradient(backend, tokens, experts,
 
 
 @pytest.fixture(
-    params=[(padded.CHUNK_BYTES, 1, True), (2000, 4, True), (2000, 4, False), (1, 4, False)],
-    ids=["one chunk", "chunks", "chunks widened", "single experts widened"],
-)
+    params=[
+        (padded.CHUNK_BYTES, 1, True, True), (padded.CHUNK_BYTES, 1, True, False), (2000, 4, True, True),
+        (2000, 4, False, True), (2000, 4, False, False), (1, 4, False, True),
+    ],
+    ids=["one chunk", "torch's passes", "chunks", "chunks widened", "torch's passes widened", "single experts widened"],
+)  # fmt: skip
 def chunks(request, monkeypatch):
     """How the padded backend goes through the experts: all at once, a few, one by one, with slots left over.
 
-    And whether its products in half precision run in that, or in float32.
+    And whether its products in half precision run in that, or in float32; whether numba compiles its passes.
     """
-    size, step, half = request.param
+    size, step, half, compiled = request.param
+    monkeypatch.setattr(numba, "INSTALLED", numba.INSTALLED and compiled)
     monkeypatch.setattr(products, "FAST", dict.fromkeys(products.FAST, half))
     monkeypatch.setattr(padded, "CHUNK_BYTES", size)
     monkeypatch.setattr(padded, "_step", lambda x, routing: step)

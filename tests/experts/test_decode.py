@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shunter import Routing
-from shunter.experts import ACTIVATIONS, Experts, Weights, choose, decode
+from shunter.experts import ACTIVATIONS, Experts, Weights, choose, decode, numba
 from shunter.experts.backends import FEW_TOKENS, get
 
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
@@ -34,10 +34,12 @@ def test_equal_to_a_loop_over_tokens(tokens, experts, dim, hidden, activation, b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
-@pytest.mark.parametrize("panel_bytes", [2**12, 2**20])
+@pytest.mark.parametrize("panel_bytes", [2**12, 2**20, None], ids=["panels", "whole", "compiled"])
 @torch.no_grad()
 def test_error_against_float64_is_that_of_the_reference(dtype, scale, panel_bytes, monkeypatch):
+    """By torch's products, where matrices are read in panels and whole, and by the compiled loops."""
     monkeypatch.setattr(decode, "PANEL_BYTES", panel_bytes)
+    monkeypatch.setattr(numba, "INSTALLED", numba.INSTALLED and panel_bytes is None)
     weights = random_weights(8, 128, 96)
     low = Weights(weights.up.to(dtype), weights.down.to(dtype))
     x = (torch.randn(32, 128, dtype=torch.float64) * scale).to(dtype)

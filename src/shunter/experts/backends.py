@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
+from . import numba
 from .activations import ACTIVATIONS
 from .products import product_dtype
 
@@ -107,12 +108,14 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
     if torch.is_grad_enabled() and _wants_higher_order(x):
         return get("reference"), "the input is in a functorch transform, which only the reference supports"
     if x.is_cpu and x.shape[0] <= FEW_TOKENS and not get("decode").refuses(x, weights):
-        return get("decode"), f"for {FEW_TOKENS} tokens or fewer without gradients reading weights is what takes time"
+        why = f"for {FEW_TOKENS} tokens or fewer without gradients reading weights is what takes time"
+        return get("decode"), f"{why}; {numba.how(numba.usable(weights.up, weights.down))}"
     if x.is_cpu:
         why = "on a CPU a product for each expert would cost more in calls, and fresh memory in faults"
         if (wide := product_dtype(x)) != x.dtype:
             why += f"; its products run in {wide}, which this processor multiplies faster than {x.dtype}"
-        return get("padded"), why
+        compiled = numba.fuses(weights.activation, x.new_empty(0, dtype=wide))
+        return get("padded"), f"{why}; {numba.how(compiled)}"
     grouped, fused = get("grouped_mm"), get("triton")
     unfit = fused.refuses(x, weights) or _unfit(x, weights) if x.is_cuda else None
     if x.is_cuda and unfit is None:

@@ -1,6 +1,7 @@
 """A few tokens without a backward, as in generation: the time is that of reading the weights of the experts they chose.
 
-So only those are read, each once, by the product that was measured to read fastest.
+So only those are read, each once: by a loop that Numba compiles, or without it by the product of torch's that was
+measured to read fastest.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
+from . import numba
 from .activations import activate
 from .autograd import Gradients, Needs, Plan, differentiable
 from .backends import Backend, Weights, register
@@ -18,8 +20,8 @@ __all__ = ["decode"]
 
 # A matrix is read in panels of so many bytes or fewer, which the cores share.
 PANEL_BYTES = 2**20
-# Up to so many rows a matrix of one panel times them as columns is faster than they times it.
-FEW_COLUMNS = 6
+# So many columns are what a float32 matrix is multiplied by fastest: one or two fewer take as long, three longer.
+FEW_COLUMNS = 4
 
 
 class _Decode:
@@ -36,7 +38,7 @@ class _Decode:
         y = _products(a, torch.arange(a.shape[0], device=a.device), weights.down, plan.layout)
         if weights.down_bias is not None:
             y += weights.down_bias[routing.expert]
-        return sum_by_token(y, routing, routing.weight), h if keep else None
+        return sum_by_token(y, routing, routing.weight).to(x.dtype), h.to(x.dtype) if keep else None
 
     def backward(
         self, grad: Tensor, x: Tensor, weights: Weights, routing: Routing, plan: Plan, h: Tensor | None, needs: Needs
@@ -45,32 +47,45 @@ class _Decode:
 
 
 def _products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
-    """The rows of x (., p) at an index (N,), sorted by expert, times their experts' matrices (E, q, p): (N, q)."""
-    # Rows a power of two apart would meet in the cache, so they are a little further.
-    rows = x.new_empty(index.numel(), x.shape[1] + 16)[:, : x.shape[1]].copy_(x[index])
-    out = x.new_empty(index.numel(), matrices.shape[1])
+    """The rows of x (., p) at an index (N,), sorted by expert, times their experts' matrices (E, q, p): (N, q).
+
+    In the dtype of x, or in float32.
+    """
+    if numba.usable(matrices):
+        return numba.products(x, index, matrices, counts)
+    n, p = index.numel(), x.shape[1]
+    # Rows a power of two apart would meet in the cache, so they are a little further; zeros fill the last columns.
+    rows = x.new_zeros(n + FEW_COLUMNS - 1, p + 16)[:, :p]
+    torch.index_select(x, 0, index, out=rows[:n])
+    out = x.new_empty(n, matrices.shape[1])
     start = 0
     for matrix, count in zip(matrices, counts, strict=True):
         if count:
-            _product(rows[start : start + count], matrix, out[start : start + count])
+            _product(rows[start:], matrix, out[start : start + count])
         start += count
     return out
 
 
 def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """Rows (n, p) times a matrix (q, p), transposed, into out (n, q), reading the matrix at nearly the memory's speed.
+    """The first n rows (., p) times a matrix (q, p), transposed, into out (n, q), at nearly the speed of reading it.
 
-    One large product would copy the matrix into another order first; a batch of its panels does not.
+    One large product would copy the matrix into another order first. A batch of its panels does not, nor does the
+    matrix times a few columns, of which those too many are left out of the result.
     """
     n, q = out.shape
+    single = rows.element_size() > 2
+    if single and 1 < n <= FEW_COLUMNS:
+        out.copy_((matrix @ rows[:FEW_COLUMNS].T)[:, :n].T)
+        return
+    rows = rows[:n]
     panels = 2 if n == 1 else 1
     while matrix.nbytes > panels * PANEL_BYTES:
         panels *= 2
-    if rows.element_size() > 2 and panels > 1 and q % panels == 0:
+    if single and panels > 1 and q % panels == 0:
         parts = matrix.unflatten(0, (panels, -1)).mT
         out.unflatten(1, (panels, -1)).copy_(torch.bmm(rows.expand(panels, -1, -1), parts).transpose(0, 1))
-    elif rows.element_size() > 2 and n <= FEW_COLUMNS:
-        out.copy_((matrix @ rows.T).T)
+    elif n == 1:
+        torch.mm(matrix, rows.T, out=out.T)
     else:
         torch.mm(rows, matrix.T, out=out)
 

@@ -1,0 +1,173 @@
+"""The compiled loops: exact where they only widen, near float64 elsewhere, the same bits always, and optional."""
+
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from shunter.experts import Weights, choose, numba
+from shunter.experts.backends import get
+
+from ..helpers import random_routing, random_weights, relative_error
+
+needs_numba = pytest.mark.skipif(not numba.INSTALLED, reason="needs numba")
+HALF = [torch.bfloat16, torch.float16]
+
+
+def _every_value(dtype):
+    """All 65,536 values of a half precision, as a square matrix."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    return bits.view(dtype).view(256, 256)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("n", range(1, 10))
+def test_every_value_of_half_precision_is_widened_exactly(dtype, n):
+    """Zeros of both signs, subnormals, infinities and NaN among them; each row picks one column."""
+    matrix = _every_value(dtype)
+    column = torch.randint(256, (n,))
+    picked = matrix[:, column].float().T
+    rows = F.one_hot(column, 256).to(dtype)
+    found = numba.products(rows, torch.arange(n), matrix.nan_to_num(0.0, 0.0, 0.0)[None], [n])
+    assert torch.equal(found, picked.nan_to_num(0.0, 0.0, 0.0))
+    # What is not finite must be alone in its row, as 0 times it is NaN.
+    found = numba.products(torch.ones(n, 1), torch.arange(n), matrix.reshape(1, -1, 1), [n])
+    expected = matrix.float().view(1, -1).expand(n, -1)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@needs_numba
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=6), p=st.integers(1, 70), q=st.integers(1, 140),
+    dtype=st.sampled_from([torch.float32, *HALF]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_products_of_any_shape(counts, p, q, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(len(counts), q, p, generator=generator).to(dtype)
+    x = torch.randn(5, p, generator=generator).to(dtype)
+    index = torch.randint(5, (sum(counts),), generator=generator)
+    found = numba.products(x, index, matrices, counts)
+    expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    exact = torch.einsum("np,nqp->nq", x[index].double(), matrices[expert].double())
+    size = torch.einsum("np,nqp->nq", x[index].double().abs(), matrices[expert].double().abs())
+    assert found.shape == (sum(counts), q) and ((found.double() - exact).abs() <= 1e-6 * size).all()
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("n, f", [(1, 1), (3, 7), (64, 33), (257, 128)])
+def test_passes_equal_those_of_float64(dtype, scale, n, f):
+    h = (torch.randn(n + 2, 2 * f) * scale).to(dtype)
+    index, da, weight = torch.randint(n + 2, (n,)), torch.randn(n, f), torch.rand(n)
+    exact = h[index].double().requires_grad_()
+    gate, up = exact.chunk(2, -1)
+    hidden = F.silu(gate) * up
+    (dh,) = torch.autograd.grad(hidden, exact, da.double() * weight.double()[:, None], retain_graph=True)
+    a, found_dh = torch.empty(n, f), torch.empty(n, 2 * f)
+    inner = numba.swiglu_backward(h, index, da, weight, a, found_dh)
+    assert relative_error(a, hidden * weight.double()[:, None]) < 3e-7
+    assert relative_error(found_dh, dh) < 3e-7
+    products = da.double() * hidden
+    assert ((inner.double() - products.sum(-1)).abs() <= 1e-6 * products.abs().sum(-1)).all()
+    assert relative_error(numba.swiglu(h[index], torch.empty(n, f)), hidden) < 3e-7
+
+
+@needs_numba
+def test_the_activation_at_every_magnitude():
+    """As near as torch's own: within a few units in the last place where the result is not tiny; NaN stays NaN."""
+    gate = torch.cat([torch.linspace(-87, 100, 10_001), torch.logspace(-30, 0, 1000), -torch.logspace(-30, 0, 1000)])
+    found = numba.swiglu(torch.stack([gate, torch.ones_like(gate)], 1), torch.empty(gate.numel(), 1))[:, 0]
+    exact = gate.double() * torch.sigmoid(gate.double())
+    assert ((found.double() - exact).abs() <= 4e-7 * exact.abs() + 1e-37).all()
+    extreme = torch.tensor([float("inf"), 3e38, -3e38, float("nan"), 0.0, -0.0])
+    found = numba.swiglu(torch.stack([extreme, torch.ones_like(extreme)], 1), torch.empty(6, 1))[:, 0]
+    assert found[0] == torch.inf and found[1] == extreme[1] and found[3].isnan() and (found[4:] == 0).all()
+    assert found[2].abs() < 3  # 3e38 times the smallest sigmoid that is computed, 1e-38
+
+
+@needs_numba
+@pytest.mark.parametrize("name, tokens", [("padded", 200), ("decode", 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_from_every_thread_at_once(name, tokens, dtype):
+    experts, routing = random_weights(6, 32, 24, dtype=dtype), random_routing(tokens, 6, dtype=torch.float32)
+    x = torch.randn(tokens, 32, dtype=dtype)
+    with torch.no_grad():
+        expected = get(name).run(x, experts, routing)
+    found = []
+
+    def run():
+        with torch.no_grad():
+            for _ in range(10):
+                found.append(get(name).run(x, experts, routing))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 40 and all(torch.equal(y, expected) for y in found)
+
+
+@needs_numba
+def test_the_number_of_threads_changes_no_bit_of_the_loops():
+    matrices, x = torch.randn(3, 200, 64), torch.randn(7, 64)
+    h, threads, found = torch.randn(90, 64), torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 1000):
+            torch.set_num_threads(number)
+            found.append(
+                (numba.products(x, torch.arange(7), matrices, [2, 1, 4]), numba.swiglu(h, torch.empty(90, 32)))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("installed", [False, pytest.param(True, marks=needs_numba)])
+def test_explain_says_whether_they_run(installed, monkeypatch):
+    monkeypatch.setattr(numba, "INSTALLED", installed)
+    weights = random_weights(4, 6, 5, dtype=torch.float32)
+    with torch.no_grad():
+        assert ("compiled by numba" in choose("auto", torch.randn(3, 6), weights)[1]) == installed
+        assert ("pip install shunter[numba]" in choose("auto", torch.randn(3, 6), weights)[1]) == (not installed)
+    assert ("compiled by numba" in choose("auto", torch.randn(99, 6), weights)[1]) == installed
+
+
+def test_a_numba_that_does_not_import_costs_a_warning_and_no_result(monkeypatch):
+    weights, routing = random_weights(4, 6, 5, dtype=torch.float32), random_routing(9, 4, dtype=torch.float32)
+    x = torch.randn(9, 6)
+    monkeypatch.setattr(numba, "INSTALLED", True)
+    monkeypatch.setitem(sys.modules, "numba", None)  # importing it raises
+    for module in ("kernels", "shunter.experts.numba.kernels"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr(numba, "kernels", raising=False)
+    numba._kernels.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as told, torch.no_grad():
+            warnings.simplefilter("always")
+            found = [get(name).run(x, weights, routing) for name in ("decode", "padded", "decode")]
+    finally:
+        numba._kernels.cache_clear()
+    assert [str(w.message) for w in told if "numba" in str(w.message)] == [str(told[0].message)]
+    assert "installed but cannot be used" in str(told[0].message)
+    for y in found:
+        assert torch.allclose(y, get("reference").run(x, weights, routing), atol=1e-5)
+
+
+def test_what_they_do_not_take_goes_to_torch():
+    strided = Weights(torch.randn(4, 6, 10).mT, torch.randn(4, 6, 5))
+    routing, x = random_routing(9, 4, dtype=torch.float32), torch.randn(9, 6)
+    assert not numba.usable(strided.up) and not numba.usable(torch.randn(2, 2, dtype=torch.float64))
+    with torch.no_grad():
+        assert torch.allclose(
+            get("decode").run(x, strided, routing), get("reference").run(x, strided, routing), atol=1e-5
+        )
