@@ -1,5 +1,7 @@
 """The compiled loops: exact where they only widen, near float64 elsewhere, the same bits always, and optional."""
 
+import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -75,7 +77,8 @@ def test_passes_equal_those_of_float64(dtype, scale, n, f):
     a, found_dh = torch.empty(n, f), torch.empty(n, 2 * f)
     inner = numba.swiglu_backward(h, index, da, weight, a, found_dh)
     assert relative_error(a, hidden * weight.double()[:, None]) < 3e-7
-    assert relative_error(found_dh, dh) < 3e-7
+    # 1 - sigmoid(gate), times a gate of up to 17, is what float32 has few digits of; torch's own pass has no more.
+    assert relative_error(found_dh, dh) < (3e-7 if scale <= 1 else 2e-6)
     products = da.double() * hidden
     assert ((inner.double() - products.sum(-1)).abs() <= 1e-6 * products.abs().sum(-1)).all()
     assert relative_error(numba.swiglu(h[index], torch.empty(n, f)), hidden) < 3e-7
@@ -132,6 +135,33 @@ def test_the_number_of_threads_changes_no_bit_of_the_loops():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+_FORK = """
+import os, torch
+from shunter import Routing
+from shunter.experts import Weights, numba
+from shunter.experts.backends import get
+
+x, weights = torch.randn(9, 6), Weights(torch.randn(4, 10, 6), torch.randn(4, 6, 5))
+routing = Routing.from_topk(torch.randint(4, (9, 1)), torch.rand(9, 1), 4)
+expected = [get(name).run(x, weights, routing) for name in ("decode", "padded")]
+assert numba.usable(x)
+child = os.fork()
+torch.set_num_threads(1)
+found = [get(name).run(x, weights, routing) for name in ("decode", "padded")]
+assert numba.usable(x) == bool(child) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected))
+if child:
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_goes_without_them():
+    """Where the parent's threads were, numba would end it."""
+    done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("installed", [False, pytest.param(True, marks=needs_numba)])
 def test_explain_says_whether_they_run(installed, monkeypatch):
     monkeypatch.setattr(numba, "INSTALLED", installed)
@@ -163,11 +193,15 @@ def test_a_numba_that_does_not_import_costs_a_warning_and_no_result(monkeypatch)
         assert torch.allclose(y, get("reference").run(x, weights, routing), atol=1e-5)
 
 
-def test_what_they_do_not_take_goes_to_torch():
-    strided = Weights(torch.randn(4, 6, 10).mT, torch.randn(4, 6, 5))
-    routing, x = random_routing(9, 4, dtype=torch.float32), torch.randn(9, 6)
-    assert not numba.usable(strided.up) and not numba.usable(torch.randn(2, 2, dtype=torch.float64))
+@pytest.mark.parametrize("strided", ["up", "down", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_they_do_not_take_goes_to_torch(strided, dtype):
+    up, down = torch.randn(4, 10, 6, dtype=dtype), torch.randn(4, 6, 5, dtype=dtype)
+    weights = Weights(
+        up.mT.contiguous().mT if strided != "down" else up, down.mT.contiguous().mT if strided != "up" else down
+    )
+    routing, x = random_routing(9, 4, dtype=torch.float32), torch.randn(9, 6, dtype=dtype)
+    assert not numba.usable(weights.up, weights.down) and not numba.usable(torch.randn(2, 2, dtype=torch.float64))
     with torch.no_grad():
-        assert torch.allclose(
-            get("decode").run(x, strided, routing), get("reference").run(x, strided, routing), atol=1e-5
-        )
+        found = get("decode").run(x, weights, routing)
+        assert relative_error(found, get("reference").run(x, weights, routing)) < 4 * torch.finfo(dtype).eps

@@ -7,10 +7,12 @@ a SwiGLU of width k f over the same T tokens, which multiplies and adds exactly 
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,6 +126,12 @@ class _Case:
     def touched(self) -> Tensor:
         """The experts that at least one token chose."""
         return self.index.unique()
+
+    def read(self) -> None:
+        """Read the weights of the touched experts once, as sums of their bits."""
+        for weights in (self.up, self.down):
+            for e in self.touched.tolist():
+                weights[e].detach().view(-1).view(torch.float32).sum()
 
     def routing(self, weight: Tensor) -> Routing:
         return Routing.from_topk(self.index, weight, self.shape.experts, check=False)
@@ -255,13 +263,6 @@ def _copy_bandwidth() -> float:
     return max(2 * 4 * source.numel() / _seconds(lambda: target.copy_(source)) for _ in range(8))
 
 
-def _read_seconds(case: _Case, rounds: int) -> float:
-    """How long it takes to read the weights of the touched experts once, as a sum of their bits; median."""
-    touched = case.touched.tolist()
-    parts = [w[e].detach().reshape(-1).view(torch.float32) for w in (case.up, case.down) for e in touched]
-    return statistics.median(_seconds(lambda: [part.sum() for part in parts]) for _ in range(max(rounds, 5)))
-
-
 def _compulsory_bytes(case: _Case) -> int:
     """What any implementation moves: the touched experts' weights, x and y; backward also their gradients."""
     shape = case.shape
@@ -288,7 +289,7 @@ def bench(
         dtypes: of "float32" and "bfloat16".
         backends: of `shunter.experts.backend_names()`; "auto" always runs.
         peers: transformers' `experts_implementation`s, of `PEERS`.
-        rounds: of the interleaved run; each times every contestant once, in a rotating order.
+        rounds: of the interleaved run; each times every contestant once, in another order.
         seed: of the tensors and the routing.
         say: what is told of the progress, a line at a time.
 
@@ -305,7 +306,12 @@ def bench(
         for name in given:
             if name not in known:
                 raise ValueError(f"bench: {name!r} is unknown; choose from {', '.join(known)}")
-    found: dict[str, Any] = {"machine": machine(), "versions": versions("transformers"), "rounds": rounds, "seed": seed}
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "versions": versions("transformers", "numba"),
+        "rounds": rounds,
+        "seed": seed,
+    }
     bandwidth = _copy_bandwidth()
     found["copy_gb_per_s"] = bandwidth / 1e9
     found["matmul_gflops"] = {name: _matmul_peak(DTYPES[name]) / 1e9 for name in dtypes}
@@ -318,17 +324,18 @@ def bench(
                 shape.flops / (found["matmul_gflops"][dtype] * 1e9),
                 _compulsory_bytes(case) / bandwidth,
             )
-            results = _results(case, _contestants(case, backends, peers), rounds, fastest)
+            results, reading = _results(case, _contestants(case, backends, peers), rounds, fastest)
             entry = {"name": name, "dtype": dtype, **asdict(shape), "roofline_ms": fastest * 1e3, "results": results}
-            if not shape.backward:
-                entry["read_ms"] = _read_seconds(case, rounds) * 1e3
+            if reading is not None:
+                entry["read_ms"] = reading * 1e3
             found["cases"].append(entry)
     return found
 
 
 def _results(
     case: _Case, makers: dict[str, Callable[[], Contestant]], rounds: int, fastest: float
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """The results by contestant, and for a forward alone the seconds that reading its weights takes."""
     running: dict[str, Contestant] = {}
     results: dict[str, dict[str, Any]] = {}
     expected = _pass(_ours(case, "reference"), case)
@@ -349,8 +356,13 @@ def _results(
         results[name]["saved_bytes"] = _saved_bytes(contestant, case) if case.shape.backward else 0
         del values
     del expected
-    passes = {name: lambda contestant=contestant: _pass(contestant, case) for name, contestant in running.items()}
-    times = _medians(passes, rounds, _seconds)  # type: ignore[arg-type]
+    passes: dict[str, Callable[[], object]] = {
+        name: partial(_pass, contestant, case) for name, contestant in running.items()
+    }
+    if not case.shape.backward:
+        passes["reading"] = case.read
+    times = _medians(passes, rounds, _seconds)
+    reading = times.pop("reading", None)
     for name, seconds in times.items():
         results[name] |= {
             "ms": seconds * 1e3,
@@ -358,17 +370,17 @@ def _results(
             "gflops": case.shape.flops / seconds / 1e9,
             "roofline": fastest / seconds,
         }
-    return results
+    return results, reading
 
 
 def _medians(
     runs: dict[str, Callable[[], object]], rounds: int, stopwatch: Callable[[Callable[[], object]], float]
 ) -> dict[str, float]:
-    """Seconds of each run, medians over rounds that run them all, each round starting with another."""
+    """Seconds of each run, medians over rounds that run them all, in another order each: what ran before matters."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
+    shuffle = random.Random(0).sample
     for round_ in range(rounds + 1):
-        for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
+        for name in shuffle(list(runs), len(runs)):
             seconds = stopwatch(runs[name])
             if round_:  # the first one warms up
                 times[name].append(seconds)

@@ -154,7 +154,7 @@ def bench(rounds: int = 3, steps: int = 6, say: Callable[[str], None] = lambda l
     }
     return {
         "machine": machine(),
-        "versions": versions("transformers", "accelerate"),
+        "versions": versions("transformers", "accelerate", "numba"),
         "rounds": rounds,
         "steps": steps,
         "model": {"family": "qwen3_moe", "dtype": "float32", "batch": batch, "length": length, **sizes},

@@ -63,7 +63,7 @@ def bench(
         shapes: by name.
         dtypes: of `DTYPES`.
         backends: of `shunter.experts.backend_names()`.
-        rounds: of the interleaved run; each times every contestant once, in a rotating order.
+        rounds: of the interleaved run; each times every contestant once, in another order.
         seed: of the tensors and the routing.
         say: what is told of the progress, a line at a time.
         device: where; a CPU has no peak memory.

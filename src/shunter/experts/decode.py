@@ -31,11 +31,13 @@ class _Decode:
     def forward(
         self, x: Tensor, weights: Weights, routing: Routing, plan: Plan, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        h = _products(x, routing.token, weights.up, plan.layout)
+        # The loops give float32, whatever the weights are.
+        products = numba.products if numba.usable(weights.up, weights.down) else _products
+        h = products(x, routing.token, weights.up, plan.layout)
         if weights.up_bias is not None:
             h += weights.up_bias[routing.expert]
         a = activate(h, weights.activation)
-        y = _products(a, torch.arange(a.shape[0], device=a.device), weights.down, plan.layout)
+        y = products(a, torch.arange(a.shape[0], device=a.device), weights.down, plan.layout)
         if weights.down_bias is not None:
             y += weights.down_bias[routing.expert]
         return sum_by_token(y, routing, routing.weight).to(x.dtype), h.to(x.dtype) if keep else None
@@ -47,12 +49,7 @@ class _Decode:
 
 
 def _products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
-    """The rows of x (., p) at an index (N,), sorted by expert, times their experts' matrices (E, q, p): (N, q).
-
-    In the dtype of x, or in float32.
-    """
-    if numba.usable(matrices):
-        return numba.products(x, index, matrices, counts)
+    """The rows of x (., p) at an index (N,), sorted by expert, times their experts' matrices (E, q, p): (N, q)."""
     n, p = index.numel(), x.shape[1]
     # Rows a power of two apart would meet in the cache, so they are a little further; zeros fill the last columns.
     rows = x.new_zeros(n + FEW_COLUMNS - 1, p + 16)[:, :p]

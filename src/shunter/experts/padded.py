@@ -32,6 +32,8 @@ CHUNK_BYTES = 8 * 2**20
 # A chunk closes before padding would make it this much larger than its rows and so many slots for each expert.
 MAX_WASTE = 1.3
 SLACK = 16
+# A product of one expert with a result at least twice as wide as its rows is a batch of panels of so many columns.
+PANEL_COLUMNS = 512
 
 
 class _Chunk(NamedTuple):
@@ -209,7 +211,7 @@ class _Padded:
             _batched(dy, _matrices("down", down, c, wide), None, c, da)
             w = weight[c.padded]
             if compiled:  # which multiplies a, not dy, by the weights
-                kept, place = (h_c, torch.arange(c.size)) if h is None else (h, row[c.padded])
+                kept, place = (h_c, torch.arange(c.size, device=x.device)) if h is None else (h, row[c.padded])
                 inner = numba.swiglu_backward(kept, place, da, w, a, dh)
             else:
                 if h is not None and c.size == c.end - c.start:
@@ -246,7 +248,12 @@ class _Padded:
 def _batched(rows: Tensor, matrices: Tensor, bias: Tensor | None, chunk: _Chunk, out: Tensor) -> None:
     """Each expert's slots times its matrix (E, p, q), plus its bias (E, q): rows (slots, p) into out (slots, q)."""
     rows, out = rows.view(*chunk.shape, -1), out.view(*chunk.shape, -1)
-    if bias is None:
+    p, q = matrices.shape[1:]
+    panels = q // PANEL_COLUMNS
+    if bias is None and chunk.shape[0] == 1 and q >= 2 * p and q == panels * PANEL_COLUMNS:
+        by_panel = [part[0].unflatten(1, (panels, -1)).transpose(0, 1) for part in (matrices, out)]
+        torch.bmm(rows.expand(panels, -1, -1), by_panel[0], out=by_panel[1])
+    elif bias is None:
         torch.bmm(rows, matrices, out=out)
     else:
         torch.baddbmm(bias[chunk.experts, None].to(rows.dtype), rows, matrices, out=out)

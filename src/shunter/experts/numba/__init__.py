@@ -6,6 +6,7 @@ torch alone.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ _LOCK = threading.Lock()
 def usable(*tensors: Tensor) -> bool:
     """Whether the loops run on these: numba is installed, and they are contiguous, on a CPU, and in 32 or 16 bits."""
     fit = all(t.is_cpu and t.dtype in _BITS and t.is_contiguous() for t in tensors)
-    return fit and INSTALLED and _kernels() is not None
+    return fit and INSTALLED and _running()
 
 
 def how(run: bool) -> str:
@@ -50,8 +51,8 @@ def products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> T
 
     In float32. Each matrix of an expert that has rows is read once from memory, and none other.
     """
-    out = torch.empty(index.numel(), matrices.shape[1])
-    size = torch.tensor(counts)
+    out = x.new_empty(index.numel(), matrices.shape[1], dtype=torch.float32)
+    size = torch.tensor(counts, device=x.device)
     experts = size.nonzero().view(-1)
     starts = (size.cumsum(0) - size)[experts]
     with _ready() as kernels:
@@ -72,7 +73,7 @@ def swiglu_backward(h: Tensor, index: Tensor, da: Tensor, weight: Tensor, a: Ten
 
     In one pass, and with the hidden state in `a` times the combine weight.
     """
-    grad_weight = torch.empty(da.shape[0])
+    grad_weight = da.new_empty(da.shape[0])
     with _ready() as kernels:
         kernels.swiglu_backward(*map(_array, (h, index, da, weight.view(-1), a, dh, grad_weight)))
     return grad_weight
@@ -93,15 +94,21 @@ def _ready() -> Iterator[Any]:
 
     with _LOCK:
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        yield _kernels()
+        yield _kernels()[0]
+
+
+def _running() -> bool:
+    """Whether the loops run in this process; Numba's threads do not outlive a fork."""
+    kernels, process = _kernels()
+    return kernels is not None and process == os.getpid()
 
 
 @cache
-def _kernels() -> ModuleType | None:
-    """The compiled loops, or None, with a warning, where numba is installed and does not work."""
+def _kernels() -> tuple[ModuleType | None, int]:
+    """The compiled loops, and the process that has their threads; with a warning None where numba does not work."""
     try:
         from . import kernels
     except Exception as error:  # whatever its own import raises: another numpy, no folder to keep what it compiles
         warnings.warn(f"numba is installed but cannot be used, so experts on the CPU are slower: {error}", stacklevel=2)
-        return None
-    return kernels
+        return None, os.getpid()
+    return kernels, os.getpid()
