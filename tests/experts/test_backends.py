@@ -134,11 +134,11 @@ def chunks(request, monkeypatch):
 @given(
     tokens=st.integers(0, 40), experts=st.integers(1, 12), dim=st.integers(1, 9), hidden=st.integers(1, 9),
     activation=st.sampled_from(list(ACTIVATIONS)), bias=st.booleans(), density=st.floats(0, 1), one=st.booleans(),
-    chunk=st.sampled_from([1, 400, 2**20]), step=st.sampled_from([1, 4]),
+    chunk=st.sampled_from([1, 400, 2**20]), step=st.sampled_from([1, 4]), columns=st.sampled_from([1, 2, 512]),
 )  # fmt: skip
 @pytest.mark.parametrize("backend", FAST)
 def test_any_shape_equals_the_reference(
-    backend, tokens, experts, dim, hidden, activation, bias, density, one, chunk, step
+    backend, tokens, experts, dim, hidden, activation, bias, density, one, chunk, step, columns
 ):
     weights = random_weights(experts, dim, hidden, activation, bias)
     x, grad = torch.randn(tokens, dim, dtype=torch.float64), torch.randn(tokens, dim, dtype=torch.float64)
@@ -149,10 +149,31 @@ def test_any_shape_equals_the_reference(
         routing = random_routing(tokens, experts, density)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(padded, "CHUNK_BYTES", chunk)
+        patch.setattr(padded, "PANEL_COLUMNS", columns)
         patch.setattr(padded, "_step", lambda x, routing: step)
         expected, found = (_run(name, x, weights, routing, grad) for name in ("reference", backend))
     for name, value in expected.items():
         assert torch.allclose(found[name], value, atol=_tolerance(backend)), name
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 60), min_size=1, max_size=40), threads=st.integers(1, 9),
+    row_bytes=st.sampled_from([1, 2**14, 2**17, 2**20]), step=st.sampled_from([1, 8]),
+)  # fmt: skip
+def test_chunks_of_experts_have_room_and_share_out_evenly(counts, threads, row_bytes, step):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        groups = padded._groups(counts, row_bytes, step)
+    assert [first for first, _, _ in groups] == [0, *(last for _, last, _ in groups[:-1])] and groups[-1][1] == len(
+        counts
+    )
+    for first, last, slots in groups:
+        own = counts[first:last]
+        assert max(own) <= slots < max(own) + step and slots % step == 0
+        assert len(own) == 1 or len(own) * max(own) * row_bytes <= padded.CHUNK_BYTES
+        # What is left before an expert that does not fit, or at the end, may be fewer than the threads.
+        assert len(own) % threads == 0 or len(own) < threads or last == len(counts)
 
 
 @pytest.mark.parametrize("backend", FAST)
