@@ -114,8 +114,9 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
         why = "on a CPU a product for each expert would cost more in calls, and fresh memory in faults"
         if (wide := product_dtype(x)) != x.dtype:
             why += f"; its products run in {wide}, which this processor multiplies faster than {x.dtype}"
-        compiled = numba.fuses(weights.activation, x.new_empty(0, dtype=wide))
-        return get("padded"), f"{why}; {numba.how(compiled)}"
+        if weights.activation == "swiglu":
+            why += f"; {numba.how(numba.fuses('swiglu', x.new_empty(0, dtype=wide)))}"
+        return get("padded"), why
     grouped, fused = get("grouped_mm"), get("triton")
     unfit = fused.refuses(x, weights) or _unfit(x, weights) if x.is_cuda else None
     if x.is_cuda and unfit is None:

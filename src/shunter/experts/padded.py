@@ -159,8 +159,8 @@ class _Padded:
         row, token, slot, local = plan.indices
         h = x.new_empty(slot.numel(), width) if keep else None
         wide = x.to(product_dtype(x))
-        compiled = numba.fuses(weights.activation, wide)
         y = scratch("rows", wide, row.numel(), d)
+        compiled = numba.fuses(weights.activation, y)
         buffers = _Buffers(wide, plan.layout, x=d, h=width, a=f)
         for c in plan.layout.chunks:
             x_c = torch.index_select(wide, 0, token[c.padded], out=buffers.take("x", c.size))
@@ -188,9 +188,9 @@ class _Padded:
         width, (d, f) = up.shape[1], down.shape[1:]
         row, token, slot, local = plan.indices
         wide, wide_grad = x.to(product_dtype(x)), grad.to(product_dtype(x))
-        compiled = numba.fuses(weights.activation, wide)
         weight = wide.new_zeros(row.numel(), 1)
         weight[slot, 0] = routing.weight.to(wide.dtype)
+        compiled = numba.fuses(weights.activation, weight)
         grad_weight = torch.empty_like(routing.weight) if needs.weight else None
         grad_up, grad_down, grad_up_bias, grad_down_bias = parameters = [
             torch.empty_like(value) if value is not None and need else None

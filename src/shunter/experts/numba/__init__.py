@@ -42,7 +42,7 @@ def how(run: bool) -> str:
 
 
 def fuses(activation: str, like: Tensor) -> bool:
-    """Whether `swiglu` and `swiglu_backward` are this activation's passes, for products in the dtype of a tensor."""
+    """Whether `swiglu` and `swiglu_backward` are this activation's passes, for products such as a tensor holds."""
     return activation == "swiglu" and like.dtype == torch.float32 and usable(like)
 
 
