@@ -141,6 +141,7 @@ from shunter import Routing
 from shunter.experts import Weights, numba
 from shunter.experts.backends import get
 
+numba.SMALL = 0
 x, weights = torch.randn(9, 6), Weights(torch.randn(4, 10, 6), torch.randn(4, 6, 5))
 routing = Routing.from_topk(torch.randint(4, (9, 1)), torch.rand(9, 1), 4)
 expected = [get(name).run(x, weights, routing) for name in ("decode", "padded")]
@@ -191,6 +192,12 @@ def test_a_numba_that_does_not_import_costs_a_warning_and_no_result(monkeypatch)
     assert "installed but cannot be used" in str(told[0].message)
     for y in found:
         assert torch.allclose(y, get("reference").run(x, weights, routing), atol=1e-5)
+
+
+def test_few_numbers_stay_in_one_thread(monkeypatch):
+    monkeypatch.undo()
+    assert not numba.usable(torch.randn(numba.SMALL - 1))
+    assert numba.usable(torch.randn(numba.SMALL)) == numba.INSTALLED
 
 
 @pytest.mark.parametrize("strided", ["up", "down", "both"])

@@ -24,12 +24,16 @@ __all__ = ["INSTALLED", "fuses", "how", "products", "swiglu", "swiglu_backward",
 INSTALLED = find_spec("numba") is not None
 # As what integers the loops get the bits of a dtype, of which numpy has not all.
 _BITS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.float16: "int16"}
+# Fewer numbers than this are not worth handing to other threads, which may be busy.
+SMALL = 2**16
 # Not every threading layer of Numba's takes two callers at once.
 _LOCK = threading.Lock()
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the loops run on these: numba is installed, and they are contiguous, on a CPU, and in 32 or 16 bits."""
+    """Whether the loops run on these: many numbers, contiguous, on a CPU, in 32 or 16 bits; and numba is installed."""
+    if sum(t.numel() for t in tensors) < SMALL:
+        return False
     fit = all(t.is_cpu and t.dtype in _BITS and t.is_contiguous() for t in tensors)
     return fit and INSTALLED and _running()
 
@@ -38,11 +42,15 @@ def how(run: bool) -> str:
     """For `explain`: whether the loops run, and if not, why."""
     if run:
         return "its loops are compiled by numba"
-    return "numba has no loops for these" if INSTALLED else "with numba (pip install shunter[numba]) it is faster"
+    return (
+        "numba has no loops for these, or they are few"
+        if INSTALLED
+        else "with numba (pip install shunter[numba]) it is faster"
+    )
 
 
 def fuses(activation: str, like: Tensor) -> bool:
-    """Whether `swiglu` and `swiglu_backward` are this activation's passes, for products such as a tensor holds."""
+    """Whether `swiglu` and `swiglu_backward` are this activation's passes, for rows such as a tensor holds."""
     return activation == "swiglu" and like.dtype == torch.float32 and usable(like)
 
 
