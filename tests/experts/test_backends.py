@@ -165,9 +165,8 @@ def test_chunks_of_experts_have_room_and_share_out_evenly(counts, threads, row_b
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         groups = padded._groups(counts, row_bytes, step)
-    assert [first for first, _, _ in groups] == [0, *(last for _, last, _ in groups[:-1])] and groups[-1][1] == len(
-        counts
-    )
+    assert groups[-1][1] == len(counts)
+    assert [first for first, _, _ in groups] == [0, *(last for _, last, _ in groups[:-1])]
     for first, last, slots in groups:
         own = counts[first:last]
         assert max(own) <= slots < max(own) + step and slots % step == 0

@@ -115,7 +115,7 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
         if (wide := product_dtype(x)) != x.dtype:
             why += f"; its products run in {wide}, which this processor multiplies faster than {x.dtype}"
         if weights.activation == "swiglu":
-            why += f"; {numba.how(numba.fuses('swiglu', x.new_empty(x.shape, dtype=wide)))}"
+            why += f"; {numba.how(numba.fuses('swiglu', x.new_empty(0, dtype=wide), x.numel()))}"
         return get("padded"), why
     grouped, fused = get("grouped_mm"), get("triton")
     unfit = fused.refuses(x, weights) or _unfit(x, weights) if x.is_cuda else None

@@ -160,7 +160,7 @@ class _Padded:
         h = x.new_empty(slot.numel(), width) if keep else None
         wide = x.to(product_dtype(x))
         y = scratch("rows", wide, row.numel(), d)
-        compiled = numba.fuses(weights.activation, y)
+        compiled = numba.fuses(weights.activation, wide, y.numel())
         buffers = _Buffers(wide, plan.layout, x=d, h=width, a=f)
         for c in plan.layout.chunks:
             x_c = torch.index_select(wide, 0, token[c.padded], out=buffers.take("x", c.size))
@@ -190,7 +190,7 @@ class _Padded:
         wide, wide_grad = x.to(product_dtype(x)), grad.to(product_dtype(x))
         weight = wide.new_zeros(row.numel(), 1)
         weight[slot, 0] = routing.weight.to(wide.dtype)
-        compiled = numba.fuses(weights.activation, scratch("rows", wide, row.numel(), d))
+        compiled = numba.fuses(weights.activation, wide, row.numel() * d)
         grad_weight = torch.empty_like(routing.weight) if needs.weight else None
         grad_up, grad_down, grad_up_bias, grad_down_bias = parameters = [
             torch.empty_like(value) if value is not None and need else None

@@ -32,26 +32,23 @@ _LOCK = threading.Lock()
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the loops run on these: many numbers, contiguous, on a CPU, in 32 or 16 bits; and numba is installed."""
-    if sum(t.numel() for t in tensors) < SMALL:
-        return False
     fit = all(t.is_cpu and t.dtype in _BITS and t.is_contiguous() for t in tensors)
-    return fit and INSTALLED and _running()
+    return fit and sum(t.numel() for t in tensors) >= SMALL and INSTALLED and _running()
 
 
 def how(run: bool) -> str:
     """For `explain`: whether the loops run, and if not, why."""
     if run:
         return "its loops are compiled by numba"
-    return (
-        "numba has no loops for these, or they are few"
-        if INSTALLED
-        else "with numba (pip install shunter[numba]) it is faster"
-    )
+    if INSTALLED:
+        return "numba has no loops for these, or they are few"
+    return "with numba (pip install shunter[numba]) it is faster"
 
 
-def fuses(activation: str, like: Tensor) -> bool:
-    """Whether `swiglu` and `swiglu_backward` are this activation's passes, for rows such as a tensor holds."""
-    return activation == "swiglu" and like.dtype == torch.float32 and usable(like)
+def fuses(activation: str, like: Tensor, numbers: int) -> bool:
+    """Whether `swiglu` and `swiglu_backward` are this activation's passes, for so many numbers as a tensor holds."""
+    fit = activation == "swiglu" and like.is_cpu and like.dtype == torch.float32
+    return fit and numbers >= SMALL and INSTALLED and _running()
 
 
 def products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
