@@ -111,12 +111,13 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
         why = f"for {FEW_TOKENS} tokens or fewer without gradients reading weights is what takes time"
         return get("decode"), f"{why}; {numba.how(numba.usable(weights.up, weights.down))}"
     if x.is_cpu:
+        unfit = get("fused").refuses(x, weights) or _not_worth_threads(x, weights)
+        if unfit is None:
+            return get("fused"), "on a CPU its threads neither wait for each other nor pay calls for each expert"
         why = "on a CPU a product for each expert would cost more in calls, and fresh memory in faults"
         if (wide := product_dtype(x)) != x.dtype:
             why += f"; its products run in {wide}, which this processor multiplies faster than {x.dtype}"
-        if weights.activation == "swiglu":
-            why += f"; {numba.how(numba.fuses('swiglu', x.new_empty(0, dtype=wide), x.numel()))}"
-        return get("padded"), why
+        return get("padded"), f"{why} (fused: {unfit})"
     grouped, fused = get("grouped_mm"), get("triton")
     unfit = fused.refuses(x, weights) or _unfit(x, weights) if x.is_cuda else None
     if x.is_cuda and unfit is None:
@@ -124,6 +125,15 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
     if refusal := grouped.refuses(x, weights):
         return get("reference"), refusal
     return grouped, f"it is the fastest that runs on {x.device.type}" + (f" (triton: {unfit})" if unfit else "")
+
+
+def _not_worth_threads(x: Tensor, weights: Weights) -> str | None:
+    """Why the fused backend, which could run this, is not the choice on a CPU; None where it is."""
+    if x.numel() < numba.SMALL:
+        return f"{x.numel()} numbers are few for threads that may be busy"
+    if (experts := weights.up.shape[0]) < numba.threads():
+        return f"{experts} experts are fewer than its {numba.threads()} threads"
+    return None
 
 
 def _unfit(x: Tensor, weights: Weights) -> str | None:

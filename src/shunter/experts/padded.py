@@ -2,8 +2,7 @@
 
 A loop of small products pays a call and a thread hand-over for each expert. Here neighbouring experts form a chunk
 whose rows, padded to the chunk's fullest expert, fit the cache together: one batched product computes them all, and the
-gathers, activations and products of a chunk reuse the same few buffers. A large expert is a chunk by itself. Where
-Numba is installed, it compiles the pass between the products, forward and backward, to one loop each.
+gathers, activations and products of a chunk reuse the same few buffers. A large expert is a chunk by itself.
 
 Where the processor has no instructions for products in half precision, torch's take many times those in float32: a
 chunk's operands are then widened to float32, and its results rounded once.
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from . import numba
 from .activations import activate, activate_backward
 from .autograd import Gradients, Needs, Plan, differentiable
 from .backends import Backend, Weights, register
@@ -160,7 +158,6 @@ class _Padded:
         h = x.new_empty(slot.numel(), width) if keep else None
         wide = x.to(product_dtype(x))
         y = scratch("rows", wide, row.numel(), d)
-        compiled = numba.fuses(weights.activation, wide, y.numel())
         buffers = _Buffers(wide, plan.layout, x=d, h=width, a=f)
         for c in plan.layout.chunks:
             x_c = torch.index_select(wide, 0, token[c.padded], out=buffers.take("x", c.size))
@@ -174,10 +171,7 @@ class _Padded:
                 else:
                     _take(h_c, local[c.triples], h[c.triples])
             a_c = buffers.take("a", c.size)
-            if compiled:
-                numba.swiglu(h_c, a_c)
-            else:
-                activate(h_c, weights.activation, a_c)
+            activate(h_c, weights.activation, a_c)
             _batched(a_c, _matrices("down", weights.down, c, wide).mT, weights.down_bias, c, y[c.padded])
         return sum_by_token(y, routing, routing.weight, slot).to(x.dtype), h
 
@@ -190,7 +184,6 @@ class _Padded:
         wide, wide_grad = x.to(product_dtype(x)), grad.to(product_dtype(x))
         weight = wide.new_zeros(row.numel(), 1)
         weight[slot, 0] = routing.weight.to(wide.dtype)
-        compiled = numba.fuses(weights.activation, wide, row.numel() * d)
         grad_weight = torch.empty_like(routing.weight) if needs.weight else None
         grad_up, grad_down, grad_up_bias, grad_down_bias = parameters = [
             torch.empty_like(value) if value is not None and need else None
@@ -210,27 +203,22 @@ class _Padded:
             da, a, dh = buffers.take("da", c.size), buffers.take("a", c.size), buffers.take("dh", c.size)
             _batched(dy, _matrices("down", down, c, wide), None, c, da)
             w = weight[c.padded]
-            if compiled:  # which multiplies a, not dy, by the weights
-                kept, place = (h_c, torch.arange(c.size, device=x.device)) if h is None else (h, row[c.padded])
-                inner = numba.swiglu_backward(kept, place, da, w, a, dh)
-            else:
-                if h is not None and c.size == c.end - c.start:
-                    h_c = h[c.triples].to(wide.dtype)
-                elif h is not None:
-                    _take(h, row[c.padded], h_c)
-                inner = activate_backward(h_c, da, w, weights.activation, (buffers.take("acted", c.size), a, dh))
+            if h is not None and c.size == c.end - c.start:
+                h_c = h[c.triples].to(wide.dtype)
+            elif h is not None:
+                _take(h, row[c.padded], h_c)
+            inner = activate_backward(h_c, da, w, weights.activation, (buffers.take("acted", c.size), a, dh))
             if grad_weight is not None:
                 if down_bias is not None:
                     bias = down_bias[c.experts, :, None].to(wide.dtype)
                     inner += torch.bmm(dy.view(*c.shape, d), bias).view(-1)
                 grad_weight[c.triples] = inner[local[c.triples]]
-            if not compiled and (grad_down is not None or grad_down_bias is not None):
+            if grad_down is not None or grad_down_bias is not None:
                 dy.mul_(w)
             if grad_down is not None:
                 _product(dy.view(*c.shape, d).mT, a.view(*c.shape, f), grad_down[c.experts])
             if grad_down_bias is not None:
-                weighted = dy.mul_(w) if compiled else dy
-                grad_down_bias[c.experts] = weighted.view(*c.shape, d).sum(1)
+                grad_down_bias[c.experts] = dy.view(*c.shape, d).sum(1)
             if grad_up is not None:
                 _product(dh.view(*c.shape, width).mT, x_c.view(*c.shape, d), grad_up[c.experts])
             if grad_up_bias is not None:

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["INSTALLED", "fuses", "how", "products", "swiglu", "swiglu_backward", "usable"]
+from .mkl import addresses
+
+__all__ = ["DTYPES", "INSTALLED", "SMALL", "array", "how", "lacks", "products", "ready", "threads", "usable"]
 
 INSTALLED = find_spec("numba") is not None
 # As what integers the loops get the bits of a dtype, of which numpy has not all.
-_BITS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.float16: "int16"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "uint16", torch.float16: "int16"}
 # Fewer numbers than this are not worth handing to other threads, which may be busy.
 SMALL = 2**16
 # Not every threading layer of Numba's takes two callers at once.
@@ -32,7 +34,7 @@ _LOCK = threading.Lock()
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the loops run on these: many numbers, contiguous, on a CPU, in 32 or 16 bits; and numba is installed."""
-    fit = all(t.is_cpu and t.dtype in _BITS and t.is_contiguous() for t in tensors)
+    fit = all(t.is_cpu and t.dtype in DTYPES and t.is_contiguous() for t in tensors)
     return fit and sum(t.numel() for t in tensors) >= SMALL and INSTALLED and _running()
 
 
@@ -45,10 +47,24 @@ def how(run: bool) -> str:
     return "with numba (pip install shunter[numba]) it is faster"
 
 
-def fuses(activation: str, like: Tensor, numbers: int) -> bool:
-    """Whether `swiglu` and `swiglu_backward` are this activation's passes, for so many numbers as a tensor holds."""
-    fit = activation == "swiglu" and like.is_cpu and like.dtype == torch.float32
-    return fit and numbers >= SMALL and INSTALLED and _running()
+@torch.compiler.assume_constant_result
+def lacks() -> str | None:
+    """Why the fused loops cannot run in this process, or None where they can."""
+    if not INSTALLED:
+        return "numba is not installed (pip install shunter[numba])"
+    if addresses() is None:
+        return "its loops call MKL, which this torch does not have"
+    if not _running():
+        return "numba does not work in this process"
+    return None if _right() else "MKL's products came out wrong, called from its loops"
+
+
+@torch.compiler.assume_constant_result
+def threads() -> int:
+    """How many threads the loops run on."""
+    import numba
+
+    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 def products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
@@ -60,46 +76,39 @@ def products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> T
     size = torch.tensor(counts, device=x.device)
     experts = size.nonzero().view(-1)
     starts = (size.cumsum(0) - size)[experts]
-    with _ready() as kernels:
+    with ready() as kernels:
         parts = (x.float()[index], matrices, experts, starts, size[experts], out)
-        kernels.products(*map(_array, parts))
+        kernels.products(*map(array, parts))
     return out
 
 
-def swiglu(h: Tensor, out: Tensor) -> Tensor:
-    """The hidden state of pre-activations h (n, 2f), gate first, into out (n, f) in float32, in one pass."""
-    with _ready() as kernels:
-        kernels.swiglu(_array(h), _array(out))
-    return out
-
-
-def swiglu_backward(h: Tensor, index: Tensor, da: Tensor, weight: Tensor, a: Tensor, dh: Tensor) -> Tensor:
-    """What `activations.activate_backward` computes, for pre-activations h (., 2f) at an index (n,).
-
-    In one pass, and with the hidden state in `a` times the combine weight.
-    """
-    grad_weight = da.new_empty(da.shape[0])
-    with _ready() as kernels:
-        kernels.swiglu_backward(*map(_array, (h, index, da, weight.view(-1), a, dh, grad_weight)))
-    return grad_weight
-
-
-def _array(tensor: Tensor) -> Any:
-    """A numpy array over the tensor's memory."""
+def array(tensor: Tensor) -> Any:
+    """A numpy array over the tensor's memory, as the loops take it."""
     tensor = tensor.detach()
     if tensor.element_size() == 2:
-        return tensor.view(torch.int16).numpy().view(_BITS[tensor.dtype])
+        return tensor.view(torch.int16).numpy().view(DTYPES[tensor.dtype])
     return tensor.numpy()
 
 
 @contextmanager
-def _ready() -> Iterator[Any]:
+def ready() -> Iterator[Any]:
     """The kernels, for one caller at a time, on as many threads as torch uses."""
     import numba
 
+    own = torch.get_num_threads()
     with _LOCK:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        numba.set_num_threads(threads())
+        if torch.get_num_threads() != own:  # Numba's first launch sets OpenMP's number, which is torch's too
+            torch.set_num_threads(own)
         yield _kernels()[0]
+
+
+@cache
+def _right() -> bool:
+    """Whether a product called from a loop is right: another MKL may take its arguments otherwise."""
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
+    with ready() as kernels:
+        return bool((kernels.product(array(a), array(b)) == array(a @ b)).all())
 
 
 def _running() -> bool:

@@ -1,14 +1,32 @@
-"""The loops that Numba compiles. Matrices in half precision come as their bits, which each loop widens as it reads."""
+"""The loops that Numba compiles: of the decode backend, of the fused backend.
+
+Numbers in half precision come as their bits, are widened as they are read and rounded once. All loops are in one file,
+as Numba compiles again what has changed in the file of a loop, and not what that uses of another.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import llvmlite.binding
 import numba
 import numpy as np
 from numba import types
-from numba.extending import overload
+from numba.extending import overload, register_jitable
+
+from .mkl import addresses
 
 # Sums may be split into lanes; infinities and NaN stay what they are.
-_compiled = numba.njit(parallel=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
+_FASTMATH = {"reassoc", "contract", "nsz"}
+_compiled = numba.njit(parallel=True, fastmath=_FASTMATH, error_model="numpy", cache=True)
+_exact = numba.njit(fastmath={"contract"}, error_model="numpy", cache=True)  # sums stay as they are written
+_inner = numba.njit(fastmath=_FASTMATH, error_model="numpy", cache=True)  # what a thread of those calls
+
+if mkl := addresses():
+    llvmlite.binding.add_symbol("shunter_sgemm", mkl.sgemm)
+    llvmlite.binding.add_symbol("shunter_threads", mkl.threads)
+_sgemm = types.ExternalFunction("shunter_sgemm", types.void(*[types.intp] * 13))
+_threads = types.ExternalFunction("shunter_threads", types.int32(types.int32))
 
 # A thread takes so many rows of a matrix at once.
 _ROWS = 64
@@ -34,6 +52,137 @@ def _(value):
         return np.uint32(scaled | special | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
 
     return half
+
+
+def _put(out, i, value):
+    """A number in float32 into out[i]: float32 itself, the bits of a bfloat16 (uint16) or of a float16 (int16)."""
+
+
+@overload(_put, inline="always")
+def _(out, i, value):
+    if out.dtype == types.float32:
+
+        def put(out, i, value):
+            out[i] = value
+
+    elif out.dtype == types.uint16:
+
+        def put(out, i, value):
+            bits = np.float32(value).view(np.uint32)
+            odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+            rounded = np.uint32((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+            out[i] = np.uint16(rounded if value == value else np.uint32(0x7FC0))
+
+    else:
+
+        def put(out, i, value):
+            bits = np.float32(value).view(np.uint32)
+            size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            odd = np.uint32((size >> np.uint32(13)) & np.uint32(1))
+            # Normal numbers get another bias; smaller ones are what 0.5 has in its last places when they are added.
+            half = np.uint32(((size + np.uint32(0xFFF) + odd) >> np.uint32(13)) - np.uint32(112 << 10))
+            tiny = np.float32(size.view(np.float32) + np.float32(0.5)).view(np.uint32)
+            half = np.uint32(tiny - np.uint32(0x3F000000)) if size < np.uint32(0x38800000) else half
+            half = np.uint32(0x7C00) if size >= np.uint32(0x477FF000) else half
+            half = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else half
+            out[i] = np.int16(half | np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000)))
+
+    return put
+
+
+@_exact
+def _exp(t):
+    """exp(t) to two units in the last place for t from -87 to 88, in operations that run in lanes."""
+    t = min(max(t, np.float32(-87)), np.float32(88))
+    n = np.floor(t * np.float32(1.44269504) + np.float32(0.5))
+    # t = n ln 2 + r, with ln 2 in two parts of which the first is short: n times it is exact.
+    r = t - n * np.float32(0.693359375)
+    r = r - n * np.float32(-2.12194440e-4)
+    series = r * np.float32(1 / 5040) + np.float32(1 / 720)
+    series = series * r + np.float32(1 / 120)
+    series = series * r + np.float32(1 / 24)
+    series = series * r + np.float32(1 / 6)
+    series = (series * r + np.float32(0.5)) * r * r + r + np.float32(1)
+    return series * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@_exact
+def _sigmoid(x):
+    return np.float32(1) / (np.float32(1) + _exp(-x))
+
+
+class _Silu(NamedTuple):
+    gated: bool
+
+
+class _Gelu(NamedTuple):
+    gated: bool
+
+
+class _GeluTanh(NamedTuple):
+    gated: bool
+
+
+class _Relu(NamedTuple):
+    gated: bool
+
+
+# The activation that a loop computes is the type of an argument: each gets loops of its own.
+ACTIVATIONS = {
+    "swiglu": _Silu(True), "geglu": _Gelu(True), "geglu_tanh": _GeluTanh(True), "reglu": _Relu(True),
+    "silu": _Silu(False), "gelu": _Gelu(False), "gelu_tanh": _GeluTanh(False), "relu": _Relu(False),
+}  # fmt: skip
+
+
+def _act(activation, x):
+    """The activation at x, and its derivative there."""
+
+
+@overload(_act)
+def _(activation, x):
+    return {_Silu: _silu, _Gelu: _gelu, _GeluTanh: _gelu_tanh, _Relu: _relu}[activation.instance_class]
+
+
+@register_jitable(fastmath={"contract"})
+def _silu(activation, x):
+    s = _sigmoid(x)
+    return x * s, s * (np.float32(1) + x * (np.float32(1) - s))
+
+
+@register_jitable(fastmath={"contract"})
+def _gelu(activation, x):
+    """x P(x) with the normal distribution P: P(-|x|) = exp(-z^2) erfcx(z) / 2 at z = |x| / sqrt(2).
+
+    The polynomial is the least relative error of erfcx over 1 / (1 + 0.4 z), z to 9.4, in squares.
+    """
+    t = np.float32(1) / (np.float32(1) + abs(x) * np.float32(0.4 * 0.5**0.5))
+    tail = t * np.float32(0.026825237) + np.float32(-0.064718848)
+    tail = tail * t + np.float32(-0.086963255)
+    tail = tail * t + np.float32(0.30641318)
+    tail = tail * t + np.float32(-0.093691357)
+    tail = tail * t + np.float32(0.28194092)
+    tail = tail * t + np.float32(0.17287811)
+    tail = tail * t + np.float32(0.23231549)
+    tail = tail * t + np.float32(0.22496832)
+    tail = tail * t + np.float32(3.2225327e-05)
+    bell = _exp(x * x * np.float32(-0.5))
+    tail = tail * bell * np.float32(0.5)
+    p = tail if x < 0 else np.float32(1) - tail
+    return x * p, p + x * bell * np.float32((2 * np.pi) ** -0.5)
+
+
+@register_jitable(fastmath={"contract"})
+def _gelu_tanh(activation, x):
+    """x (1 + tanh(u / 2)) / 2 = x sigmoid(u)."""
+    square = x * x
+    s = _sigmoid(x * (np.float32(1.5957691) + np.float32(0.07135482) * square))
+    slope = np.float32(1.5957691) + np.float32(3 * 0.07135482) * square
+    return x * s, s + x * s * (np.float32(1) - s) * slope
+
+
+@register_jitable(fastmath={"contract"})
+def _relu(activation, x):
+    return (np.float32(0) if x <= 0 else x), (np.float32(1) if x > 0 else np.float32(0))
 
 
 @_compiled
@@ -79,54 +228,354 @@ def products(rows, matrices, experts, starts, counts, out):
                 out[n, r] = a
 
 
-@numba.njit(fastmath={"contract"}, error_model="numpy", cache=True)
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) to two units in the last place, in operations that run in lanes; NaN aside."""
-    t = min(max(-x, np.float32(-87)), np.float32(88))
-    n = np.floor(t * np.float32(1.44269504) + np.float32(0.5))
-    # t = n ln 2 + r, with ln 2 in two parts of which the first is short: n times it is exact.
-    r = t - n * np.float32(0.693359375)
-    r = r - n * np.float32(-2.12194440e-4)
-    series = r * np.float32(1 / 5040) + np.float32(1 / 720)
-    series = series * r + np.float32(1 / 120)
-    series = series * r + np.float32(1 / 24)
-    series = series * r + np.float32(1 / 6)
-    series = (series * r + np.float32(0.5)) * r * r + r + np.float32(1)
-    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return np.float32(1) / (np.float32(1) + series * power)
+class Matrices(NamedTuple):
+    """Of each expert: up (E, 2f, d), down (E, d, f) and their biases (E, 1, 2f) and (E, 1, d); those absent have E 0.
+
+    The experts' parameters, their gradients, or the parts of gradients that threads share.
+    """
+
+    up: np.ndarray
+    down: np.ndarray
+    up_bias: np.ndarray
+    down_bias: np.ndarray
 
 
-@_compiled
-def swiglu(h, out):
-    """silu(gate) up of each row of h (n, 2f), gate first, into out (n, f)."""
+class Share(NamedTuple):
+    """Which triples each of n threads takes.
+
+    Args:
+        token: (N,), the token of each triple, sorted by expert.
+        offsets: (E + 1,), where each expert's triples begin.
+        bounds: (n + 1,), where each thread's triples begin.
+        slots: (n, 2), by thread the part of `parts` for the expert that an earlier thread began, and for any other.
+    """
+
+    token: np.ndarray
+    offsets: np.ndarray
+    bounds: np.ndarray
+    slots: np.ndarray
+
+
+class Room(NamedTuple):
+    """Scratch of each thread for a block of b rows, (n, b, .): gathered, pre-activations, hidden; and wide matrices.
+
+    In the backward also the gradients of each. `again` is in the dtype of what is kept.
+    """
+
+    x: np.ndarray
+    h: np.ndarray
+    a: np.ndarray
+    up: np.ndarray
+    down: np.ndarray
+    again: np.ndarray
+    dy: np.ndarray
+    dh: np.ndarray
+    da: np.ndarray
+
+
+def _wide(matrix, room):
+    """The matrix in float32: itself, or widened into room."""
+
+
+@overload(_wide)
+def _(matrix, room):
+    if matrix.dtype == types.float32:
+        return lambda matrix, room: matrix
+
+    def widened(matrix, room):
+        for r in range(matrix.shape[0]):
+            row, result = matrix[r], room[r]
+            for i in range(row.shape[0]):
+                result[i] = _single(row[i])
+        return room
+
+    return widened
+
+
+def _where(own, room, fits):
+    """Where to compute in float32 what ends in `own`: there, if it fits that dtype too, or in room."""
+
+
+@overload(_where)
+def _(own, room, fits):
+    if own.dtype == types.float32:
+        return lambda own, room, fits: own if fits else room
+    return lambda own, room, fits: room
+
+
+@_inner
+def _round(rows, out):
+    """Rows of float32 into out, in its dtype."""
+    for r in range(rows.shape[0]):
+        row, result = rows[r], out[r]
+        for i in range(row.shape[0]):
+            _put(result, i, row[i])
+
+
+def _settle(rows, out):
+    """What was computed in `_where` into out, unless it is there."""
+
+
+@overload(_settle)
+def _(rows, out):
+    if out.dtype == types.float32:
+        return lambda rows, out: None
+    return lambda rows, out: _round(rows, out)
+
+
+@_inner
+def _product(a, b, out, add, work):
+    """a (m, k) times b (k, n) into out (m, n), or added to it; by rows, or transposed. `work` is room for arguments.
+
+    To Fortran, which goes by columns, it is out.T = b.T a.T.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    turned_a, turned_b = a.strides[1] != 4, b.strides[1] != 4
+    work[0], work[1], work[2] = m, n, k
+    work[3] = max(b.strides[1] // 4, k) if turned_b else max(b.strides[0] // 4, n)
+    work[4] = max(a.strides[1] // 4, m) if turned_a else max(a.strides[0] // 4, k)
+    work[5] = max(out.strides[0] // 4, n)
+    work[6] = 0x3F800000  # the bits of 1 in float32
+    work[7] = 0x3F800000 if add else 0
+    work[8], work[9] = ord("N"), ord("T")
+    _call(work.ctypes.data, a.ctypes.data, turned_a, b.ctypes.data, turned_b, out.ctypes.data)
+
+
+@_inner
+def _call(work, a, turned_a, b, turned_b, out):
+    """The product of what is at these addresses, with arguments as `_product` puts them."""
+    _sgemm(
+        work + (36 if turned_b else 32), work + (36 if turned_a else 32), work + 4, work, work + 8, work + 24,
+        b, work + 12, a, work + 16, work + 28, out, work + 20,
+    )  # fmt: skip
+
+
+@_inner
+def product(a, b):
+    """a b on this thread alone, for a check."""
+    out = np.empty((a.shape[0], b.shape[1]), np.float32)
+    _threads(1)
+    _product(a, b, out, False, np.empty(10, np.int32))
+    _threads(0)
+    return out
+
+
+@_inner
+def _gather(x, token, start, out):
+    """The rows of the tokens of triples from `start` on."""
+    for r in range(out.shape[0]):
+        row, result = x[token[start + r]], out[r]
+        for i in range(row.shape[0]):
+            result[i] = _single(row[i])
+
+
+@_inner
+def _spread(bias, out):
+    """The bias in every row."""
+    for r in range(out.shape[0]):
+        result = out[r]
+        for i in range(bias.shape[0]):
+            result[i] = _single(bias[i])
+
+
+@_inner
+def _linear(rows, matrix, biases, e, out, work):
+    """Rows times the matrix, transposed, plus the bias of expert e if there are biases."""
+    biased = biases.shape[0] > 0
+    if biased:
+        _spread(biases[e, 0], out)
+    _product(rows, matrix.T, out, biased, work)
+
+
+@_inner
+def _activate(activation, h, out):
+    """The hidden state of each row of h (n, 2f), gate first, or (n, f), into out (n, f)."""
     f = out.shape[1]
-    for r in numba.prange(out.shape[0]):
+    for r in range(out.shape[0]):
         row, result = h[r], out[r]
-        for i in range(f):
-            gate = _single(row[i])
-            result[i] = gate * _sigmoid(gate) * _single(row[f + i])
+        if activation.gated:
+            for i in range(f):
+                result[i] = _act(activation, row[i])[0] * row[f + i]
+        else:
+            for i in range(f):
+                result[i] = _act(activation, row[i])[0]
 
 
-@_compiled
-def swiglu_backward(h, index, da, weight, a, dh, grad_weight):
-    """For each row of da (n, f), the gradient of its hidden state but for the weight (n,), at h (., 2f)[index (n,)].
+@_inner
+def _activate_backward(activation, h, da, weight, a, dh, grad_weight):
+    """For each row of da (n, f), the gradient of its hidden state but for the weight (n,), at h (n, 2f) or (n, f).
 
-    The hidden state times the weight into a (n, f), the gradient of the pre-activations into dh (n, 2f), and that of
-    the weight, <da, hidden state>, into grad_weight (n,).
+    The hidden state times the weight into a (n, f), the gradient of the pre-activations into dh, and that of the
+    weight, <da, hidden state>, into grad_weight (n,).
     """
     f = da.shape[1]
-    for r in numba.prange(da.shape[0]):
-        row, grad, hidden, result = h[index[r]], da[r], a[r], dh[r]
-        w = weight[r]
-        total = np.float32(0)
-        for i in range(f):
-            gate, up = _single(row[i]), _single(row[f + i])
-            s = _sigmoid(gate)
-            acted = gate * s
-            value = acted * up
-            total += grad[i] * value
-            hidden[i] = w * value
-            d = w * grad[i]
-            result[f + i] = d * acted
-            result[i] = d * up * s * (np.float32(1) + gate * (np.float32(1) - s))
+    for r in range(da.shape[0]):
+        row, grad, hidden, result = h[r], da[r], a[r], dh[r]
+        w, total = weight[r], np.float32(0)
+        if activation.gated:
+            for i in range(f):
+                up = _single(row[f + i])
+                acted, slope = _act(activation, _single(row[i]))
+                total += grad[i] * (acted * up)
+                hidden[i] = w * (acted * up)
+                result[i] = w * grad[i] * up * slope
+                result[f + i] = w * grad[i] * acted
+        else:
+            for i in range(f):
+                acted, slope = _act(activation, _single(row[i]))
+                total += grad[i] * acted
+                hidden[i] = w * acted
+                result[i] = w * grad[i] * slope
         grad_weight[r] = total
+
+
+@_inner
+def _add_inner(rows, bias, out):
+    """The product of each row with the bias, added to out (n,)."""
+    for r in range(rows.shape[0]):
+        row, total = rows[r], np.float32(0)
+        for i in range(row.shape[0]):
+            total += row[i] * _single(bias[i])
+        out[r] += total
+
+
+@_inner
+def _sum(rows, weight, total):
+    """The rows times their weights added to total (q,), which is in float64."""
+    for r in range(rows.shape[0]):
+        row, w = rows[r], weight[r]
+        for i in range(total.shape[0]):
+            total[i] += w * row[i]
+
+
+@_inner
+def _copy(total, out):
+    """A sum of rows into out (1, q)."""
+    for i in range(total.shape[0]):
+        out[0, i] = total[i]
+
+
+@_inner
+def _next(start, until, block):
+    """The end of the block that begins at `start`; those up to `until` are about equal."""
+    blocks = (until - start + block - 1) // block
+    return start + (until - start + blocks - 1) // blocks
+
+
+@_inner
+def _expert(offsets, triple, e):
+    """Whose triple it is, from expert e on."""
+    while offsets[e + 1] <= triple:
+        e += 1
+    return e
+
+
+@_inner
+def _forward(t, activation, x, share, weights, room, h, y):
+    token, offsets, bounds, _ = share
+    up, down, up_bias, down_bias = weights
+    keep = h.shape[0] > 0
+    _threads(1)
+    work = np.empty(10, np.int32)
+    start, e = bounds[t], 0
+    while start < bounds[t + 1]:
+        e = _expert(offsets, start, e)
+        until = min(offsets[e + 1], bounds[t + 1])
+        up_e, down_e = _wide(up[e], room.up[t]), _wide(down[e], room.down[t])
+        while start < until:
+            end = _next(start, until, room.x.shape[1])
+            n = end - start
+            x_n, a_n = room.x[t, :n], room.a[t, :n]
+            h_n = _where(h[start:end], room.h[t, :n], keep)
+            _gather(x, token, start, x_n)
+            _linear(x_n, up_e, up_bias, e, h_n, work)
+            if keep:
+                _settle(h_n, h[start:end])
+            _activate(activation, h_n, a_n)
+            _linear(a_n, down_e, down_bias, e, y[start:end], work)
+            start = end
+    _threads(0)
+
+
+@_compiled
+def forward(activation, x, share, weights, room, h, y):
+    """The output (N, d) of each triple but for its weight, in float32; its pre-activations (N, 2f), if h has room."""
+    for t in numba.prange(share.bounds.shape[0] - 1):
+        _forward(np.int64(t), activation, x, share, weights, room, h, y)
+
+
+@_inner
+def _backward(t, activation, grad, x, weight, share, weights, room, h, parts, dx, grad_weight, gradients):
+    token, offsets, bounds, slots = share
+    up, down, up_bias, down_bias = weights
+    kept = h.shape[0] > 0
+    needs_up, needs_down = gradients.up.shape[0] > 0, gradients.down.shape[0] > 0
+    needs_up_bias, needs_down_bias = gradients.up_bias.shape[0] > 0, gradients.down_bias.shape[0] > 0
+    _threads(1)
+    work, ones = np.empty(10, np.int32), np.ones(room.x.shape[1], np.float32)
+    dh_sum, dy_sum = np.empty(up.shape[1]), np.empty(up.shape[2])
+    start, e = bounds[t], 0
+    while start < bounds[t + 1]:
+        e = _expert(offsets, start, e)
+        until = min(offsets[e + 1], bounds[t + 1])
+        up_e, down_e = _wide(up[e], room.up[t]), _wide(down[e], room.down[t])
+        begun = offsets[e] < bounds[t]
+        whole = not begun and offsets[e + 1] <= bounds[t + 1]
+        slot = slots[t, 0] if begun else slots[t, 1]
+        grad_up = _where(gradients.up[e], parts.up[slot], whole)
+        grad_down = _where(gradients.down[e], parts.down[slot], whole)
+        grad_up_bias = _where(gradients.up_bias[e], parts.up_bias[slot], whole)
+        grad_down_bias = _where(gradients.down_bias[e], parts.down_bias[slot], whole)
+        dh_sum[:] = 0
+        dy_sum[:] = 0
+        add = False
+        while start < until:
+            end = _next(start, until, room.x.shape[1])
+            n = end - start
+            x_n, a_n = room.x[t, :n], room.a[t, :n]
+            dy_n, dh_n, da_n = room.dy[t, :n], room.dh[t, :n], room.da[t, :n]
+            if needs_up or not kept:
+                _gather(x, token, start, x_n)
+            h_n = h[start:end]
+            if not kept:
+                h_n = room.again[t, :n]
+                wide = _where(h_n, room.h[t, :n], True)
+                _linear(x_n, up_e, up_bias, e, wide, work)
+                _settle(wide, h_n)
+            _gather(grad, token, start, dy_n)
+            _product(dy_n, down_e, da_n, False, work)
+            _activate_backward(activation, h_n, da_n, weight[start:end], a_n, dh_n, grad_weight[start:end])
+            if down_bias.shape[0] > 0:
+                _add_inner(dy_n, down_bias[e, 0], grad_weight[start:end])
+            if needs_down:
+                _product(dy_n.T, a_n, grad_down, add, work)
+            if needs_down_bias:
+                _sum(dy_n, weight[start:end], dy_sum)
+            if needs_up:
+                _product(dh_n.T, x_n, grad_up, add, work)
+            if needs_up_bias:
+                _sum(dh_n, ones, dh_sum)
+            if dx.shape[0] > 0:
+                _product(dh_n, up_e, dx[start:end], False, work)
+            add = True
+            start = end
+        if needs_up_bias:
+            _copy(dh_sum, grad_up_bias)
+        if needs_down_bias:
+            _copy(dy_sum, grad_down_bias)
+        if whole:
+            found = grad_up, grad_down, grad_up_bias, grad_down_bias
+            for i in range(4):
+                if gradients[i].shape[0] > 0:
+                    _settle(found[i], gradients[i][e])
+    _threads(0)
+
+
+@_compiled
+def backward(activation, grad, x, weight, share, weights, room, h, parts, dx, grad_weight, gradients):
+    """The gradients of the output's (T, d): those of weights and parameters; that of x is left (N, d) by triple.
+
+    Those with no room are not computed. Without h (N, 2f) the pre-activations are computed again.
+    """
+    for t in numba.prange(share.bounds.shape[0] - 1):
+        _backward(np.int64(t), activation, grad, x, weight, share, weights, room, h, parts, dx, grad_weight, gradients)
