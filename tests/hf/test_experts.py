@@ -1,6 +1,7 @@
 """Every family's experts under "shunter": output and every gradient against the definition in float64."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 from tools.families import build, experts_classes, table
 
 import shunter.hf.experts
+from shunter.experts import numba
 from tests.helpers import relative_error
 
 CLASSES = [experts for classes in experts_classes().values() for experts in classes]
@@ -75,8 +77,12 @@ def _inputs(module, dtype, index=None):
 
 @pytest.mark.parametrize("experts", CLASSES, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_family_is_as_exact_as_its_own_loop(experts, dtype, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True], ids=["torch's products", "compiled loops"])
+def test_a_family_is_as_exact_as_its_own_loop(experts, dtype, compiled, monkeypatch):
     module = _fill(build(experts)).to(dtype)
+    if compiled and shunter.hf.experts.how(module) != "backends, swiglu":
+        pytest.skip("compiled for no other activation here, which would take seconds for each")
+    monkeypatch.setattr(numba, "SMALL", 0 if compiled else math.inf)  # which leaves small inputs to torch
     inputs = _inputs(module, dtype)
     ours = _gradients(_under("shunter"), module, *inputs)
     theirs = _gradients(_under("eager"), module, *inputs)
