@@ -110,7 +110,7 @@ class _Fused:
                 kernels.ACTIVATIONS[weights.activation],
                 numba.array(x.contiguous()),
                 _share(kernels, routing, plan.layout),
-                _matrices(kernels, weights.up, weights.down, weights.up_bias, weights.down_bias),
+                _matrices(kernels, x.dtype, weights.up, weights.down, weights.up_bias, weights.down_bias),
                 _room(kernels, x, weights, plan.layout),
                 numba.array(h),
                 numba.array(y),
@@ -139,19 +139,19 @@ class _Fused:
                 numba.array(x.contiguous()),
                 numba.array(routing.weight.float()),
                 _share(kernels, routing, plan.layout),
-                _matrices(kernels, *own),
+                _matrices(kernels, x.dtype, *own),
                 _room(kernels, x, weights, plan.layout, backward=True),
                 numba.array(x.new_empty(0, width) if h is None else h),
-                _matrices(kernels, *parts),
+                _matrices(kernels, torch.float32, *parts),
                 numba.array(dx),
                 numba.array(grad_weight),
-                _matrices(kernels, *parameters),
+                _matrices(kernels, x.dtype, *parameters),
             )
         for gradient, part in zip(parameters, parts, strict=True):
             if gradient is None or part is None:
                 continue
             for expert, slots in plan.layout.shared.items():
-                gradient[expert] = sum(part[slots[1:]], part[slots[0]])
+                gradient[expert] = part[slots].sum(0)
             if plan.layout.idle:
                 gradient[plan.layout.idle] = 0
         weight = grad_weight.to(routing.weight.dtype) if needs.weight else None
@@ -164,9 +164,9 @@ def _single(name: str, x: Tensor, *shape: int) -> Tensor:
     return scratch(f"fused {name}", x.new_empty(0, dtype=torch.float32), *shape)
 
 
-def _matrices(kernels: Any, *parts: Tensor | None) -> Any:
-    """Matrices (E, q, p), and biases (E, q) as (E, 1, q); none for None."""
-    empty = torch.empty(0, 0, 0, dtype=next((part.dtype for part in parts if part is not None), torch.float32))
+def _matrices(kernels: Any, dtype: torch.dtype, *parts: Tensor | None) -> Any:
+    """Matrices (E, q, p), and biases (E, q) as (E, 1, q), of one dtype; none for None."""
+    empty = torch.empty(0, 0, 0, dtype=dtype)
     arrays = [numba.array(empty if part is None else part if part.ndim == 3 else part[:, None]) for part in parts]
     return kernels.Matrices(*arrays)
 
