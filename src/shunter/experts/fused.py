@@ -12,6 +12,7 @@ Numbers in half precision are widened as they are read and rounded once, at the 
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from . import numba
 from .autograd import Gradients, Needs, Plan, differentiable
 from .backends import Backend, Weights, register
 from .combine import sum_by_token
-from .memory import scratch
+from .memory import scratch, with_huge_pages
 from .products import product_dtype
 
 __all__ = ["fused"]
@@ -32,7 +33,9 @@ BLOCK_ROWS = 512
 # Reading an expert's matrices, and writing their gradients, takes as long as computing so many rows.
 ROWS_OF_MATRICES = 16
 # A thread's share ends with an expert if that changes it by so little.
-TOLERANCE = 1 / 16
+TOLERANCE = 1 / 32
+
+_LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class _Layout(NamedTuple):
@@ -98,18 +101,19 @@ def _bounds(offsets: list[int], threads: int) -> list[int]:
 
 class _Fused:
     def plan(self, x: Tensor, weights: Weights, routing: Routing) -> Plan:
-        return Plan(_layout(routing.offsets.tolist(), numba.threads(), x.dtype != torch.float32), ())
+        layout = _layout(routing.offsets.tolist(), numba.threads(), x.dtype != torch.float32)
+        return Plan(layout, (torch.tensor(layout.bounds), torch.tensor(layout.slots)))
 
     def forward(
         self, x: Tensor, weights: Weights, routing: Routing, plan: Plan, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        h = x.new_empty(routing.token.numel() if keep else 0, weights.up.shape[1])
-        y = _single("rows", x, routing.token.numel(), x.shape[1])
+        h = with_huge_pages(x.new_empty(routing.token.numel() if keep else 0, weights.up.shape[1]))
+        y = _single("rows", routing.token.numel(), x.shape[1])
         with numba.ready() as kernels:
             kernels.forward(
                 kernels.ACTIVATIONS[weights.activation],
                 numba.array(x.contiguous()),
-                _share(kernels, routing, plan.layout),
+                _share(kernels, routing, plan),
                 _matrices(kernels, x.dtype, weights.up, weights.down, weights.up_bias, weights.down_bias),
                 _room(kernels, x, weights, plan.layout),
                 numba.array(h),
@@ -123,14 +127,16 @@ class _Fused:
         n, d, width = routing.token.numel(), x.shape[1], weights.up.shape[1]
         own = (weights.up, weights.down, weights.up_bias, weights.down_bias)
         parameters = [
-            torch.empty_like(value) if value is not None and need else None
+            with_huge_pages(torch.empty_like(value)) if value is not None and need else None
             for value, need in zip(own, needs[2:], strict=True)
         ]
         parts = [
-            None if gradient is None else _single(f"parts {name}", x, plan.layout.parts, *gradient.shape[1:])
+            _single(f"parts {name}", plan.layout.parts, *gradient.shape[1:])
+            if gradient is not None and plan.layout.parts
+            else None
             for name, gradient in zip(Weights.__dataclass_fields__, parameters, strict=False)
         ]
-        dx = _single("rows", x, n if needs.x else 0, d)
+        dx = _single("rows", n if needs.x else 0, d)
         grad_weight = torch.empty(n, dtype=torch.float32)
         with numba.ready() as kernels:
             kernels.backward(
@@ -138,7 +144,7 @@ class _Fused:
                 numba.array(grad),
                 numba.array(x.contiguous()),
                 numba.array(routing.weight.float()),
-                _share(kernels, routing, plan.layout),
+                _share(kernels, routing, plan),
                 _matrices(kernels, x.dtype, *own),
                 _room(kernels, x, weights, plan.layout, backward=True),
                 numba.array(x.new_empty(0, width) if h is None else h),
@@ -148,10 +154,10 @@ class _Fused:
                 _matrices(kernels, x.dtype, *parameters),
             )
         for gradient, part in zip(parameters, parts, strict=True):
-            if gradient is None or part is None:
+            if gradient is None:
                 continue
             for expert, slots in plan.layout.shared.items():
-                gradient[expert] = part[slots].sum(0)
+                gradient[expert] = part[slots].sum(0)  # type: ignore[index]
             if plan.layout.idle:
                 gradient[plan.layout.idle] = 0
         weight = grad_weight.to(routing.weight.dtype) if needs.weight else None
@@ -159,42 +165,42 @@ class _Fused:
         return Gradients(grad_x, weight, *parameters)
 
 
-def _single(name: str, x: Tensor, *shape: int) -> Tensor:
+def _single(name: str, *shape: int) -> Tensor:
     """Scratch in float32."""
-    return scratch(f"fused {name}", x.new_empty(0, dtype=torch.float32), *shape)
+    return scratch(f"fused {name}", _LIKE, *shape)
 
 
 def _matrices(kernels: Any, dtype: torch.dtype, *parts: Tensor | None) -> Any:
     """Matrices (E, q, p), and biases (E, q) as (E, 1, q), of one dtype; none for None."""
-    empty = torch.empty(0, 0, 0, dtype=dtype)
-    arrays = [numba.array(empty if part is None else part if part.ndim == 3 else part[:, None]) for part in parts]
+    none = _none(dtype)
+    arrays = [none if part is None else numba.array(part if part.ndim == 3 else part[:, None]) for part in parts]
     return kernels.Matrices(*arrays)
 
 
-def _share(kernels: Any, routing: Routing, layout: _Layout) -> Any:
-    bounds, slots = torch.tensor(layout.bounds), torch.tensor(layout.slots)
-    return kernels.Share(*map(numba.array, (routing.token, routing.offsets, bounds, slots)))
+@cache
+def _none(dtype: torch.dtype) -> Any:
+    return numba.array(torch.empty(0, 0, 0, dtype=dtype, device="cpu"))
+
+
+def _share(kernels: Any, routing: Routing, plan: Plan) -> Any:
+    return kernels.Share(*map(numba.array, (routing.token, routing.offsets, *plan.indices)))
 
 
 def _room(kernels: Any, x: Tensor, weights: Weights, layout: _Layout, backward: bool = False) -> Any:
     """Scratch for each thread's block; what is not needed is empty."""
     threads, (d, f), width = len(layout.slots), weights.down.shape[1:], weights.up.shape[1]
-    half, rows = x.dtype != torch.float32, layout.block
-
-    def block(name: str, width: int, needed: bool = True) -> Any:
-        return numba.array(_single(name, x, threads, rows if needed else 0, width))
-
-    return kernels.Room(
-        x=block("x", d),
-        h=block("h", width),
-        a=block("a", f),
-        up=numba.array(_single("up", x, threads, width if half else 0, d)),
-        down=numba.array(_single("down", x, threads, d if half else 0, f)),
-        again=numba.array(scratch("fused again", x, threads, rows if backward else 0, width)),
-        dy=block("dy", d, backward),
-        dh=block("dh", width, backward),
-        da=block("da", f, backward),
-    )
+    rows, later = layout.block, layout.block if backward else 0
+    half = x.dtype != torch.float32
+    shapes = {
+        "x": (rows, d), "h": (rows, width), "a": (rows, f), "dy": (later, d), "dh": (later, width), "da": (later, f),
+        "up": (width if half else 0, d), "down": (d if half else 0, f),
+    }  # fmt: skip
+    whole = numba.array(_single("room", threads * sum(n * m for n, m in shapes.values())))
+    parts, start = {}, 0
+    for name, (n, m) in shapes.items():
+        end = start + threads * n * m
+        parts[name], start = whole[start:end].reshape(threads, n, m), end
+    return kernels.Room(**parts, again=numba.array(scratch("fused again", x, threads, later, width)))
 
 
 def _refuses(x: Tensor, weights: Weights) -> str | None:

@@ -1,4 +1,7 @@
-"""Scratch memory that is kept: fresh buffers of many megabytes cost more in page faults than in what they are for."""
+"""Memory without page faults: fresh buffers of many megabytes cost more in those than in what they are for.
+
+Scratch memory is kept; what is handed out comes in large pages.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["release", "scratch"]
+__all__ = ["release", "scratch", "with_huge_pages"]
 
 _HUGE_PAGE = 2**21
 _MADV_HUGEPAGE = 14
@@ -36,7 +39,7 @@ def scratch(name: str, like: Tensor, *shape: int) -> Tensor:
     held = _HELD.buffers.get(key)
     if held is None or held.numel() < size:
         _HELD.buffers.pop(key, None)  # first, so that both are never there together
-        held = _HELD.buffers[key] = _with_huge_pages(torch.empty(size, dtype=torch.uint8, device=like.device))
+        held = _HELD.buffers[key] = with_huge_pages(torch.empty(size, dtype=torch.uint8, device=like.device))
     return held[:size].view(like.dtype).view(shape)
 
 
@@ -45,7 +48,7 @@ def release() -> None:
     _HELD.buffers.clear()
 
 
-def _with_huge_pages(fresh: Tensor) -> Tensor:
+def with_huge_pages(fresh: Tensor) -> Tensor:
     """The same memory, for which the kernel, where it can, takes pages of 2 MiB: fewer faults, fewer table walks."""
     advise = _madvise()
     if advise is not None and fresh.is_cpu:

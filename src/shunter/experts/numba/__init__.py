@@ -84,7 +84,8 @@ def products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> T
 
 def array(tensor: Tensor) -> Any:
     """A numpy array over the tensor's memory, as the loops take it."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.element_size() == 2:
         return tensor.view(torch.int16).numpy().view(DTYPES[tensor.dtype])
     return tensor.numpy()
