@@ -133,7 +133,7 @@ class Routing:
         routing = cls(
             token=order // k,
             expert=index.reshape(-1)[order].to(torch.int64),
-            weight=weight.reshape(-1)[order],
+            weight=weight.reshape(-1).index_select(0, order),
             num_tokens=num_tokens,
             num_experts=num_experts,
             choice=order % k,

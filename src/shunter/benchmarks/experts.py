@@ -75,6 +75,9 @@ def parse_shape(text: str, named: dict[str, Shape]) -> Shape:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# A round repeats what takes less than this.
+ROUND_SECONDS = 0.1
+
 PEERS = ["eager", "batched_mm", "grouped_mm"]
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -242,6 +245,15 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def _steady_seconds(run: Callable[[], object]) -> float:
+    """The mean of as many passes in a row as it takes to fill `ROUND_SECONDS`, as in a loop that does nothing else."""
+    start, passes = time.perf_counter(), 0
+    while (taken := time.perf_counter() - start) < ROUND_SECONDS or not passes:
+        run()
+        passes += 1
+    return taken / passes
+
+
 def _matmul_peak(dtype: torch.dtype) -> float:
     """FLOP/s of a large product, the best of several sizes and repetitions; no larger than a few seconds allow."""
     best = 0.0
@@ -361,7 +373,7 @@ def _results(
     }
     if not case.shape.backward:
         passes["reading"] = case.read
-    times = _medians(passes, rounds, _seconds)
+    times = _medians(passes, rounds, _steady_seconds)
     reading = times.pop("reading", None)
     for name, seconds in times.items():
         results[name] |= {
@@ -396,7 +408,7 @@ def markdown(found: dict[str, Any]) -> str:
         "Written by `shunter bench experts`; the numbers behind it are in the JSON file beside it.",
         "",
         f"{described(found)}. Large products reach {rates}; copying moves {found['copy_gb_per_s']:.0f} GB/s (read and "
-        f"written). Medians of {found['rounds']} interleaved rounds.",
+        f"written). Medians of {found['rounds']} interleaved rounds, each of a pass or of {ROUND_SECONDS} s of them.",
         "",
         "Ratio: the time of a dense SwiGLU of equal FLOPs over this time (above 1: faster than dense). Roofline: the "
         "share of what the peaks above allow. Saved: what is kept for the backward besides x and the parameters. "
