@@ -3,6 +3,9 @@
 import pytest
 
 from shunter.experts import numba
+from shunter.experts.numba.mkl import addresses
+
+needs_loops = pytest.mark.skipif(not numba.INSTALLED or addresses() is None, reason="needs numba and MKL")
 
 
 @pytest.fixture(autouse=True)

@@ -22,12 +22,11 @@ from shunter.experts import (
     triton,
 )
 from shunter.experts.backends import get
-from shunter.experts.numba.mkl import addresses
 
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
+from .conftest import needs_loops
 
 # Backends that run on any CPU input; others have files of their own.
-needs_loops = pytest.mark.skipif(not numba.INSTALLED or addresses() is None, reason="needs numba and MKL")
 FAST = ["padded", "grouped_mm", pytest.param("fused", marks=needs_loops)]
 CPU = ["reference", *FAST]
 # With the Triton backend, whose interpreter is slow, where one run says it all; the rest is in its own file.

@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 
 from shunter.experts import ACTIVATIONS, choose, fused, numba
 from shunter.experts.backends import get
-from shunter.experts.numba.mkl import addresses
 
 from ..helpers import random_routing, random_weights, relative_error
-
-needs_loops = pytest.mark.skipif(not numba.INSTALLED or addresses() is None, reason="needs numba and MKL")
+from .conftest import needs_loops
 
 
 @settings(max_examples=300, deadline=None)
@@ -204,12 +202,12 @@ def test_few_numbers_and_few_experts_are_left_to_padded(monkeypatch):
     assert "4 experts are fewer than its 5 threads" in choose("auto", x, weights)[1]
 
 
-@pytest.mark.parametrize("strided", ["up", "down"])
+@pytest.mark.parametrize("strided", ["up", "down", "up_bias", "down_bias"])
 def test_strided_matrices_and_other_dtypes_are_refused(strided):
-    weights = random_weights(4, 6, 5, dtype=torch.float32)
+    weights = random_weights(4, 6, 5, bias=True, dtype=torch.float32)
     own = getattr(weights, strided).detach()
     other = type(weights)(**{**vars(weights), strided: own.mT.contiguous().mT})
-    assert "not contiguous" in get("fused").refuses(torch.randn(9, 6), other)
+    assert "are not contiguous" in get("fused").refuses(torch.randn(9, 6), other)
     assert "float64" in get("fused").refuses(torch.randn(9, 6).double(), random_weights(4, 6, 5))
 
 

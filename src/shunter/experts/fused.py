@@ -131,10 +131,10 @@ class _Fused:
             for value, need in zip(own, needs[2:], strict=True)
         ]
         parts = [
-            _single(f"parts {name}", plan.layout.parts, *gradient.shape[1:])
+            _single(f"parts {i}", plan.layout.parts, *gradient.shape[1:])
             if gradient is not None and plan.layout.parts
             else None
-            for name, gradient in zip(Weights.__dataclass_fields__, parameters, strict=False)
+            for i, gradient in enumerate(parameters)
         ]
         dx = _single("rows", n if needs.x else 0, d)
         grad_weight = torch.empty(n, dtype=torch.float32)
@@ -210,8 +210,9 @@ def _refuses(x: Tensor, weights: Weights) -> str | None:
         return f"it computes in float32, not in {x.dtype}"
     if product_dtype(x) != torch.float32:
         return f"this processor multiplies {x.dtype} itself"
-    if not (weights.up.is_contiguous() and weights.down.is_contiguous()):
-        return "the experts' matrices are not contiguous"
+    parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+    if not all(part is None or part.is_contiguous() for part in parts):
+        return "the experts' matrices or biases are not contiguous"
     return numba.lacks()
 
 
