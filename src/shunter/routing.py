@@ -125,24 +125,23 @@ class Routing:
             bad = int(index[(index < 0) | (index >= num_experts)][0])
             raise ValueError(f"Routing.from_topk: expert {bad} is out of range; experts are 0 to {num_experts - 1}")
         num_tokens, k = index.shape
-        order = _sort_by_expert(index.reshape(-1), num_experts)
+        expert, order = _sort_by_expert(index.reshape(-1), num_experts)
         if keep is not None:
             keep = keep.to(torch.bool)
-            keep = (keep if keep.dim() == 2 else keep[:, None].expand(num_tokens, k)).reshape(-1)
-            order = order[keep[order]]
+            keep = (keep if keep.dim() == 2 else keep[:, None].expand(num_tokens, k)).reshape(-1)[order]
+            expert, order = expert[keep], order[keep]
         routing = cls(
-            token=order // k,
-            expert=index.reshape(-1)[order].to(torch.int64),
+            token=order // k if k > 1 else order,
+            expert=expert.to(torch.int64),
             weight=weight.reshape(-1).index_select(0, order),
             num_tokens=num_tokens,
             num_experts=num_experts,
-            choice=order % k,
+            choice=order % k if k > 1 else torch.zeros_like(order),
             check=check,
         )
         if keep is None:
             # Every token has k triples, so the way back from token order to rows needs no second sort.
-            rows = torch.empty_like(order)
-            rows[order] = torch.arange(order.numel(), device=order.device)
+            rows = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
             routing.__dict__["by_token"] = (rows, torch.arange(0, num_tokens * k + 1, k, device=order.device))
         return routing
 
@@ -241,7 +240,7 @@ class Routing:
         return replace(self, token=token[order], expert=expert[order], weight=weight, choice=choice)
 
 
-def _sort_by_expert(expert: Tensor, num_experts: int) -> Tensor:
-    """The order (N,) that sorts by expert and keeps equal experts in place; small keys sort several times faster."""
+def _sort_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The experts (N,) sorted, equal ones in place, and their order (N,); small keys sort several times faster."""
     small = torch.int16 if num_experts <= torch.iinfo(torch.int16).max else expert.dtype
-    return expert.to(small).argsort(stable=True)
+    return expert.to(small).sort(stable=True)

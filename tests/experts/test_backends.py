@@ -21,6 +21,7 @@ from shunter.experts import (
     register,
     triton,
 )
+from shunter.experts.autograd import Plan
 from shunter.experts.backends import get
 
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
@@ -56,7 +57,7 @@ def _leaves(x, routing, weights):
 
 
 def _poison_scratch():
-    for buffer in memory._HELD.buffers.values():
+    for buffer, _ in memory._HELD.buffers.values():
         buffer.fill_(255)  # as floating point, in any format: NaN
 
 
@@ -164,7 +165,7 @@ def test_any_shape_equals_the_reference(
         patch.setattr(padded, "CHUNK_BYTES", chunk)
         patch.setattr(padded, "PANEL_COLUMNS", columns)
         patch.setattr(fused, "BLOCK_ROWS", rows)
-        patch.setattr(fused, "_layout", lambda offsets, _, own, layout=fused._layout: layout(offsets, threads, own))
+        patch.setattr(fused._Fused, "plan", lambda *given: Plan(threads, ()))
         patch.setattr(padded, "_step", lambda x, routing: step)
         expected, found = (_run(name, x, weights, routing, grad) for name in ("reference", backend))
     for name, value in expected.items():
@@ -343,6 +344,17 @@ def test_the_same_bits_every_time(backend):
     for _ in range(3):
         again = _run(backend, x, weights, routing, grad)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_training_goes_on_after_inference_mode(backend):
+    """Whose tensors may not be written to outside of it: scratch memory is not of them."""
+    weights, x = random_weights(3, 8, 7, dtype=torch.float32), torch.randn(20, 8)
+    memory.release()
+    for tokens in (20, 30):
+        with torch.inference_mode():
+            get(backend).run(torch.randn(tokens, 8), weights, random_routing(tokens, 3, dtype=torch.float32))
+        get(backend).run(x, weights, random_routing(20, 3, dtype=torch.float32)).sum().backward()
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -22,8 +22,10 @@ _MADV_HUGEPAGE = 14
 
 
 class _Held(threading.local):
+    """By name and device a buffer of bytes, and what was last given of it."""
+
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self.buffers: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 _HELD = _Held()
@@ -34,13 +36,19 @@ def scratch(name: str, like: Tensor, *shape: int) -> Tensor:
 
     What it holds is lost with the next call under the same name.
     """
-    size = math.prod(shape) * like.element_size()
     key = name, like.device
-    held = _HELD.buffers.get(key)
-    if held is None or held.numel() < size:
-        _HELD.buffers.pop(key, None)  # first, so that both are never there together
-        held = _HELD.buffers[key] = with_huge_pages(torch.empty(size, dtype=torch.uint8, device=like.device))
-    return held[:size].view(like.dtype).view(shape)
+    buffer, given = _HELD.buffers.get(key, (None, None))
+    if given is not None and given.shape == shape and given.dtype == like.dtype:
+        return given
+    size = math.prod(shape) * like.element_size()
+    with torch.inference_mode(False):  # what inference mode makes could not be written to outside of it
+        if buffer is None or buffer.numel() < size:
+            _HELD.buffers.pop(key, None)  # first, so that both are never there together
+            del buffer, given
+            buffer = with_huge_pages(torch.empty(size, dtype=torch.uint8, device=like.device))
+        given = buffer[:size].view(like.dtype).view(shape)
+    _HELD.buffers[key] = buffer, given
+    return given
 
 
 def release() -> None:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import llvmlite.binding
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
-from numba.extending import overload, register_jitable
+from numba.extending import intrinsic, overload, register_jitable
 
 from .mkl import addresses
 
@@ -30,6 +31,13 @@ _threads = types.ExternalFunction("shunter_threads", types.int32(types.int32))
 
 # A thread takes so many rows of a matrix at once.
 _ROWS = 64
+# Reading an expert's matrices, and writing their gradients, takes as long as computing so many rows.
+_ROWS_OF_MATRICES = 16
+# A thread's share ends with an expert if that changes it by so little.
+_TOLERANCE = 1 / 32
+# A matrix of at most so many bytes is fetched into the cache before its turn; its gradient is computed in the cache and
+# written past it.
+_CACHED = 2**18
 
 
 def _single(value):
@@ -231,7 +239,7 @@ def products(rows, matrices, experts, starts, counts, out):
 class Matrices(NamedTuple):
     """Of each expert: up (E, 2f, d), down (E, d, f) and their biases (E, 1, 2f) and (E, 1, d); those absent have E 0.
 
-    The experts' parameters, their gradients, or the parts of gradients that threads share.
+    The experts' parameters, or their gradients.
     """
 
     up: np.ndarray
@@ -240,37 +248,59 @@ class Matrices(NamedTuple):
     down_bias: np.ndarray
 
 
-class Share(NamedTuple):
-    """Which triples each of n threads takes.
+class Triples(NamedTuple):
+    """Of a routing.
 
     Args:
         token: (N,), the token of each triple, sorted by expert.
         offsets: (E + 1,), where each expert's triples begin.
-        bounds: (n + 1,), where each thread's triples begin.
-        slots: (n, 2), by thread the part of `parts` for the expert that an earlier thread began, and for any other.
+        rows: (N,), the triples in the order of their tokens.
+        starts: (T + 1,), where each token's begin there.
     """
 
     token: np.ndarray
     offsets: np.ndarray
-    bounds: np.ndarray
-    slots: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
 
 
-class Room(NamedTuple):
-    """Scratch of each thread for a block of b rows, (n, b, .): gathered, pre-activations, hidden; and wide matrices.
+@_exact
+def bounds(offsets, shares):
+    """Where the triples of each of n shares begin, (n + 1,): shares of about equal work."""
+    experts, total = offsets.shape[0] - 1, 0
+    for e in range(experts):
+        total += _work(offsets, e)
+    near = _TOLERANCE * total / shares
+    found = np.empty(shares + 1, np.int64)
+    found[0], found[shares] = 0, offsets[experts]
+    e, before = 0, 0
+    for t in range(1, shares):
+        target = total * t / shares
+        while e < experts - 1 and before + _work(offsets, e) <= target:
+            before += _work(offsets, e)
+            e += 1
+        if target - before <= near:
+            found[t] = offsets[e]
+        elif before + _work(offsets, e) - target <= near:
+            found[t] = offsets[e + 1]
+        else:
+            part = (target - before) / _work(offsets, e)
+            found[t] = offsets[e] + round(part * (offsets[e + 1] - offsets[e]))
+    return found
 
-    In the backward also the gradients of each. `again` is in the dtype of what is kept.
-    """
 
-    x: np.ndarray
-    h: np.ndarray
-    a: np.ndarray
-    up: np.ndarray
-    down: np.ndarray
-    again: np.ndarray
-    dy: np.ndarray
-    dh: np.ndarray
-    da: np.ndarray
+@_exact
+def _work(offsets, e):
+    """What an expert takes, in rows."""
+    count = offsets[e + 1] - offsets[e]
+    return count + _ROWS_OF_MATRICES if count > 0 else 0
+
+
+@_inner
+def _take(room, start, rows, columns):
+    """A matrix from flat room, and where the next may begin."""
+    end = start + rows * columns
+    return room[start:end].reshape(rows, columns), end
 
 
 def _wide(matrix, room):
@@ -290,6 +320,68 @@ def _(matrix, room):
         return room
 
     return widened
+
+
+@intrinsic
+def _prefetch(context, address):
+    """The cache line at an address, soon."""
+
+    def generate(context, builder, signature, arguments):
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        # To read, into the second level, data.
+        builder.call(function, [builder.inttoptr(arguments[0], byte), flag(0), flag(2), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
+def _copy_past(context, source, target):
+    """32 bytes, not into the cache; the target is aligned to them."""
+
+    def generate(context, builder, signature, arguments):
+        eight = ir.VectorType(ir.FloatType(), 8).as_pointer()
+        value = builder.load(builder.inttoptr(arguments[0], eight), align=4)
+        store = builder.store(value, builder.inttoptr(arguments[1], eight), align=32)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
+def _fence(context):
+    """What was written before is there for all threads, also what went past the cache."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@_inner
+def _fetch(matrix, r, n):
+    """Part r of n of the matrix into the cache, if it is small."""
+    size = matrix.size * matrix.itemsize
+    if size <= _CACHED:
+        for i in range(r * size // n // 64 * 64, (r + 1) * size // n, 64):
+            _prefetch(matrix.ctypes.data + i)
+
+
+@_inner
+def _streams(matrix):
+    """Whether this gradient is computed in the cache and written past it."""
+    size = matrix.size * matrix.itemsize
+    return size <= _CACHED and (matrix.ctypes.data | size) % 32 == 0
+
+
+@_inner
+def _stream(rows, out):
+    for i in range(0, out.size * out.itemsize, 32):
+        _copy_past(rows.ctypes.data + i, out.ctypes.data + i)
 
 
 def _where(own, room, fits):
@@ -312,15 +404,15 @@ def _round(rows, out):
             _put(result, i, row[i])
 
 
-def _settle(rows, out):
-    """What was computed in `_where` into out, unless it is there."""
+def _settle(rows, out, streams):
+    """What was computed in `_where` into out, unless it is there: in another dtype, or to be streamed."""
 
 
 @overload(_settle)
-def _(rows, out):
+def _(rows, out, streams):
     if out.dtype == types.float32:
-        return lambda rows, out: None
-    return lambda rows, out: _round(rows, out)
+        return lambda rows, out, streams: _stream(rows, out) if streams else None
+    return lambda rows, out, streams: _round(rows, out)
 
 
 @_inner
@@ -471,94 +563,185 @@ def _expert(offsets, triple, e):
 
 
 @_inner
-def _forward(t, activation, x, share, weights, room, h, y):
-    token, offsets, bounds, _ = share
+def _alone(starts):
+    """Whether no token has two triples."""
+    most = 0
+    for i in range(starts.shape[0] - 1):
+        most = max(most, starts[i + 1] - starts[i])
+    return most < 2
+
+
+@_inner
+def _scatter(rows, token, start, weight, weighted, out):
+    """The row of each triple from `start` on, times its weight or not, into that of its token, which has no other."""
+    for r in range(rows.shape[0]):
+        row, result = rows[r], out[token[start + r]]
+        w = weight[r] if weighted else np.float32(1)
+        for c in range(row.shape[0]):
+            _put(result, c, w * row[c])
+
+
+@_inner
+def _combine(t, n, triples, alone, rows, weight, weighted, out):
+    """For the tokens of thread t of n, the sum of their rows, weighted or not, into out; `alone` is done already."""
+    tokens, d = out.shape
+    total = np.empty(d, np.float32)
+    for i in range(t * tokens // n, (t + 1) * tokens // n):
+        begin, end = triples.starts[i], triples.starts[i + 1]
+        if alone and begin < end:
+            continue
+        total[:] = 0
+        for j in range(begin, end):
+            row = rows[triples.rows[j]]
+            w = weight[triples.rows[j]] if weighted else np.float32(1)
+            for c in range(d):
+                total[c] += w * row[c]
+        result = out[i]
+        for c in range(d):
+            _put(result, c, total[c])
+
+
+@_inner
+def _forward(t, activation, x, triples, alone, weight, begin, end, weights, block, room, h, rows, out):
+    token, offsets = triples.token, triples.offsets
     up, down, up_bias, down_bias = weights
-    keep = h.shape[0] > 0
+    width, d = up.shape[1:]
+    f = down.shape[2]
+    keep, half = h.shape[0] > 0, x.itemsize == 2
+    x_b, at = _take(room, 0, block, d)
+    h_b, at = _take(room, at, block, width)
+    a_b, at = _take(room, at, block, f)
+    up_b, at = _take(room, at, width * half, d)
+    down_b, at = _take(room, at, d * half, f)
     _threads(1)
     work = np.empty(10, np.int32)
-    start, e = bounds[t], 0
-    while start < bounds[t + 1]:
+    start, e = begin, 0
+    while start < end:
         e = _expert(offsets, start, e)
-        until = min(offsets[e + 1], bounds[t + 1])
-        up_e, down_e = _wide(up[e], room.up[t]), _wide(down[e], room.down[t])
+        until = min(offsets[e + 1], end)
+        up_e, down_e = _wide(up[e], up_b), _wide(down[e], down_b)
         while start < until:
-            end = _next(start, until, room.x.shape[1])
-            n = end - start
-            x_n, a_n = room.x[t, :n], room.a[t, :n]
-            h_n = _where(h[start:end], room.h[t, :n], keep)
+            stop = _next(start, until, block)
+            n = stop - start
+            x_n, a_n = x_b[:n], a_b[:n]
+            h_n = _where(h[start:stop], h_b[:n], keep)
             _gather(x, token, start, x_n)
             _linear(x_n, up_e, up_bias, e, h_n, work)
             if keep:
-                _settle(h_n, h[start:end])
-            _activate(activation, h_n, a_n)
-            _linear(a_n, down_e, down_bias, e, y[start:end], work)
-            start = end
+                _settle(h_n, h[start:stop], False)
+            following = min(e + 1, up.shape[0] - 1)
+            for r in range(n):
+                _activate(activation, h_n[r : r + 1], a_n[r : r + 1])
+                _fetch(up[following], r, n)
+                _fetch(down[following], r, n)
+            y_n = x_n if alone else rows[start:stop]
+            _linear(a_n, down_e, down_bias, e, y_n, work)
+            if alone:
+                _scatter(y_n, token, start, weight[start:stop], True, out)
+            start = stop
     _threads(0)
 
 
 @_compiled
-def forward(activation, x, share, weights, room, h, y):
-    """The output (N, d) of each triple but for its weight, in float32; its pre-activations (N, 2f), if h has room."""
-    for t in numba.prange(share.bounds.shape[0] - 1):
-        _forward(np.int64(t), activation, x, share, weights, room, h, y)
+def forward(activation, x, triples, weight, weights, block, room, rows, h, out):
+    """The output (T, d) of the experts; and the pre-activations (N, 2f) of each triple, if h has room.
+
+    Room (n, .) and rows (N, d), what the experts give each triple, are scratch in float32; a thread has up to `block`
+    rows at work.
+    """
+    shares = room.shape[0]
+    of, alone = bounds(triples.offsets, shares), _alone(triples.starts)
+    for t in numba.prange(shares):
+        _forward(
+            np.int64(t), activation, x, triples, alone, weight, of[t], of[t + 1], weights, block, room[t], h, rows, out
+        )
+    for t in numba.prange(shares):
+        _combine(np.int64(t), shares, triples, alone, rows, weight, True, out)
 
 
 @_inner
-def _backward(t, activation, grad, x, weight, share, weights, room, h, parts, dx, grad_weight, gradients):
-    token, offsets, bounds, slots = share
+def _parts(room, gradients):
+    """From flat room a part for each matrix of one expert that wants a gradient."""
+    up, down, up_bias, down_bias = gradients
+    a, at = _take(room, 0, up.shape[1] * (up.shape[0] > 0), up.shape[2])
+    b, at = _take(room, at, down.shape[1] * (down.shape[0] > 0), down.shape[2])
+    c, at = _take(room, at, up_bias.shape[1] * (up_bias.shape[0] > 0), up_bias.shape[2])
+    d, at = _take(room, at, down_bias.shape[1] * (down_bias.shape[0] > 0), down_bias.shape[2])
+    return a, b, c, d
+
+
+@_inner
+def _backward(
+    t, activation, grad, x, triples, alone, weight, begin, end, weights, block, room, h, parts, rows, grad_x,
+    grad_weight, gradients,
+):  # fmt: skip
+    token, offsets = triples.token, triples.offsets
     up, down, up_bias, down_bias = weights
-    kept = h.shape[0] > 0
+    width, d = up.shape[1:]
+    f = down.shape[2]
+    kept, half = h.shape[0] > 0, x.itemsize == 2
+    x_b, at = _take(room, 0, block, d)
+    h_b, at = _take(room, at, block, width)
+    a_b, at = _take(room, at, block, f)
+    up_b, at = _take(room, at, width * half, d)
+    down_b, at = _take(room, at, d * half, f)
+    dy_b, at = _take(room, at, block, d)
+    dh_b, at = _take(room, at, block, width)
+    da_b, at = _take(room, at, block, f)
+    again = room[at:].view(x.dtype)[: block * width * (not kept)].reshape(block * (not kept), width)
     needs_up, needs_down = gradients.up.shape[0] > 0, gradients.down.shape[0] > 0
     needs_up_bias, needs_down_bias = gradients.up_bias.shape[0] > 0, gradients.down_bias.shape[0] > 0
     _threads(1)
-    work, ones = np.empty(10, np.int32), np.ones(room.x.shape[1], np.float32)
-    dh_sum, dy_sum = np.empty(up.shape[1]), np.empty(up.shape[2])
-    start, e = bounds[t], 0
-    while start < bounds[t + 1]:
+    work, ones = np.empty(10, np.int32), np.ones(block, np.float32)
+    dh_sum, dy_sum = np.empty(width), np.empty(d)
+    start, e = begin, 0
+    while start < end:
         e = _expert(offsets, start, e)
-        until = min(offsets[e + 1], bounds[t + 1])
-        up_e, down_e = _wide(up[e], room.up[t]), _wide(down[e], room.down[t])
-        begun = offsets[e] < bounds[t]
-        whole = not begun and offsets[e + 1] <= bounds[t + 1]
-        slot = slots[t, 0] if begun else slots[t, 1]
-        grad_up = _where(gradients.up[e], parts.up[slot], whole)
-        grad_down = _where(gradients.down[e], parts.down[slot], whole)
-        grad_up_bias = _where(gradients.up_bias[e], parts.up_bias[slot], whole)
-        grad_down_bias = _where(gradients.down_bias[e], parts.down_bias[slot], whole)
+        until = min(offsets[e + 1], end)
+        up_e, down_e = _wide(up[e], up_b), _wide(down[e], down_b)
+        begun = offsets[e] < begin
+        whole = not begun and offsets[e + 1] <= end
+        part = _parts(parts[2 * t if begun else 2 * t + 1], gradients)
+        streams = _streams(gradients.up[e]), _streams(gradients.down[e]), False, False
+        grad_up = _where(gradients.up[e], part[0], whole and not streams[0])
+        grad_down = _where(gradients.down[e], part[1], whole and not streams[1])
+        grad_up_bias = _where(gradients.up_bias[e], part[2], whole)
+        grad_down_bias = _where(gradients.down_bias[e], part[3], whole)
         dh_sum[:] = 0
         dy_sum[:] = 0
         add = False
         while start < until:
-            end = _next(start, until, room.x.shape[1])
-            n = end - start
-            x_n, a_n = room.x[t, :n], room.a[t, :n]
-            dy_n, dh_n, da_n = room.dy[t, :n], room.dh[t, :n], room.da[t, :n]
+            stop = _next(start, until, block)
+            n = stop - start
+            x_n, a_n, dy_n, dh_n, da_n = x_b[:n], a_b[:n], dy_b[:n], dh_b[:n], da_b[:n]
             if needs_up or not kept:
                 _gather(x, token, start, x_n)
-            h_n = h[start:end]
+            h_n = h[start:stop]
             if not kept:
-                h_n = room.again[t, :n]
-                wide = _where(h_n, room.h[t, :n], True)
+                h_n = again[:n]
+                wide = _where(h_n, h_b[:n], True)
                 _linear(x_n, up_e, up_bias, e, wide, work)
-                _settle(wide, h_n)
+                _settle(wide, h_n, False)
             _gather(grad, token, start, dy_n)
             _product(dy_n, down_e, da_n, False, work)
-            _activate_backward(activation, h_n, da_n, weight[start:end], a_n, dh_n, grad_weight[start:end])
+            _activate_backward(activation, h_n, da_n, weight[start:stop], a_n, dh_n, grad_weight[start:stop])
             if down_bias.shape[0] > 0:
-                _add_inner(dy_n, down_bias[e, 0], grad_weight[start:end])
+                _add_inner(dy_n, down_bias[e, 0], grad_weight[start:stop])
             if needs_down:
                 _product(dy_n.T, a_n, grad_down, add, work)
             if needs_down_bias:
-                _sum(dy_n, weight[start:end], dy_sum)
+                _sum(dy_n, weight[start:stop], dy_sum)
             if needs_up:
                 _product(dh_n.T, x_n, grad_up, add, work)
             if needs_up_bias:
                 _sum(dh_n, ones, dh_sum)
-            if dx.shape[0] > 0:
-                _product(dh_n, up_e, dx[start:end], False, work)
+            if grad_x.shape[0] > 0:
+                dx_n = dy_n if alone else rows[start:stop]
+                _product(dh_n, up_e, dx_n, False, work)
+                if alone:
+                    _scatter(dx_n, token, start, weight[start:stop], False, grad_x)
             add = True
-            start = end
+            start = stop
         if needs_up_bias:
             _copy(dh_sum, grad_up_bias)
         if needs_down_bias:
@@ -567,15 +750,57 @@ def _backward(t, activation, grad, x, weight, share, weights, room, h, parts, dx
             found = grad_up, grad_down, grad_up_bias, grad_down_bias
             for i in range(4):
                 if gradients[i].shape[0] > 0:
-                    _settle(found[i], gradients[i][e])
+                    _settle(found[i], gradients[i][e], streams[i])
+    _fence()
     _threads(0)
 
 
-@_compiled
-def backward(activation, grad, x, weight, share, weights, room, h, parts, dx, grad_weight, gradients):
-    """The gradients of the output's (T, d): those of weights and parameters; that of x is left (N, d) by triple.
+@_inner
+def _join(t, offsets, of, parts, gradients):
+    """For the rows of thread t: the gradients of experts that threads share, part by part; zero where there is none."""
+    shares = of.shape[0] - 1
+    for e in range(offsets.shape[0] - 1):
+        first, last = offsets[e], offsets[e + 1]
+        share = 0
+        while first < last and of[share + 1] <= first:
+            share += 1
+        if first < last <= of[share + 1]:
+            continue
+        for i in range(4):
+            if gradients[i].shape[0] == 0:
+                continue
+            q, p = gradients[i].shape[1:]
+            total = np.empty(p, np.float32)
+            for r in range(t * q // shares, (t + 1) * q // shares):
+                total[:] = 0
+                s = share
+                while first < last and of[s] < last:
+                    if of[s] < of[s + 1]:
+                        row = _parts(parts[2 * s if of[s] > first else 2 * s + 1], gradients)[i][r]
+                        for c in range(p):
+                            total[c] += row[c]
+                    s += 1
+                result = gradients[i][e, r]
+                for c in range(p):
+                    _put(result, c, total[c])
 
-    Those with no room are not computed. Without h (N, 2f) the pre-activations are computed again.
+
+@_compiled
+def backward(
+    activation, grad, x, triples, weight, weights, block, room, h, parts, rows, grad_x, grad_weight, gradients
+):
+    """The gradients of the output's (T, d): of x, of the weights (N,) and of the parameters; not of what has no room.
+
+    Without h (N, 2f) the pre-activations are computed again. Room (n, .), rows (N, d) and parts (2n, .), one for what
+    an earlier thread began and one for the others, are scratch in float32.
     """
-    for t in numba.prange(share.bounds.shape[0] - 1):
-        _backward(np.int64(t), activation, grad, x, weight, share, weights, room, h, parts, dx, grad_weight, gradients)
+    shares = room.shape[0]
+    of, alone = bounds(triples.offsets, shares), _alone(triples.starts)
+    for t in numba.prange(shares):
+        _backward(
+            np.int64(t), activation, grad, x, triples, alone, weight, of[t], of[t + 1], weights, block, room[t], h,
+            parts, rows, grad_x, grad_weight, gradients,
+        )  # fmt: skip
+    for t in numba.prange(shares):
+        _combine(np.int64(t), shares, triples, alone, rows, weight, False, grad_x)
+        _join(np.int64(t), triples.offsets, of, parts, gradients)
