@@ -1,5 +1,6 @@
 """The decode backend: the reference's output for a few tokens, nothing of experts that nobody chose."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -75,3 +76,17 @@ def test_auto_takes_it_for_few_tokens_without_gradients_alone():
         assert Experts(4, 6, 5)(torch.randn(3, 6), random_routing(3, 4, dtype=torch.float32)).shape == (3, 6)
     with pytest.raises(ValueError, match="cannot run this: it has no backward; call it under torch.no_grad"):
         choose("decode", few, weights)
+
+
+@pytest.mark.skipif(not numba.INSTALLED, reason="needs numba")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@torch.no_grad()
+def test_the_loops_compute_every_activation_with_biases(activation):
+    """From strided inputs too."""
+    weights = random_weights(5, 8, 7, activation, bias=True, dtype=torch.float32)
+    for bias in ("up_bias", "down_bias"):
+        wide = getattr(weights, bias).repeat(1, 2)
+        weights = replace(weights, **{bias: wide[:, : wide.shape[1] // 2]})
+    x, routing = torch.randn(8, 9).T, random_routing(9, 5, dtype=torch.float32)
+    assert numba.usable(weights.up, weights.down)
+    assert relative_error(get("decode").run(x, weights, routing), by_tokens(x, weights, routing.dense())) < 1e-6

@@ -18,6 +18,17 @@ from shunter.experts.numba.mkl import addresses
 
 from ..helpers import random_routing, random_weights, relative_error
 
+
+def _products(x, index, matrices, counts):
+    """The rows of x at an index, sorted by expert, times their experts' matrices, in float32."""
+    out, counts = torch.empty(len(index), matrices.shape[1]), torch.tensor(counts)
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    with numba.ready() as kernels:
+        parts = (x.float()[index], matrices, counts.nonzero().view(-1), offsets, out)
+        kernels.products(*map(numba.array, parts))
+    return out
+
+
 needs_numba = pytest.mark.skipif(not numba.INSTALLED, reason="needs numba")
 HALF = [torch.bfloat16, torch.float16]
 
@@ -37,10 +48,10 @@ def test_every_value_of_half_precision_is_widened_exactly(dtype, n):
     column = torch.randint(256, (n,))
     picked = matrix[:, column].float().T
     rows = F.one_hot(column, 256).to(dtype)
-    found = numba.products(rows, torch.arange(n), matrix.nan_to_num(0.0, 0.0, 0.0)[None], [n])
+    found = _products(rows, torch.arange(n), matrix.nan_to_num(0.0, 0.0, 0.0)[None], [n])
     assert torch.equal(found, picked.nan_to_num(0.0, 0.0, 0.0))
     # What is not finite must be alone in its row, as 0 times it is NaN.
-    found = numba.products(torch.ones(n, 1), torch.arange(n), matrix.reshape(1, -1, 1), [n])
+    found = _products(torch.ones(n, 1), torch.arange(n), matrix.reshape(1, -1, 1), [n])
     expected = matrix.float().view(1, -1).expand(n, -1)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -57,7 +68,7 @@ def test_products_of_any_shape(counts, p, q, dtype, seed):
     matrices = torch.randn(len(counts), q, p, generator=generator).to(dtype)
     x = torch.randn(5, p, generator=generator).to(dtype)
     index = torch.randint(5, (sum(counts),), generator=generator)
-    found = numba.products(x, index, matrices, counts)
+    found = _products(x, index, matrices, counts)
     expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     exact = torch.einsum("np,nqp->nq", x[index].double(), matrices[expert].double())
     size = torch.einsum("np,nqp->nq", x[index].double().abs(), matrices[expert].double().abs())
@@ -96,7 +107,7 @@ def test_the_number_of_threads_changes_no_bit_of_decoding():
     try:
         for number in (1, 2, 1000):
             torch.set_num_threads(number)
-            found.append(numba.products(x, torch.arange(7), matrices, [2, 1, 4]))
+            found.append(_products(x, torch.arange(7), matrices, [2, 1, 4]))
             assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(threads)
@@ -105,11 +116,15 @@ def test_the_number_of_threads_changes_no_bit_of_decoding():
 
 _ONE_THREAD = """
 import torch
-from shunter.experts import numba
+from shunter import Routing
+from shunter.experts import Weights, numba
+from shunter.experts.backends import get
 
 torch.set_num_threads(1)
 numba.SMALL = 0
-numba.products(torch.randn(2, 3), torch.arange(2), torch.randn(1, 4, 3), [2])
+weights = Weights(torch.randn(1, 4, 3), torch.randn(1, 3, 2))
+with torch.no_grad():
+    get("decode").run(torch.randn(2, 3), weights, Routing.from_topk(torch.zeros(2, 1).long(), torch.rand(2, 1), 1))
 assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
 

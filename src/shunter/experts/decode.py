@@ -15,6 +15,7 @@ from .activations import activate
 from .autograd import Gradients, Needs, Plan, differentiable
 from .backends import Backend, Weights, register
 from .combine import sum_by_token
+from .memory import SINGLE, scratch
 
 __all__ = ["decode"]
 
@@ -26,26 +27,48 @@ FEW_COLUMNS = 4
 
 class _Decode:
     def plan(self, x: Tensor, weights: Weights, routing: Routing) -> Plan:
-        return Plan(routing.counts.tolist(), ())
+        return Plan(None, ())
 
     def forward(
         self, x: Tensor, weights: Weights, routing: Routing, plan: Plan, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        # The loops give float32, whatever the weights are.
-        products = numba.products if numba.usable(weights.up, weights.down) else _products
-        h = products(x, routing.token, weights.up, plan.layout)
+        if numba.usable(weights.up, weights.down):
+            out, h = _in_loops(x, weights, routing)
+            return out, h.to(x.dtype, copy=True) if keep else None
+        counts = routing.counts.tolist()
+        h = _products(x, routing.token, weights.up, counts)
         if weights.up_bias is not None:
             h += weights.up_bias[routing.expert]
         a = activate(h, weights.activation)
-        y = products(a, torch.arange(a.shape[0], device=a.device), weights.down, plan.layout)
+        y = _products(a, torch.arange(a.shape[0], device=a.device), weights.down, counts)
         if weights.down_bias is not None:
             y += weights.down_bias[routing.expert]
-        return sum_by_token(y, routing, routing.weight).to(x.dtype), h.to(x.dtype) if keep else None
+        return sum_by_token(y, routing, routing.weight), h if keep else None
 
     def backward(
         self, grad: Tensor, x: Tensor, weights: Weights, routing: Routing, plan: Plan, h: Tensor | None, needs: Needs
     ) -> Gradients:
         raise NotImplementedError("the decode backend has no backward; call it under torch.no_grad()")
+
+
+def _in_loops(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The output (T, d), and in scratch memory the pre-activations (N, 2f) in float32."""
+    biases = [None if bias is None else bias.contiguous() for bias in (weights.up_bias, weights.down_bias)]
+    n, (d, f) = routing.token.numel(), weights.down.shape[1:]
+    h = scratch("decode h", SINGLE, n, weights.up.shape[1])
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    with numba.ready() as kernels:
+        kernels.decode(
+            kernels.ACTIVATIONS[weights.activation],
+            numba.array(x.contiguous()),
+            numba.triples(kernels, routing),
+            numba.array(routing.weight.float()),
+            numba.matrices(kernels, x.dtype, weights.up, weights.down, *biases),
+            numba.array(scratch("decode", SINGLE, n * (2 * d + f))),
+            numba.array(h),
+            numba.array(out),
+        )
+    return out, h
 
 
 def _products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:

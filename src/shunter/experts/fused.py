@@ -11,7 +11,6 @@ Numbers in half precision are widened as they are read and rounded once, at the 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,15 +20,13 @@ from ..routing import Routing
 from . import numba
 from .autograd import Gradients, Needs, Plan, differentiable
 from .backends import Backend, Weights, register
-from .memory import scratch, with_huge_pages
+from .memory import SINGLE, scratch, with_huge_pages
 from .products import product_dtype
 
 __all__ = ["fused"]
 
 # A thread has so many rows at work: enough for products at full speed, few enough for the cache.
 BLOCK_ROWS = 512
-
-_LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class _Fused:
@@ -41,6 +38,7 @@ class _Fused:
         self, x: Tensor, weights: Weights, routing: Routing, plan: Plan, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
         n, width = routing.token.numel(), weights.up.shape[1]
+        own = (weights.up, weights.down, weights.up_bias, weights.down_bias)
         h = with_huge_pages(x.new_empty(n if keep else 0, width))
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         block = min(n, BLOCK_ROWS)
@@ -48,9 +46,9 @@ class _Fused:
             kernels.forward(
                 kernels.ACTIVATIONS[weights.activation],
                 numba.array(x.contiguous()),
-                _triples(kernels, routing),
+                numba.triples(kernels, routing),
                 numba.array(routing.weight.float()),
-                _matrices(kernels, weights.up, weights.down, weights.up_bias, weights.down_bias),
+                numba.matrices(kernels, x.dtype, *own),
                 block,
                 _room(x, weights, plan.layout, block),
                 numba.array(_single("rows", n, x.shape[1])),
@@ -77,9 +75,9 @@ class _Fused:
                 kernels.ACTIVATIONS[weights.activation],
                 numba.array(grad),
                 numba.array(x.contiguous()),
-                _triples(kernels, routing),
+                numba.triples(kernels, routing),
                 numba.array(routing.weight.float()),
-                _matrices(kernels, *own),
+                numba.matrices(kernels, x.dtype, *own),
                 block,
                 _room(x, weights, plan.layout, block),
                 numba.array(x.new_empty(0, weights.up.shape[1]) if h is None else h),
@@ -87,7 +85,7 @@ class _Fused:
                 numba.array(_single("rows", n if needs.x else 0, d)),
                 numba.array(grad_x),
                 numba.array(grad_weight),
-                _matrices(kernels, *parameters, dtype=x.dtype),
+                numba.matrices(kernels, x.dtype, *parameters),
             )
         weight = grad_weight.to(routing.weight.dtype) if needs.weight else None
         return Gradients(grad_x if needs.x else None, weight, *parameters)
@@ -95,23 +93,7 @@ class _Fused:
 
 def _single(name: str, *shape: int) -> Tensor:
     """Scratch in float32."""
-    return scratch(f"fused {name}", _LIKE, *shape)
-
-
-def _triples(kernels: Any, routing: Routing) -> Any:
-    return kernels.Triples(*map(numba.array, (routing.token, routing.offsets, *routing.by_token)))
-
-
-def _matrices(kernels: Any, *parts: Tensor | None, dtype: torch.dtype | None = None) -> Any:
-    """Matrices (E, q, p), and biases (E, q) as (E, 1, q), of one dtype; none for None."""
-    none = _none(parts[0].dtype if dtype is None else dtype)  # type: ignore[union-attr]
-    arrays = [none if part is None else numba.array(part if part.ndim == 3 else part[:, None]) for part in parts]
-    return kernels.Matrices(*arrays)
-
-
-@cache
-def _none(dtype: torch.dtype) -> Any:
-    return numba.array(torch.empty(0, 0, 0, dtype=dtype, device="cpu"))
+    return scratch(f"fused {name}", SINGLE, *shape)
 
 
 def _room(x: Tensor, weights: Weights, shares: int, block: int) -> Any:

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["release", "scratch", "with_huge_pages"]
+__all__ = ["SINGLE", "release", "scratch", "with_huge_pages"]
+
+# What scratch in float32 on the CPU is like.
+SINGLE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 _HUGE_PAGE = 2**21
 _MADV_HUGEPAGE = 14

@@ -19,9 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...routing import Routing
 from .mkl import addresses
 
-__all__ = ["DTYPES", "INSTALLED", "SMALL", "array", "how", "lacks", "products", "ready", "threads", "usable"]
+__all__ = [
+    "DTYPES",
+    "INSTALLED",
+    "SMALL",
+    "array",
+    "how",
+    "lacks",
+    "matrices",
+    "ready",
+    "threads",
+    "triples",
+    "usable",
+]
 
 INSTALLED = find_spec("numba") is not None
 # As what integers the loops get the bits of a dtype, of which numpy has not all.
@@ -67,21 +80,6 @@ def threads() -> int:
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
-def products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
-    """The rows of x (., p) at an index (N,), sorted by expert, times their experts' matrices (E, q, p): (N, q).
-
-    In float32. Each matrix of an expert that has rows is read once from memory, and none other.
-    """
-    out = x.new_empty(index.numel(), matrices.shape[1], dtype=torch.float32)
-    size = torch.tensor(counts, device=x.device)
-    experts = size.nonzero().view(-1)
-    starts = (size.cumsum(0) - size)[experts]
-    with ready() as kernels:
-        parts = (x.float()[index], matrices, experts, starts, size[experts], out)
-        kernels.products(*map(array, parts))
-    return out
-
-
 def array(tensor: Tensor) -> Any:
     """A numpy array over the tensor's memory, as the loops take it."""
     if tensor.requires_grad:
@@ -89,6 +87,23 @@ def array(tensor: Tensor) -> Any:
     if tensor.element_size() == 2:
         return tensor.view(torch.int16).numpy().view(DTYPES[tensor.dtype])
     return tensor.numpy()
+
+
+def triples(kernels: Any, routing: Routing) -> Any:
+    """Where a routing's triples are, as the loops take it."""
+    return kernels.Triples(*map(array, (routing.token, routing.offsets, *routing.by_token)))
+
+
+def matrices(kernels: Any, dtype: torch.dtype, *parts: Tensor | None) -> Any:
+    """Matrices (E, q, p), and biases (E, q) as (E, 1, q), of one dtype; none for None."""
+    none = _none(dtype)
+    arrays = [none if part is None else array(part if part.ndim == 3 else part[:, None]) for part in parts]
+    return kernels.Matrices(*arrays)
+
+
+@cache
+def _none(dtype: torch.dtype) -> Any:
+    return array(torch.empty(0, 0, 0, dtype=dtype, device="cpu"))
 
 
 @contextmanager

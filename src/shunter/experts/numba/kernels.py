@@ -194,8 +194,8 @@ def _relu(activation, x):
 
 
 @_compiled
-def products(rows, matrices, experts, starts, counts, out):
-    """Rows (N, p) of experts[g], counts[g] from starts[g] on, times its matrix (q, p), transposed, into out (N, q).
+def products(rows, matrices, experts, offsets, out):
+    """Rows (N, p), from offsets[e] to offsets[e + 1] those of e in `experts`, times its matrix (q, p), into out (N, q).
 
     A row of the matrix meets up to four of the others at once: as many sums as neither wait for each other nor overflow
     the registers. The last row fills up four.
@@ -204,9 +204,10 @@ def products(rows, matrices, experts, starts, counts, out):
     blocks = (q + _ROWS - 1) // _ROWS
     for item in numba.prange(experts.shape[0] * blocks):
         group, block = item // blocks, item % blocks
-        first, end = starts[group], starts[group] + counts[group]
+        e = experts[group]
+        first, end = offsets[e], offsets[e + 1]
         for r in range(block * _ROWS, min(q, (block + 1) * _ROWS)):
-            row = matrices[experts[group], r]
+            row = matrices[e, r]
             n = first
             while end - n >= 3:
                 last = min(n + 3, end - 1)
@@ -657,6 +658,39 @@ def forward(activation, x, triples, weight, weights, block, room, rows, h, out):
         )
     for t in numba.prange(shares):
         _combine(np.int64(t), shares, triples, alone, rows, weight, True, out)
+
+
+@_inner
+def _add(biases, experts, offsets, rows):
+    """The bias of each expert, if there are any, to its rows."""
+    if biases.shape[0] == 0:
+        return
+    for e in experts:
+        bias = biases[e, 0]
+        for r in range(offsets[e], offsets[e + 1]):
+            row = rows[r]
+            for i in range(row.shape[0]):
+                row[i] += _single(bias[i])
+
+
+@_inner
+def decode(activation, x, triples, weight, weights, room, h, out):
+    """The output (T, d) of the experts, and the pre-activations (N, 2f) in float32; each matrix in use is read once.
+
+    Room (N (2d + f),) is scratch in float32.
+    """
+    offsets, n, d, f = triples.offsets, triples.token.shape[0], weights.down.shape[1], weights.down.shape[2]
+    experts = np.nonzero(offsets[1:] > offsets[:-1])[0]
+    x_n, at = _take(room, 0, n, d)
+    a, at = _take(room, at, n, f)
+    rows, at = _take(room, at, n, d)
+    _gather(x, triples.token, 0, x_n)
+    products(x_n, weights.up, experts, offsets, h)
+    _add(weights.up_bias, experts, offsets, h)
+    _activate(activation, h, a)
+    products(a, weights.down, experts, offsets, rows)
+    _add(weights.down_bias, experts, offsets, rows)
+    _combine(0, 1, triples, False, rows, weight, True, out)
 
 
 @_inner
