@@ -39,7 +39,7 @@ class _Fused:
     ) -> tuple[Tensor, Tensor | None]:
         n, width = routing.token.numel(), weights.up.shape[1]
         own = (weights.up, weights.down, weights.up_bias, weights.down_bias)
-        h = with_huge_pages(x.new_empty(n if keep else 0, width))
+        h = with_huge_pages(torch.empty(n if keep else 0, width, dtype=x.dtype, device=x.device))
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         block = min(n, BLOCK_ROWS)
         with numba.ready() as kernels:
@@ -67,7 +67,7 @@ class _Fused:
             for value, need in zip(own, needs[2:], strict=True)
         ]
         part = sum(gradient[0].numel() for gradient in parameters if gradient is not None)
-        grad_weight = torch.empty(n, dtype=torch.float32)
+        grad_weight = torch.empty(n, dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x if needs.x else x[:0], memory_format=torch.contiguous_format)
         block = min(n, BLOCK_ROWS)
         with numba.ready() as kernels:
@@ -80,7 +80,7 @@ class _Fused:
                 numba.matrices(kernels, x.dtype, *own),
                 block,
                 _room(x, weights, plan.layout, block),
-                numba.array(x.new_empty(0, weights.up.shape[1]) if h is None else h),
+                numba.array(x[:0, :0] if h is None else h),
                 numba.array(_single("parts", 2 * plan.layout, part)),
                 numba.array(_single("rows", n if needs.x else 0, d)),
                 numba.array(grad_x),
