@@ -92,3 +92,15 @@ def test_the_command_writes_a_page_and_json(tmp_path, capsys):
 def test_bad_input_ends_in_one_message(arguments, message, capsys):
     assert main(["bench", "experts", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_slow_is_timed_once():
+    taken, ran = {"slow": [11.0, 99.0], "fast": [9.0, 1.0, 2.0, 3.0]}, []
+    runs = {name: lambda name=name: ran.append(name) for name in taken}
+
+    def stopwatch(run):
+        run()
+        return taken[ran[-1]].pop(0)
+
+    assert experts._medians(runs, 3, stopwatch) == {"slow": 11.0, "fast": 2.0}
+    assert ran.count("slow") == 1 and ran.count("fast") == 4

@@ -77,6 +77,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # A round repeats what takes less than this.
 ROUND_SECONDS = 0.1
+# What takes longer than this is timed once.
+SLOW_SECONDS = 10
 
 PEERS = ["eager", "batched_mm", "grouped_mm"]
 
@@ -388,13 +390,18 @@ def _results(
 def _medians(
     runs: dict[str, Callable[[], object]], rounds: int, stopwatch: Callable[[Callable[[], object]], float]
 ) -> dict[str, float]:
-    """Seconds of each run, medians over rounds that run them all, in another order each: what ran before matters."""
+    """Seconds of each run, medians over rounds that run them all, in another order each: what ran before matters.
+
+    The slow ones run in the first round alone.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     shuffle = random.Random(0).sample
     for round_ in range(rounds + 1):
         for name in shuffle(list(runs), len(runs)):
+            if times[name] and times[name][0] > SLOW_SECONDS:
+                continue
             seconds = stopwatch(runs[name])
-            if round_:  # the first one warms up
+            if round_ or seconds > SLOW_SECONDS:  # the first one warms up
                 times[name].append(seconds)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
@@ -408,7 +415,8 @@ def markdown(found: dict[str, Any]) -> str:
         "Written by `shunter bench experts`; the numbers behind it are in the JSON file beside it.",
         "",
         f"{described(found)}. Large products reach {rates}; copying moves {found['copy_gb_per_s']:.0f} GB/s (read and "
-        f"written). Medians of {found['rounds']} interleaved rounds, each of a pass or of {ROUND_SECONDS} s of them.",
+        f"written). Medians of {found['rounds']} interleaved rounds, each of a pass or of {ROUND_SECONDS} s of them; "
+        f"what takes longer than {SLOW_SECONDS} s is timed once.",
         "",
         "Ratio: the time of a dense SwiGLU of equal FLOPs over this time (above 1: faster than dense). Roofline: the "
         "share of what the peaks above allow. Saved: what is kept for the backward besides x and the parameters. "

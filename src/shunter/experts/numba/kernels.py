@@ -29,8 +29,10 @@ if mkl := addresses():
 _sgemm = types.ExternalFunction("shunter_sgemm", types.void(*[types.intp] * 13))
 _threads = types.ExternalFunction("shunter_threads", types.int32(types.int32))
 
-# A thread takes so many rows of a matrix at once.
+# A thread takes so many rows of a matrix at once when decoding.
 _ROWS = 64
+# A product with a large matrix is faster in panels of so many columns of the result.
+_COLUMNS = 512
 # Reading an expert's matrices, and writing their gradients, takes as long as computing so many rows.
 _ROWS_OF_MATRICES = 16
 # A thread's share ends with an expert if that changes it by so little.
@@ -430,6 +432,13 @@ def _(rows, out, streams):
 
 
 @_inner
+def _next(start, until, block):
+    """The end of the block that begins at `start`; those up to `until` are about equal."""
+    blocks = (until - start + block - 1) // block
+    return start + (until - start + blocks - 1) // blocks
+
+
+@_inner
 def _product(a, b, out, add, work):
     """a (m, k) times b (k, n) into out (m, n), or added to it; by rows, or transposed. `work` is room for arguments.
 
@@ -445,6 +454,16 @@ def _product(a, b, out, add, work):
     work[7] = 0x3F800000 if add else 0
     work[8], work[9] = ord("N"), ord("T")
     _call(work.ctypes.data, a.ctypes.data, turned_a, b.ctypes.data, turned_b, out.ctypes.data)
+
+
+@_inner
+def _by_panels(a, b, out, add, work):
+    """As `_product`, where b is an expert's matrix."""
+    n, start = b.shape[1], 0
+    while start < n:
+        stop = _next(start, n, _COLUMNS)
+        _product(a, b[:, start:stop], out[:, start:stop], add, work)
+        start = stop
 
 
 @_inner
@@ -490,7 +509,7 @@ def _linear(rows, matrix, biases, e, out, work):
     biased = biases.shape[0] > 0
     if biased:
         _spread(biases[e, 0], out)
-    _product(rows, matrix.T, out, biased, work)
+    _by_panels(rows, matrix.T, out, biased, work)
 
 
 @_inner
@@ -562,13 +581,6 @@ def _copy(total, out):
 
 
 @_inner
-def _next(start, until, block):
-    """The end of the block that begins at `start`; those up to `until` are about equal."""
-    blocks = (until - start + block - 1) // block
-    return start + (until - start + blocks - 1) // blocks
-
-
-@_inner
 def _expert(offsets, triple, e):
     """Whose triple it is, from expert e on."""
     while offsets[e + 1] <= triple:
@@ -616,17 +628,24 @@ def _combine(t, n, triples, alone, rows, weight, weighted, out):
 
 
 @_inner
-def _forward(t, activation, x, triples, alone, weight, begin, end, weights, block, room, h, rows, out):
-    token, offsets = triples.token, triples.offsets
-    up, down, up_bias, down_bias = weights
-    width, d = up.shape[1:]
-    f = down.shape[2]
-    keep, half = h.shape[0] > 0, x.itemsize == 2
+def _carve(room, block, weights, half):
+    """From flat room a block's gathered rows, pre-activations and hidden states; and matrices, if they get widened."""
+    up, down = weights.up, weights.down
+    (width, d), f = up.shape[1:], down.shape[2]
     x_b, at = _take(room, 0, block, d)
     h_b, at = _take(room, at, block, width)
     a_b, at = _take(room, at, block, f)
     up_b, at = _take(room, at, width * half, d)
     down_b, at = _take(room, at, d * half, f)
+    return x_b, h_b, a_b, up_b, down_b, at
+
+
+@_inner
+def _forward(t, activation, x, triples, alone, weight, begin, end, weights, block, room, h, rows, out):
+    token, offsets = triples.token, triples.offsets
+    up, down, up_bias, down_bias = weights
+    keep = h.shape[0] > 0
+    x_b, h_b, a_b, up_b, down_b, _ = _carve(room, block, weights, x.itemsize == 2)
     _threads(1)
     work = np.empty(10, np.int32)
     start, e = begin, 0
@@ -644,7 +663,7 @@ def _forward(t, activation, x, triples, alone, weight, begin, end, weights, bloc
             if keep:
                 _settle(h_n, h[start:stop], False)
             following = min(e + 1, up.shape[0] - 1)
-            for r in range(n):
+            for r in range(n):  # which leaves memory time to fetch what comes next
                 _activate(activation, h_n[r : r + 1], a_n[r : r + 1])
                 _fetch(up[following], r, n)
                 _fetch(down[following], r, n)
@@ -724,17 +743,11 @@ def _backward(
 ):  # fmt: skip
     token, offsets = triples.token, triples.offsets
     up, down, up_bias, down_bias = weights
-    width, d = up.shape[1:]
-    f = down.shape[2]
-    kept, half = h.shape[0] > 0, x.itemsize == 2
-    x_b, at = _take(room, 0, block, d)
-    h_b, at = _take(room, at, block, width)
-    a_b, at = _take(room, at, block, f)
-    up_b, at = _take(room, at, width * half, d)
-    down_b, at = _take(room, at, d * half, f)
+    (width, d), kept = up.shape[1:], h.shape[0] > 0
+    x_b, h_b, a_b, up_b, down_b, at = _carve(room, block, weights, x.itemsize == 2)
     dy_b, at = _take(room, at, block, d)
     dh_b, at = _take(room, at, block, width)
-    da_b, at = _take(room, at, block, f)
+    da_b, at = _take(room, at, block, down.shape[2])
     again = room[at:].view(x.dtype)[: block * width * (not kept)].reshape(block * (not kept), width)
     needs_up, needs_down = gradients.up.shape[0] > 0, gradients.down.shape[0] > 0
     needs_up_bias, needs_down_bias = gradients.up_bias.shape[0] > 0, gradients.down_bias.shape[0] > 0
@@ -770,7 +783,7 @@ def _backward(
                 _linear(x_n, up_e, up_bias, e, wide, work)
                 _settle(wide, h_n, False)
             _gather(grad, token, start, dy_n)
-            _product(dy_n, down_e, da_n, False, work)
+            _by_panels(dy_n, down_e, da_n, False, work)
             _activate_backward(activation, h_n, da_n, weight[start:stop], a_n, dh_n, grad_weight[start:stop])
             if down_bias.shape[0] > 0:
                 _add_inner(dy_n, down_bias[e, 0], grad_weight[start:stop])
@@ -784,7 +797,7 @@ def _backward(
                 _sum(dh_n, ones, dh_sum)
             if grad_x.shape[0] > 0:
                 dx_n = dy_n if alone else rows[start:stop]
-                _product(dh_n, up_e, dx_n, False, work)
+                _by_panels(dh_n, up_e, dx_n, False, work)
                 if alone:
                     _scatter(dx_n, token, start, weight[start:stop], False, grad_x)
             add = True
