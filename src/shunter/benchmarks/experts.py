@@ -423,8 +423,9 @@ def markdown(found: dict[str, Any]) -> str:
         f"what takes longer than {SLOW_SECONDS} s is timed once.",
         "",
         "Ratio: the time of a dense SwiGLU of equal FLOPs over this time (above 1: faster than dense). Roofline: the "
-        "share of what the peaks above allow. Saved: what is kept for the backward besides x and the parameters. "
-        "Error: the largest relative difference from `reference`, over the output and every gradient.",
+        "share of what the peaks above allow (above 1 where a backend multiplies in a faster dtype). Saved: what is "
+        "kept for the backward besides x and the parameters. Error: the largest relative difference from `reference`, "
+        "over the output and every gradient.",
     ]
     for case in found["cases"]:
         sizes = ", ".join(
