@@ -90,3 +90,11 @@ def test_the_loops_compute_every_activation_with_biases(activation):
     x, routing = torch.randn(8, 9).T, random_routing(9, 5, dtype=torch.float32)
     assert numba.usable(weights.up, weights.down)
     assert relative_error(get("decode").run(x, weights, routing), by_tokens(x, weights, routing.dense())) < 1e-6
+
+
+@torch.no_grad()
+def test_the_loops_take_no_input_of_another_precision():
+    """Its bits would be read as those of a half: torch's products refuse it instead."""
+    weights, routing = random_weights(4, 6, 5, dtype=torch.float32), random_routing(9, 4)
+    with pytest.raises(RuntimeError, match="dtype"):
+        get("decode").run(torch.randn(9, 6, dtype=torch.float64), weights, routing)

@@ -32,7 +32,7 @@ class _Decode:
     def forward(
         self, x: Tensor, weights: Weights, routing: Routing, plan: Plan, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if numba.usable(weights.up, weights.down):
+        if x.dtype in numba.DTYPES and numba.usable(weights.up, weights.down):
             out, h = _in_loops(x, weights, routing)
             return out, h.to(x.dtype, copy=True) if keep else None
         counts = routing.counts.tolist()
