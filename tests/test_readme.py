@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """Each block by itself; those of a page of docs one after the other."""
     monkeypatch.chdir(tmp_path)
-    before = dict(routers._ROUTERS)
+    before = dict(routers.registry._ROUTERS)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     names: dict = {}
@@ -22,8 +22,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         for block in blocks:
             exec(compile(block, page, "exec"), names if page.startswith("docs/") else {})
     finally:
-        routers._ROUTERS.clear()
-        routers._ROUTERS.update(before)
+        routers.registry._ROUTERS.clear()
+        routers.registry._ROUTERS.update(before)
 
 
 def test_readme_names_routers_that_exist():

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, logging
 
-from shunter.hf.experts import how
+from shunter.hf.backend import how
 
 MODELS = Path(transformers.__file__).parent / "models"
 DECORATOR = "@use_experts_implementation"

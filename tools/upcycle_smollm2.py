@@ -22,14 +22,15 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import shunter
-from shunter.analysis import figures
-from shunter.hf.gguf import unpack
-from shunter.hf.loading import load_folder
-from shunter.hf.upcycling import describe
-from shunter.recipes.config import DataConfig, TextConfig, TrainingConfig
-from shunter.recipes.data import prepare
+from shunter.analysis.pages import run_figures as figures
+from shunter.analysis.runs import Metrics
+from shunter.data.windows import prepare
+from shunter.hf.checkpoints.gguf import unpack
+from shunter.hf.checkpoints.loading import load_folder
+from shunter.hf.checkpoints.upcycling import describe
+from shunter.recipes.sections import DataConfig, TextConfig, TrainingConfig
 from shunter.recipes.text import evaluate, versions
-from shunter.recipes.training import Metrics, train_model
+from shunter.training.loop import train_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["The capital of France is", "In the beginning", "def fibonacci(n):"]

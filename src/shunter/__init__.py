@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import capacity, domains, experts, losses, routers
+from . import capacity, experts, losses, routers
+from .layers import domain_mixture as domains
+from .layers import em_mixture as mixtures
 from .moe import MoE, aux_loss, give_reward, moe_layers, tell, update_routers
 from .routing import Routing
 
 if TYPE_CHECKING:
+    from . import hf
     from .hf import RoutingRecord, export, from_pretrained, record, replay, sparsify, upcycle
-
-__version__ = "0.1.0"
+    from .training.balance import BalanceCallback, BalanceWarning
 
 __all__ = [
+    "BalanceCallback",
+    "BalanceWarning",
     "MoE",
     "Routing",
     "RoutingRecord",
@@ -24,7 +29,9 @@ __all__ = [
     "export",
     "from_pretrained",
     "give_reward",
+    "hf",
     "losses",
+    "mixtures",
     "moe_layers",
     "record",
     "replay",
@@ -38,8 +45,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Hugging Face is an extra: it is imported when first used.
+    if name == "__version__":
+        return importlib.import_module(".environment", __name__).VERSION
+    if name == "hf":
+        return importlib.import_module(".hf", __name__)
+    if name in ("BalanceCallback", "BalanceWarning"):
+        return getattr(importlib.import_module(".training.balance", __name__), name)
     if name in ("RoutingRecord", "export", "from_pretrained", "record", "replay", "sparsify", "upcycle"):
-        from . import hf
-
-        return getattr(hf, name)
+        return getattr(importlib.import_module(".hf", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

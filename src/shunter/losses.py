@@ -31,6 +31,7 @@ __all__ = [
     "z_loss",
 ]
 
+
 Choices = Literal["first", "all", "mean"]
 
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from . import routers
+from .context import NO_CONTEXT, Context
 from .experts import Experts, choose
-from .routers import NO_CONTEXT, Context, Router
-from .routers.policy import Decision, PolicyRouter
+from .routers import Router
+from .routers.policy_gradient import Decision, PolicyRouter
 from .routing import Routing
 
 __all__ = ["MoE", "aux_loss", "give_reward", "moe_layers", "recomputing", "tell", "update_routers"]
+
 
 _KNOWN = tuple(field.name for field in fields(Context))
 

@@ -15,6 +15,35 @@ from torch import Tensor
 
 __all__ = ["Routing"]
 
+
+def by_choice(routing: Routing) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A routing as index (T, k), weight (T, k) and dropped (T, k), a column for each rank of choice; -1 for none."""
+    parts = [routing] if routing.dropped is None else [routing, routing.dropped]
+    token = torch.cat([part.token for part in parts])
+    expert = torch.cat([part.expert for part in parts])
+    lost = torch.cat([torch.full_like(part.token, i, dtype=torch.bool) for i, part in enumerate(parts)])
+    weight = torch.cat([part.weight for part in parts]).masked_fill(lost, 0)
+    ranks = [part.choice for part in parts]
+    if any(rank is None for rank in ranks):
+        order = token.argsort(stable=True)
+        first = torch.searchsorted(token[order], torch.arange(routing.num_tokens, device=token.device))
+        column = torch.empty_like(token)
+        column[order] = torch.arange(token.numel(), device=token.device) - first[token[order]]
+    else:
+        column = torch.cat([rank for rank in ranks if rank is not None])
+    k = int(column.max()) + 1 if column.numel() else 1
+    shape = (routing.num_tokens, k)
+    index = torch.full(shape, -1, dtype=torch.int64, device=token.device)
+    index[token, column] = expert
+    weights = weight.new_zeros(shape)
+    weights[token, column] = weight
+    if routing.dropped is None:
+        return index, weights, None
+    dropped = torch.zeros(shape, dtype=torch.bool, device=token.device)
+    dropped[token, column] = lost
+    return index, weights, dropped
+
+
 Value = TypeVar("Value")
 
 

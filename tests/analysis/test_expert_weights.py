@@ -7,13 +7,7 @@ import torch
 from torch import nn
 
 from shunter import MoE
-from shunter.analysis.expert_weights import (
-    cosine_similarity,
-    expert_parameters,
-    gram_similarity,
-    moved,
-    removed,
-)
+from shunter.analysis.expert_weights import cosine_similarity, expert_parameters, gram_similarity, moved, removed
 
 
 class Listed(nn.Module):

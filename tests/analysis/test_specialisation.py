@@ -5,8 +5,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import shunter
 from shunter.analysis.specialisation import specialisation, token_text
-from shunter.recipes.config import DataConfig
-from shunter.recipes.data import _tokenizer
+from shunter.data.windows import _tokenizer
+from shunter.recipes.sections import DataConfig
 
 
 def test_hash_routing_shows_each_expert_its_own_tokens():

@@ -9,7 +9,7 @@ from shunter.benchmarks import experts
 from shunter.benchmarks.experts import SHAPES, CannotRunError, Shape, _Case, _transformers, bench, markdown
 from shunter.cli import main
 from shunter.experts import Backend, register
-from shunter.experts import backends as registry
+from shunter.experts import choice as registry
 
 TINY = Shape(40, 16, 8, 6, 2)
 NAMES = {"dense", "auto", "reference", "padded"}

@@ -9,7 +9,8 @@ from shunter.benchmarks import gpu
 from shunter.benchmarks.experts import Shape
 from shunter.benchmarks.gpu import GOALS, SHAPES, bench, markdown, right
 from shunter.cli import main
-from shunter.experts import Backend, backends, register
+from shunter.experts import Backend, register
+from shunter.experts import choice as backends
 
 TINY = Shape(40, 16, 8, 6, 2)
 

@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 from shunter import Routing
 from shunter.experts import Weights
 from shunter.experts.autograd import Needs
-from shunter.experts.triton import _Fused
+from shunter.experts.backends.triton import _Triton
 
 CAPABILITY, DTYPE = int(sys.argv[1]), getattr(torch, sys.argv[2])
 run, found = JITFunction.run, []
@@ -40,7 +40,7 @@ T, E, k, d, f = 256, 8, 2, 32, 32
 x = torch.zeros(T, d, dtype=DTYPE)
 weights = Weights(*(torch.zeros(*size, dtype=DTYPE) for size in ((E, 2 * f, d), (E, d, f), (E, 2 * f), (E, d))))
 routing = Routing.from_topk(torch.rand(T, E).topk(k).indices, torch.rand(T, k), E)
-plan = _Fused().plan(x, weights, routing)
-_, h = _Fused().forward(x, weights, routing, plan, keep=True)
-_Fused().backward(x, x, weights, routing, plan, h, Needs(*[True] * 6))
+plan = _Triton().plan(x, weights, routing)
+_, h = _Triton().forward(x, weights, routing, plan, keep=True)
+_Triton().backward(x, x, weights, routing, plan, h, Needs(*[True] * 6))
 print(json.dumps(found))

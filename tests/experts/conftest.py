@@ -2,8 +2,8 @@
 
 import pytest
 
-from shunter.experts import numba
-from shunter.experts.numba.mkl import addresses
+from shunter.experts.backends.numba import bridge as numba
+from shunter.experts.backends.numba.mkl import addresses
 
 needs_loops = pytest.mark.skipif(not numba.INSTALLED or addresses() is None, reason="needs numba and MKL")
 

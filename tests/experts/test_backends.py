@@ -6,43 +6,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shunter import MoE, Routing
-from shunter.experts import (
-    ACTIVATIONS,
-    Backend,
-    Experts,
-    Weights,
-    backend_names,
-    choose,
-    fused,
-    memory,
-    numba,
-    padded,
-    products,
-    register,
-    triton,
-)
+from shunter.experts import ACTIVATIONS, Backend, Experts, Weights, backend_names, choose, register
+from shunter.experts import cpu as memory
+from shunter.experts import cpu as products
 from shunter.experts.autograd import Plan
-from shunter.experts.backends import get
+from shunter.experts.backends import numba as loops_backend
+from shunter.experts.backends import padded, triton
+from shunter.experts.backends.numba import bridge as numba
+from shunter.experts.choice import get
 
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
 from .conftest import needs_loops
 
 # Backends that run on any CPU input; others have files of their own.
-FAST = ["padded", "grouped_mm", pytest.param("fused", marks=needs_loops)]
+FAST = ["padded", "grouped_mm", pytest.param("numba", marks=needs_loops)]
 CPU = ["reference", *FAST]
 # With the Triton backend, whose interpreter is slow, where one run says it all; the rest is in its own file.
 FUSED = [*FAST, pytest.param("triton", marks=pytest.mark.skipif(not triton.INSTALLED, reason="needs triton"))]
 # What a backend computes in for inputs of float64 where it does not take them, and how near it then comes.
-SINGLE = {"grouped_mm", "fused"}
+SINGLE = {"grouped_mm", "numba"}
 
 
-# Numba compiles the fused loops for each activation and dtype, which takes seconds: two stand for all. The others'
+# Numba compiles the numba loops for each activation and dtype, which takes seconds: two stand for all. The others'
 # passes have a test of their own.
 COMPILED = {(torch.float32, "swiglu"), (torch.float32, "gelu"), (torch.bfloat16, "swiglu"), (torch.float16, "swiglu")}
 
 
 def _skip_uncompiled(backend, activation, dtype=torch.float32):
-    if backend == "fused" and (dtype, activation) not in COMPILED:
+    if backend == "numba" and (dtype, activation) not in COMPILED:
         pytest.skip("another activation stands for it")
 
 
@@ -138,7 +129,7 @@ def chunks(request, monkeypatch):
     monkeypatch.setattr(products, "FAST", dict.fromkeys(products.FAST, half))
     monkeypatch.setattr(padded, "CHUNK_BYTES", size)
     monkeypatch.setattr(padded, "_step", lambda x, routing: step)
-    monkeypatch.setattr(fused, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(loops_backend, "BLOCK_ROWS", rows)
 
 
 @settings(max_examples=60, deadline=None)
@@ -152,7 +143,7 @@ def chunks(request, monkeypatch):
 def test_any_shape_equals_the_reference(
     backend, tokens, experts, dim, hidden, activation, bias, density, one, chunk, step, columns, rows, threads
 ):
-    if backend == "fused":
+    if backend == "numba":
         activation = "swiglu" if ACTIVATIONS[activation][1] else "gelu"
     weights = random_weights(experts, dim, hidden, activation, bias)
     x, grad = torch.randn(tokens, dim, dtype=torch.float64), torch.randn(tokens, dim, dtype=torch.float64)
@@ -164,8 +155,8 @@ def test_any_shape_equals_the_reference(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(padded, "CHUNK_BYTES", chunk)
         patch.setattr(padded, "PANEL_COLUMNS", columns)
-        patch.setattr(fused, "BLOCK_ROWS", rows)
-        patch.setattr(fused._Fused, "plan", lambda *given: Plan(threads, ()))
+        patch.setattr(loops_backend, "BLOCK_ROWS", rows)
+        patch.setattr(loops_backend._Numba, "plan", lambda *given: Plan(threads, ()))
         patch.setattr(padded, "_step", lambda x, routing: step)
         expected, found = (_run(name, x, weights, routing, grad) for name in ("reference", backend))
     for name, value in expected.items():
@@ -230,7 +221,7 @@ def test_uninitialised_memory_is_never_read(backend, chunks, monkeypatch):
     poison = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
-    for module in (padded, fused):
+    for module in (padded, loops_backend):
         monkeypatch.setattr(module, "scratch", lambda *a, **k: poison(scratch(*a, **k)))
     poisoned = _run(backend, x, weights, routing, grad)
     for name, value in clean.items():
@@ -402,7 +393,7 @@ def test_choice_is_explained_and_refusals_are_errors():
         with pytest.raises(ValueError, match="backend 'never' cannot run this: it never runs"):
             choose("never", x, weights)
     finally:
-        from shunter.experts import backends
+        from shunter.experts import choice as backends
 
         backends._BACKENDS.pop("never")
     with pytest.raises(ValueError, match="'fast' is unknown; choose auto, "):

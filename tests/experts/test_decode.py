@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shunter import Routing
-from shunter.experts import ACTIVATIONS, Experts, Weights, choose, decode, numba
-from shunter.experts.backends import FEW_TOKENS, get
+from shunter.experts import ACTIVATIONS, Experts, Weights, choose
+from shunter.experts.backends import decode
+from shunter.experts.backends.decode import FEW_TOKENS
+from shunter.experts.backends.numba import bridge as numba
+from shunter.experts.choice import get
 
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
 

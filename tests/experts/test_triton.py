@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from shunter import MoE, Routing
-from shunter.experts import ACTIVATIONS, Experts, Weights, choose, triton
-from shunter.experts.backends import get
-from shunter.experts.triton import blocks
+from shunter.experts import ACTIVATIONS, Experts, Weights, choose
+from shunter.experts.backends import triton
+from shunter.experts.backends.triton import blocks
+from shunter.experts.choice import get
 
 from ..helpers import by_tokens, random_routing, random_weights, relative_error
 from .test_backends import _leaves, _run, _to
@@ -201,7 +202,7 @@ def test_planning_never_waits_for_the_device():
     with FakeTensorMode():
         x, expert = torch.empty(64, 16, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.int64)
         routing = Routing(expert, expert, x.new_empty(128), 64, 4, check=False)
-        (tiles,) = triton._Fused().plan(x, Weights(x.new_empty(4, 8, 16), x.new_empty(4, 16, 4)), routing).indices
+        (tiles,) = triton._Triton().plan(x, Weights(x.new_empty(4, 8, 16), x.new_empty(4, 16, 4)), routing).indices
         assert tiles.shape == (3, 128 // 32 + 4)
         with pytest.raises(Exception, match="local_scalar"):
             tiles[0, 0].item()
@@ -235,7 +236,7 @@ def test_the_kernels_compile_for_an_h100():
 @pytest.fixture
 def gpu(monkeypatch):
     """What `choose` asks of a machine with a GPU; the dictionary changes the answers."""
-    from shunter.experts.triton import kernels
+    from shunter.experts.backends.triton import kernels
 
     answers = {"capability": (9, 0)}
     monkeypatch.setattr(kernels, "INTERPRETED", False)

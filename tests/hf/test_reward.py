@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import shunter
 
-from .test_context import _Rows
+from .test_hooks import _Rows
 
 
 def _layers(model):

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from shunter.recipes.config import TextConfig, load_config
+from shunter.recipes.config import load_config
+from shunter.recipes.sections import TextConfig
 
 SMALL = [
     "data.tokenizer=bytes", "data.sequence_length=16", "data.eval_windows=4", "data.eval_share=0.2",

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from shunter import routers
+from shunter.analysis.runs import Metrics
 from shunter.cli import main
-from shunter.recipes import training
 from shunter.recipes.compare import compare, parse_routers, resumed, table, with_router
 from shunter.recipes.config import ConfigError
 from shunter.recipes.text import load_model
-from shunter.recipes.training import Metrics
+from shunter.training import loop as training
 
 from .conftest import SMALL
 

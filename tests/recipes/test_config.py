@@ -5,7 +5,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shunter.recipes.config import ConfigError, TextConfig, load_config, save_config
+from shunter.recipes.config import ConfigError, load_config, save_config
+from shunter.recipes.sections import TextConfig
 
 KEYS = [
     "training.steps",

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import shunter
+from shunter.analysis.runs import Metrics
 from shunter.cli import main
-from shunter.recipes.config import TextConfig, load_config
-from shunter.recipes.data import prepare
+from shunter.data.windows import prepare
+from shunter.recipes.config import load_config
+from shunter.recipes.sections import TextConfig
 from shunter.recipes.text import build_model, evaluate, expert_width, train
-from shunter.recipes.training import Metrics
 
 from .conftest import SMALL
 
@@ -116,7 +117,7 @@ ROUTERS = [
 )
 def test_stopped_and_resumed_runs_end_with_the_same_bits(router, stops, small, tmp_path, monkeypatch):
     """Weights, optimizer, data order, random state, router state and metrics: all as if never stopped."""
-    from shunter.recipes import training
+    from shunter.training import loop as training
 
     config = small("training.steps=8", *router)
     straight = tmp_path / "straight"
@@ -218,4 +219,4 @@ def test_custom_routers_train(small, tmp_path):
     try:
         train(load_config(TextConfig, None, []) and small("sparse.router=mine", "training.steps=2"), tmp_path / "mine")
     finally:
-        shunter.routers._ROUTERS.pop("mine")
+        shunter.routers.registry._ROUTERS.pop("mine")

@@ -10,7 +10,8 @@ import io
 import torch
 
 from shunter import MoE, give_reward
-from shunter.routers import Context, create
+from shunter.context import Context
+from shunter.routers.registry import create
 
 DIM, EXPERTS = 6, 8
 

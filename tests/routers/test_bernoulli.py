@@ -7,8 +7,9 @@ import torch
 from torch.distributions import Bernoulli as Coin
 
 from shunter import MoE, Routing, aux_loss, give_reward
-from shunter.routers import Context, create
-from shunter.routers.policy import Decision
+from shunter.context import Context
+from shunter.routers.policy_gradient import Decision
+from shunter.routers.registry import create
 
 from . import contract
 

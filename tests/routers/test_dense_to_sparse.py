@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shunter import MoE, update_routers
-from shunter.routers import create
+from shunter.routers.registry import create
 
 from . import contract
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from shunter.routers import create
 from shunter.routers.dselect_k import smooth_step
+from shunter.routers.registry import create
 
 from . import contract
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy.optimize import linprog, minimize
 
-from shunter.routers import Context, create
+from shunter.context import Context
 from shunter.routers.expert_choice import capped_plan
+from shunter.routers.registry import create
 
 from . import contract
 

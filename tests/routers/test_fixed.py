@@ -5,7 +5,8 @@ import torch
 
 import shunter
 from shunter import MoE
-from shunter.routers import Context, create
+from shunter.context import Context
+from shunter.routers.registry import create
 
 from . import contract
 

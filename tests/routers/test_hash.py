@@ -9,7 +9,8 @@ import torch
 from scipy.stats import chi2
 
 from shunter import MoE
-from shunter.routers import Context, create
+from shunter.context import Context
+from shunter.routers.registry import create
 
 from ..helpers import by_tokens
 from . import contract

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from shunter.context import Context
 from shunter.losses import entropy, global_entropy_loss, local_entropy_loss
-from shunter.routers import Context, create
+from shunter.routers.registry import create
 
 from ..test_capacity import LOGITS
 from . import contract

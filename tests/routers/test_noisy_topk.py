@@ -5,8 +5,9 @@ import torch
 from scipy.stats import norm
 
 from shunter import MoE, aux_loss
+from shunter.context import Context
 from shunter.losses import cv_squared, load_loss, selection_probability
-from shunter.routers import Context, create
+from shunter.routers.registry import create
 
 from ..test_capacity import LOGITS
 from . import contract

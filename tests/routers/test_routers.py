@@ -5,8 +5,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from shunter import routers
-from shunter.routers import Context, create
+from shunter.context import Context
 from shunter.routers.base import largest
+from shunter.routers.registry import create
 
 from ..test_capacity import LOGITS
 
@@ -312,6 +313,6 @@ def test_registering():
         with pytest.raises(ValueError, match="already Mine"):
             routers.register("mine", routers.Hash)
     finally:
-        routers._ROUTERS.pop("mine")
+        routers.registry._ROUTERS.pop("mine")
     with pytest.raises(TypeError, match="not a subclass"):
         routers.register("other", torch.nn.Linear)

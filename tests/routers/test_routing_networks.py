@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from shunter import MoE, Routing, aux_loss, give_reward, moe_layers, update_routers
-from shunter.routers import Context, create
-from shunter.routers.policy import Decision
+from shunter.context import Context
+from shunter.routers.policy_gradient import Decision
+from shunter.routers.registry import create
 
 from . import contract
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from shunter import MoE, Routing
-from shunter.routers import Context, create
+from shunter.context import Context
+from shunter.routers.registry import create
 
 from ..helpers import by_tokens
 from . import contract

@@ -6,7 +6,7 @@ from scipy.stats import chisquare
 from torch.nn import functional as F
 
 from shunter import MoE, aux_loss
-from shunter.routers import create
+from shunter.routers.registry import create
 
 from ..test_capacity import LOGITS
 from . import contract

@@ -14,8 +14,8 @@ from shunter.routers import LinearRouter, Router, taxonomy
 
 DOCS = Path(__file__).parents[2] / "docs" / "routers.md"
 MODULE = """
-from shunter import Routing
-from shunter.routers import LinearRouter
+from shunter import (Routing)
+from shunter.routers import (LinearRouter)
 
 class Best(LinearRouter):
     "The best expert of each token."
@@ -65,7 +65,7 @@ def test_a_router_of_another_package_is_found_by_name(tmp_path):
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import torch, shunter
-from shunter import routers
+from shunter import (routers)
 assert "best" in routers.names()
 moe = shunter.MoE(8, 8, 4, router="best", load_balancing_loss=0.01)
 moe(torch.randn(5, 8)).sum().backward()
@@ -76,11 +76,12 @@ except ValueError as error:
     assert "elsewhere:Missing cannot be loaded" in str(error), error
 else:
     raise AssertionError
-from shunter.recipes.config import TextConfig, load_config
+from shunter.recipes.sections import (TextConfig)
+from shunter.recipes.config import (load_config)
 assert load_config(TextConfig, None, ["sparse.router=best"]).sparse.router == "best"
 import warnings
 warnings.simplefilter("ignore")
-from shunter.routers.taxonomy import taxonomy
+from shunter.routers.taxonomy import (taxonomy)
 assert [row.source for row in taxonomy() if row.name == "best"] == ["elsewhere"]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -100,7 +101,7 @@ def test_a_router_that_cannot_be_made_is_left_out_with_a_warning():
             rows = taxonomy.taxonomy()
         assert "demanding" not in [row.name for row in rows]
     finally:
-        del routers._ROUTERS["demanding"]
+        del routers.registry._ROUTERS["demanding"]
 
 
 def test_a_class_works_in_place_of_a_name():

@@ -8,8 +8,9 @@ from scipy.stats import chi2
 from torch.nn import functional as F
 
 from shunter import MoE
+from shunter.context import Context
 from shunter.losses import consistency_loss
-from shunter.routers import Context, create
+from shunter.routers.registry import create
 
 from ..test_capacity import LOGITS
 from . import contract

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from shunter import MoE
-from shunter.routers import Context, create
+from shunter.context import Context
+from shunter.routers.registry import create
 
 from . import contract
 

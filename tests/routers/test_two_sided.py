@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from shunter.routers import Context, create
+from shunter.context import Context
+from shunter.routers.registry import create
 from shunter.routers.two_sided import deferred_acceptance
 
 from ..test_capacity import LOGITS

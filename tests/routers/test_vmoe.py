@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shunter.losses import cv_squared, selection_probability
-from shunter.routers import create
+from shunter.routers.registry import create
 
 from ..test_capacity import LOGITS
 from . import contract

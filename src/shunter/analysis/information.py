@@ -7,22 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Information", "entropy", "information", "mutual_information"]
+from ..metrics import entropy
+
+__all__ = ["Information", "information"]
+
 
 DENSE_TABLE = 1 << 22  # cells up to which counting in a table beats sorting
+
+
 TOO_SPARSE = 0.9  # of the entropy: a null above it leaves nothing to measure
-
-
-def entropy(counts: Tensor) -> float:
-    """The entropy in bits of the distribution that non-negative counts or shares of any shape are proportional to."""
-    p = counts.to(torch.float64).flatten()
-    p = p[p > 0] / p.sum()
-    return max(0.0, float(-(p * p.log2()).sum()))
-
-
-def mutual_information(joint: Tensor) -> float:
-    """The mutual information in bits of rows and columns of a table (A, B) of counts or shares; 0 for an empty one."""
-    return max(0.0, entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ from ..moe import moe_layers
 
 __all__ = ["characteristic", "specialisation", "token_text"]
 
+
 TOP_TOKENS = 8
+
+
 MIN_COUNT = 5
 
 

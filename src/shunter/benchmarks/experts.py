@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..environment import described, machine, versions
 from ..experts import Weights, backend_names, choose
 from ..routing import Routing
-from .machine import described, machine, versions
 
 __all__ = ["PEERS", "SHAPES", "Shape", "bench", "markdown", "parse_shape"]
 
@@ -75,12 +75,17 @@ def parse_shape(text: str, named: dict[str, Shape]) -> Shape:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+
 # A round repeats what takes less than this.
 ROUND_SECONDS = 0.1
+
+
 # What takes longer than this is timed once.
 SLOW_SECONDS = 10
 
+
 PEERS = ["eager", "batched_mm", "grouped_mm"]
+
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 

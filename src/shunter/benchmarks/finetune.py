@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..hf import experts  # noqa: F401 (registers itself)
-from .machine import described, machine, versions
+from ..environment import described, machine, versions
 
 __all__ = ["IMPLEMENTATIONS", "bench", "finetune", "markdown"]
+
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "shunter"]
 

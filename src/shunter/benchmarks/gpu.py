@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from ..environment import described, machine, versions
 from ..experts import backend_names
 from .experts import CannotRunError, Contestant, Shape, _Case, _dense, _medians, _ours, _pass
-from .machine import described, machine, versions
 
 __all__ = ["BACKENDS", "DTYPES", "GOALS", "SHAPES", "bench", "markdown", "right"]
+
 
 # By the size of the model whose layer it is and the width of an expert: experts from coarse to fine at equal FLOPs.
 SHAPES = {
@@ -36,14 +37,26 @@ SHAPES = {
     "120B-2048": Shape(32768, 4096, 2048, 64, 4),
     "qwen3-30B": Shape(32768, 2048, 768, 128, 8),
 }
+
+
 # What the Triton backend must reach on an H100, in TFLOP/s forward and both ways, and what it aims at.
 GOALS = {"qwen3-30B": {"must": (340, 270), "aim": (440, 390)}}
+
+
 DTYPES = {"bfloat16": torch.bfloat16}
+
+
 BACKENDS = ["triton", "grouped_mm"]
+
+
 # The reference in float64 keeps every expert's values: as many tokens fit, and fill the same tiles.
 CHECKED_TOKENS = 4096
+
+
 # A backend may be this much further from float64 than the reference in the same dtype.
 MAX_ERROR_RATIO = 1.5
+
+
 # Passes between two readings of the clock, so that launches queue up as they do in training.
 PASSES = 4
 

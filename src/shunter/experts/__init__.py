@@ -1,8 +1,9 @@
-"""Experts: a routing and hidden states to outputs. The backends are one file each; `reference` defines the result."""
+"""Experts: hidden states and a `Routing` to outputs. One file or folder a backend."""
 
-from . import decode, fused, grouped, padded, reference, triton  # noqa: F401 (each registers itself)
+from . import backends  # noqa: F401 (each registers itself)
 from .activations import ACTIVATIONS, activate
-from .backends import Backend, Weights, backend_names, choose, register
+from .choice import Backend, backend_names, choose, register
 from .module import Experts
+from .weights import Weights
 
 __all__ = ["ACTIVATIONS", "Backend", "Experts", "Weights", "activate", "backend_names", "choose", "register"]

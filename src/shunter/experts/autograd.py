@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..routing import Routing
-from .backends import Run, Weights
+from .choice import Run
+from .weights import Weights
 
 __all__ = ["Gradients", "Kernel", "Needs", "Plan", "differentiable"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..routing import Routing
-from . import backends
+from . import choice as backends
 from .activations import ACTIVATIONS
-from .backends import Weights
+from .weights import Weights
 
 __all__ = ["Experts"]
 

@@ -1,18 +1,18 @@
-"""Hugging Face: any dense model made sparse, any sparse one on Shunter's experts, kept balanced, replayed."""
+"""Hugging Face: any dense model made sparse, any sparse one on Shunter's experts, decisions recorded and replayed."""
 
-from . import experts  # noqa: F401 (registers experts_implementation="shunter")
-from .balance import BalanceCallback, BalanceWarning
-from .conversion import sparsify
-from .exporting import export
-from .llama4 import use_experts
-from .loading import from_pretrained
-from .records import RoutingRecord
-from .replaying import record, replay
-from .upcycling import upcycle
+import importlib
+from typing import Any
+
+from . import backend  # noqa: F401 (registers experts_implementation="shunter")
+from .backend import use_experts
+from .checkpoints.exporting import export
+from .checkpoints.loading import from_pretrained
+from .checkpoints.upcycling import upcycle
+from .observe.records import RoutingRecord
+from .observe.replaying import record, replay
+from .sparsifying import sparsify
 
 __all__ = [
-    "BalanceCallback",
-    "BalanceWarning",
     "RoutingRecord",
     "export",
     "from_pretrained",
@@ -22,3 +22,10 @@ __all__ = [
     "upcycle",
     "use_experts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Where it was before training had a room of its own, above this one.
+    if name in ("BalanceCallback", "BalanceWarning"):
+        return getattr(importlib.import_module("shunter"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

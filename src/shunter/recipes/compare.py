@@ -13,15 +13,19 @@ import yaml
 from matplotlib.figure import Figure
 
 from .. import routers
-from ..analysis import figures
-from .config import ConfigError, TextConfig, load_config, parse_value
+from ..analysis.pages.style import PAPER, style
+from ..analysis.runs import Metrics
+from .config import ConfigError, load_config, parse_value
+from .sections import TextConfig
 from .text import account, begin, train_one, versions
-from .training import Metrics
 
 __all__ = ["compare", "parse_routers", "picture", "table", "with_router"]
 
+
 KNOWN = ("mask", "token_ids", "sequence", "position")
 """What a language model on plain text can tell its routers, of the fields of `Context`."""
+
+
 LAST = 0.1
 """The balance of a router is that of this last part of its training."""
 
@@ -129,7 +133,7 @@ def compare(
         (run / "compare.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         (run / "compare.md").write_text(table(result), encoding="utf-8")
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    with figures.style(figures.PAPER):
+    with style(PAPER):
         picture(result).savefig(run / "compare.png", metadata={"Software": None})
     return result
 
@@ -204,7 +208,7 @@ def picture(result: dict[str, Any]) -> Figure:
     ]
     figure = Figure(figsize=(9.6, 1.3 + 0.26 * len(sparse)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
-    palette = figures.PAPER
+    palette = PAPER
     for one, (label, values, baseline) in zip(axes, panels, strict=True):
         one.plot(values, range(len(sparse)), "o", color=palette.sparse, markersize=5)
         if baseline is not None:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..analysis.inspect import Inspected, InspectError, inspect, load
-from ..analysis.inspect_page import render
-from ..analysis.material import Document, Material, MaterialError, image_material, text_material
-from .config import DataConfig
-from .data import built_in_domains, read_domains
+from ..analysis.inspect.inspecting import Inspected, InspectError, inspect, load
+from ..analysis.inspect.material import Document, Material, MaterialError, image_material, text_material
+from ..analysis.pages.inspect_page import render
+from ..data.documents import built_in_domains, read_domains
+from .sections import DataConfig
 
-__all__ = ["InspectError", "inspect_models"]
+__all__ = ["inspect_models"]
+
 
 MAX_BYTES = DataConfig().max_bytes
 
@@ -31,7 +32,7 @@ def inspect_models(
 
     Args:
         models: one folder, or two: before and after.
-        data: as `shunter.recipes.data.read_domains` takes it, or image files and folders for a model of images; None
+        data: as `shunter.data.documents.read_domains` takes it, or image files and folders for a model of images; None
             takes the built-in text.
         out: the folder of the report; by default runs/inspect-<name>, created.
         tokens: how many to look at.

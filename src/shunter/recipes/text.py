@@ -16,16 +16,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from ..analysis.ledger import ledger
-from ..analysis.report import write_picture, write_report
+from ..analysis.pages.run_page import write_picture, write_report
+from ..analysis.runs import Metrics
 from ..analysis.specialisation import specialisation
+from ..data.windows import EvalDomain, TextData, prepare
 from ..hf import sparsify
-from ..hf.folders import line_of
-from ..hf.loading import load_folder
-from ..hf.tensors import read_json
+from ..hf.checkpoints.folders import line_of
+from ..hf.checkpoints.loading import load_folder
+from ..hf.checkpoints.reading import read_json
 from ..routers import Router
-from .config import TextConfig, load_config, save_config
-from .data import EvalDomain, TextData, prepare
-from .training import Metrics, train_model
+from ..training.loop import train_model
+from .config import load_config, save_config
+from .sections import TextConfig
 
 __all__ = [
     "account",
@@ -40,6 +42,7 @@ __all__ = [
     "train_one",
     "versions",
 ]
+
 
 MODELS = ("dense", "sparse")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = ["balanced_assignment", "transport_plan"]
 
+
 _ROUNDS = 20
 
 

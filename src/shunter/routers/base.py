@@ -3,73 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .. import capacity as capacity_room
-from .. import losses as losses_room
+from .. import capacity
+from .. import losses as losses
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
 
-__all__ = ["NO_CONTEXT", "Context", "LinearRouter", "Router", "largest"]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a router may know of the tokens besides their hidden states.
-
-    Args:
-        mask: (T,) bool, True at real tokens, False at padding; None where all are real.
-        token_ids: (T,) int64 vocabulary ids.
-        task: (T,) int64 task of each token.
-        domain: (T,) int64 domain of each token's document.
-        language: (T,) int64 language of each token.
-        modality: (T,) int64 modality of each token (text, image, speech, ...).
-        sequence: (T,) int64 number of the sequence that each token belongs to; tokens of one are in order.
-        position: (T,) int64 place of each token in its sequence.
-        embedding: (T, w) floating point, what another network knows of each token (SpeechMoE's shared embedding).
-        experts: (T, k) int64, the experts that each token takes, best first and -1 for none: a decision forced or
-            replayed, which leaves the router the weights alone.
-    """
-
-    mask: Tensor | None = None
-    token_ids: Tensor | None = None
-    task: Tensor | None = None
-    domain: Tensor | None = None
-    language: Tensor | None = None
-    modality: Tensor | None = None
-    sequence: Tensor | None = None
-    position: Tensor | None = None
-    embedding: Tensor | None = None
-    experts: Tensor | None = None
-
-    def num_real(self, num_tokens: int) -> int:
-        """T without padding."""
-        return num_tokens if self.mask is None else int(self.mask.sum())
-
-    def forced(self, num_experts: int) -> tuple[Tensor, Tensor]:
-        """The forced experts (T, k), 0 in place of -1, and the mask (T, k) of those that there are.
-
-        Raises:
-            ValueError: where one is not in -1..E-1, or comes twice in a row.
-        """
-        assert self.experts is not None
-        experts = self.experts.to(torch.int64)
-        if experts.numel() and (int(experts.min()) < -1 or int(experts.max()) >= num_experts):
-            bad = int(experts[(experts < -1) | (experts >= num_experts)][0])
-            raise ValueError(f"experts {bad} is out of range; experts are 0 to {num_experts - 1}, and -1 for none")
-        row = experts.sort(dim=-1).values
-        again = (row[:, 1:] == row[:, :-1]) & (row[:, 1:] >= 0)
-        if bool(again.any()):
-            token = int(again.any(-1).nonzero()[0])
-            raise ValueError(f"experts of token {token} are {experts[token].tolist()}; an expert may come once only")
-        return experts.clamp_min(0), experts >= 0
-
-
-NO_CONTEXT = Context()
+__all__ = ["Router", "largest"]
 
 
 class Router(nn.Module):
@@ -123,18 +67,16 @@ class Router(nn.Module):
         load_balancing_loss: float = 0.0,
         importance_loss: float = 0.0,
         z_loss: float = 0.0,
-        balance_choices: losses_room.Choices = "mean",
+        balance_choices: losses.Choices = "mean",
     ) -> None:
         super().__init__()
         if dim < 1 or num_experts < 1:
             raise ValueError(f"{type(self).__name__}: dim {dim} and num_experts {num_experts} must be at least 1")
         for factor in (capacity_factor, eval_capacity_factor):
             if factor is not None:
-                capacity_room.capacity(1, 1, 1, factor, capacity_formula)
-        if capacity_order not in capacity_room.ORDERS:
-            raise ValueError(
-                f"capacity_order {capacity_order!r} is unknown; choose from {', '.join(capacity_room.ORDERS)}"
-            )
+                capacity.capacity(1, 1, 1, factor, capacity_formula)
+        if capacity_order not in capacity.ORDERS:
+            raise ValueError(f"capacity_order {capacity_order!r} is unknown; choose from {', '.join(capacity.ORDERS)}")
         if balance_choices not in ("first", "all", "mean"):
             raise ValueError(f"balance_choices {balance_choices!r} is unknown; choose from first, all, mean")
         self.dim = dim
@@ -219,7 +161,7 @@ class Router(nn.Module):
         slots = self.slots(logits, group, context)
         if slots is None:
             return routing
-        return capacity_room.limit(routing, slots, self.capacity_order, self.priority(logits), group)
+        return capacity.limit(routing, slots, self.capacity_order, self.priority(logits), group)
 
     def groups(self, logits: Tensor) -> Tensor | None:
         """The group (T,) of each token, runs of `group_size`, the last maybe shorter; None where there is only one."""
@@ -247,7 +189,7 @@ class Router(nn.Module):
         factor = self.present_capacity_factor
         if factor is None:
             return None
-        return capacity_room.capacity(num_tokens, self.num_experts, self.top_k, factor, self.capacity_formula)
+        return capacity.capacity(num_tokens, self.num_experts, self.top_k, factor, self.capacity_formula)
 
     @property
     def present_capacity_factor(self) -> float | None:
@@ -298,11 +240,11 @@ class Router(nn.Module):
     def loss_terms(self, logits: Tensor, routing: Routing, context: Context) -> dict[str, Callable[[], Tensor]]:
         """How to compute each loss that `coefficients` names; a router with losses of its own adds them to both."""
         return {
-            "load_balancing_loss": lambda: losses_room.load_balancing_loss(
+            "load_balancing_loss": lambda: losses.load_balancing_loss(
                 self.probs(logits), routing, context.mask, self.balance_choices, self.groups(logits)
             ),
-            "importance_loss": lambda: losses_room.importance_loss(self.probs(logits), context.mask),
-            "z_loss": lambda: losses_room.z_loss(logits, context.mask),
+            "importance_loss": lambda: losses.importance_loss(self.probs(logits), context.mask),
+            "z_loss": lambda: losses.z_loss(logits, context.mask),
         }
 
     @property
@@ -339,88 +281,6 @@ class Router(nn.Module):
             if after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
-
-
-class LinearRouter(Router):
-    """A router whose logits are a linear map of the hidden state, h = W_r x (the review's equation 1).
-
-    Args:
-        jitter: in training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter] (Switch, 2.4).
-        init_scale: the initial weights are drawn from a truncated normal of standard deviation sqrt(init_scale / d)
-            (Switch, section 2.4: 0.1).
-        router_bias: whether a learned bias (E,), zero at first, is added to the logits (gpt-oss).
-        input_norm: whether the input is divided by its root mean square and by sqrt(d), and multiplied by a learned
-            scale (d,), one at first (Gemma 4).
-        logit_scale: what the logits are multiplied by.
-        logit_cap: c > 0 bounds the logits smoothly, c tanh(h / c); None leaves them.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        *,
-        jitter: float = 0.0,
-        init_scale: float = 0.1,
-        router_bias: bool = False,
-        input_norm: bool = False,
-        logit_scale: float = 1.0,
-        logit_cap: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, num_experts, **options)
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter {jitter} must be in [0, 1)")
-        if logit_cap is not None and logit_cap <= 0:
-            raise ValueError(f"logit_cap {logit_cap} must be positive, or None for no cap")
-        self.jitter = jitter
-        self.init_scale = init_scale
-        self.logit_scale = logit_scale
-        self.logit_cap = logit_cap
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(self.num_rows, dim, **place))
-        self.bias = nn.Parameter(torch.zeros(self.num_rows, **place)) if router_bias else None
-        self.input_scale = nn.Parameter(torch.ones(dim, **place)) if input_norm else None
-        self.reset_parameters()
-
-    @property
-    def num_rows(self) -> int:
-        """How many outputs the linear map has: E, unless the logits are made of others."""
-        return self.num_experts
-
-    def reset_parameters(self) -> None:
-        """Draw the initial weights (see `init_scale`)."""
-        std = (self.init_scale / self.dim) ** 0.5
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-
-    def score(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        """The logits (T, E) of x (T, d), scaled and capped, in at least float32, autocast off."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.project(x.to(torch.promote_types(x.dtype, torch.float32)), context)
-            if self.logit_scale != 1:
-                logits = logits * self.logit_scale
-            if self.logit_cap is not None:
-                logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
-            return logits
-
-    def project(self, x: Tensor, context: Context) -> Tensor:
-        """The linear map (T, rows) of x (T, d), which is in the precision of the logits: x W_r^T, and the bias."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(self.prepare(x), self.weight.to(x.dtype), bias)
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """The input (T, d) of the linear map: with jitter in training, normalised where asked."""
-        if self.jitter and self.training:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        if self.input_scale is not None:
-            x = F.rms_norm(x, (self.dim,), eps=1e-6) * self.input_scale.to(x.dtype) * self.dim**-0.5
-        return x
-
-    def extra_repr(self) -> str:
-        """d and E, for `print(model)`."""
-        return f"dim={self.dim}, num_experts={self.num_experts}"
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import losses as losses_room
+from .. import losses
+from ..context import Context
 from ..routing import Routing
-from .base import Context
-from .policy import PolicyRouter, taken
+from .policy_gradient import PolicyRouter, taken
 
 __all__ = ["Bernoulli"]
+
 
 Evaluation = Literal["sample", "threshold"]
 
@@ -92,16 +93,16 @@ class Bernoulli(PolicyRouter):
 
     def entropy(self, logits: Tensor) -> Tensor:
         """The entropy (T,) of all tosses of a token."""
-        return losses_room.entropy(torch.stack([logits, -logits], -1).sigmoid()).sum(-1)
+        return losses.entropy(torch.stack([logits, -logits], -1).sigmoid()).sum(-1)
 
     def loss_terms(self, logits: Tensor, routing: Routing, context: Context) -> dict[str, Callable[[], Tensor]]:
         """L_b, L_e and L_v, and the losses of `PolicyRouter`."""
         on, rate, mask = logits.sigmoid(), self.activation_rate, context.mask
         return {
             **super().loss_terms(logits, routing, context),
-            "batch_rate_loss": lambda: (losses_room.mean_over_tokens(on, mask) - rate).square().sum(),
-            "token_rate_loss": lambda: losses_room.mean_over_tokens((on.mean(-1) - rate).square(), mask),
-            "variance_bonus": lambda: -losses_room.variance_over_tokens(on, mask).sum(),
+            "batch_rate_loss": lambda: (losses.mean_over_tokens(on, mask) - rate).square().sum(),
+            "token_rate_loss": lambda: losses.mean_over_tokens((on.mean(-1) - rate).square(), mask),
+            "variance_bonus": lambda: -losses.variance_over_tokens(on, mask).sum(),
         }
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Context
+from ..context import Context
 from .topk import TopK
 
 __all__ = ["Cosine"]

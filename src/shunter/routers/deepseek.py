@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import losses as losses_room
+from .. import losses
+from ..context import Context
 from ..routing import Routing
-from .base import Context
 from .topk import TopK
 
 __all__ = ["DeepSeek"]
@@ -77,7 +77,7 @@ class DeepSeek(TopK):
         """The balance within sequences, and the losses of `TopK`."""
         return {
             **super().loss_terms(logits, routing, context),
-            "sequence_balance_loss": lambda: losses_room.load_balancing_loss(
+            "sequence_balance_loss": lambda: losses.load_balancing_loss(
                 self.probs(logits), routing, context.mask, "mean", self.require(context, "sequence")
             ),
         }

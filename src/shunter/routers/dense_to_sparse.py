@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context, LinearRouter
 from .gshard import gumbel_like
+from .linear import LinearRouter
 
 __all__ = ["DenseToSparse"]
 

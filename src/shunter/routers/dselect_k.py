@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import losses as losses_room
+from .. import losses
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context, Router
+from .base import Router
 
 __all__ = ["DSelectK", "smooth_step"]
 
@@ -122,11 +123,11 @@ class DSelectK(Router):
 
         def reachability() -> Tensor:
             total = (1 / selectors.sum(-1)).sum(-1)
-            return losses_room.mean_over_tokens(total, context.mask)
+            return losses.mean_over_tokens(total, context.mask)
 
         return {
             **super().loss_terms(logits, routing, context),
-            "entropy_loss": lambda: losses_room.mean_over_tokens(losses_room.entropy(selectors).sum(-1), context.mask),
+            "entropy_loss": lambda: losses.mean_over_tokens(losses.entropy(selectors).sum(-1), context.mask),
             "reachability_loss": reachability,
         }
 

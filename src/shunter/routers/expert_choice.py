@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..context import Context
 from ..routing import Routing
-from .base import Context, LinearRouter, largest
+from .base import largest
+from .linear import LinearRouter
 
 __all__ = ["ExpertChoice", "capped_plan"]
 

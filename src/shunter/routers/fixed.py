@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context, Router
+from .base import Router
 
 __all__ = ["Domain", "Fixed", "Language"]
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context, Router
+from .base import Router
 
 __all__ = ["Forced", "Uniform"]
 

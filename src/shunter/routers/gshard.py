@@ -7,12 +7,14 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from .. import losses as losses_room
+from .. import losses
+from ..context import Context
 from ..routing import Routing
-from .base import Context, largest
+from .base import largest
 from .topk import TopK
 
 __all__ = ["GShard", "gumbel_like"]
+
 
 SecondPolicy = Literal["all", "random", "sampling"]
 
@@ -50,7 +52,7 @@ class GShard(TopK):
         second_threshold: float = 0.5,
         capacity_factor: float | None = 2.0,
         capacity_formula: str = "gshard",
-        balance_choices: losses_room.Choices = "first",
+        balance_choices: losses.Choices = "first",
         **options: Any,
     ) -> None:
         for policy in (second_policy, eval_second_policy):

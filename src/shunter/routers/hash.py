@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from .. import capacity as capacity_room
+from .. import capacity
+from ..context import Context
 from ..routing import Routing
-from .base import Context
 from .fixed import Fixed
 
 __all__ = ["BigramHash", "Hash", "PositionHash", "PreviousTokenHash"]
+
 
 Spread = Literal["dispersed", "clustered"]
 
@@ -120,7 +121,7 @@ class Hash(Fixed):
         if factor is None:
             return None
         each = self.num_experts // self.top_k
-        return capacity_room.capacity(num_tokens, each, 1, factor, self.capacity_formula)
+        return capacity.capacity(num_tokens, each, 1, factor, self.capacity_formula)
 
     @property
     def leak(self) -> str | None:

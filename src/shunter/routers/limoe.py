@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import losses as losses_room
+from .. import losses
+from ..context import Context
 from ..routing import Routing
-from .base import Context
 from .vmoe import VMoE
 
 __all__ = ["LIMoE"]
@@ -85,12 +85,10 @@ class LIMoE(VMoE):
             masks = [mask & context.mask for mask in masks]
         return {
             **super().loss_terms(logits, routing, context),
-            "local_entropy_loss": lambda: torch.stack(
-                [losses_room.local_entropy_loss(probs, mask) for mask in masks]
-            ).sum(),
+            "local_entropy_loss": lambda: torch.stack([losses.local_entropy_loss(probs, mask) for mask in masks]).sum(),
             "global_entropy_loss": lambda: torch.stack(
                 [
-                    losses_room.global_entropy_loss(probs, mask, minimum)
+                    losses.global_entropy_loss(probs, mask, minimum)
                     for mask, minimum in zip(masks, self.soft_minimum, strict=True)
                 ]
             ).sum(),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import losses as losses_room
+from .. import losses
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context, Router, largest
+from .base import Router, largest
 
 __all__ = ["HierarchicalNoisyTopK", "NoisyTopK"]
 
@@ -107,9 +108,9 @@ class NoisyTopK(Router):
         clean, noisy, std = logits.chunk(3, dim=-1)
         return {
             **super().loss_terms(logits, routing, context),
-            "importance_loss": lambda: losses_room.cv_squared(_importance(routing)),
-            "load_loss": lambda: losses_room.load_loss(clean, noisy, std, self.top_k, context.mask),
-            "z_loss": lambda: losses_room.z_loss(clean, context.mask),
+            "importance_loss": lambda: losses.cv_squared(_importance(routing)),
+            "load_loss": lambda: losses.load_loss(clean, noisy, std, self.top_k, context.mask),
+            "z_loss": lambda: losses.z_loss(clean, context.mask),
         }
 
     def extra_repr(self) -> str:
@@ -209,25 +210,23 @@ class HierarchicalNoisyTopK(NoisyTopK):
         groups, experts = self._split(logits)
         return {
             **super().loss_terms(torch.cat(experts, dim=-1), routing, context),
-            "load_balancing_loss": lambda: losses_room.load_balancing_loss(
+            "load_balancing_loss": lambda: losses.load_balancing_loss(
                 self.probs(logits), routing, context.mask, self.balance_choices
             ),
-            "load_loss": lambda: losses_room.cv_squared(self._load(groups, experts, context.mask).flatten()),
-            "z_loss": lambda: (
-                losses_room.z_loss(groups[0], context.mask) + losses_room.z_loss(experts[0], context.mask)
-            ),
+            "load_loss": lambda: losses.cv_squared(self._load(groups, experts, context.mask).flatten()),
+            "z_loss": lambda: losses.z_loss(groups[0], context.mask) + losses.z_loss(experts[0], context.mask),
         }
 
     def _load(self, groups: tuple[Tensor, ...], experts: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
         """Load_H (G, E / G) of equation 13."""
         clean, noisy, std = groups
-        in_group = losses_room.selection_probability(clean, noisy, std, self.top_groups)
+        in_group = losses.selection_probability(clean, noisy, std, self.top_groups)
         chosen = torch.zeros_like(in_group).scatter(1, largest(noisy.detach(), self.top_groups), 1.0)
         if mask is not None:
             in_group, chosen = in_group.masked_fill(~mask[:, None], 0), chosen.masked_fill(~mask[:, None], 0)
         size = self.num_experts // self.num_groups
         clean, noisy, std = (part.reshape(-1, size) for part in experts)
-        in_expert = losses_room.selection_probability(clean, noisy, std, self.top_k_in_group)
+        in_expert = losses.selection_probability(clean, noisy, std, self.top_k_in_group)
         in_expert = in_expert.reshape(-1, self.num_groups, size)
         if mask is not None:
             in_expert = in_expert.masked_fill(~mask[:, None, None], 0)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context
 from .topk import TopK
 
 __all__ = ["NullExperts"]

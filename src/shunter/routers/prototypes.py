@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import capacity as capacity_room
-from .. import losses as losses_room
+from .. import capacity
+from .. import losses as losses
+from ..context import Context
 from ..routing import Routing
-from .base import Context, LinearRouter
+from .linear import LinearRouter
 
 __all__ = ["Prototypes"]
 
@@ -83,14 +84,14 @@ class Prototypes(LinearRouter):
         if factor is None:
             return None
         experts = self.num_experts if self.slots_rule == "1x" else self.num_experts // self.top_k
-        return capacity_room.capacity(num_tokens, experts, 1, factor, self.capacity_formula)
+        return capacity.capacity(num_tokens, experts, 1, factor, self.capacity_formula)
 
     def loss_terms(self, logits: Tensor, routing: Routing, context: Context) -> dict[str, Callable[[], Tensor]]:
         """The losses of `Router`, the z-loss summed over prototypes."""
         parts = self._by_prototype(logits).unbind(-2)
         return {
             **super().loss_terms(logits, routing, context),
-            "z_loss": lambda: torch.stack([losses_room.z_loss(part, context.mask) for part in parts]).sum(),
+            "z_loss": lambda: torch.stack([losses.z_loss(part, context.mask) for part in parts]).sum(),
         }
 
     @property

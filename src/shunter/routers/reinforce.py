@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import losses as losses_room
+from .. import losses
+from ..context import Context
 from ..routing import Routing
-from .base import Context, largest
+from .base import largest
 from .gshard import gumbel_like
-from .policy import PolicyRouter, taken
+from .policy_gradient import PolicyRouter, taken
 
 __all__ = ["Reinforce"]
 
@@ -47,4 +48,4 @@ class Reinforce(PolicyRouter):
 
     def entropy(self, logits: Tensor) -> Tensor:
         """The entropy (T,) of softmax(h)."""
-        return losses_room.entropy(logits.softmax(-1))
+        return losses.entropy(logits.softmax(-1))

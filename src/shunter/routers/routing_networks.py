@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context
-from .policy import Decision, taken
+from .policy_gradient import Decision, taken
 from .reinforce import Reinforce
 
 __all__ = ["RoutingNetworks"]
+
 
 Policy = Literal["tabular", "linear"]
 

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context, LinearRouter
+from .linear import LinearRouter
 
 __all__ = ["HME", "MMoE", "Soft"]
 

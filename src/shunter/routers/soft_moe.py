@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context, Router
+from .base import Router
 
 __all__ = ["SoftMoE"]
 

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import capacity as capacity_room
-from .. import losses as losses_room
+from .. import capacity
+from .. import losses as losses
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context, largest
+from .base import largest
 from .gshard import gumbel_like
 from .topk import TopK
 
 __all__ = ["Switch"]
+
 
 Policy = Literal["argmax", "sample", "input_dropout", "jitter"]
 
@@ -58,7 +60,7 @@ class Switch(TopK):
         no_token_left_behind: int = 0,
         capacity_factor: float | None = 1.25,
         eval_capacity_factor: float | None = 2.0,
-        balance_choices: losses_room.Choices = "first",
+        balance_choices: losses.Choices = "first",
         **options: Any,
     ) -> None:
         if policy not in get_args(Policy):
@@ -109,7 +111,7 @@ class Switch(TopK):
             index = following[:, rank : rank + 1]
             offer = Routing.from_topk(index, probs.gather(1, index), self.num_experts, keep=waiting, check=False)
             free = slots - _used(routing, group)
-            taken = capacity_room.limit(offer, free, self.capacity_order, self.priority(logits), group)
+            taken = capacity.limit(offer, free, self.capacity_order, self.priority(logits), group)
             waiting[taken.token] = False
             taken = replace(taken, choice=torch.full_like(taken.token, rank + 1), dropped=None)
             routing = routing._merge(taken)

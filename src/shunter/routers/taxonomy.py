@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-from . import create, find, names
+from .registry import create, find, names
 
 __all__ = ["Row", "markdown", "plain", "taxonomy"]
+
 
 CHOOSERS = {
     "tokens": "tokens choose",

@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..context import Context
 from ..routing import Routing
-from .base import Context
 from .fixed import Fixed
 
 __all__ = ["Thor"]
+
 
 Level = Literal["batch", "sentence", "token"]
 

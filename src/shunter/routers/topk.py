@@ -8,11 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
 from . import rules
-from .base import NO_CONTEXT, Context, LinearRouter, largest
+from .base import largest
+from .linear import LinearRouter
 
 __all__ = ["TopK"]
+
 
 Renormalize = Literal["no", "before_drop", "after_drop"]
 

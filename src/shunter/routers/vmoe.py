@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import losses as losses_room
+from .. import losses
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
-from .base import NO_CONTEXT, Context
 from .topk import TopK
 
 __all__ = ["VMoE"]
@@ -86,9 +86,9 @@ class VMoE(TopK):
         clean, noisy = logits.chunk(2, dim=-1)
         return {
             **super().loss_terms(logits, routing, context),
-            "importance_loss": lambda: losses_room.importance_loss(clean.softmax(-1), context.mask),
-            "load_loss": lambda: losses_room.load_loss(
+            "importance_loss": lambda: losses.importance_loss(clean.softmax(-1), context.mask),
+            "load_loss": lambda: losses.load_loss(
                 clean, noisy, self.noise_std, self.top_k, context.mask, leave_one_out=False
             ),
-            "z_loss": lambda: losses_room.z_loss(clean, context.mask),
+            "z_loss": lambda: losses.z_loss(clean, context.mask),
         }

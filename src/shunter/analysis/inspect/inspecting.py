@@ -1,0 +1,256 @@
+"""See inside the experts of any mixture-of-experts model: everything measured, as one dictionary that JSON can hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from ...hf.checkpoints.folders import local_folder
+from ...hf.checkpoints.loading import load_folder
+from ...hf.observe.taps import taps
+from ...metrics import usage
+from ..expert_weights import expert_parameters, moved
+from .ablation import ablate
+from .findings import describe_data, describe_usage, describe_weights, specialisation_of
+from .material import Material
+from .recording import Recording, batch_losses, record
+from .saturation import chance_saturation, saturation
+
+__all__ = ["InspectError", "Inspected", "inspect", "load"]
+
+
+ABLATION_TOKENS = 4096
+
+
+T = TypeVar("T")
+
+
+class InspectError(Exception):
+    """A model that cannot be inspected: one line with the fault and what to do."""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model and what it is called.
+
+    Args:
+        name: for people.
+        model: itself.
+        folder: where it lies.
+    """
+
+    name: str
+    model: PreTrainedModel
+    folder: Path
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies beside the model.
+
+        Raises:
+            InspectError: where there is none.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:  # a damaged folder fails in as many ways as there are readers
+            raise InspectError(f"{self.folder}: no tokenizer can be loaded: {_line(error)}") from None
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        return tokenizer
+
+
+def load(path: str) -> Inspected:
+    """Load a model of Hugging Face or of Shunter, or of a run of `shunter train`, whose sparse model it takes.
+
+    Weights are read from safetensors alone, and no code of the folder is run.
+
+    Args:
+        path: a folder, or a name on the Hugging Face Hub.
+
+    Raises:
+        InspectError: where there is no such model, it cannot be loaded whole, or it has no experts.
+    """
+    try:
+        folder = local_folder(path)
+    except ValueError as error:
+        raise InspectError(str(error)) from None
+    if not folder.is_dir():
+        raise InspectError(f"{path}: no such folder; give the folder of a model, with its config.json")
+    if not (folder / "config.json").is_file() and (folder / "sparse" / "config.json").is_file():
+        folder = folder / "sparse"
+    if not (folder / "config.json").is_file():
+        raise InspectError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
+    hf_logging.disable_progress_bar()
+    try:
+        model = load_folder(folder)
+    except ValueError as error:
+        raise InspectError(str(error)) from None
+    if not taps(model):
+        name = type(model).__name__
+        raise InspectError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return Inspected(Path(path).resolve().name, model, folder)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def inspect(
+    subject: Inspected,
+    material: Material,
+    *,
+    earlier: Inspected | None = None,
+    ablations: int = 256,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure what the experts of a model do.
+
+    Args:
+        subject: the model.
+        material: what it is shown.
+        earlier: another checkpoint of it, to compare with: before fine-tuning, or earlier in training.
+        ablations: how many experts to remove in turn at most, the busiest of each layer first; 0 for none.
+        quiet: show no progress.
+
+    Returns:
+        What JSON can hold, the same for the same input. Ctrl-C ends the work early: "complete" is then False, and what
+        was not measured is None.
+
+    Raises:
+        InspectError: where the two models do not have the same layers.
+        KeyboardInterrupt: where Ctrl-C comes before anything is measured.
+    """
+    show = _Progress(quiet)
+    subjects = [subject] if earlier is None else [earlier, subject]
+    findings: dict[str, Any] = {
+        "complete": True,
+        "notices": list(material.notices),
+        "data": describe_data(material),
+        "models": [],
+        "comparison": None,
+    }
+    recordings: list[Recording] = []
+    try:
+        for one in subjects:
+            recording = record(one.model, material, show.steps)
+            if recording.batches < len(material.batches):
+                _stopped(findings, f"{recording.batches} of {len(material.batches)} batches were seen")
+                material = material.first(recording.batches)  # for the second checkpoint, too
+            recordings.append(recording)
+            findings["models"].append(_describe_model(one, recording))
+        if earlier is not None:
+            findings["comparison"] = _compare(earlier, subject, recordings)
+        for recording, found in zip(recordings, findings["models"], strict=True):
+            for name in show.steps(list(recording.layers), "what experts serve", len(recording.layers)):
+                stream = material.stream(name, len(recording.layers[name].index), recording.batches)
+                found["layers"][name] |= specialisation_of(recording.layers[name], stream, material)
+        for one, found in zip(subjects, findings["models"], strict=True):
+            for name, tap in show.steps(taps(one.model).items(), "experts' weights", len(found["layers"])):
+                found["layers"][name]["similarity"] = describe_weights(
+                    tap.layer, tap.num_experts, one.model.config.get_text_config()
+                )
+        if findings["complete"] and ablations:
+            _ablate_all(subject, material, findings, ablations, show)
+    except KeyboardInterrupt:
+        if not findings["models"]:
+            raise
+        _stopped(findings, "what had not been measured by then is missing")
+    return _finite(findings)
+
+
+class _Progress:
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def steps(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        yield from tqdm(items, desc=what, total=total, leave=False, disable=self.quiet)
+
+
+def _stopped(findings: dict[str, Any], how_far: str) -> None:
+    findings["complete"] = False
+    findings["notices"].append(f"Stopped early: {how_far}.")
+
+
+def _describe_model(subject: Inspected, recording: Recording) -> dict[str, Any]:
+    loss = recording.loss
+    return {
+        "name": subject.name,
+        "architecture": type(subject.model).__name__,
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "loss": None if loss is None else loss.mean,
+        "targets": 0 if loss is None else loss.targets,
+        "domain_loss": {} if loss is None else {d: nats / count for d, (nats, count) in loss.domains.items()},
+        "ablated_targets": None,
+        "layers": {name: describe_usage(layer) for name, layer in recording.layers.items()},
+    }
+
+
+def _compare(earlier: Inspected, subject: Inspected, recordings: list[Recording]) -> dict[str, Any]:
+    before, after = recordings
+    if {n: d.num_experts for n, d in before.layers.items()} != {n: d.num_experts for n, d in after.layers.items()}:
+        raise InspectError(
+            f"{earlier.folder} and {subject.folder} do not have the same layers of experts; "
+            "give two checkpoints of one model"
+        )
+    tapped = [taps(side.model) for side in (earlier, subject)]
+    layers = {}
+    for name, now in after.layers.items():
+        old, tokens = before.layers[name], min(len(before.layers[name].index), len(now.index))
+        had, has = old.index[:tokens], now.index[:tokens]
+        sides = [expert_parameters(side[name].layer, side[name].num_experts) for side in tapped]
+        load = [usage(one, now.num_experts).load for one in (had, has)]
+        change = [moved(a, b) for a, b in zip(*sides, strict=True)]
+        layers[name] = {
+            "saturation": saturation(had, has),
+            "chance": chance_saturation(had, has, now.num_experts),
+            "load_moved": float((load[0] - load[1]).abs().sum()) / 2,
+            "weights_moved": [None if math.isnan(value) else value for value in change],
+        }
+    return {"before": earlier.name, "after": subject.name, "layers": layers}
+
+
+def _ablate_all(subject: Inspected, material: Material, findings: dict[str, Any], most: int, show: _Progress) -> None:
+    model, found = subject.model, findings["models"][-1]
+    if found["loss"] is None:
+        findings["notices"].append("No loss can be taken from this model and these data, so no expert was removed.")
+        return
+    batches, tokens = [], 0
+    for batch in material.batches:
+        if tokens < ABLATION_TOKENS:
+            batches.append(batch)
+            tokens += batch.targets.numel() * (1 if material.images is None else material.window)
+    whole = [loss for batch in batches if (loss := batch_losses(model, batch)) is not None]
+    found["ablated_targets"] = sum(int((~loss.isnan()).sum()) for loss in whole)
+    ranked = []
+    for name, tap in taps(model).items():
+        load = found["layers"][name]["load"]
+        parameters = expert_parameters(tap.layer, tap.num_experts)
+        if not parameters[0]:
+            findings["notices"].append(f"The experts of {name} are kept in a way that is not known: none was removed.")
+            continue
+        found["layers"][name]["ablation"] = [None] * len(load)
+        order = sorted((e for e in range(len(parameters)) if load[e] > 0), key=lambda e: -load[e])
+        ranked += [(rank, name, e, parameters[e]) for rank, e in enumerate(order)]
+    queue = sorted(ranked, key=lambda item: item[0])  # the busiest of every layer, then the next
+    if len(queue) > most:
+        findings["notices"].append(
+            f"The {most} busiest of {len(queue)} experts were removed in turn; --ablate {len(queue)} removes all."
+        )
+    for _, name, expert, weights in show.steps(queue[:most], "removing experts", min(most, len(queue))):
+        found["layers"][name]["ablation"][expert] = asdict(ablate(model, weights, batches, whole))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,376 @@
+"""What a model is shown for an inspection: windows of text or images, and what is known of each token."""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
+
+from ..specialisation import token_text
+
+__all__ = ["KINDS", "Batch", "Document", "MaterialError", "Material", "Stream", "image_material", "text_material"]
+
+
+POSITIONS = 128  # at most; longer windows have runs of positions for one label
+
+
+MASK_EVERY = 7  # of the tokens of a masked language model's text
+
+
+IMAGES = 16  # of a forward
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
+
+
+KINDS = ("special", "space", "punctuation", "number", "function word", "name", "word", "piece", "other script")
+
+
+FUNCTION_WORDS = set(
+    "a an the and or but nor so if of to in on at by for from with as than that this these those which who whom it its "
+    "he she they we you i him her them us me his their our your my is are was were be been not no do does did has have "
+    "had will shall would should may can could must there then when where".split()
+)
+
+
+class MaterialError(Exception):
+    """Nothing that this model can be shown: one line with the fault and what to do."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with what is known of it.
+
+    Args:
+        text: itself.
+        domain: its kind, for people.
+        language: its language; None where it is not known.
+    """
+
+    text: str
+    domain: str
+    language: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward: the model's keyword arguments, and the class that each row of its logits should give, or -100."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is known of the tokens that layers see, in the order of the forwards.
+
+    Args:
+        labels: by what they say ("token", "domain", …), (N,) int64, -1 where not known.
+        names: by what they say, the text of each label.
+    """
+
+    labels: dict[str, Tensor]
+    names: dict[str, list[str]]
+
+    def first(self, tokens: int) -> Stream:
+        """What is known of the first so many tokens."""
+        return Stream({what: label[:tokens] for what, label in self.labels.items()}, self.names)
+
+    def after(self, extra: int, length: int) -> Stream:
+        """The same where each sequence of a length begins with so many extra tokens, of which nothing is known."""
+        labels = {
+            what: F.pad(label.reshape(-1, length), (extra, 0), value=-1).flatten()
+            for what, label in self.labels.items()
+        }
+        return Stream(labels, self.names)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Batches and what is known of their tokens.
+
+    Args:
+        batches: the forwards.
+        streams: "" for the one sequence of most models, "encoder" and "decoder" for models with two.
+        groups: (targets,) domain of each target, in order; -1 where it has none.
+        domains: their names.
+        tokens: how many tokens are shown.
+        window: tokens of the longest sequence.
+        images: (images, channels, height, width) in [0, 1], for pictures of patches; None for text.
+        patch: the height and width of a patch.
+        notices: what people should know of the choice.
+    """
+
+    batches: list[Batch]
+    streams: dict[str, Stream]
+    groups: Tensor
+    domains: list[str]
+    tokens: int
+    window: int
+    images: Tensor | None = None
+    patch: int = 0
+    notices: list[str] = field(default_factory=list)
+
+    def first(self, batches: int) -> Material:
+        """The same with the first so many batches alone."""
+        return replace(self, batches=self.batches[:batches])
+
+    def stream(self, layer: str, tokens: int, batches: int) -> Stream | None:
+        """What is known of the tokens that a layer saw in the first forwards; None where they are not the model's.
+
+        Args:
+            layer: its qualified name, which says encoder or decoder where there are both.
+            tokens: how many it saw.
+            batches: how many forwards were done.
+        """
+        which = "" if "" in self.streams else "decoder" if "decoder" in layer.split(".") else "encoder"
+        done = self.batches[:batches]
+        if self.images is not None:
+            images = sum(len(batch.inputs["pixel_values"]) for batch in done)
+            extra, rest = divmod(tokens - images * self.window, images)
+            stream = self.streams[which].first(images * self.window)
+            return stream.after(extra, self.window) if extra >= 0 and not rest else None
+        ids = "decoder_input_ids" if which == "decoder" else "input_ids"
+        expected = sum(batch.inputs[ids].numel() for batch in done)
+        return self.streams[which].first(expected) if tokens == expected else None
+
+
+def text_material(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    tokens: int = 16384,
+    length: int = 128,
+    batch_size: int = 16,
+) -> Material:
+    """Windows of text, the same for the same documents: equal parts of each domain, and in it of each language.
+
+    Args:
+        model: causal, masked or encoder-decoder language model (the encoder then reads the first half of a window).
+        tokenizer: the model's own.
+        documents: the text.
+        tokens: how many at most, in all.
+        length: of a window, at most.
+        batch_size: windows of a forward.
+
+    Raises:
+        MaterialError: where there is no text, or the tokenizer is not the model's.
+    """
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for document in documents:
+        if document.text.strip():
+            groups.setdefault((document.domain, document.language), []).append(document.text)
+    if not groups:
+        raise MaterialError("the data hold no text; give --data files with at least a few sentences")
+    length = min(length, _longest(model))
+    domains = sorted({domain for domain, _ in groups})
+    numbered: list[tuple[int, tuple[list[int], str, str | None]]] = []
+    for (domain, language), texts in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or "")):
+        parts = sum(1 for other, _ in groups if other == domain)
+        share = max(1, round(tokens / len(domains) / parts / length)) * length
+        mine = enumerate(_windows(texts, tokenizer, share, length))
+        numbered += [(number, (ids, domain, language)) for number, ids in mine]
+    # Domains in turn, so that a pass that is stopped has seen them all; windows of one length share forwards.
+    windows = [window for _, window in sorted(numbered, key=lambda item: (-len(item[1][0]), item[0]))]
+    if not windows:
+        raise MaterialError("the data are too short: a window needs at least two tokens; give more text")
+    rows = int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
+    largest = max(max(ids) for ids, _, _ in windows)
+    if largest >= rows:
+        raise MaterialError(
+            f"the tokenizer gives token {largest}, but the model has {rows} embeddings; it is another's"
+        )
+    masked = LOSS_MAPPING.get(model.loss_type or "") is ForMaskedLMLoss and tokenizer.mask_token_id is not None
+    two = bool(model.config.is_encoder_decoder)
+    causal = LOSS_MAPPING.get(model.loss_type or "") is ForCausalLMLoss
+    batches, seen, group = [], dict[str, list[tuple[list[int], str, str | None]]](), []
+    while windows:
+        size = len(windows[0][0])
+        count = next((i for i, (ids, _, _) in enumerate(windows) if len(ids) != size), len(windows))
+        some, windows = windows[: min(count, batch_size)], windows[min(count, batch_size) :]
+        ids = torch.tensor([one for one, _, _ in some])
+        if two:
+            source, target = ids[:, : size // 2], ids[:, size // 2 :]
+            start = model.config.get_text_config().decoder_start_token_id
+            begin = torch.full_like(target[:, :1], 0 if start is None else start)
+            inputs = {"input_ids": source, "decoder_input_ids": torch.cat([begin, target[:, :-1]], 1)}
+            parts_of = {"encoder": source, "decoder": inputs["decoder_input_ids"]}
+        elif masked:
+            hidden = torch.arange(ids.numel()).reshape(ids.shape) % MASK_EVERY == MASK_EVERY // 2
+            target = ids.where(hidden, -100)
+            inputs = {"input_ids": ids.where(~hidden, int(tokenizer.mask_token_id or 0))}
+            parts_of = {"": inputs["input_ids"]}
+        else:
+            target = F.pad(ids[:, 1:], (0, 1), value=-100) if causal else torch.full_like(ids, -100)
+            inputs, parts_of = {"input_ids": ids}, {"": ids}
+        batches.append(Batch(inputs, target))
+        for stream, part in parts_of.items():
+            labelled = zip(part.tolist(), some, strict=True)
+            seen.setdefault(stream, []).extend((row, domain, language) for row, (_, domain, language) in labelled)
+        group += [domains.index(domain) for _, domain, _ in some for _ in range(target.shape[1])]
+    streams = {name: _text_stream(rows, tokenizer, domains) for name, rows in seen.items()}
+    total = sum(int(next(iter(stream.labels.values())).numel()) for stream in streams.values())
+    return Material(batches, streams, torch.tensor(group), domains, total, length)
+
+
+def _longest(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(longest) if longest else 1 << 30
+
+
+def _windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, tokens: int, length: int) -> list[list[int]]:
+    """The first tokens of the texts, in a fixed random order, as windows that begin as a text does."""
+    begin = tokenizer.bos_token_id
+    prefix = [begin] if begin is not None and tokenizer("a").input_ids[:1] == [begin] else []
+    body = length - len(prefix)
+    texts = list(texts)
+    random.Random(0).shuffle(texts)
+    ids: list[int] = []
+    for text in texts:
+        # A token is rarely longer than 16 characters; the rest of a long document is never looked at.
+        ids += tokenizer(text[: 16 * tokens], add_special_tokens=False, verbose=False).input_ids
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) >= tokens:
+            break
+    count = max(1, min(len(ids), tokens) // length)
+    pieces = [prefix + ids[i * body : (i + 1) * body] for i in range(count)]
+    return [piece for piece in pieces if len(piece) >= 4]
+
+
+def _text_stream(
+    rows: list[tuple[list[int], str, str | None]], tokenizer: PreTrainedTokenizerBase, domains: list[str]
+) -> Stream:
+    languages = sorted({language for _, _, language in rows if language is not None})
+    window = max(len(ids) for ids, _, _ in rows)
+    run = -(-window // POSITIONS)
+    labels: dict[str, list[int]] = {
+        what: [] for what in ("domain", "language", "position", "kind", "token", "previous")
+    }
+    vocabulary = sorted({token for ids, _, _ in rows for token in ids})
+    texts = {token: token_text(tokenizer, token) for token in vocabulary}
+    special, marked = set(tokenizer.all_special_ids), any(text.startswith("##") for text in texts.values())
+    kinds = {t: KINDS.index("special" if t in special else kind(text, marked)) for t, text in texts.items()}
+    compact = {token: i for i, token in enumerate(vocabulary)}
+    for ids, domain, language in rows:
+        labels["domain"] += [domains.index(domain)] * len(ids)
+        labels["language"] += [-1 if language is None else languages.index(language)] * len(ids)
+        labels["position"] += [i // run for i in range(len(ids))]
+        labels["kind"] += [kinds[token] for token in ids]
+        labels["token"] += [compact[token] for token in ids]
+        labels["previous"] += [-1, *(compact[token] for token in ids[:-1])]
+    names = {
+        "domain": domains,
+        "language": languages,
+        "position": [str(i) if run == 1 else f"{i * run}–{(i + 1) * run - 1}" for i in range(-(-window // run))],
+        "kind": list(KINDS),
+        "token": [texts[token] for token in vocabulary],
+    }
+    names["previous"] = names["token"]
+    return Stream({what: torch.tensor(label) for what, label in labels.items()}, names)
+
+
+def kind(text: str, pieces_are_marked: bool = False) -> str:
+    """What a token is, by its text alone: one of `KINDS` but "special".
+
+    A "name" begins with a capital; a "piece" goes on with a word that another token began.
+
+    Args:
+        text: of the token, with the space that it begins with.
+        pieces_are_marked: whether the tokenizer writes ## before a piece, rather than a space before a word.
+    """
+    bare = text.strip()
+    goes_on = bare.startswith("##") if pieces_are_marked else not text[:1].isspace()
+    bare = bare.removeprefix("##") if pieces_are_marked else bare
+    if not bare:
+        return "space"
+    letters = [c for c in bare if c.isalpha()]
+    if bare.startswith("\\x") or any("LATIN" not in unicodedata.name(c, "") for c in letters):
+        return "other script"
+    if not letters:
+        return "number" if any(c.isdigit() for c in bare) else "punctuation"
+    if bare.lower() in FUNCTION_WORDS and not (goes_on and bare.islower()):
+        return "function word"
+    if bare[0].isupper():
+        return "name"
+    return "piece" if goes_on else "word"
+
+
+def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *, tokens: int) -> Material:
+    """Images cut into patches as a Vision Transformer does; an image's folder is its domain.
+
+    Args:
+        model: its configuration has image_size, patch_size and num_channels; a classifier's loss counts where the
+            folders have the names of its classes.
+        folder: the model's; image_mean and image_std of its preprocessor_config.json are taken, else 0.5.
+        paths: image files, or folders of them.
+        tokens: how many patches at most, in equal parts of each domain.
+
+    Raises:
+        MaterialError: where there is no image, or one cannot be read.
+    """
+    config = model.config
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    channels = getattr(config, "num_channels", 3)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        raise MaterialError(f"this model's images are of {size} in patches of {patch}: only square ones can be shown")
+    patches = (size // patch) ** 2
+    found: dict[str, list[Path]] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise MaterialError(f"{path}: no such file or folder")
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                found.setdefault(file.parent.name, []).append(file)
+    if not found:
+        raise MaterialError(f"{', '.join(paths)}: no file ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    domains = sorted(found)
+    files, domain = [], []
+    for number, name in enumerate(domains):
+        some = random.Random(0).sample(found[name], min(len(found[name]), max(1, tokens // patches // len(domains))))
+        files += sorted(some)
+        domain += [number] * len(some)
+    pixels = torch.stack([_read(file, size, channels) for file in files])
+    mean, std = _normalisation(folder, channels)
+    shown = (pixels - mean) / std
+    classes = {str(name): int(i) for name, i in (config.label2id or {}).items()}
+    targets = torch.tensor([classes.get(domains[d], -100) for d in domain])
+    batches = [Batch({"pixel_values": x}, t) for x, t in zip(shown.split(IMAGES), targets.split(IMAGES), strict=True)]
+    place = torch.arange(patches).repeat(len(files))
+    side = size // patch
+    stream = Stream(
+        {"domain": torch.tensor(domain).repeat_interleave(patches), "position": place},
+        {"domain": domains, "position": [f"r{i // side} c{i % side}" for i in range(patches)]},
+    )
+    return Material(batches, {"": stream}, torch.tensor(domain), domains, len(files) * patches, patches, pixels, patch)
+
+
+def _read(file: Path, size: int, channels: int) -> Tensor:
+    try:
+        with Image.open(file) as image:
+            picture = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise MaterialError(f"{file}: not an image that can be read ({error})") from None
+    array = np.asarray(picture, dtype=np.float32) / 255
+    return torch.from_numpy(array).reshape(size, size, -1).permute(2, 0, 1)
+
+
+def _normalisation(folder: Path, channels: int) -> tuple[Tensor, Tensor]:
+    path = folder / "preprocessor_config.json"
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    mean, std = (settings.get(key) or [0.5] * channels for key in ("image_mean", "image_std"))
+    return torch.tensor(mean).reshape(-1, 1, 1), torch.tensor(std).reshape(-1, 1, 1)

@@ -1,0 +1,1 @@
+"""Runs and findings to HTML pages and pictures."""

@@ -1,0 +1,236 @@
+"""The report's figures, drawn by matplotlib as SVG that takes its colours from the page, or in plain colours as PNG."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from ..runs import MODELS, Curve, Load, Run, Specialisation
+from .style import COLOUR_MAP, MAX_LABELS, PAPER, Palette, shorten
+
+MARKERS = {"dense": "s", "sparse": "o"}
+
+
+MAX_POINTS = 150  # of a training curve
+
+
+WARM_UP = 0.2  # this first part of training sets no limit of the frame, so that the end can be read
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A horizontal axis of training: its label and, per model, what one unit of the curve's `field` is worth."""
+
+    label: str
+    field: Literal["tokens", "seconds"]
+    unit: dict[str, float]
+
+    def of(self, curve: Curve, model: str) -> NDArray[np.float64]:
+        """Positions (N,) of the curve's points."""
+        values: NDArray[np.float64] = getattr(curve, self.field)
+        return values * self.unit[model]
+
+
+def loss_curves(run: Run, axis: Axis, palette: Palette, size: tuple[float, float] = (4.2, 3.1)) -> Figure:
+    """Loss of both models along `axis`: training loss faint, held-out loss bold with markers."""
+    figure = Figure(figsize=size, layout="constrained")
+    draw_loss(figure.add_subplot(), run, axis, palette)
+    return figure
+
+
+def draw_loss(axes: Axes, run: Run, axis: Axis, palette: Palette) -> None:
+    """`loss_curves` on given axes."""
+    for model in MODELS:
+        colour = palette.of(model)
+        held_out = _finite(run.evals.get(model))
+        training = _binned(_finite(run.train.get(model)))
+        if training is not None:
+            label = None if held_out else f"{model}, training"
+            axes.plot(axis.of(training, model), training.loss, color=colour, linewidth=1, alpha=0.4, label=label)
+        if held_out is not None:
+            x = axis.of(held_out, model)
+            marks = max(1, len(x) // 12)
+            marker = MARKERS[model]
+            label = f"{model}, at last {held_out.loss[-1]:.3f}"
+            axes.plot(
+                x, held_out.loss, color=colour, linewidth=1.8, marker=marker, markersize=4, markevery=marks, label=label
+            )
+    dense = _finite(run.evals.get("dense"))
+    if dense is not None:
+        axes.axhline(dense.loss[-1], color=palette.dense, linewidth=0.9, linestyle=(0, (4, 3)))
+    if limits := _loss_limits(run):
+        axes.set_ylim(*limits)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(axis.label)
+    axes.set_ylabel("loss (nats/token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right")
+
+
+def _finite(curve: Curve | None) -> Curve | None:
+    if curve is None:
+        return None
+    keep = np.isfinite(curve.loss)
+    return Curve(curve.step[keep], curve.tokens[keep], curve.seconds[keep], curve.loss[keep]) if keep.any() else None
+
+
+def _binned(curve: Curve | None) -> Curve | None:
+    if curve is None or len(curve.loss) <= MAX_POINTS:
+        return curve
+    fields = (curve.step, curve.tokens, curve.seconds, curve.loss)
+    return Curve(*(np.array([part.mean() for part in np.array_split(values, MAX_POINTS)]) for values in fields))
+
+
+def _loss_limits(run: Run) -> tuple[float, float] | None:
+    curves = [*map(_finite, run.evals.values()), *map(_binned, map(_finite, run.train.values()))]
+    present = [curve for curve in curves if curve is not None]
+    if not present:
+        return None
+    start = WARM_UP * max(curve.tokens[-1] for curve in present)
+    losses = np.concatenate([curve.loss[curve.tokens >= start] for curve in present])
+    low, high = float(losses.min()), float(losses.max())
+    margin = 0.06 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def domain_losses(run: Run, palette: Palette) -> Figure:
+    """Held-out loss of both models by domain, joined by a line whose length is the gain."""
+    domains = run.scored_domains
+    figure = Figure(figsize=(4.2, 0.9 + 0.42 * len(domains)), layout="constrained")
+    axes = figure.add_subplot()
+    rows = np.arange(len(domains))
+    losses = {model: _finite_or_nan([run.scores[model][name].loss for name in domains]) for model in MODELS}
+    axes.hlines(rows, losses["dense"], losses["sparse"], color=palette.ink, linewidth=1.2, alpha=0.5)
+    for model in MODELS:
+        axes.plot(losses[model], rows, MARKERS[model], color=palette.of(model), markersize=5, label=model)
+    axes.set_yticks(rows, [shorten(name) for name in domains])
+    axes.set_ylim(len(domains) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.08)
+    axes.set_xlabel("held-out loss (nats/token)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def _finite_or_nan(values: list[float]) -> NDArray[np.float64]:
+    return np.array([value if math.isfinite(value) else math.nan for value in values])
+
+
+def draw_gain(axes: Axes, run: Run, palette: Palette) -> None:
+    """Gain (dense minus sparse held-out loss) by domain as labelled bars."""
+    domains = run.scored_domains
+    gain = _finite_or_nan([run.scores["dense"][name].loss - run.scores["sparse"][name].loss for name in domains])
+    bars = axes.barh([shorten(name) for name in domains], gain, color=palette.sparse, height=0.5)
+    axes.bar_label(bars, [f"{value:+.3f}" if math.isfinite(value) else "" for value in gain], padding=4)
+    axes.invert_yaxis()
+    axes.axvline(0, color=palette.ink, linewidth=0.8)
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel("gain (nats/token)")
+
+
+def load_scale(loads: dict[str, Load]) -> Normalize:
+    """The colour scale that all layers' load maps share: from none to at least twice an even share, at most four."""
+    busiest = max(float(load.relative.max()) for load in loads.values())
+    return Normalize(0, min(max(2.0, busiest), 4.0))
+
+
+def load_map(load: Load, scale: Normalize, palette: Palette) -> Figure:
+    """One layer's load over training, experts by row, above its balance (busiest expert over mean)."""
+    figure = Figure(figsize=(4.2, 3.4), layout="constrained")
+    heat, line = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    experts = load.share.shape[1]
+    edges = np.concatenate([[0.0], load.step])
+    heat.pcolormesh(edges, np.arange(experts + 1) - 0.5, load.relative.T, cmap=COLOUR_MAP, norm=scale, rasterized=True)
+    for expert in load.dead:
+        heat.plot(edges[-1] * 1.015, expert, "x", color=palette.ink, markersize=4, clip_on=False)
+    heat.set_ylim(experts - 0.5, -0.5)
+    heat.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    heat.set_ylabel("expert")
+    heat.grid(visible=False)
+    line.stairs(load.balance, edges, color=palette.sparse, linewidth=1.5, baseline=None)
+    line.axhline(1, color=palette.ink, linewidth=0.8, linestyle=(0, (4, 3)))
+    line.set_ylim(bottom=0.8, top=max(2.0, float(load.balance.max()) * 1.1))
+    line.set_ylabel("balance")
+    line.set_xlabel("training step")
+    line.set_xlim(0, edges[-1])
+    line.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    line.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    return figure
+
+
+def domain_scale(domains: int) -> Normalize:
+    """The colour scale of domain maps: from none to `domains` times an even share, at most four times."""
+    return Normalize(0, min(max(domains, 2), 4))
+
+
+def domain_map(layer: Specialisation, domains: list[str], what: str = "domain") -> Figure:
+    """How much of each expert's work is from each domain, in even shares, the domains counted as equally long; experts
+    ordered by the domain that they serve most."""
+    mix = domain_mix(layer.share)
+    favourite = mix.argmax(axis=0)
+    order = np.lexsort((-mix.max(axis=0), favourite))
+    experts = len(order)
+    figure = Figure(figsize=(4.2, 1.0 + 0.3 * len(domains)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.pcolormesh(
+        np.arange(experts + 1) - 0.5,
+        np.arange(len(domains) + 1) - 0.5,
+        mix[:, order] * len(domains),
+        cmap=COLOUR_MAP,
+        norm=domain_scale(len(domains)),
+        rasterized=True,
+    )
+    axes.set_yticks(range(len(domains)), [shorten(name) for name in domains])
+    axes.set_ylim(len(domains) - 0.5, -0.5)
+    labels = [str(expert) for expert in order] if experts <= 2 * MAX_LABELS else []
+    axes.set_xticks(range(len(labels)), labels, fontsize=6 if experts > MAX_LABELS else None)
+    axes.set_xlabel(f"experts, by main {what}")
+    axes.grid(visible=False)
+    return figure
+
+
+def domain_mix(share: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each expert's tokens the share from each domain, (D, E), were the domains equally long.
+
+    `share` (D, E) is of each domain's tokens the share that each expert takes. Experts without tokens get zeros.
+    """
+    total = share.sum(axis=0)
+    return np.divide(share, total, out=np.zeros_like(share), where=total > 0)
+
+
+def colour_bar(scale: Normalize, label: str, ticks: dict[float, str] | None = None) -> Figure:
+    """The key to a group of heat maps; by default their unit is an even share."""
+    figure = Figure(figsize=(4.2, 0.62), layout="constrained")
+    axes = figure.add_subplot()
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, COLOUR_MAP), cax=axes, orientation="horizontal")
+    even: dict[float, str] = {value: str(value) for value in range(int(scale.vmax or 0) + 1)}
+    ticks = ticks or even | {0: "0: none", 1: "1: even"}
+    bar.set_ticks(list(ticks), labels=list(ticks.values()))
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def picture(run: Run) -> Figure:
+    """The result at a glance: loss of both models against tokens, and the gain by domain."""
+    figure = Figure(figsize=(9.6, 3.8), layout=ConstrainedLayoutEngine(wspace=0.06), facecolor="white")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    draw_loss(left, run, Axis("tokens read in training", "tokens", dict.fromkeys(MODELS, 1.0)), PAPER)
+    left.set_title("Loss while reading the same text")
+    draw_gain(right, run, PAPER)
+    right.set_title("What the experts gain on held-out text")
+    return figure

@@ -1,0 +1,187 @@
+"""What the sparsity bought and what it cost: a run folder written as one self-contained HTML page, or as a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ... import metrics
+from ...metrics import DEAD_BELOW
+from ..runs import MODELS, ModelSummary, ReportError, Run, Summary, read_run
+from . import html, run_figures
+from .style import PAPER, THEME, style
+
+__all__ = ["mutual_information", "write_picture", "write_report"]
+
+
+SHOWN_LAYERS = 6  # further layers are folded away
+
+
+TRAINING_FLOPS = 3  # of a forward pass: one forward, and a backward of twice its cost
+
+
+def write_report(run: Path) -> Path:
+    """Writes report.html into the run folder `run` and returns its path.
+
+    The page needs no network and no script. Runs that are still training or were killed get what they have so far.
+    Raises `ReportError` where there is nothing to show or a file does not follow its schema.
+    """
+    content = read_run(run)
+    with style(THEME):
+        text = html.environment().get_template("report.html.jinja").render(_page(content))
+    target = content.path / "report.html"
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
+def write_picture(run: Path, path: Path) -> Path:
+    """Writes the result of the run folder `run` as a PNG at `path`: loss of both models, and the gain by domain.
+
+    Raises `ReportError` where the two models have not both been evaluated yet.
+    """
+    content = read_run(run)
+    if not content.scored_domains:
+        raise ReportError(f"{content.path} has no domain on which both models were evaluated: nothing to compare yet.")
+    with style(PAPER):
+        run_figures.picture(content).savefig(path, format="png", metadata={"Software": None})
+    return Path(path)
+
+
+def mutual_information(share: NDArray[np.float64]) -> float:
+    """Mutual information of domain and expert in bits, the domains taken as equally frequent.
+
+    `share` (D, E) is of each domain's tokens the share that each expert takes. 0 where every domain uses the experts
+    alike; at most log2(min(D, E)), where the expert tells the domain. Domains without tokens are left out.
+    """
+    share = share[share.sum(axis=1) > 0]
+    if not len(share):
+        return 0.0
+    return metrics.mutual_information(torch.from_numpy(share / share.sum(axis=1, keepdims=True)))
+
+
+def _page(run: Run) -> dict[str, Any]:
+    experts = {load.share.shape[1] for load in run.loads.values()} or {len(row.load) for row in run.layers.values()}
+    return {
+        "name": run.path.resolve().name,
+        "run": run,
+        "summary": run.summary,
+        "finite": run.summary is not None and math.isfinite(run.summary.gain),
+        "costs": _costs(run.summary) if run.summary else [],
+        "compute_gap": _compute_gap(run.summary) if run.summary else 0.0,
+        "experts": " or ".join(map(str, sorted(experts))),
+        "losses": _loss_figures(run),
+        "domains": _domain_rows(run),
+        "domain_figure": html.svg(run_figures.domain_losses(run, THEME), "domains", "Held-out loss by domain")
+        if run.scored_domains
+        else None,
+        "loads": _load_figures(run),
+        "specialisation": _specialisation(run),
+        "shown_layers": SHOWN_LAYERS,
+        "dead_below": DEAD_BELOW,
+        "training_flops": TRAINING_FLOPS,
+    }
+
+
+def _costs(summary: Summary) -> list[dict[str, Any]]:
+    """Rows of the cost table: label, what the number is, the formatting filter, and the value of each model."""
+    rows = (
+        ("Training time", "seconds", "fixed", lambda model: model.seconds),
+        ("Training speed", "tokens/s", "si", lambda model: model.tokens_per_second),
+        ("Peak memory", "of the training process", "binary", lambda model: model.peak_rss_bytes),
+        ("Parameters stored", "all experts", "si", lambda model: model.params_total),
+        ("Parameters active", "used by one token", "si", lambda model: model.params_active),
+        ("Compute per token", "FLOPs, forward pass", "si", lambda model: model.flops_per_token),
+    )
+    return [
+        {"label": label, "unit": unit, "format": form, "dense": value(summary.dense), "sparse": value(summary.sparse)}
+        for label, unit, form, value in rows
+    ]
+
+
+def _compute_gap(summary: Summary) -> float:
+    """Sparse over dense FLOPs per token, less one."""
+    dense, sparse = summary.dense.flops_per_token, summary.sparse.flops_per_token
+    return sparse / dense - 1 if dense else math.nan
+
+
+def _loss_figures(run: Run) -> list[dict[str, Any]]:
+    if not run.train and not run.evals:
+        return []
+    one = dict.fromkeys(MODELS, 1.0)
+    axes = [("tokens", "against tokens", run_figures.Axis("tokens read in training", "tokens", one))]
+    if run.summary:
+        flops = {model: TRAINING_FLOPS * _model(run.summary, model).flops_per_token for model in MODELS}
+        if all(math.isfinite(value) for value in flops.values()):
+            axes.append(("flops", "against compute", run_figures.Axis("training FLOPs", "tokens", flops)))
+    axes.append(("seconds", "against time", run_figures.Axis("seconds of training", "seconds", one)))
+    return [
+        {"title": title, "svg": html.svg(run_figures.loss_curves(run, axis, THEME), f"loss-{key}", f"Loss {title}")}
+        for key, title, axis in axes
+    ]
+
+
+def _model(summary: Summary, model: str) -> ModelSummary:
+    return summary.dense if model == "dense" else summary.sparse
+
+
+def _domain_rows(run: Run) -> list[dict[str, Any]]:
+    rows = [(name, run.scores["dense"][name], run.scores["sparse"][name]) for name in run.scored_domains]
+    return [
+        {"name": name, "dense": dense, "sparse": sparse, "gain": dense.loss - sparse.loss}
+        for name, dense, sparse in rows
+    ]
+
+
+def _load_figures(run: Run) -> dict[str, Any] | None:
+    if not run.loads:
+        return None
+    scale = run_figures.load_scale(run.loads)
+    bar = run_figures.colour_bar(scale, "load of an expert, in even shares")
+    layers = [
+        {
+            "name": layer,
+            "balance": float(load.balance[-1]),
+            "dead": load.dead,
+            "svg": html.svg(
+                run_figures.load_map(load, scale, THEME),
+                f"load-{number}",
+                f"Load of {load.share.shape[1]} experts of {layer} over training",
+            ),
+        }
+        for number, (layer, load) in enumerate(run.loads.items())
+    ]
+    return {"key": html.svg(bar, "load-key", "Colour key of the load maps"), "layers": layers}
+
+
+def _specialisation(run: Run) -> dict[str, Any] | None:
+    if not run.layers or not run.domains:
+        return None
+    scale = run_figures.domain_scale(len(run.domains))
+    bar = run_figures.colour_bar(scale, "domain's part of an expert's tokens, in even shares")
+    layers = []
+    for number, (layer, row) in enumerate(run.layers.items()):
+        mix = run_figures.domain_mix(row.share)
+        title = f"Domains served by the {len(row.load)} experts of {layer}"
+        layers.append(
+            {
+                "name": layer,
+                "svg": html.svg(run_figures.domain_map(row, run.domains), f"domain-{number}", title),
+                "information": mutual_information(row.share),
+                "at_most": math.log2(min(row.share.shape)),
+                "experts": [
+                    {
+                        "load": float(row.load[expert]) * len(row.load),
+                        "domain": run.domains[int(mix[:, expert].argmax())] if mix[:, expert].any() else None,
+                        "domain_share": float(mix[:, expert].max()),
+                        "tokens": tokens,
+                    }
+                    for expert, tokens in enumerate(row.tokens)
+                ],
+            }
+        )
+    return {"key": html.svg(bar, "domain-key", "Colour key of the domain maps"), "layers": layers}

@@ -1,0 +1,346 @@
+"""The folder that a training run leaves, read back and checked, whether the run is finished, running or killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..metrics import DEAD_BELOW
+
+__all__ = ["Metrics"]
+
+
+MODELS = ("dense", "sparse")
+
+
+class ReportError(ValueError):
+    """A run folder that cannot be reported on; the message names the file, the fault and what to do."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model's losses over training: arrays of length N; `loss` in nats/token, `seconds` of training so far."""
+
+    step: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    loss: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out loss of one model on one domain, in nats/token and in bits per byte of text."""
+
+    loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What one finished model reached and cost. `flops_per_token` counts the forward pass."""
+
+    eval_loss: float
+    bits_per_byte: float
+    flops_per_token: float
+    params_total: float
+    params_active: float
+    seconds: float
+    tokens: float
+    peak_rss_bytes: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training tokens per second; NaN where no time was recorded."""
+        return self.tokens / self.seconds if self.seconds else math.nan
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a finished run; `gain` is dense minus sparse evaluation loss in nats/token."""
+
+    dense: ModelSummary
+    sparse: ModelSummary
+    gain: float
+    steps_to_dense_loss: float | None
+    tokens: float
+    seed: int | None
+    versions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One layer's load over training: `share` (N, E) of the assignments since the previous `step` (N,)."""
+
+    step: NDArray[np.float64]
+    share: NDArray[np.float64]
+
+    @property
+    def relative(self) -> NDArray[np.float64]:
+        """Load in units of an even share, (N, E): 1 is 1/E of the assignments."""
+        return self.share * self.share.shape[1]
+
+    @property
+    def balance(self) -> NDArray[np.float64]:
+        """Load of the busiest expert over the mean load, (N,): 1 is perfect balance, E is collapse."""
+        return self.relative.max(axis=1)
+
+    @property
+    def dead(self) -> list[int]:
+        """Experts that took less than `DEAD_BELOW` of an even share at the last record."""
+        return [int(expert) for expert in np.flatnonzero(self.relative[-1] < DEAD_BELOW)]
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One layer's division of labour: `load` (E,), `share` (D, E) of each domain's tokens that each expert takes,
+    and per expert its typical tokens as (token, share of the expert's tokens, lift)."""
+
+    load: NDArray[np.float64]
+    share: NDArray[np.float64]
+    tokens: list[list[tuple[str, float, float]]]
+
+
+@dataclass
+class Run:
+    """A run folder in memory. What the run has not written yet is empty or None; `notices` says what was mended.
+
+    `scores` by model and domain are the final ones; until these are there, those of `scored_step`, the last step at
+    which both models were evaluated.
+    """
+
+    path: Path
+    train: dict[str, Curve] = field(default_factory=dict)
+    evals: dict[str, Curve] = field(default_factory=dict)
+    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    scored_step: int | None = None
+    loads: dict[str, Load] = field(default_factory=dict)
+    summary: Summary | None = None
+    domains: list[str] = field(default_factory=list)
+    layers: dict[str, Specialisation] = field(default_factory=dict)
+    data: dict[str, Any] | None = None
+    config: str = ""
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def scored_domains(self) -> list[str]:
+        """Domains on which both models were evaluated."""
+        dense, sparse = (self.scores.get(model, {}) for model in MODELS)
+        return [name for name in dense if name in sparse]
+
+
+def read_run(path: Path) -> Run:
+    """Reads the run folder at `path`.
+
+    A line of metrics.jsonl that is not JSON (a killed run's last) is left out with a notice. Steps that a resumed run
+    went through again replace the earlier record. Raises `ReportError` where nothing can be shown or a file does not
+    follow its schema.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ReportError(f"There is no run folder at {path}. Give the folder that `shunter train` wrote.")
+    run = Run(path)
+    _read_metrics(run)
+    _read_summary(run)
+    if not run.train and not run.evals and run.summary is None:
+        raise ReportError(
+            f"{path} holds no loss yet (no summary.json, and no train or eval line in metrics.jsonl). "
+            "Let the run log its first step, then ask again."
+        )
+    _read_specialisation(run)
+    run.data = _read_data(path / "data.json")
+    config = path / "config.yaml"
+    run.config = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    return run
+
+
+@contextmanager
+def _schema(path: Path, where: str = "") -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise ReportError(f"{path}{where} lacks the key {error}. Was it written by another version?") from error
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ReportError(f"{path}{where} does not follow the run folder's schema: {error}") from error
+
+
+def _load_json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(
+            f"{path} is not complete JSON ({error}). Write it again, or remove it to report without it."
+        ) from error
+
+
+def _number(value: object) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected a number, found {value!r:.60}")
+    return float(value)
+
+
+def _array(values: list[Any]) -> NDArray[np.float64]:
+    return np.array([_number(value) for value in values], dtype=np.float64)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _read_metrics(run: Run) -> None:
+    path = run.path / "metrics.jsonl"
+    if not path.is_file():
+        run.notices.append("metrics.jsonl is missing: there are no curves to draw.")
+        return
+    series: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    unreadable = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            unreadable.append(number)
+            continue
+        with _schema(path, f", line {number},"):
+            rows = series.setdefault((row["kind"], row["model"]), [])
+            while rows and rows[-1]["step"] >= row["step"]:
+                rows.pop()
+            rows.append(row)
+    if unreadable:
+        lines = ", ".join(map(str, unreadable[:5])) + (", …" if len(unreadable) > 5 else "")
+        run.notices.append(f"Left out {_plural(len(unreadable), 'unreadable line')} of metrics.jsonl (line {lines}).")
+    with _schema(path):
+        for model in MODELS:
+            for kind, curves in (("train", run.train), ("eval", run.evals)):
+                if (kind, model) in series:
+                    curves[model] = _curve(run, series[kind, model], f"{model} {kind}")
+        evals = {model: {row["step"]: row for row in series.get(("eval", model), [])} for model in MODELS}
+        if common := evals["dense"].keys() & evals["sparse"].keys():
+            run.scored_step = max(common)
+            run.scores = {model: _scores(evals[model][run.scored_step]["domains"]) for model in MODELS}
+        if ("load", "sparse") in series:
+            loads = series["load", "sparse"]
+            step = _array([row["step"] for row in loads])
+            for layer in sorted(loads[0]["layers"], key=_natural):
+                run.loads[layer] = Load(step, np.nan_to_num([_array(row["layers"][layer]) for row in loads]))
+
+
+def _curve(run: Run, rows: list[dict[str, Any]], name: str) -> Curve:
+    curve = Curve(*(_array([row[key] for row in rows]) for key in ("step", "tokens", "seconds", "loss")))
+    if bad := int((~np.isfinite(curve.loss)).sum()):
+        first = curve.step[~np.isfinite(curve.loss)][0]
+        run.notices.append(
+            f"{_plural(bad, f'{name} loss', f'{name} losses')} not finite, the first at step {first:.0f}: not drawn."
+        )
+    return curve
+
+
+def _plural(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def _scores(domains: dict[str, Any]) -> dict[str, Score]:
+    return {name: Score(_number(row["loss"]), _number(row["bits_per_byte"])) for name, row in domains.items()}
+
+
+def _read_summary(run: Run) -> None:
+    path = run.path / "summary.json"
+    content = _load_json(path)
+    if content is None:
+        return
+    with _schema(path):
+        models = {
+            model: ModelSummary(**{key: _number(content[model][key]) for key in ModelSummary.__dataclass_fields__})
+            for model in MODELS
+        }
+        share = content["steps_to_dense_loss"]
+        run.summary = Summary(
+            **models,
+            gain=_number(content["gain"]),
+            steps_to_dense_loss=None if share is None else _number(share),
+            tokens=_number(content["tokens"]),
+            seed=content["seed"],
+            versions=dict(content["versions"]),
+        )
+        run.scores, run.scored_step = {model: _scores(content[model]["domains"]) for model in MODELS}, None
+
+
+def _read_specialisation(run: Run) -> None:
+    path = run.path / "specialisation.json"
+    content = _load_json(path)
+    if content is None:
+        return
+    with _schema(path):
+        run.domains = [str(name) for name in content["domains"]]
+        for layer in sorted(content["layers"], key=_natural):
+            row = content["layers"][layer]
+            load = _array(row["load"])
+            share = np.nan_to_num(np.stack([_array(row["domains"][name]) for name in run.domains]))
+            if share.shape[1:] != load.shape or len(row["tokens"]) != len(load):
+                raise ValueError(
+                    f"layer {layer} has {len(load)} loads, {share.shape[1]} domain shares and "
+                    f"{len(row['tokens'])} token lists, which should all be the number of experts"
+                )
+            tokens = [
+                [(str(token), _number(part), _number(lift)) for token, part, lift in expert] for expert in row["tokens"]
+            ]
+            run.layers[layer] = Specialisation(load, share, tokens)
+
+
+def _read_data(path: Path) -> dict[str, Any] | None:
+    content = _load_json(path)
+    if content is None:
+        return None
+    columns = ("train_bytes", "eval_bytes", "train_tokens", "eval_tokens")
+    with _schema(path):
+        domains = [
+            {"name": str(row["name"]), "license": str(row["license"]), "source": str(row["source"])}
+            | {column: _number(row[column]) for column in columns}
+            for row in content["domains"]
+        ]
+        return {"domains": domains} | {key: content[key] for key in ("fingerprint", "vocab_size", "tokenizer")}
+
+
+class Metrics:
+    """metrics.jsonl: one object a line, flushed as it is written; echoed to a stream where asked."""
+
+    def __init__(self, path: Path, echo: TextIO | None = None) -> None:
+        self.path, self.echo = path, echo
+
+    def write(self, **line: Any) -> None:
+        """Append a line."""
+        text = json.dumps(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        if self.echo is not None:
+            print(text, file=self.echo, flush=True)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What has been written; a last line that a kill cut short is left out."""
+        if not self.path.exists():
+            return []
+        found = []
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return found
+
+    def forget_after(self, model: str, step: int) -> None:
+        """Remove what a model's run wrote after a checkpoint's step, so that the resumed run writes it once."""
+        kept = [line for line in self.lines() if line.get("model") != model or line["step"] <= step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,139 @@
+"""Loops compiled for this CPU, where the package `numba` is installed: what torch's products and passes leave undone.
+
+Numba compiles a loop in seconds when it first runs on a machine and keeps it on disk. `kernels` needs it, this file
+torch alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....routing import Routing
+from .mkl import addresses
+
+__all__ = ["DTYPES", "INSTALLED", "SMALL", "array", "how", "lacks", "matrices", "ready", "threads", "triples", "usable"]
+
+
+INSTALLED = find_spec("numba") is not None
+
+
+# As what integers the loops get the bits of a dtype, of which numpy has not all.
+DTYPES = {torch.float32: "float32", torch.bfloat16: "uint16", torch.float16: "int16"}
+
+
+# Fewer numbers than this are not worth handing to other threads, which may be busy.
+SMALL = 2**16
+
+
+# Not every threading layer of Numba's takes two callers at once.
+_LOCK = threading.Lock()
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the loops run on these: many numbers, contiguous, on a CPU, in 32 or 16 bits; and numba is installed."""
+    fit = all(t.is_cpu and t.dtype in DTYPES and t.is_contiguous() for t in tensors)
+    return fit and sum(t.numel() for t in tensors) >= SMALL and INSTALLED and _running()
+
+
+def how(run: bool) -> str:
+    """For `explain`: whether the loops run, and if not, why."""
+    if run:
+        return "its loops are compiled by numba"
+    if INSTALLED:
+        return "numba has no loops for these, or they are few"
+    return "with numba (pip install shunter[numba]) it is faster"
+
+
+@torch.compiler.assume_constant_result
+def lacks() -> str | None:
+    """Why the loops cannot run in this process, or None where they can."""
+    if not INSTALLED:
+        return "numba is not installed (pip install shunter[numba])"
+    if addresses() is None:
+        return "its loops call MKL, which this torch does not have"
+    if not _running():
+        return "numba does not work in this process"
+    return None if _right() else "MKL's products came out wrong, called from its loops"
+
+
+@torch.compiler.assume_constant_result
+def threads() -> int:
+    """How many threads the loops run on."""
+    import numba
+
+    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
+def array(tensor: Tensor) -> Any:
+    """A numpy array over the tensor's memory, as the loops take it."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.element_size() == 2:
+        return tensor.view(torch.int16).numpy().view(DTYPES[tensor.dtype])
+    return tensor.numpy()
+
+
+def triples(kernels: Any, routing: Routing) -> Any:
+    """Where a routing's triples are, as the loops take it."""
+    return kernels.Triples(*map(array, (routing.token, routing.offsets, *routing.by_token)))
+
+
+def matrices(kernels: Any, dtype: torch.dtype, *parts: Tensor | None) -> Any:
+    """Matrices (E, q, p), and biases (E, q) as (E, 1, q), of one dtype; none for None."""
+    none = _none(dtype)
+    arrays = [none if part is None else array(part if part.ndim == 3 else part[:, None]) for part in parts]
+    return kernels.Matrices(*arrays)
+
+
+@cache
+def _none(dtype: torch.dtype) -> Any:
+    return array(torch.empty(0, 0, 0, dtype=dtype, device="cpu"))
+
+
+@contextmanager
+def ready() -> Iterator[Any]:
+    """The kernels, for one caller at a time, on as many threads as torch uses."""
+    import numba
+
+    own = torch.get_num_threads()
+    with _LOCK:
+        numba.set_num_threads(threads())
+        if torch.get_num_threads() != own:  # Numba's first launch sets OpenMP's number, which is torch's too
+            torch.set_num_threads(own)
+        yield _kernels()[0]
+
+
+@cache
+def _right() -> bool:
+    """Whether a product called from a loop is right: another MKL may take its arguments otherwise."""
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
+    with ready() as kernels:
+        return bool((kernels.product(array(a), array(b)) == array(a @ b)).all())
+
+
+def _running() -> bool:
+    """Whether the loops run in this process; Numba's threads do not outlive a fork."""
+    kernels, process = _kernels()
+    return kernels is not None and process == os.getpid()
+
+
+@cache
+def _kernels() -> tuple[ModuleType | None, int]:
+    """The compiled loops, and the process that has their threads; with a warning None where numba does not work."""
+    try:
+        from . import loops
+    except Exception as error:  # whatever its own import raises: another numpy, no folder to keep what it compiles
+        warnings.warn(f"numba is installed but cannot be used, so experts on the CPU are slower: {error}", stacklevel=2)
+        return None, os.getpid()
+    return loops, os.getpid()

@@ -1,0 +1,886 @@
+"""The loops that Numba compiles: of the decode backend, of the numba backend.
+
+Numbers in half precision come as their bits, are widened as they are read and rounded once. All loops are in one file,
+as Numba compiles again what has changed in the file of a loop, and not what that uses of another.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload, register_jitable
+
+from .mkl import addresses
+
+# Sums may be split into lanes; infinities and NaN stay what they are.
+_FASTMATH = {"reassoc", "contract", "nsz"}
+
+
+_compiled = numba.njit(parallel=True, fastmath=_FASTMATH, error_model="numpy", cache=True)
+
+
+_exact = numba.njit(fastmath={"contract"}, error_model="numpy", cache=True)  # sums stay as they are written
+
+
+_inner = numba.njit(fastmath=_FASTMATH, error_model="numpy", cache=True)  # what a thread of those calls
+
+
+if mkl := addresses():
+    llvmlite.binding.add_symbol("shunter_sgemm", mkl.sgemm)
+    llvmlite.binding.add_symbol("shunter_threads", mkl.threads)
+
+
+_sgemm = types.ExternalFunction("shunter_sgemm", types.void(*[types.intp] * 13))
+
+
+_threads = types.ExternalFunction("shunter_threads", types.int32(types.int32))
+
+
+# A thread takes so many rows of a matrix at once when decoding.
+_ROWS = 64
+
+
+# A product with a large matrix is faster in panels of so many columns of the result.
+_COLUMNS = 512
+
+
+# Reading an expert's matrices, and writing their gradients, takes as long as computing so many rows.
+_ROWS_OF_MATRICES = 16
+
+
+# A thread's share ends with an expert if that changes it by so little.
+_TOLERANCE = 1 / 32
+
+
+# A matrix of at most so many bytes is fetched into the cache before its turn; its gradient is computed in the cache and
+# written past it.
+_CACHED = 2**18
+
+
+def _single(value):
+    """A value in float32: of float32 itself, of the bits of a bfloat16 (uint16) or of a float16 (int16)."""
+
+
+@overload(_single, inline="always")
+def _(value):
+    if value == types.float32:
+        return lambda value: value
+    if value == types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+
+    def half(value):
+        bits = np.uint32(np.uint16(value))
+        magnitude = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
+        # Of infinity and NaN all exponent bits are set.
+        special = np.uint32(np.uint32(magnitude >= np.uint32(0x0F800000)) * np.uint32(0x7F800000))
+        scaled = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+        return np.uint32(scaled | special | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+
+    return half
+
+
+def _put(out, i, value):
+    """A number in float32 into out[i]: float32 itself, the bits of a bfloat16 (uint16) or of a float16 (int16)."""
+
+
+@overload(_put, inline="always")
+def _(out, i, value):
+    if out.dtype == types.float32:
+
+        def put(out, i, value):
+            out[i] = value
+
+    elif out.dtype == types.uint16:
+
+        def put(out, i, value):
+            bits = np.float32(value).view(np.uint32)
+            odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+            rounded = np.uint32((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+            out[i] = np.uint16(rounded if value == value else np.uint32(0x7FC0))
+
+    else:
+
+        def put(out, i, value):
+            bits = np.float32(value).view(np.uint32)
+            size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            odd = np.uint32((size >> np.uint32(13)) & np.uint32(1))
+            # Normal numbers get another bias; smaller ones are what 0.5 has in its last places when they are added.
+            half = np.uint32(((size + np.uint32(0xFFF) + odd) >> np.uint32(13)) - np.uint32(112 << 10))
+            tiny = np.float32(size.view(np.float32) + np.float32(0.5)).view(np.uint32)
+            half = np.uint32(tiny - np.uint32(0x3F000000)) if size < np.uint32(0x38800000) else half
+            half = np.uint32(0x7C00) if size >= np.uint32(0x477FF000) else half
+            half = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else half
+            out[i] = np.int16(half | np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000)))
+
+    return put
+
+
+@_exact
+def _exp(t):
+    """exp(t) to two units in the last place for t from -87 to 88, in operations that run in lanes."""
+    t = min(max(t, np.float32(-87)), np.float32(88))
+    n = np.floor(t * np.float32(1.44269504) + np.float32(0.5))
+    # t = n ln 2 + r, with ln 2 in two parts of which the first is short: n times it is exact.
+    r = t - n * np.float32(0.693359375)
+    r = r - n * np.float32(-2.12194440e-4)
+    series = r * np.float32(1 / 5040) + np.float32(1 / 720)
+    series = series * r + np.float32(1 / 120)
+    series = series * r + np.float32(1 / 24)
+    series = series * r + np.float32(1 / 6)
+    series = (series * r + np.float32(0.5)) * r * r + r + np.float32(1)
+    return series * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@_exact
+def _sigmoid(x):
+    return np.float32(1) / (np.float32(1) + _exp(-x))
+
+
+class _Silu(NamedTuple):
+    gated: bool
+
+
+class _Gelu(NamedTuple):
+    gated: bool
+
+
+class _GeluTanh(NamedTuple):
+    gated: bool
+
+
+class _Relu(NamedTuple):
+    gated: bool
+
+
+# The activation that a loop computes is the type of an argument: each gets loops of its own.
+ACTIVATIONS = {
+    "swiglu": _Silu(True), "geglu": _Gelu(True), "geglu_tanh": _GeluTanh(True), "reglu": _Relu(True),
+    "silu": _Silu(False), "gelu": _Gelu(False), "gelu_tanh": _GeluTanh(False), "relu": _Relu(False),
+}  # fmt: skip
+
+
+def _act(activation, x):
+    """The activation at x, and its derivative there."""
+
+
+@overload(_act)
+def _(activation, x):
+    return {_Silu: _silu, _Gelu: _gelu, _GeluTanh: _gelu_tanh, _Relu: _relu}[activation.instance_class]
+
+
+@register_jitable(fastmath={"contract"})
+def _silu(activation, x):
+    s = _sigmoid(x)
+    return x * s, s * (np.float32(1) + x * (np.float32(1) - s))
+
+
+@register_jitable(fastmath={"contract"})
+def _gelu(activation, x):
+    """x P(x) with the normal distribution P: P(-|x|) = exp(-z^2) erfcx(z) / 2 at z = |x| / sqrt(2).
+
+    The polynomial is the least relative error of erfcx over 1 / (1 + 0.4 z), z to 9.4, in squares.
+    """
+    t = np.float32(1) / (np.float32(1) + abs(x) * np.float32(0.4 * 0.5**0.5))
+    tail = t * np.float32(0.026825237) + np.float32(-0.064718848)
+    tail = tail * t + np.float32(-0.086963255)
+    tail = tail * t + np.float32(0.30641318)
+    tail = tail * t + np.float32(-0.093691357)
+    tail = tail * t + np.float32(0.28194092)
+    tail = tail * t + np.float32(0.17287811)
+    tail = tail * t + np.float32(0.23231549)
+    tail = tail * t + np.float32(0.22496832)
+    tail = tail * t + np.float32(3.2225327e-05)
+    bell = _exp(x * x * np.float32(-0.5))
+    tail = tail * bell * np.float32(0.5)
+    p = tail if x < 0 else np.float32(1) - tail
+    return x * p, p + x * bell * np.float32((2 * np.pi) ** -0.5)
+
+
+@register_jitable(fastmath={"contract"})
+def _gelu_tanh(activation, x):
+    """x (1 + tanh(u / 2)) / 2 = x sigmoid(u)."""
+    square = x * x
+    s = _sigmoid(x * (np.float32(1.5957691) + np.float32(0.07135482) * square))
+    slope = np.float32(1.5957691) + np.float32(3 * 0.07135482) * square
+    return x * s, s + x * s * (np.float32(1) - s) * slope
+
+
+@register_jitable(fastmath={"contract"})
+def _relu(activation, x):
+    return (np.float32(0) if x <= 0 else x), (np.float32(1) if x > 0 else np.float32(0))
+
+
+@_compiled
+def products(rows, matrices, experts, offsets, out):
+    """Rows (N, p), from offsets[e] to offsets[e + 1] those of e in `experts`, times its matrix (q, p), into out (N, q).
+
+    Two rows of the matrix, half a block apart, meet up to four of the others at once: memory is faster in two places
+    than in one, if they are no neighbours, and so many sums neither wait for each other nor overflow the registers. The
+    last row fills up what is missing to two or to four.
+    """
+    q, p = matrices.shape[1:]
+    blocks = (q + _ROWS - 1) // _ROWS
+    for item in numba.prange(experts.shape[0] * blocks):
+        group, block = item // blocks, item % blocks
+        e = experts[group]
+        first, end = offsets[e], offsets[e + 1]
+        top, bottom = block * _ROWS, min(q, (block + 1) * _ROWS)
+        half = (bottom - top + 1) // 2
+        for r in range(top, top + half):
+            s = min(r + half, bottom - 1)
+            one, two = matrices[e, r], matrices[e, s]
+            n = first
+            while end - n >= 3:
+                last = min(n + 3, end - 1)
+                xa, xb, xc, xd = rows[n], rows[n + 1], rows[n + 2], rows[last]
+                a1 = b1 = c1 = d1 = a2 = b2 = c2 = d2 = np.float32(0)
+                for i in range(p):
+                    v1, v2 = _single(one[i]), _single(two[i])
+                    a1 += v1 * xa[i]
+                    b1 += v1 * xb[i]
+                    c1 += v1 * xc[i]
+                    d1 += v1 * xd[i]
+                    a2 += v2 * xa[i]
+                    b2 += v2 * xb[i]
+                    c2 += v2 * xc[i]
+                    d2 += v2 * xd[i]
+                out[n, r], out[n + 1, r], out[n + 2, r], out[last, r] = a1, b1, c1, d1
+                out[n, s], out[n + 1, s], out[n + 2, s], out[last, s] = a2, b2, c2, d2
+                n += 4
+            if end - n == 2:
+                xa, xb = rows[n], rows[n + 1]
+                a1 = b1 = a2 = b2 = np.float32(0)
+                for i in range(p):
+                    v1, v2 = _single(one[i]), _single(two[i])
+                    a1 += v1 * xa[i]
+                    b1 += v1 * xb[i]
+                    a2 += v2 * xa[i]
+                    b2 += v2 * xb[i]
+                out[n, r], out[n + 1, r] = a1, b1
+                out[n, s], out[n + 1, s] = a2, b2
+            elif end - n == 1:
+                xa = rows[n]
+                a1 = a2 = np.float32(0)
+                for i in range(p):
+                    a1 += _single(one[i]) * xa[i]
+                    a2 += _single(two[i]) * xa[i]
+                out[n, r], out[n, s] = a1, a2
+
+
+class Matrices(NamedTuple):
+    """Of each expert: up (E, 2f, d), down (E, d, f) and their biases (E, 1, 2f) and (E, 1, d); those absent have E 0.
+
+    The experts' parameters, or their gradients.
+    """
+
+    up: np.ndarray
+    down: np.ndarray
+    up_bias: np.ndarray
+    down_bias: np.ndarray
+
+
+class Triples(NamedTuple):
+    """Of a routing.
+
+    Args:
+        token: (N,), the token of each triple, sorted by expert.
+        offsets: (E + 1,), where each expert's triples begin.
+        rows: (N,), the triples in the order of their tokens.
+        starts: (T + 1,), where each token's begin there.
+    """
+
+    token: np.ndarray
+    offsets: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
+
+
+@_exact
+def bounds(offsets, shares):
+    """Where the triples of each of n shares begin, (n + 1,): shares of about equal work."""
+    experts, total = offsets.shape[0] - 1, 0
+    for e in range(experts):
+        total += _work(offsets, e)
+    near = _TOLERANCE * total / shares
+    found = np.empty(shares + 1, np.int64)
+    found[0], found[shares] = 0, offsets[experts]
+    e, before = 0, 0
+    for t in range(1, shares):
+        target = total * t / shares
+        while e < experts - 1 and before + _work(offsets, e) <= target:
+            before += _work(offsets, e)
+            e += 1
+        if target - before <= near:
+            found[t] = offsets[e]
+        elif before + _work(offsets, e) - target <= near:
+            found[t] = offsets[e + 1]
+        else:
+            part = (target - before) / _work(offsets, e)
+            found[t] = offsets[e] + round(part * (offsets[e + 1] - offsets[e]))
+    return found
+
+
+@_exact
+def _work(offsets, e):
+    """What an expert takes, in rows."""
+    count = offsets[e + 1] - offsets[e]
+    return count + _ROWS_OF_MATRICES if count > 0 else 0
+
+
+@_inner
+def _take(room, start, rows, columns):
+    """A matrix from flat room, and where the next may begin."""
+    end = start + rows * columns
+    return room[start:end].reshape(rows, columns), end
+
+
+def _wide(matrix, room):
+    """The matrix in float32: itself, or widened into room."""
+
+
+@overload(_wide)
+def _(matrix, room):
+    if matrix.dtype == types.float32:
+        return lambda matrix, room: matrix
+
+    def widened(matrix, room):
+        for r in range(matrix.shape[0]):
+            row, result = matrix[r], room[r]
+            for i in range(row.shape[0]):
+                result[i] = _single(row[i])
+        return room
+
+    return widened
+
+
+@intrinsic
+def _prefetch(context, address):
+    """The cache line at an address, soon."""
+
+    def generate(context, builder, signature, arguments):
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        # To read, into the second level, data.
+        builder.call(function, [builder.inttoptr(arguments[0], byte), flag(0), flag(2), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
+def _copy_past(context, source, target):
+    """32 bytes, not into the cache; the target is aligned to them."""
+
+    def generate(context, builder, signature, arguments):
+        eight = ir.VectorType(ir.FloatType(), 8).as_pointer()
+        value = builder.load(builder.inttoptr(arguments[0], eight), align=4)
+        store = builder.store(value, builder.inttoptr(arguments[1], eight), align=32)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
+def _fence(context):
+    """What was written before is there for all threads, also what went past the cache."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@_inner
+def _fetch(matrix, r, n):
+    """Part r of n of the matrix into the cache, if it is small."""
+    size = matrix.size * matrix.itemsize
+    if size <= _CACHED:
+        for i in range(r * size // n // 64 * 64, (r + 1) * size // n, 64):
+            _prefetch(matrix.ctypes.data + i)
+
+
+@_inner
+def _streams(matrix):
+    """Whether this gradient is computed in the cache and written past it."""
+    size = matrix.size * matrix.itemsize
+    return size <= _CACHED and (matrix.ctypes.data | size) % 32 == 0
+
+
+@_inner
+def _stream(rows, out):
+    for i in range(0, out.size * out.itemsize, 32):
+        _copy_past(rows.ctypes.data + i, out.ctypes.data + i)
+
+
+def _where(own, room, fits):
+    """Where to compute in float32 what ends in `own`: there, if it fits that dtype too, or in room."""
+
+
+@overload(_where)
+def _(own, room, fits):
+    if own.dtype == types.float32:
+        return lambda own, room, fits: own if fits else room
+    return lambda own, room, fits: room
+
+
+@_inner
+def _round(rows, out):
+    """Rows of float32 into out, in its dtype."""
+    for r in range(rows.shape[0]):
+        row, result = rows[r], out[r]
+        for i in range(row.shape[0]):
+            _put(result, i, row[i])
+
+
+def _settle(rows, out, streams):
+    """What was computed in `_where` into out, unless it is there: in another dtype, or to be streamed."""
+
+
+@overload(_settle)
+def _(rows, out, streams):
+    if out.dtype == types.float32:
+        return lambda rows, out, streams: _stream(rows, out) if streams else None
+    return lambda rows, out, streams: _round(rows, out)
+
+
+@_inner
+def _next(start, until, block):
+    """The end of the block that begins at `start`; those up to `until` are about equal."""
+    blocks = (until - start + block - 1) // block
+    return start + (until - start + blocks - 1) // blocks
+
+
+@_inner
+def _product(a, b, out, add, work):
+    """a (m, k) times b (k, n) into out (m, n), or added to it; by rows, or transposed. `work` is room for arguments.
+
+    To Fortran, which goes by columns, it is out.T = b.T a.T.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    turned_a, turned_b = a.strides[1] != 4, b.strides[1] != 4
+    work[0], work[1], work[2] = m, n, k
+    work[3] = max(b.strides[1] // 4, k) if turned_b else max(b.strides[0] // 4, n)
+    work[4] = max(a.strides[1] // 4, m) if turned_a else max(a.strides[0] // 4, k)
+    work[5] = max(out.strides[0] // 4, n)
+    work[6] = 0x3F800000  # the bits of 1 in float32
+    work[7] = 0x3F800000 if add else 0
+    work[8], work[9] = ord("N"), ord("T")
+    _call(work.ctypes.data, a.ctypes.data, turned_a, b.ctypes.data, turned_b, out.ctypes.data)
+
+
+@_inner
+def _by_panels(a, b, out, add, work):
+    """As `_product`, where b is an expert's matrix."""
+    n, start = b.shape[1], 0
+    while start < n:
+        stop = _next(start, n, _COLUMNS)
+        _product(a, b[:, start:stop], out[:, start:stop], add, work)
+        start = stop
+
+
+@_inner
+def _call(work, a, turned_a, b, turned_b, out):
+    """The product of what is at these addresses, with arguments as `_product` puts them."""
+    _sgemm(
+        work + (36 if turned_b else 32), work + (36 if turned_a else 32), work + 4, work, work + 8, work + 24,
+        b, work + 12, a, work + 16, work + 28, out, work + 20,
+    )  # fmt: skip
+
+
+@_inner
+def product(a, b):
+    """a b on this thread alone, for a check."""
+    out = np.empty((a.shape[0], b.shape[1]), np.float32)
+    _threads(1)
+    _product(a, b, out, False, np.empty(10, np.int32))
+    _threads(0)
+    return out
+
+
+@_inner
+def _gather(x, token, start, out):
+    """The rows of the tokens of triples from `start` on."""
+    for r in range(out.shape[0]):
+        row, result = x[token[start + r]], out[r]
+        for i in range(row.shape[0]):
+            result[i] = _single(row[i])
+
+
+@_inner
+def _spread(bias, out):
+    """The bias in every row."""
+    for r in range(out.shape[0]):
+        result = out[r]
+        for i in range(bias.shape[0]):
+            result[i] = _single(bias[i])
+
+
+@_inner
+def _linear(rows, matrix, biases, e, out, work):
+    """Rows times the matrix, transposed, plus the bias of expert e if there are biases."""
+    biased = biases.shape[0] > 0
+    if biased:
+        _spread(biases[e, 0], out)
+    _by_panels(rows, matrix.T, out, biased, work)
+
+
+@_inner
+def _activate(activation, h, out):
+    """The hidden state of each row of h (n, 2f), gate first, or (n, f), into out (n, f)."""
+    f = out.shape[1]
+    for r in range(out.shape[0]):
+        row, result = h[r], out[r]
+        if activation.gated:
+            for i in range(f):
+                result[i] = _act(activation, row[i])[0] * row[f + i]
+        else:
+            for i in range(f):
+                result[i] = _act(activation, row[i])[0]
+
+
+@_inner
+def _activate_backward(activation, h, da, weight, a, dh, grad_weight):
+    """For each row of da (n, f), the gradient of its hidden state but for the weight (n,), at h (n, 2f) or (n, f).
+
+    The hidden state times the weight into a (n, f), the gradient of the pre-activations into dh, and that of the
+    weight, <da, hidden state>, into grad_weight (n,).
+    """
+    f = da.shape[1]
+    for r in range(da.shape[0]):
+        row, grad, hidden, result = h[r], da[r], a[r], dh[r]
+        w, total = weight[r], np.float32(0)
+        if activation.gated:
+            for i in range(f):
+                up = _single(row[f + i])
+                acted, slope = _act(activation, _single(row[i]))
+                total += grad[i] * (acted * up)
+                hidden[i] = w * (acted * up)
+                result[i] = w * grad[i] * up * slope
+                result[f + i] = w * grad[i] * acted
+        else:
+            for i in range(f):
+                acted, slope = _act(activation, _single(row[i]))
+                total += grad[i] * acted
+                hidden[i] = w * acted
+                result[i] = w * grad[i] * slope
+        grad_weight[r] = total
+
+
+@_inner
+def _add_inner(rows, bias, out):
+    """The product of each row with the bias, added to out (n,)."""
+    for r in range(rows.shape[0]):
+        row, total = rows[r], np.float32(0)
+        for i in range(row.shape[0]):
+            total += row[i] * _single(bias[i])
+        out[r] += total
+
+
+@_inner
+def _sum(rows, weight, total):
+    """The rows times their weights added to total (q,), which is in float64."""
+    for r in range(rows.shape[0]):
+        row, w = rows[r], weight[r]
+        for i in range(total.shape[0]):
+            total[i] += w * row[i]
+
+
+@_inner
+def _copy(total, out):
+    """A sum of rows into out (1, q)."""
+    for i in range(total.shape[0]):
+        out[0, i] = total[i]
+
+
+@_inner
+def _expert(offsets, triple, e):
+    """Whose triple it is, from expert e on."""
+    while offsets[e + 1] <= triple:
+        e += 1
+    return e
+
+
+@_inner
+def _alone(starts):
+    """Whether no token has two triples."""
+    most = 0
+    for i in range(starts.shape[0] - 1):
+        most = max(most, starts[i + 1] - starts[i])
+    return most < 2
+
+
+@_inner
+def _scatter(rows, token, start, weight, weighted, out):
+    """The row of each triple from `start` on, times its weight or not, into that of its token, which has no other."""
+    for r in range(rows.shape[0]):
+        row, result = rows[r], out[token[start + r]]
+        w = weight[r] if weighted else np.float32(1)
+        for c in range(row.shape[0]):
+            _put(result, c, w * row[c])
+
+
+@_inner
+def _combine(t, n, triples, alone, rows, weight, weighted, out):
+    """For the tokens of thread t of n, the sum of their rows, weighted or not, into out; `alone` is done already."""
+    tokens, d = out.shape
+    total = np.empty(d, np.float32)
+    for i in range(t * tokens // n, (t + 1) * tokens // n):
+        begin, end = triples.starts[i], triples.starts[i + 1]
+        if alone and begin < end:
+            continue
+        total[:] = 0
+        for j in range(begin, end):
+            row = rows[triples.rows[j]]
+            w = weight[triples.rows[j]] if weighted else np.float32(1)
+            for c in range(d):
+                total[c] += w * row[c]
+        result = out[i]
+        for c in range(d):
+            _put(result, c, total[c])
+
+
+@_inner
+def _carve(room, block, weights, half):
+    """From flat room a block's gathered rows, pre-activations and hidden states; and matrices, if they get widened."""
+    up, down = weights.up, weights.down
+    (width, d), f = up.shape[1:], down.shape[2]
+    x_b, at = _take(room, 0, block, d)
+    h_b, at = _take(room, at, block, width)
+    a_b, at = _take(room, at, block, f)
+    up_b, at = _take(room, at, width * half, d)
+    down_b, at = _take(room, at, d * half, f)
+    return x_b, h_b, a_b, up_b, down_b, at
+
+
+@_inner
+def _forward(t, activation, x, triples, alone, weight, begin, end, weights, block, room, h, rows, out):
+    token, offsets = triples.token, triples.offsets
+    up, down, up_bias, down_bias = weights
+    keep = h.shape[0] > 0
+    x_b, h_b, a_b, up_b, down_b, _ = _carve(room, block, weights, x.itemsize == 2)
+    _threads(1)
+    work = np.empty(10, np.int32)
+    start, e = begin, 0
+    while start < end:
+        e = _expert(offsets, start, e)
+        until = min(offsets[e + 1], end)
+        up_e, down_e = _wide(up[e], up_b), _wide(down[e], down_b)
+        while start < until:
+            stop = _next(start, until, block)
+            n = stop - start
+            x_n, a_n = x_b[:n], a_b[:n]
+            h_n = _where(h[start:stop], h_b[:n], keep)
+            _gather(x, token, start, x_n)
+            _linear(x_n, up_e, up_bias, e, h_n, work)
+            if keep:
+                _settle(h_n, h[start:stop], False)
+            following = min(e + 1, up.shape[0] - 1)
+            for r in range(n):  # which leaves memory time to fetch what comes next
+                _activate(activation, h_n[r : r + 1], a_n[r : r + 1])
+                _fetch(up[following], r, n)
+                _fetch(down[following], r, n)
+            y_n = x_n if alone else rows[start:stop]
+            _linear(a_n, down_e, down_bias, e, y_n, work)
+            if alone:
+                _scatter(y_n, token, start, weight[start:stop], True, out)
+            start = stop
+    _threads(0)
+
+
+@_compiled
+def forward(activation, x, triples, weight, weights, block, room, rows, h, out):
+    """The output (T, d) of the experts; and the pre-activations (N, 2f) of each triple, if h has room.
+
+    Room (n, .) and rows (N, d), what the experts give each triple, are scratch in float32; a thread has up to `block`
+    rows at work.
+    """
+    shares = room.shape[0]
+    of, alone = bounds(triples.offsets, shares), _alone(triples.starts)
+    for t in numba.prange(shares):
+        _forward(
+            np.int64(t), activation, x, triples, alone, weight, of[t], of[t + 1], weights, block, room[t], h, rows, out
+        )
+    for t in numba.prange(shares):
+        _combine(np.int64(t), shares, triples, alone, rows, weight, True, out)
+
+
+@_inner
+def _add(biases, experts, offsets, rows):
+    """The bias of each expert, if there are any, to its rows."""
+    if biases.shape[0] == 0:
+        return
+    for e in experts:
+        bias = biases[e, 0]
+        for r in range(offsets[e], offsets[e + 1]):
+            row = rows[r]
+            for i in range(row.shape[0]):
+                row[i] += _single(bias[i])
+
+
+@_inner
+def decode(activation, x, triples, weight, weights, room, h, out):
+    """The output (T, d) of the experts, and the pre-activations (N, 2f) in float32; each matrix in use is read once.
+
+    Room (N (2d + f),) is scratch in float32.
+    """
+    offsets, n, d, f = triples.offsets, triples.token.shape[0], weights.down.shape[1], weights.down.shape[2]
+    experts = np.nonzero(offsets[1:] > offsets[:-1])[0]
+    x_n, at = _take(room, 0, n, d)
+    a, at = _take(room, at, n, f)
+    rows, at = _take(room, at, n, d)
+    _gather(x, triples.token, 0, x_n)
+    products(x_n, weights.up, experts, offsets, h)
+    _add(weights.up_bias, experts, offsets, h)
+    _activate(activation, h, a)
+    products(a, weights.down, experts, offsets, rows)
+    _add(weights.down_bias, experts, offsets, rows)
+    _combine(0, 1, triples, False, rows, weight, True, out)
+
+
+@_inner
+def _parts(room, gradients):
+    """From flat room a part for each matrix of one expert that wants a gradient."""
+    up, down, up_bias, down_bias = gradients
+    a, at = _take(room, 0, up.shape[1] * (up.shape[0] > 0), up.shape[2])
+    b, at = _take(room, at, down.shape[1] * (down.shape[0] > 0), down.shape[2])
+    c, at = _take(room, at, up_bias.shape[1] * (up_bias.shape[0] > 0), up_bias.shape[2])
+    d, at = _take(room, at, down_bias.shape[1] * (down_bias.shape[0] > 0), down_bias.shape[2])
+    return a, b, c, d
+
+
+@_inner
+def _backward(
+    t, activation, grad, x, triples, alone, weight, begin, end, weights, block, room, h, parts, rows, grad_x,
+    grad_weight, gradients,
+):  # fmt: skip
+    token, offsets = triples.token, triples.offsets
+    up, down, up_bias, down_bias = weights
+    (width, d), kept = up.shape[1:], h.shape[0] > 0
+    x_b, h_b, a_b, up_b, down_b, at = _carve(room, block, weights, x.itemsize == 2)
+    dy_b, at = _take(room, at, block, d)
+    dh_b, at = _take(room, at, block, width)
+    da_b, at = _take(room, at, block, down.shape[2])
+    again = room[at:].view(x.dtype)[: block * width * (not kept)].reshape(block * (not kept), width)
+    needs_up, needs_down = gradients.up.shape[0] > 0, gradients.down.shape[0] > 0
+    needs_up_bias, needs_down_bias = gradients.up_bias.shape[0] > 0, gradients.down_bias.shape[0] > 0
+    _threads(1)
+    work, ones = np.empty(10, np.int32), np.ones(block, np.float32)
+    dh_sum, dy_sum = np.empty(width), np.empty(d)
+    start, e = begin, 0
+    while start < end:
+        e = _expert(offsets, start, e)
+        until = min(offsets[e + 1], end)
+        up_e, down_e = _wide(up[e], up_b), _wide(down[e], down_b)
+        begun = offsets[e] < begin
+        whole = not begun and offsets[e + 1] <= end
+        part = _parts(parts[2 * t if begun else 2 * t + 1], gradients)
+        streams = _streams(gradients.up[e]), _streams(gradients.down[e]), False, False
+        grad_up = _where(gradients.up[e], part[0], whole and not streams[0])
+        grad_down = _where(gradients.down[e], part[1], whole and not streams[1])
+        grad_up_bias = _where(gradients.up_bias[e], part[2], whole)
+        grad_down_bias = _where(gradients.down_bias[e], part[3], whole)
+        dh_sum[:] = 0
+        dy_sum[:] = 0
+        add = False
+        while start < until:
+            stop = _next(start, until, block)
+            n = stop - start
+            x_n, a_n, dy_n, dh_n, da_n = x_b[:n], a_b[:n], dy_b[:n], dh_b[:n], da_b[:n]
+            if needs_up or not kept:
+                _gather(x, token, start, x_n)
+            h_n = h[start:stop]
+            if not kept:
+                h_n = again[:n]
+                wide = _where(h_n, h_b[:n], True)
+                _linear(x_n, up_e, up_bias, e, wide, work)
+                _settle(wide, h_n, False)
+            _gather(grad, token, start, dy_n)
+            _by_panels(dy_n, down_e, da_n, False, work)
+            _activate_backward(activation, h_n, da_n, weight[start:stop], a_n, dh_n, grad_weight[start:stop])
+            if down_bias.shape[0] > 0:
+                _add_inner(dy_n, down_bias[e, 0], grad_weight[start:stop])
+            if needs_down:
+                _product(dy_n.T, a_n, grad_down, add, work)
+            if needs_down_bias:
+                _sum(dy_n, weight[start:stop], dy_sum)
+            if needs_up:
+                _product(dh_n.T, x_n, grad_up, add, work)
+            if needs_up_bias:
+                _sum(dh_n, ones, dh_sum)
+            if grad_x.shape[0] > 0:
+                dx_n = dy_n if alone else rows[start:stop]
+                _by_panels(dh_n, up_e, dx_n, False, work)
+                if alone:
+                    _scatter(dx_n, token, start, weight[start:stop], False, grad_x)
+            add = True
+            start = stop
+        if needs_up_bias:
+            _copy(dh_sum, grad_up_bias)
+        if needs_down_bias:
+            _copy(dy_sum, grad_down_bias)
+        if whole:
+            found = grad_up, grad_down, grad_up_bias, grad_down_bias
+            for i in range(4):
+                if gradients[i].shape[0] > 0:
+                    _settle(found[i], gradients[i][e], streams[i])
+    _fence()
+    _threads(0)
+
+
+@_inner
+def _join(t, offsets, of, parts, gradients):
+    """For the rows of thread t: the gradients of experts that threads share, part by part; zero where there is none."""
+    shares = of.shape[0] - 1
+    for e in range(offsets.shape[0] - 1):
+        first, last = offsets[e], offsets[e + 1]
+        share = 0
+        while first < last and of[share + 1] <= first:
+            share += 1
+        if first < last <= of[share + 1]:
+            continue
+        for i in range(4):
+            if gradients[i].shape[0] == 0:
+                continue
+            q, p = gradients[i].shape[1:]
+            total = np.empty(p, np.float32)
+            for r in range(t * q // shares, (t + 1) * q // shares):
+                total[:] = 0
+                s = share
+                while first < last and of[s] < last:
+                    if of[s] < of[s + 1]:
+                        row = _parts(parts[2 * s if of[s] > first else 2 * s + 1], gradients)[i][r]
+                        for c in range(p):
+                            total[c] += row[c]
+                    s += 1
+                result = gradients[i][e, r]
+                for c in range(p):
+                    _put(result, c, total[c])
+
+
+@_compiled
+def backward(
+    activation, grad, x, triples, weight, weights, block, room, h, parts, rows, grad_x, grad_weight, gradients
+):
+    """The gradients of the output's (T, d): of x, of the weights (N,) and of the parameters; not of what has no room.
+
+    Without h (N, 2f) the pre-activations are computed again. Room (n, .), rows (N, d) and parts (2n, .), one for what
+    an earlier thread began and one for the others, are scratch in float32.
+    """
+    shares = room.shape[0]
+    of, alone = bounds(triples.offsets, shares), _alone(triples.starts)
+    for t in numba.prange(shares):
+        _backward(
+            np.int64(t), activation, grad, x, triples, alone, weight, of[t], of[t + 1], weights, block, room[t], h,
+            parts, rows, grad_x, grad_weight, gradients,
+        )  # fmt: skip
+    for t in numba.prange(shares):
+        _combine(np.int64(t), shares, triples, alone, rows, weight, False, grad_x)
+        _join(np.int64(t), triples.offsets, of, parts, gradients)

@@ -1,0 +1,106 @@
+"""The registry of backends: plain functions of (x, weights, routing), and the rule that chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing
+from .weights import Weights
+
+__all__ = ["Backend", "backend_names", "choose", "get", "register"]
+
+
+class Run(Protocol):
+    """What a backend is: x (T, d), weights, routing -> (T, d), each token's sum of weight times expert output.
+
+    With `recompute` no pre-activations are kept for the backward: it computes them again, to the same gradients.
+    """
+
+    def __call__(self, x: Tensor, weights: Weights, routing: Routing, recompute: bool = False) -> Tensor: ...
+
+
+def _always(x: Tensor, weights: Weights) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute experts.
+
+    Args:
+        name: its name.
+        run: the function.
+        refuses: why it cannot run on (x, weights), in words, or None where it can.
+        summary: how it works, for `explain`.
+        unsuited: why "auto" passes over it on (x, weights) although it could run, or None.
+        reason: why "auto" takes it, in words.
+    """
+
+    name: str
+    run: Run
+    refuses: Callable[[Tensor, Weights], str | None]
+    summary: str
+    unsuited: Callable[[Tensor, Weights], str | None] = _always
+    reason: Callable[[Tensor, Weights], str] = lambda x, weights: "nothing before it can run"
+
+
+# The order in which "auto" tries them.
+_ON_CPU = ("decode", "numba", "padded")
+_ON_CUDA = ("triton", "grouped_mm", "reference")
+_ELSEWHERE = ("grouped_mm", "reference")
+
+_BACKENDS: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend; a later one of the same name replaces the earlier."""
+    _BACKENDS[backend.name] = backend
+
+
+def backend_names() -> list[str]:
+    """The names that `get` knows, without "auto"."""
+    return list(_BACKENDS)
+
+
+def get(name: str) -> Backend:
+    """The backend of a name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in _BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown; choose auto, {', '.join(_BACKENDS)}")
+    return _BACKENDS[name]
+
+
+def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
+    """The backend that runs x (T, d) under a name or "auto", and why, in words.
+
+    Raises:
+        ValueError: where the named backend cannot run this input.
+    """
+    if name != "auto":
+        backend = get(name)
+        if refusal := backend.refuses(x, weights):
+            raise ValueError(f"backend {name!r} cannot run this: {refusal}")
+        return backend, "you asked for it"
+    if torch.is_grad_enabled() and _wants_higher_order(x):
+        return get("reference"), "the input is in a functorch transform, which only the reference supports"
+    passed = ""
+    for candidate in _ON_CPU if x.is_cpu else _ON_CUDA if x.is_cuda else _ELSEWHERE:
+        backend = get(candidate)
+        unfit = backend.refuses(x, weights) or backend.unsuited(x, weights)
+        if unfit is None:
+            return backend, backend.reason(x, weights) + passed
+        if candidate != "decode":  # which is for a few tokens without gradients alone
+            passed = f" ({candidate}: {unfit})"
+    raise AssertionError("padded and reference refuse nothing")
+
+
+def _wants_higher_order(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

@@ -1,0 +1,306 @@
+"""Hugging Face's own mixtures of experts on Shunter's backends: `experts_implementation="shunter"`.
+
+transformers calls `experts_forward` in place of a module's loop over its experts: the model's router has chosen, the
+module holds the weights. Where the backends know the activation, they run. The other modules (a gate of their own,
+interleaved weights, a norm behind each expert) run as products of sorted rows around the module's own code, in plain
+autograd, so that whatever it computes is what is trained.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+from ..experts import Weights, choose
+from ..experts.combine import sum_by_token
+from ..routing import Routing
+from .blocks import known_activation
+
+__all__ = ["NAME", "experts_forward", "how", "use_experts"]
+
+
+NAME = "shunter"
+
+
+class ExpertsModule(Protocol):
+    """What transformers' `use_experts_implementation` promises of a module, beside gate_up_proj or up_proj."""
+
+    num_experts: int
+    down_proj: Tensor
+    down_proj_bias: Tensor
+    act_fn: Any
+    post_expert_norm: Any
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    is_concatenated: bool
+    _is_expert_parallel: bool
+
+    def _apply_gate(self, gate_up_out: Tensor) -> Tensor: ...
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _Parameters(NamedTuple):
+    """A module's parameters as views in the backends' layout: (E, 2f or f, d), (E, d, f) and the biases."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> _Parameters:
+        up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in (self.up_bias, self.down_bias))
+        return _Parameters(self.up.to(dtype), self.down.to(dtype), up_bias, down_bias)
+
+
+def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """A module's experts on the tokens that chose them: the function behind `experts_implementation="shunter"`.
+
+    Args:
+        self: a module decorated with transformers' `use_experts_implementation`.
+        hidden_states: (T, d).
+        top_k_index: (T, k) integers in [0, E]; E: the expert is not here (expert parallelism) and adds nothing.
+        top_k_weights: (T, k).
+
+    Returns:
+        (T, d), each token's weighted sum of expert outputs. Weights of a kind that Shunter does not compute with
+        (quantised, sharded) go to the module's own loop, with a warning the first time.
+
+    Raises:
+        ValueError: for ids outside [0, E] (checked on the CPU only).
+    """
+    parameters = _parameters(self)
+    if refusal := _refusal(parameters):
+        _warn_once(type(self), refusal)
+        own_loop = type(self).forward.__wrapped__  # type: ignore[attr-defined]
+        return own_loop(self, hidden_states, top_k_index, top_k_weights)
+    kind = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameters.up.dtype
+    x, parameters = hidden_states.to(dtype), parameters.to(dtype)
+    routing = _routing(self, top_k_index, top_k_weights)
+    activation = _activation(self)
+    if activation is None:
+        out = _around_own_code(self, x, parameters, routing)
+    else:
+        weights = Weights(*parameters, activation)
+        out = choose("auto", x, weights)[0].run(x, weights, routing)
+    return out.to(hidden_states.dtype)
+
+
+def how(module: ExpertsModule) -> str:
+    """How a decorated module runs under "shunter", in words, for the table of families."""
+    activation = _activation(module)
+    return "its own code between products" if activation is None else f"backends, {activation}"
+
+
+def _parameters(module: ExpertsModule) -> _Parameters:
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, name), module.down_proj
+    if module.is_transposed:
+        up, down = up.mT, down.mT
+    up_bias, down_bias = (getattr(module, f"{name}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
+    return _Parameters(up, down, up_bias, down_bias)
+
+
+def _refusal(parameters: _Parameters) -> str | None:
+    """Why the weights cannot be computed with; None where they can."""
+    for value in parameters:
+        if value is None:
+            continue
+        if value.dtype not in _DTYPES:
+            return f"weights of dtype {value.dtype}"
+        if is_traceable_wrapper_subclass(value):
+            return f"weights of type {type(value).__name__}"
+    return None
+
+
+_WARNED: set[tuple[type, str]] = set()
+
+
+def _warn_once(module: type, refusal: str) -> None:
+    if (module, refusal) not in _WARNED:
+        _WARNED.add((module, refusal))
+        warnings.warn(
+            f"experts_implementation={NAME!r} does not compute with {refusal}: {module.__name__} runs its own loop, as "
+            "with experts_implementation='eager'",
+            stacklevel=3,
+        )
+
+
+def _routing(module: ExpertsModule, index: Tensor, weight: Tensor) -> Routing:
+    num_experts = module.num_experts
+    here = index < num_experts
+    keep: Tensor | None = here
+    if index.is_cpu and not torch.compiler.is_compiling():
+        if index.numel():
+            low, high = torch.aminmax(index)
+            if low < 0 or high > num_experts:
+                bad = int(low if low < 0 else high)
+                raise ValueError(f"expert {bad} is out of range: {type(module).__name__} has 0 to {num_experts - 1}")
+            if high < num_experts:
+                keep = None
+    elif not module._is_expert_parallel:
+        # Whether an expert is missing would have to be read back from the device; an expert of weight zero need not.
+        index, weight, keep = index.clamp(max=num_experts - 1), weight.masked_fill(~here, 0), None
+    # A token may name an expert twice (a skipped choice, a hash table's collision): its weights add up.
+    return Routing.from_topk(index, weight, num_experts, keep=keep, check=False)
+
+
+_NAMES: WeakKeyDictionary[Any, dict[bool, str | None]] = WeakKeyDictionary()
+
+
+def _activation(module: ExpertsModule) -> str | None:
+    """The name by which the backends know what a module does between its products; None where they do not."""
+    default = getattr(module._apply_gate, "__func__", None) is _default_apply_gate
+    if module.has_post_expert_norm or (module.has_gate and not (default and module.is_concatenated)):
+        return None
+    names = _NAMES.setdefault(module.act_fn, {})
+    if module.has_gate not in names:
+        names[module.has_gate] = known_activation(module.act_fn, gated=module.has_gate)
+    return names[module.has_gate]
+
+
+def _around_own_code(module: ExpertsModule, x: Tensor, parameters: _Parameters, routing: Routing) -> Tensor:
+    up, down, up_bias, down_bias = parameters
+    bounds = routing.offsets.tolist()
+    h = _Products.apply(_Gather.apply(x, routing), up, up_bias, bounds)
+    if not module.has_gate:
+        a = module.act_fn(h)
+    elif not module.is_concatenated and getattr(module._apply_gate, "__func__", None) is _default_apply_gate:
+        a = module.act_fn(h[:, ::2]) * h[:, 1::2]
+    else:
+        a = module._apply_gate(h)
+    y = _Products.apply(a.to(x.dtype), down, down_bias, bounds)
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    return _Combine.apply(y, routing.weight, routing)
+
+
+class _Gather(torch.autograd.Function):
+    """x (T, d) -> the rows (N, d) of a routing's triples; the gradient is summed in one pass, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
+        ctx.routing = routing
+        return x.index_select(0, routing.token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return sum_by_token(grads[0].contiguous(), ctx.routing, None), None
+
+
+class _Products(torch.autograd.Function):
+    """Each expert's rows times its matrix: rows (N, in), weight (E, out, in), bias (E, out) or None -> (N, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, bounds: list[int]) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.bounds = bounds
+        out = rows.new_empty(rows.shape[0], weight.shape[1])
+        for e, span in _spans(bounds):
+            if bias is None:
+                torch.mm(rows[span], weight[e].T, out=out[span])
+            else:
+                torch.addmm(bias[e], rows[span], weight[e].T, out=out[span])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        need_rows, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad_rows = torch.empty_like(rows) if need_rows else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = weight.new_zeros(weight.shape[:2]) if need_bias else None
+        for e, span in _spans(ctx.bounds):
+            if grad_rows is not None:
+                torch.mm(grad[span], weight[e], out=grad_rows[span])
+            if grad_weight is not None:
+                torch.mm(grad[span].T, rows[span], out=grad_weight[e])
+            if grad_bias is not None:
+                torch.sum(grad[span], 0, out=grad_bias[e])
+        return grad_rows, grad_weight, grad_bias, None
+
+
+class _Combine(torch.autograd.Function):
+    """The weighted sum of each token's rows: y (N, d), weight (N,) -> (T, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+        ctx.save_for_backward(y, weight, routing.token)
+        return sum_by_token(y, routing, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        y, weight, token = ctx.saved_tensors
+        grad = grads[0].index_select(0, token)
+        grad_weight = (grad * y).sum(-1, dtype=weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_y = grad.mul_(weight[:, None]) if ctx.needs_input_grad[0] else None
+        return grad_y, grad_weight, None
+
+
+def _spans(bounds: list[int]) -> list[tuple[int, slice]]:
+    pairs = enumerate(zip(bounds, bounds[1:], strict=False))
+    return [(e, slice(start, end)) for e, (start, end) in pairs if end > start]
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+class _Experts(Llama4TextExperts):
+    """Llama 4's experts, computing only the rows that its router left in: the others are zeros, and so are theirs."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Each expert's copy of the T tokens, (E T, d), scaled by its scores -> (E T, d)."""
+        activation = known_activation(self.act_fn, gated=True)
+        if activation is None:
+            return super().forward(hidden_states)
+        chosen = (hidden_states != 0).any(-1).nonzero().squeeze(1)
+        rows = hidden_states[chosen]
+        expert = chosen // (hidden_states.shape[0] // self.num_experts)
+        weight = torch.ones(rows.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+        token = torch.arange(rows.shape[0], device=rows.device)
+        routing = Routing(token, expert, weight, rows.shape[0], self.num_experts, check=False)
+        weights = Weights(self.gate_up_proj.mT, self.down_proj.mT, activation=activation)
+        out = choose("auto", rows, weights)[0].run(rows, weights, routing)
+        return torch.zeros_like(hidden_states).index_copy(0, chosen, out)
+
+
+def use_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Run a model's experts on Shunter's backends, in place: `experts_implementation="shunter"`, and for Llama 4 too.
+
+    Args:
+        model: one of the families in docs/families.md.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: where the model has no experts that Shunter can run.
+    """
+    llama4 = [module for module in model.modules() if type(module) in (Llama4TextExperts, _Experts)]
+    for module in llama4:
+        module.__class__ = _Experts
+    if llama4:
+        return model
+    if not any("_apply_gate" in dir(module) and hasattr(module, "has_gate") for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has no experts that Shunter can run in place; docs/families.md lists the families"
+        )
+    model.set_experts_implementation("shunter")
+    return model

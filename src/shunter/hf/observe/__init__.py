@@ -1,0 +1,1 @@
+"""The decisions of any mixture-of-experts model, Shunter's or transformers': read, recorded, forced, replayed."""

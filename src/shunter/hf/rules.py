@@ -1,0 +1,411 @@
+"""The routing rules of transformers' own families, as options of the `topk` router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+from ..routers import Router
+from ..routers.deepseek import DeepSeek
+from ..routers.switch import Switch
+from ..routers.topk import TopK
+
+if TYPE_CHECKING:
+    from .checkpoints.native import Family
+
+__all__ = ["KNOWN_UP_TO", "NOT_TOP_K", "RULES", "TRAINING_ONLY", "router_of", "routing_fields", "topk_options"]
+
+
+# The newest transformers whose families were all looked at; a later one may have others.
+KNOWN_UP_TO = "5.24.0"
+
+
+Options = dict[str, Any]
+
+
+def _renormalize(config: Any, always: bool = False) -> str:
+    return "before_drop" if always or getattr(config, "norm_topk_prob", True) else "no"
+
+
+def _softmax(config: Any) -> Options:
+    """Softmax over all experts, the best k, renormalised always."""
+    return {"renormalize": "before_drop"}
+
+
+def _softmax_if_asked(config: Any) -> Options:
+    """Softmax over all experts, the best k, renormalised where `norm_topk_prob` says so."""
+    return {"renormalize": _renormalize(config)}
+
+
+def _raw_softmax(config: Any) -> Options:
+    """Softmax over all experts, the best k, never renormalised."""
+    return {"renormalize": "no"}
+
+
+def _p_norm(config: Any) -> Options:
+    """Softmax over all experts, the best k, divided by their p-norm."""
+    order = config.moe_normalize_expert_weights
+    return {"renormalize": "no"} if order is None else {"renormalize": "before_drop", "norm_order": float(order)}
+
+
+def _selected_softmax(config: Any) -> Options:
+    """The best k logits, softmax over these."""
+    return {"score_after": True, "renormalize": "no"}
+
+
+def _biased_selected_softmax(config: Any) -> Options:
+    """The same with a bias in the router's linear map."""
+    return {**_selected_softmax(config), "router_bias": True}
+
+
+def _selected_sigmoid(config: Any) -> Options:
+    """The best k logits, each through a sigmoid."""
+    return {"score_after": True, "score_function": "sigmoid", "renormalize": "no"}
+
+
+def _selected_by_config(config: Any) -> Options:
+    """The best k logits, then softmax, or sigmoids that are renormalised where asked."""
+    if config.expert_selection_fn == "softmax":
+        return _selected_softmax(config)
+    return {"score_after": True, "score_function": "sigmoid", "renormalize": _renormalize(config)}
+
+
+def _scaled_experts(config: Any) -> Options:
+    """Normalised input, softmax, the best k renormalised, times a learned scale an expert."""
+    return {"renormalize": "before_drop", "input_norm": True, "per_expert_scale": True}
+
+
+def _groups(config: Any, score: str) -> Options:
+    return {"expert_groups": config.n_group, "top_groups": config.topk_group, "group_score": score}
+
+
+def _group_limited_softmax(config: Any) -> Options:
+    """DeepSeek-V2: softmax, groups ranked by their best expert, scaled, not renormalised."""
+    limited = config.topk_method == "group_limited_greedy"
+    return {
+        "renormalize": "no",
+        "scaling_factor": config.routed_scaling_factor,
+        **(_groups(config, "max") if limited else {}),
+    }
+
+
+def _grouped_softmax(config: Any) -> Options:
+    """Softmax, groups ranked by their best two, renormalised, scaled."""
+    return {
+        "renormalize": _renormalize(config),
+        "norm_eps": 1e-20,
+        "scaling_factor": getattr(config, "routed_scaling_factor", 1.0),
+        **_groups(config, "top2_sum"),
+    }
+
+
+def _deepseek_v3(config: Any) -> Options:
+    """DeepSeek-V3: sigmoids, a bias for the choice alone, groups ranked by their best two, renormalised, scaled."""
+    return {**_grouped_softmax(config), "score_function": "sigmoid", "selection_bias": True}
+
+
+def _zero_outside_groups(config: Any) -> Options:
+    """DeepSeek-V3, but experts outside the best groups rank as 0; no groups where the configuration has none."""
+    if config.n_group is None:
+        return _biased_sigmoid(1e-20, "routed_scaling_factor")(config)
+    return {**_deepseek_v3(config), "outside_score": 0.0}
+
+
+def _biased_sigmoid(
+    eps: float = 0.0, scale: str | None = None, renormalize: bool = False, **more: Any
+) -> Callable[[Any], Options]:
+    """Sigmoids, a bias for the choice alone, no groups."""
+
+    def rule(config: Any) -> Options:
+        return {
+            "score_function": "sigmoid",
+            "selection_bias": True,
+            "renormalize": _renormalize(config, renormalize),
+            "norm_eps": eps,
+            **({} if scale is None else {"scaling_factor": getattr(config, scale)}),
+            **more,
+        }
+
+    return rule
+
+
+def _laguna(config: Any) -> Options:
+    cap = config.moe_router_logit_softcapping
+    return {**_biased_sigmoid(renormalize=True)(config), "logit_cap": cap if cap > 0 else None}
+
+
+def _lfm2(config: Any) -> Options:
+    rule = _biased_sigmoid(1e-6, "routed_scaling_factor")(config)
+    return {**rule, "selection_bias": config.use_expert_bias}
+
+
+def _muse_spark(config: Any) -> Options:
+    rule = _biased_sigmoid(1e-15, "routed_scaling_factor", renormalize=True)(config)
+    return {**rule, "logit_scale": config.output_multiplier}
+
+
+def _ernie(config: Any) -> Options:
+    """Softmax, a bias for the choice alone, divided by the sum but never by less than a minimum."""
+    return {"selection_bias": True, "renormalize": "before_drop", "norm_min": config.moe_norm_min}
+
+
+def _privacy_filter(config: Any) -> Options:
+    return {**_biased_selected_softmax(config), "scaling_factor": 1 / config.num_experts_per_tok}
+
+
+def _flint(config: Any) -> Options:
+    return {"score_function": "sigmoid", "renormalize": _renormalize(config)}
+
+
+def _kolibri(config: Any) -> Options:
+    """A bias on the logits for the choice, sigmoids of the bare logits as weights."""
+    return {
+        "score_function": "sigmoid",
+        "score_after": True,
+        "selection_bias": True,
+        "renormalize": _renormalize(config),
+    }
+
+
+def _scored_by_config(config: Any) -> Options:
+    names = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "sqrt_softplus"}
+    rule = _biased_sigmoid(1e-20, "routed_scaling_factor", renormalize=True)(config)
+    return {**rule, "score_function": names[config.scoring_func]}
+
+
+RULES: dict[str, Callable[[Any], Options]] = {
+    **dict.fromkeys(
+        ["mixtral", "minimax", "hunyuan_v1_moe", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe"], _softmax
+    ),
+    **dict.fromkeys(["gemma4", "diffusion_gemma"], _scaled_experts),
+    **dict.fromkeys(
+        ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen4_exp", "olmoe", "flex_olmo", "mellum", "lara_mini"],
+        _softmax_if_asked,
+    ),
+    "jamba": _raw_softmax,
+    "dbrx": _p_norm,
+    **dict.fromkeys(
+        ["granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "aria", "jetmoe"], _selected_softmax
+    ),
+    "gpt_oss": _biased_selected_softmax,
+    "openai_privacy_filter": _privacy_filter,
+    "cohere2_moe": _selected_by_config,
+    "llama4": _selected_sigmoid,
+    **dict.fromkeys(["deepseek_v2", "deepseek_ocr2", "unlimited_ocr"], _group_limited_softmax),
+    "mistral4": _grouped_softmax,
+    "mistral_large4": lambda config: {**_grouped_softmax(config), "renormalize": "before_drop"},
+    **dict.fromkeys(
+        [
+            "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "glm5_next",
+            "dots1", "dots3_note", "kimi_linear", "exaone_moe", "bailing_hybrid", "axk1", "hy_v4", "hy_v4_vl",
+            "mimo_v2_flash", "nemotron_h", "solar_open",
+        ],
+        _deepseek_v3,
+    ),
+    "axk2": _zero_outside_groups,
+    "beam": lambda config: {**_deepseek_v3(config), "scaling_factor": 1.0},
+    "afmoe": _biased_sigmoid(1e-20, "route_scale", renormalize=True),
+    "hy_v3": _biased_sigmoid(1e-20, "router_scaling_factor", renormalize=True),
+    **dict.fromkeys(["minimax_m2", "minimax_m3_vl"], _biased_sigmoid(renormalize=True)),
+    "laguna": _laguna,
+    "lfm2_moe": _lfm2,
+    "muse_spark": _muse_spark,
+    "flint": _flint,
+    "kolibri1": _kolibri,
+    **dict.fromkeys(["ernie4_5_moe", "ernie4_5_vl_moe"], _ernie),
+    **dict.fromkeys(["deepseek_v4", "inkling2_loop"], _scored_by_config),
+}  # fmt: skip
+"""The rule of each family, by `model_type`: a function of its configuration."""
+
+
+NOT_TOP_K: dict[str, str] = {
+    "doge": "product keys choose among experts of one neuron",
+    "inkling": "routed and shared experts are normalised together",
+    "inkling2": "routed and shared experts are normalised together",
+    "longcat_flash": "some experts are the identity; see the router null_experts",
+    "nllb_moe": "capacity with second-expert policies; see the router gshard",
+    "phimoe": "sparsemixer samples the experts and estimates its own gradient",
+    "switch_transformers": "capacity; see the router switch",
+    "zaya": "the router carries a state from layer to layer",
+}
+"""The families whose routing is another algorithm, and which."""
+
+
+_TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k", "num_selected_experts")
+
+
+def topk_options(config: Any) -> Options:
+    """The options of `shunter.routers.create("topk", …)` that route as the family of a transformers configuration.
+
+    Args:
+        config: of a mixture-of-experts model, or of its text part.
+
+    Raises:
+        ValueError: where the family is unknown, or its rule is not a top-k rule.
+
+    >>> from transformers import Qwen3MoeConfig
+    >>> topk_options(Qwen3MoeConfig(num_experts_per_tok=4))["top_k"]
+    4
+    """
+    family = config.model_type
+    for suffix in ("_text", "_thinker", "_talker", "_language"):
+        family = family.removesuffix(suffix)
+    if family in NOT_TOP_K:
+        raise ValueError(f"{family} does not route by a top-k rule: {NOT_TOP_K[family]}")
+    if family not in RULES:
+        raise ValueError(f"the routing rule of {family!r} is not known; known: {', '.join(sorted(RULES))}")
+    top_k = next((getattr(config, name) for name in _TOP_K_FIELDS if getattr(config, name, None)), None)
+    if top_k is None:
+        raise ValueError(f"the configuration of {family} has none of the fields {', '.join(_TOP_K_FIELDS)}")
+    return {"top_k": top_k, **RULES[family](config)}
+
+
+TRAINING_ONLY = frozenset(
+    {
+        "balance_choices",
+        "bias_update_rate",
+        "importance_loss",
+        "init_scale",
+        "input_dropout",
+        "policy",
+        "sequence_balance_loss",
+        "z_loss",
+    }
+)
+"""Options of routers that no family has a field for and that leave a model in evaluation as it is."""
+
+
+_NEGLIGIBLE = 1e-20
+"""What DeepSeek-V3 itself adds to a sum of weights before it divides by it."""
+
+
+def router_of(family: Family, config: PreTrainedConfig) -> tuple[str, dict[str, Any]]:
+    """The name and the options of the router that routes as a sparse model's configuration says.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    top_k = config.num_experts_per_tok
+    normalises = config.norm_topk_prob if family.optional_norm else True
+    if normalises and top_k == 1:
+        raise ValueError(
+            f"{family.name} with one expert a token weighs it by the constant 1, through which no router learns: take "
+            "a model with num_experts_per_tok of 2 or more, or norm_topk_prob=false where the family has it"
+        )
+    options: dict[str, Any] = {"top_k": top_k, "renormalize": "before_drop" if normalises else "no"}
+    if family.sigmoid:
+        groups = config.n_group or 1
+        options |= {"expert_groups": groups, "top_groups": config.topk_group or groups}
+        return "deepseek", options | {"scaling_factor": config.routed_scaling_factor}
+    options["load_balancing_loss"] = config.router_aux_loss_coef
+    if getattr(config, "router_jitter_noise", 0.0):
+        options["jitter"] = config.router_jitter_noise
+    return "topk", options
+
+
+def routing_fields(family: Family, router: Router) -> dict[str, Any]:
+    """The fields of a family's configuration that route as a router does.
+
+    Raises:
+        ValueError: where the family cannot, saying why and what to change.
+    """
+    if type(router) not in (TopK, DeepSeek, Switch):
+        raise ValueError(
+            f"{family.name} routes each token to its top k experts, which {type(router).__name__} does not: keep "
+            "Shunter's own format, or train with the router topk"
+        )
+    assert isinstance(router, TopK)
+    for holds, why in _RULES:
+        if not holds(router):
+            raise ValueError(f"{family.name} {why(router)}")
+    _check_scores(family, router)
+    fields: dict[str, Any] = {"num_experts_per_tok": router.top_k}
+    renormalised = router.renormalize != "no" or (router.score_function == "softmax" and router.score_after)
+    if family.optional_norm:
+        fields["norm_topk_prob"] = renormalised
+    elif not renormalised:
+        raise ValueError(
+            f"{family.name} always divides a token's weights by their sum; the router has renormalize='no': train with "
+            "renormalize='before_drop'"
+        )
+    if family.sigmoid:
+        return fields | {
+            "n_group": router.expert_groups,
+            "topk_group": router.top_groups,
+            "routed_scaling_factor": router.scaling_factor,
+        }
+    fields["router_aux_loss_coef"] = router.coefficients["load_balancing_loss"]
+    if family.name == "mixtral":
+        fields["router_jitter_noise"] = router.jitter
+    return fields
+
+
+def _check_scores(family: Family, router: TopK) -> None:
+    function = "sigmoid" if family.sigmoid else "softmax"
+    if router.score_function != function:
+        raise ValueError(
+            f"{family.name} scores by {function}, the router by {router.score_function}: train with "
+            f"score_function={function!r}"
+        )
+    if (router.selection_bias is not None) != family.sigmoid:
+        raise ValueError(
+            f"{family.name} {'needs a' if family.sigmoid else 'has no'} selection bias; the router has "
+            f"selection_bias={router.selection_bias is not None}: train with selection_bias={family.sigmoid}"
+        )
+    if family.sigmoid:
+        if router.score_after:
+            raise ValueError(f"{family.name} selects by scores, the router by logits: train with score_after=False")
+        small = router.num_experts // router.expert_groups < 2
+        if router.top_groups < router.expert_groups and (router.group_score != "top2_sum" or small):
+            raise ValueError(
+                f"{family.name} ranks groups by the sum of their best two experts: train with group_score='top2_sum' "
+                "and at least two experts a group"
+            )
+        if router.top_groups < router.expert_groups and router.outside_score is not None:
+            raise ValueError(
+                f"{family.name} takes no expert outside a token's groups; the router has outside_score="
+                f"{router.outside_score}: train with outside_score=None"
+            )
+        return
+    if router.top_groups < router.expert_groups:
+        raise ValueError(f"{family.name} has no groups of experts: train with expert_groups=1")
+    if router.scaling_factor != 1:
+        raise ValueError(
+            f"{family.name} does not scale a token's weights; the router has scaling_factor={router.scaling_factor}: "
+            "train with scaling_factor=1"
+        )
+
+
+_Holds = Callable[[TopK], bool]
+
+
+_Why = Callable[[TopK], str]
+
+
+_RULES: list[tuple[_Holds, _Why]] = [
+    (
+        lambda r: r.capacity_factor is None,
+        lambda r: (
+            f"drops no token; the router has capacity_factor={r.capacity_factor}: set capacity_factor to null in "
+            "config.shunter, and evaluate the model so before you export it"
+        ),
+    ),
+    (
+        lambda r: r.bias is None and r.input_scale is None,
+        lambda r: "has a plain matrix as its router: train with router_bias=False and input_norm=False",
+    ),
+    (
+        lambda r: r.logit_scale == 1 and r.logit_cap is None,
+        lambda r: "leaves the logits as they are: train with logit_scale=1 and logit_cap=None",
+    ),
+    (
+        lambda r: r.expert_scale is None,
+        lambda r: "has no learned scale for each expert: train with per_expert_scale=False",
+    ),
+    (
+        lambda r: r.norm_order == 1 and r.norm_eps <= _NEGLIGIBLE and r.norm_min <= _NEGLIGIBLE,
+        lambda r: "divides weights by their plain sum: train with norm_order=1, norm_eps=0 and norm_min=0",
+    ),
+]

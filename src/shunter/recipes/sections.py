@@ -1,0 +1,146 @@
+"""The sections of a recipe's configuration: data, model, experts, training."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .. import experts, routers
+from ..routers import Router
+
+__all__ = ["DataConfig", "ModelConfig", "SparseConfig", "TextConfig", "TrainingConfig"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """What to read and how to cut it."""
+
+    source: list[str] | None = Field(None, description="files, folders or one datasets name; none: the built-in text")
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    vocab_size: int = Field(1024, ge=257, le=65536, description="of the BPE")
+    sequence_length: int = Field(128, ge=8, le=8192, description="tokens")
+    eval_share: float = Field(0.05, gt=0, lt=0.5, description="of each domain's documents, held out")
+    eval_windows: int = Field(48, ge=1, description="held-out windows of each domain")
+    max_bytes: int = Field(4_000_000, ge=1000, description="of each domain")
+
+
+class ModelConfig(_Section):
+    """The dense model; the sparse twin differs in its feed-forward blocks alone."""
+
+    family: Literal["llama", "qwen3"] = "llama"
+    dim: int = Field(128, ge=8, le=16384)
+    layers: int = Field(3, ge=1, le=256)
+    heads: int = Field(4, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    hidden: int = Field(264, ge=8, description="width of the dense feed-forward block")
+
+
+class SparseConfig(_Section):
+    """The experts that take the place of the dense blocks."""
+
+    num_experts: int = Field(24, ge=1, le=4096)
+    router: str = "topk"
+    top_k: int | None = Field(None, ge=1, description="experts of a token; none: the router's own default")
+    every: int = Field(1, ge=1)
+    hidden: int | None = Field(None, ge=1, description="width of one expert; none: equal FLOPs, the router's included")
+    backend: str = "auto"
+    options: dict[str, bool | int | float | str | None] = Field({}, description="further options of the router")
+    allow_leak: bool = Field(False, description="insist on a router that lets later tokens change earlier ones")
+
+    @field_validator("router")
+    @classmethod
+    def _known_router(cls, name: str) -> str:
+        return _one_of(name, routers.names())
+
+    @field_validator("backend")
+    @classmethod
+    def _known_backend(cls, name: str) -> str:
+        return _one_of(name, ["auto", *experts.backend_names()])
+
+    @model_validator(mode="after")
+    def _fits(self) -> SparseConfig:
+        known = routers.options(self.router)
+        for key in self.options:
+            if key not in known:
+                raise ValueError(f"router {self.router!r} has no option {key!r}; {_nearest(key, known)}")
+        router = self.build_router(8, 257)
+        if router.leak and not self.allow_leak:
+            raise ValueError(f"router {self.router!r}: {router.leak}; set sparse.allow_leak=true if you insist")
+        return self
+
+    def router_options(self, vocab_size: int) -> dict[str, Any]:
+        """What the router is created with."""
+        options: dict[str, Any] = dict(self.options)
+        if self.top_k is not None:
+            options["top_k"] = self.top_k
+        if "vocab_size" in routers.options(self.router):
+            options["vocab_size"] = vocab_size
+        return options
+
+    def build_router(self, dim: int, vocab_size: int) -> Router:
+        """The router of one layer, as the sparse model will have it."""
+        return routers.create(self.router, dim, self.num_experts, **self.router_options(vocab_size))
+
+
+class TrainingConfig(_Section):
+    """How long and how to train; the same for both models."""
+
+    steps: int = Field(700, ge=1)
+    batch_tokens: int = Field(2048, ge=8, description="tokens of one optimizer step")
+    learning_rate: float = Field(3e-3, gt=0, le=1)
+    warmup: int = Field(100, ge=0, description="steps")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    weight_decay: float = Field(0.1, ge=0, le=1)
+    beta2: float = Field(0.95, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    eval_every: int = Field(100, ge=1, description="steps")
+    log_every: int = Field(10, ge=1, description="steps")
+    save_every: int = Field(200, ge=1, description="steps")
+    threads: int | None = Field(None, ge=1, le=1024)
+
+
+class TextConfig(_Section):
+    """The configuration of `shunter train text`."""
+
+    name: str = Field("text", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    out: str = "runs"
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    sparse: SparseConfig = SparseConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> TextConfig:
+        m, t, d = self.model, self.training, self.data
+        if m.dim % (2 * m.heads):
+            raise ValueError(f"model.dim {m.dim} must be a multiple of 2 * model.heads ({2 * m.heads})")
+        if m.kv_heads is not None and m.heads % m.kv_heads:
+            raise ValueError(f"model.heads {m.heads} must be a multiple of model.kv_heads {m.kv_heads}")
+        if t.batch_tokens % d.sequence_length:
+            raise ValueError(
+                f"training.batch_tokens {t.batch_tokens} must be a multiple of data.sequence_length {d.sequence_length}"
+            )
+        if self.sparse.hidden is None and 3 * m.hidden <= self.sparse.num_experts:
+            raise ValueError(
+                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
+                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
+            )
+        return self
+
+
+def _one_of(name: str, known: list[str]) -> str:
+    if name not in known:
+        raise ValueError(f"unknown; {_nearest(name, known)}")
+    return name
+
+
+def _nearest(given: str, known: Any, section: str = "") -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)
+    prefix = f"{section}." if section else ""
+    return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"

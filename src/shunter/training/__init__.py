@@ -1,0 +1,1 @@
+"""Training: the loop of a recipe, and the balance of experts in any Trainer."""

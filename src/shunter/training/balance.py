@@ -1,0 +1,432 @@
+"""Keep experts balanced in any training: losses per layer, selection biases, metrics, warnings that name the layer.
+
+transformers has a balancing loss for some of its families, over all layers together, so that two layers that each use
+half of the experts look balanced; it has no z-loss for most, and it never updates the selection biases of the
+DeepSeek-V3 families. `BalanceCallback` does all three for any of them, and for Shunter's layers, in any `Trainer` or
+in a plain loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from .. import losses
+from ..context import Context
+from ..hf.observe.taps import Observation, Tap, listening
+from ..moe import MoE, update_routers
+
+__all__ = ["BalanceCallback", "BalanceWarning"]
+
+
+T = TypeVar("T")
+
+
+Scope = Literal["micro_batch", "sequence", "global_batch"]
+
+
+_BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+
+
+class BalanceWarning(UserWarning):
+    """An expert that gets no tokens, or a layer whose tokens gather on few experts."""
+
+
+class BalanceCallback(TrainerCallback):
+    """Balance the experts of any mixture-of-experts model, transformers' or Shunter's, in a `Trainer` or a plain loop.
+
+    In a Trainer, TRL's included, the losses become part of what `compute_loss` returns, the mean over the micro-batches
+    of an optimizer step and over ranks; biases move after each optimizer step; metrics are in every log:
+
+        Trainer(model, args, train_dataset=data, callbacks=[BalanceCallback(load_balancing_loss=0.01)])
+
+    In a plain loop add `loss()` yourself:
+
+        balance = BalanceCallback(load_balancing_loss=0.01).attach(model)
+        for batch in data:
+            (model(**batch).loss + balance.loss()).backward()
+            optimizer.step()
+            balance.step()
+
+    What counts is each training forward over its real tokens, once: evaluation, padding and the recomputations of
+    activation checkpointing do not. On several ranks every rank must run the same forwards.
+
+    Args:
+        load_balancing_loss: coefficient of each layer's `shunter.losses.load_balancing_loss`; the layers' add up. In
+            Shunter's layers it takes the place of the router's own.
+        z_loss: coefficient of each layer's `shunter.losses.z_loss`; likewise.
+        scope: over which tokens the shares f of the experts are taken: "micro_batch", those of one forward on one rank;
+            "sequence", each sequence by itself (DeepSeek-V3, equations 17 to 20); "global_batch", all ranks and the
+            micro-batches of the optimizer step so far (Qiu et al. 2025), which lets one domain use few experts.
+        bias_update_rate: how much a selection bias moves each optimizer step, up for an expert with less than the mean
+            load and down for one with more (Wang et al. 2024, algorithm 1). It is for the families whose checkpoints
+            have such a bias, which is made float32; 0 leaves them. Shunter's routers have a rate of their own.
+        score_function: what the routers make of logits, a key of `shunter.hf.observe.taps.SCORE_FUNCTIONS`; None reads
+            it off the weights.
+        patience: over how many optimizer steps an expert without tokens, or a layer whose tokens gather, is watched
+            before a `BalanceWarning`.
+
+    Attributes:
+        biases: the selection biases that `step` moves, by layer.
+
+    Raises:
+        ValueError: for values out of range.
+
+    Source: Fedus et al. 2021 (Switch), equations 4 to 6; Zoph et al. 2022 (ST-MoE), equation 5; Wang et al. 2024.
+    """
+
+    def __init__(
+        self,
+        load_balancing_loss: float = 0.01,
+        z_loss: float = 0.0,
+        *,
+        scope: Scope = "micro_batch",
+        bias_update_rate: float = 0.001,
+        score_function: str | None = None,
+        patience: int = 25,
+    ) -> None:
+        for name, value in (
+            ("load_balancing_loss", load_balancing_loss),
+            ("z_loss", z_loss),
+            ("bias_update_rate", bias_update_rate),
+        ):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"BalanceCallback: {name} {value} must be a number of at least 0")
+        if scope not in get_args(Scope):
+            raise ValueError(f"BalanceCallback: scope {scope!r} is unknown; choose from {', '.join(get_args(Scope))}")
+        if patience < 1:
+            raise ValueError(f"BalanceCallback: patience {patience} must be at least 1")
+        self.coefficients = {"load_balancing_loss": load_balancing_loss, "z_loss": z_loss}
+        self.scope = scope
+        self.bias_update_rate = bias_update_rate
+        self.score_function = score_function
+        self.patience = patience
+        self.biases: dict[str, Tensor] = {}
+        self._attached: ExitStack | None = None
+
+    def attach(self, model: nn.Module) -> BalanceCallback:
+        """Listen to the layers of a model from now on; returns itself.
+
+        Raises:
+            RuntimeError: where it listens already.
+            ValueError: where the model has no layer whose routing can be read.
+        """
+        if self._attached is not None:
+            raise RuntimeError("BalanceCallback: attached already; call detach() first")
+        with ExitStack() as stack:
+            self._taps = stack.enter_context(listening(model, self._hear))
+            stack.callback(model.register_forward_pre_hook(self._begin).remove)
+            for tap in self._taps.values():
+                tap.score_function = self.score_function
+                if isinstance(tap.layer, MoE):
+                    self._take_over(tap.layer, stack)
+            self._attached = stack.pop_all()
+        if getattr(getattr(model, "config", None), "output_router_logits", False):
+            warnings.warn(
+                "config.output_router_logits is True: transformers adds its own balancing loss, over all layers "
+                "together, to this callback's; set it to False (in TRL's configurations router_aux_loss_coef=0.0)",
+                stacklevel=2,
+            )
+        self._model = model
+        self._grad: bool | None = None
+        self._heard: list[tuple[str, Observation]] = []
+        self._loads: dict[str, Tensor] = {}
+        self._demand: dict[str, Tensor] = {}
+        self._recent: dict[str, deque[Tensor]] = {name: deque(maxlen=self.patience) for name in self._taps}
+        self._warned: set[tuple[str, str]] = set()
+        self._reset_window()
+        self.biases = {}
+        if self.bias_update_rate:
+            self.biases = {name: bias for name, tap in self._taps.items() if (bias := _find_bias(tap)) is not None}
+        return self
+
+    def detach(self) -> None:
+        """Stop listening; Shunter's layers have their own losses again."""
+        if self._attached is not None:
+            self._attached.close()
+            self._attached = None
+
+    def _take_over(self, layer: MoE, stack: ExitStack) -> None:
+        own = layer.router.coefficients
+        for name, coefficient in self.coefficients.items():
+            if coefficient and own.get(name):
+                stack.callback(own.__setitem__, name, own[name])
+                own[name] = 0.0
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._grad = torch.is_grad_enabled()
+
+    def _hear(self, name: str, heard: Observation) -> None:
+        layer = self._taps[name].layer
+        grad = torch.is_grad_enabled() if self._grad is None else self._grad
+        if not (layer.training and grad):
+            return
+        counts = heard.routing.counts
+        self._loads[name] = self._loads[name] + counts if name in self._loads else counts
+        if heard.logits is None or not any(self.coefficients.values()):
+            return
+        if heard.logits.requires_grad:
+            self._heard.append((name, heard))
+            return
+        router = self._taps[name].router
+        if router is not None and any(p.requires_grad for p in router.parameters()):
+            raise RuntimeError(
+                f"the balancing losses of {name or 'the layer'} would carry no gradient: its forward ran without "
+                "autograd. Under activation checkpointing pass use_reentrant=False; for an evaluation call model.eval()"
+            )
+
+    def loss(self) -> Tensor:
+        """The weighted losses of the training forwards since the last call, a scalar in the graph.
+
+        A sum over layers and losses; of a layer's several forwards, their mean. Zero after an evaluation.
+        """
+        heard, self._heard = self._heard, []
+        if self.scope == "global_batch":
+            self._add_demand(heard)
+        forwards = {name: sum(n == name for n, _ in heard) for name, _ in heard}
+        terms = []
+        for name, observation in heard:
+            for loss, value in self._terms(name, observation).items():
+                self._window[loss].setdefault(name, []).append(value.detach())
+                terms.append(self.coefficients[loss] * value / forwards[name])
+        if not terms:
+            parameter = next(self._model.parameters(), torch.zeros(()))
+            return torch.zeros((), device=parameter.device)
+        return torch.stack([term.to(terms[0]) for term in terms]).sum()
+
+    def _terms(self, name: str, heard: Observation) -> dict[str, Tensor]:
+        """The unweighted losses of one forward of one layer whose coefficients are not zero."""
+        terms: dict[str, Tensor] = {}
+        logits, probs = heard.logits, heard.probs
+        if logits is None or probs is None:
+            return terms
+        if self.coefficients["load_balancing_loss"]:
+            group = heard.sequence if self.scope == "sequence" else None
+            if self.scope == "sequence" and group is None:
+                raise ValueError(f'BalanceCallback: the sequences of {name} are not known; use scope="micro_batch"')
+            terms["load_balancing_loss"] = losses.load_balancing_loss(
+                probs, heard.routing, heard.mask, group=group, demand=self._demand.get(name)
+            )
+        if self.coefficients["z_loss"]:
+            layer = self._taps[name].layer
+            if isinstance(layer, MoE):
+                context = Context(mask=heard.mask)
+                terms["z_loss"] = layer.router.loss_terms(logits, heard.routing, context)["z_loss"]()
+            else:
+                terms["z_loss"] = losses.z_loss(logits.to(probs.dtype), heard.mask)
+        return terms
+
+    def _add_demand(self, heard: list[tuple[str, Observation]]) -> None:
+        counts: dict[str, Tensor] = {}
+        for name, observation in heard:
+            counts[name] = counts.get(name, 0) + observation.routing.counts
+        for name, total in self._summed_over_ranks(counts).items():
+            self._demand[name] = self._demand.get(name, 0) + total
+
+    def _summed_over_ranks(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Counts (E,) by layer, summed over the ranks of the default process group in one reduction."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return counts
+        device = next(self._model.parameters()).device
+        none = {name: torch.zeros(tap.num_experts, dtype=torch.int64) for name, tap in self._taps.items()}
+        every = {name: counts.get(name, zeros).to(device) for name, zeros in none.items()}
+        flat = torch.cat(list(every.values()))
+        dist.all_reduce(flat)
+        parts = flat.split([count.numel() for count in every.values()])
+        return dict(zip(every, parts, strict=True))
+
+    def step(self) -> None:
+        """End an optimizer step: move the selection biases and Shunter's routers, watch for dead experts."""
+        loads = self._summed_over_ranks(self._loads)
+        self._loads, self._demand, self._heard = {}, {}, []
+        for name, load in loads.items():
+            bias = self.biases.get(name)
+            if bias is not None and bias.numel() == load.numel():
+                with torch.no_grad():
+                    share = load.to(bias)
+                    bias += self.bias_update_rate * (share.mean() - share).sign().reshape(bias.shape)
+            known = self._window_loads.get(name)
+            self._window_loads[name] = load if known is None else known + load
+            self._recent[name].append(load.double().cpu())
+            self._watch(name)
+        update_routers(self._model)
+
+    def _watch(self, name: str) -> None:
+        """Warn once of each dead expert and each collapse, again only after it was well in between."""
+        recent = self._recent[name]
+        if len(recent) < self.patience:
+            return
+        load = torch.stack(tuple(recent)).sum(0)
+        num_experts, total = load.numel(), float(load.sum())
+        even = total / num_experts
+        if even < 100:
+            return  # too few tokens to tell
+        where, top_k = name or "the layer", self._taps[name].top_k or 1
+        found = {}
+        effective = float(torch.special.entr(load / total).sum().exp())
+        if effective < top_k + (num_experts - top_k) / 8:
+            found["collapse"] = (
+                f"{where} is collapsing: in the last {self.patience} steps its tokens used {effective:.1f} of "
+                f"{num_experts} experts effectively (the exponential of the load's entropy), with {top_k} a token"
+            )
+        for expert in (load < even / 100).nonzero().flatten().tolist():
+            state = "all but dead" if float(load[expert]) else "dead"
+            found[f"dead {expert}"] = (
+                f"{where}: expert {expert} is {state}: {int(load[expert])} of {int(total)} choices in the last "
+                f"{self.patience} steps"
+            )
+        new = [text for kind, text in found.items() if (name, kind) not in self._warned]
+        self._warned = {(n, kind) for n, kind in self._warned if n != name} | {(name, kind) for kind in found}
+        if new and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+            more = "" if len(new) <= 3 else f"; and {len(new) - 3} more experts of this layer"
+            advice = "raise load_balancing_loss or bias_update_rate, or lower the learning rate of the router"
+            warnings.warn("; ".join(new[:3]) + f"{more}. {advice}", BalanceWarning, stacklevel=4)
+
+    def metrics(self) -> dict[str, float]:
+        """What happened since the last call: percentiles over layers, so that the keys are few in a model of any depth.
+
+        balance/load_balancing_loss_p50 and _max, balance/z_loss_max: the unweighted losses, on this rank.
+        balance/max_violation_p50 and _max: the load of the busiest expert over the mean load, less 1 (Wang et al. 2024,
+        MaxVio). balance/entropy_p50 and _min: the entropy of the load over that of an even one. balance/dead_experts:
+        how many experts got no token, in all layers. Loads are those of all ranks.
+        """
+        out: dict[str, float] = {}
+        for loss, by_layer in self._window.items():
+            values = torch.tensor([float(torch.stack(terms).mean()) for terms in by_layer.values()])
+            if values.numel():
+                if loss == "load_balancing_loss":
+                    out[f"balance/{loss}_p50"] = float(values.median())
+                out[f"balance/{loss}_max"] = float(values.max())
+        loads = [load.double().cpu() for load in self._window_loads.values() if float(load.sum()) > 0]
+        if loads:
+            violation = torch.stack([load.max() / load.mean() - 1 for load in loads])
+            even = torch.stack(
+                [torch.special.entr(load / load.sum()).sum() / max(math.log(len(load)), 1e-9) for load in loads]
+            )
+            out["balance/max_violation_p50"] = float(violation.median())
+            out["balance/max_violation_max"] = float(violation.max())
+            out["balance/entropy_p50"] = float(even.median())
+            out["balance/entropy_min"] = float(even.min())
+            out["balance/dead_experts"] = float(sum(int((load == 0).sum()) for load in loads))
+        self._reset_window()
+        return out
+
+    def _reset_window(self) -> None:
+        self._window: dict[str, dict[str, list[Tensor]]] = {name: {} for name, c in self.coefficients.items() if c}
+        self._window_loads: dict[str, Tensor] = {}
+
+    # What follows is called by the Trainer.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach to the Trainer's model, and come before what it reports to."""
+        self.detach()
+        self.attach(kwargs["model"])
+        assert self._attached is not None
+        # The Trainer gives callbacks no way to itself or to each other: both are found in the callers.
+        trainer, handler = _caller(Trainer), _caller(CallbackHandler)
+        if trainer is not None:
+            self._attached.callback(_wrap_loss(trainer, self._with_loss))
+        if handler is not None:
+            # Within the handler's loop over this list: what comes after the callback keeps its place. It comes before
+            # those that report (to TensorBoard, W&B, …), so that they see the metrics.
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
+    def _with_loss(self, trainer: Trainer, found: Any, num_items_in_batch: Any) -> Any:
+        """What the Trainer's compute_loss found, with the losses of this micro-batch."""
+        if not self._heard:
+            return found
+        # As in Trainer.training_step, which divides a loss that was not made for the whole of an accumulated batch.
+        divides = not trainer.model_accepts_loss_kwargs or num_items_in_batch is None
+        if divides and trainer.compute_loss_func is None:
+            parts = 1
+        else:
+            parts = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+        extra = self.loss() / parts
+        return (found[0] + extra, *found[1:]) if isinstance(found, tuple) else found + extra
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End an optimizer step."""
+        if self._heard:
+            warnings.warn(
+                "BalanceCallback: this training does not ask its Trainer's compute_loss for the loss, so the balancing "
+                "losses are not in it; add the callback's loss()",
+                stacklevel=2,
+            )
+        self.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the metrics to a log of training."""
+        if logs is None or "loss" not in logs or self._attached is None:
+            return
+        values = self.metrics()
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model as it was."""
+        self.detach()
+
+
+def _find_bias(tap: Tap) -> Tensor | None:
+    """The selection bias of a layer of transformers, made float32; None where it has none for its experts alone."""
+    if isinstance(tap.layer, MoE):
+        return None
+    for module in tap.layer.modules():
+        for name in _BIAS_NAMES:
+            bias = getattr(module, name, None)
+            if isinstance(bias, Tensor) and bias.numel() == tap.num_experts:
+                # Steps of 0.001 vanish in the rounding of bfloat16.
+                bias.data = bias.data.float()
+                bias.requires_grad_(False)
+                return bias
+    return None
+
+
+def _caller(kind: type[T]) -> T | None:
+    """The object of a kind whose method is being called, the innermost."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, kind):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def _wrap_loss(trainer: Trainer, change: Callable[[Trainer, Any, Any], Any]) -> Callable[[], None]:
+    """Let what a Trainer's compute_loss returns pass through change(…); returns what undoes it.
+
+    The output of the model would be the wrong place: many trainers make their loss from its logits alone (label
+    smoothing, compute_loss_func, all of TRL's).
+    """
+    inner, own = trainer.compute_loss, vars(trainer).get("compute_loss")
+
+    @functools.wraps(inner)
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        found = inner(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        return change(trainer, found, given.get("num_items_in_batch"))
+
+    def undo() -> None:
+        if own is None:
+            del trainer.compute_loss
+        else:
+            trainer.compute_loss = own  # type: ignore[method-assign]
+
+    signature = inspect.signature(inner)
+    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    return undo

@@ -1,0 +1,141 @@
+"""The text: domains, splits without leaks, exact bytes, an order that depends on the seed and the index alone."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shunter.data.documents import DataError, built_in_domains, read_domains
+from shunter.data.windows import _bytes, _split, _tokenizer, prepare
+from shunter.recipes.sections import DataConfig
+
+
+def test_built_in_text_has_three_licensed_domains():
+    domains = built_in_domains(50_000)
+    assert [d.name for d in domains] == ["english", "code", "languages"]
+    for domain in domains:
+        size = sum(len(text.encode()) for text in domain.documents)
+        assert 40_000 < size <= 50_000
+        assert domain.license and domain.source
+    assert "In the beginning God created" in domains[0].documents[0]
+
+
+def test_the_same_configuration_gives_the_same_windows(small):
+    one, two, other = prepare(small()), prepare(small()), prepare(small("seed=1"))
+    assert one.fingerprint == two.fingerprint == other.fingerprint
+    assert len(one.train) == 700 * 64 // 16
+    rows = [torch.stack([data.train[i]["input_ids"] for i in range(60)]) for data in (one, two, other)]
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+    assert torch.equal(one.train[37]["input_ids"], rows[0][37]), "an item does not depend on what was read before"
+
+
+def test_domains_take_turns(small):
+    data = prepare(small())
+    letters = {name: set(text) for name, text in {"digits": "12345678", "letters": "abcdefgh"}.items()}
+    for i in range(30):
+        text = set(data.tokenizer.decode(data.train[i]["input_ids"], skip_special_tokens=True))
+        expected = ["digits", "letters", "signs"][i % 3]
+        assert expected == "signs" or text & letters[expected]
+        for other in set(letters) - {expected}:
+            assert not text & letters[other]
+
+
+def test_every_window_of_a_domain_is_seen_before_any_again(small):
+    data = prepare(small())
+    windows = data.train.domains[0]
+    seen = data.train.orders[0][: len(windows)]
+    assert torch.equal(seen.sort().values, torch.arange(len(windows)))
+
+
+def test_held_out_documents_are_not_trained_on(corpus):
+    for domain in read_domains([str(corpus)], 10**6):
+        train, held_out = _split(domain, 0.2)
+        assert held_out and train
+        assert sorted(train + held_out) == sorted(domain.documents)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=5), kind=st.sampled_from(["bpe", "bytes"]))
+def test_tokens_are_lossless_and_their_bytes_counted_exactly(texts, kind):
+    texts = [t.encode("utf-8", "ignore").decode() or "a" for t in texts]
+    tokenizer = _tokenizer(DataConfig(tokenizer=kind, vocab_size=300), texts)
+    assert kind == "bpe" or len(tokenizer) == 257
+    for text in texts:
+        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+        assert _bytes(torch.tensor([ids]), tokenizer) == len(text.encode())
+
+
+def test_files_of_every_kind(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "domain": "mine"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["three"]}), tmp_path / "c.parquet")
+    domains = {
+        d.name: list(d.documents)
+        for d in read_domains([str(tmp_path / f) for f in ("a.txt", "b.jsonl", "c.parquet")], 100)
+    }
+    assert domains == {"a": ["plain"], "b": ["one"], "mine": ["two"], "c": ["three"]}
+    whole = {d.name: sorted(d.documents) for d in read_domains([str(tmp_path)], 100)}
+    assert whole == {tmp_path.name: ["one", "plain", "three"], "mine": ["two"]}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"ok \xff", r"a.txt: not UTF-8 text \(byte 3\)"),
+        ("a.txt", b"", "a.txt: holds no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}', "record 2: has no field 'text'"),
+        ("a.jsonl", b'{"text": "x"}\nnot json', "line 2: not JSON"),
+        ("a.jsonl", b'{"text": "x", "domain": 3}', "record 1: 'domain' must be a name"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "record 1: holds a lone surrogate"),
+        ("a.parquet", b"PAR1 cut short", "a.parquet: cannot be read"),
+        ("a.xyz", None, "no such file or folder"),
+    ],
+)
+def test_bad_files_name_the_file_and_the_record(name, content, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_domains([str(tmp_path / name)], 1000)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_without_text_and_domains_too_small_are_named(tmp_path, small):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no file in this folder ends in"):
+        read_domains([str(tmp_path / "empty")], 1000)
+    with pytest.raises(DataError, match="domain '.*' is too small"):
+        prepare(small("data.sequence_length=4096", "training.batch_tokens=4096"))
+
+
+def test_data_json_tells_what_was_read(small):
+    described = json.loads(json.dumps(prepare(small()).describe()))
+    assert described["vocab_size"] == 257 and described["tokenizer"] == "bytes"
+    assert all(d["train_tokens"] > 0 and d["eval_bytes"] > 0 and d["passes"] > 0 for d in described["domains"])
+
+
+def test_languages_stay_with_their_documents(tmp_path):
+    records = [{"text": c * n, "language": c} for c, n in (("é", 400), ("語", 300), ("a", 900))] + [{"text": "b" * 500}]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    [whole] = read_domains([str(file)], 10**6)
+    assert list(whole.languages) == ["é", "語", "a", None]
+    [cut] = read_domains([str(file)], 1000)  # in the middle of a character
+    assert [(set(d), language) for d, language in zip(cut.documents, cut.languages, strict=True)] == [
+        ({"é"}, "é"),
+        ({"語"}, "語"),
+        ({"a"}, "a"),
+    ]
+    built_in = {domain.name: domain for domain in built_in_domains(10**6)}
+    assert set(built_in["english"].languages) == {"en"} and not built_in["code"].languages
+    some = built_in["languages"]
+    assert len(some.languages) == len(some.documents) and len(set(some.languages)) > 1
+    file.write_text('{"text": "a", "language": 3}\n')
+    with pytest.raises(DataError, match="record 1: 'language' must be a name, not 3"):
+        read_domains([str(file)], 1000)

@@ -1,0 +1,138 @@
+"""Around the layers: token ids and padding reach routers, losses reach output.loss, under any trainer."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import shunter
+from shunter.routers.registry import find, names
+
+CAUSAL = ["llama", "gpt2"]
+# The others need to be told of tasks or modalities, which no Hugging Face model knows.
+IN_A_MODEL = [name for name in names() if set(find(name).needs) <= {"token_ids", "sequence", "position"}]
+
+
+@pytest.mark.parametrize("router", IN_A_MODEL)
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_padding_changes_nothing(architecture, router, build, inputs):
+    if router in ("thor", "bernoulli"):
+        pytest.skip("draws in evaluation too")
+    try:
+        model = shunter.sparsify(build(architecture), 4, router, allow_leak=True)
+    except ValueError as error:
+        pytest.skip(str(error))
+    batch = {k: v[:1] for k, v in inputs(architecture).items() if k != "labels"}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    short = model(**batch).logits
+    loads = [layer.routing.counts for layer in shunter.moe_layers(model).values()]
+    padded = {k: torch.nn.functional.pad(v, (0, 5)) for k, v in batch.items()}
+    long = model(**padded).logits
+    assert torch.allclose(short, long[:, : short.shape[1]], atol=1e-5)
+    for before, layer in zip(loads, shunter.moe_layers(model).values(), strict=True):
+        assert torch.equal(before, layer.routing.counts)
+
+
+def test_hash_follows_the_ids_of_each_stack(build, inputs):
+    model = shunter.sparsify(build("t5"), 4, "hash")
+    ids, target = torch.randint(1, 50, (1, 6)), torch.randint(1, 50, (1, 3))
+    model(input_ids=ids, decoder_input_ids=target)
+    for name, layer in shunter.moe_layers(model).items():
+        expected = ids if name.startswith("encoder") else target
+        sent = torch.empty(expected.numel(), dtype=torch.int64)
+        sent[layer.routing.token] = layer.routing.expert
+        assert torch.equal(sent, layer.router.table[expected.flatten()])
+
+
+def test_ids_of_an_earlier_forward_are_not_used(build):
+    model = shunter.sparsify(build("llama"), 4, "hash")
+    model(input_ids=torch.randint(1, 50, (1, 6)))
+    with pytest.raises(ValueError, match="needs token_ids"):
+        model(inputs_embeds=torch.randn(1, 6, 32))
+
+
+def test_generation_from_a_cache_routes_the_new_token(build):
+    model = shunter.sparsify(build("llama"), 4, "hash")
+    ids = torch.randint(1, 50, (2, 5))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    model.generation_config.eos_token_id = None  # never shorter than 4
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    full = torch.cat([mask, torch.ones(2, 4, dtype=torch.int64)], 1)
+    again = model(input_ids=out, attention_mask=full, position_ids=(full.cumsum(1) - 1).clamp_min(0)).logits
+    assert torch.equal(again[:, 4:-1].argmax(-1), out[:, 5:])
+
+
+@pytest.mark.parametrize("architecture", [*CAUSAL, "bert", "t5", "vit"])
+def test_training_loss_is_the_models_loss_plus_the_layers(architecture, build, inputs):
+    options = {"top_k": 2, "z_loss": 0.01}
+    model = shunter.sparsify(build(architecture), 4, "topk", **options)
+    batch = inputs(architecture)
+    bare = model(**batch).loss
+    assert torch.equal(bare, model.eval()(**batch).loss), "in evaluation nothing is added"
+    total = model.train()(**batch).loss
+    assert torch.allclose(total, bare + shunter.aux_loss(model))
+    assert shunter.aux_loss(model) > 0
+    as_tuple = model(**batch, return_dict=False)[0]
+    assert torch.allclose(as_tuple, total)
+    assert torch.allclose(copy.deepcopy(model)(**batch).loss, total), "copies keep their hooks"
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_a_micro_batch_adds_its_share_of_the_labels_that_its_loss_counts(architecture, build, inputs):
+    model = shunter.sparsify(build(architecture), 4, "topk", top_k=2).train()
+    batch = inputs(architecture)
+    out = model(**batch, num_items_in_batch=torch.tensor(40))
+    labels = batch["labels"][:, 1:].flatten()
+    nats = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), labels, ignore_index=-100, reduction="sum"
+    )
+    assert torch.allclose(out.loss, (nats + shunter.aux_loss(model) * (labels != -100).sum()) / 40)
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows["labels"])
+
+    def __getitem__(self, i):
+        return {key: value[i] for key, value in self.rows.items()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_trainer_weights_auxiliary_losses_by_tokens(accumulation, checkpointing, build, inputs, tmp_path):
+    """One SGD step of a plain Trainer moves the weights by the gradient of an independent loop."""
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2, load_balancing_loss=0.5).double()
+    batch = inputs("llama", batch=8)
+    batch["labels"][3:, :4] = -100  # micro-batches with different numbers of labels
+    micro = 8 // accumulation
+    oracle = copy.deepcopy(model).train()
+    labels = [batch["labels"][i : i + micro] for i in range(0, 8, micro)]
+    total = sum((part[:, 1:] != -100).sum() for part in labels)
+    for i in range(accumulation):
+        part = {key: value[i * micro : (i + 1) * micro] for key, value in batch.items()}
+        out = oracle(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+        shifted = part["labels"][:, 1:]
+        nats = torch.nn.functional.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum"
+        )
+        share = (shifted != -100).sum() / total
+        balance = 0
+        for layer in shunter.moe_layers(oracle).values():
+            balance = balance + layer.losses["load_balancing_loss"]
+        (nats / total + share * balance).backward()
+    expected = {name: p - 0.1 * p.grad for name, p in oracle.named_parameters() if p.grad is not None}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=micro, use_cpu=True, report_to="none",
+        gradient_accumulation_steps=accumulation, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd",
+        max_grad_norm=0, save_strategy="no", train_sampling_strategy="sequential", disable_tqdm=True,
+        gradient_checkpointing=checkpointing, weight_decay=0.0,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=_Rows(batch)).train()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert torch.allclose(parameter, expected[name], atol=1e-6), name

@@ -1,0 +1,103 @@
+"""A compiled layer, in one graph without breaks, computes what the layer computes."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+from shunter import MoE, aux_loss
+from shunter.experts import Experts, autograd
+from shunter.experts.choice import get
+from tests.helpers import random_routing, relative_error
+
+LAYERS = {
+    "topk": ("topk", {"top_k": 2}),
+    "topk within capacity, biased": ("topk", {"top_k": 2, "capacity_factor": 1.0, "bias": True, "activation": "gelu"}),
+    "topk recomputing, shared": ("topk", {"top_k": 3, "recompute": True, "num_shared_experts": 1}),
+    "topk on grouped_mm": ("topk", {"top_k": 2, "backend": "grouped_mm"}),
+    "switch": ("switch", {}),
+    "expert_choice": ("expert_choice", {"capacity_factor": 2.0}),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _pair(name, dtype, backend):
+    torch._dynamo.reset()
+    router, options = LAYERS[name]
+    layer = MoE(16, 24, 4, router, dtype=dtype, **options)
+    twin = copy.deepcopy(layer)
+    return torch.compile(layer, fullgraph=True, backend=backend), layer, twin
+
+
+def _pass(call, layer, x, grad, **known):
+    """Output, gradients of the input and the parameters, losses and counts, of one training pass."""
+    torch.manual_seed(0)  # for the noise of the routers that have it
+    x = x.detach().requires_grad_()
+    y = call(x, **known)
+    layer.zero_grad()
+    ((y * grad).sum() + aux_loss(layer)).backward()
+    gradients = {key: p.grad for key, p in layer.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **gradients, "counts": layer.routing.counts, "loss": aux_loss(layer).detach()}
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [*((name, "float32") for name in LAYERS), ("topk", "bfloat16"), ("switch", "bfloat16")]
+)
+def test_one_graph_gives_the_same_bits_forward_and_backward(name, dtype):
+    compiled, layer, twin = _pair(name, DTYPES[dtype], "aot_eager")
+    for tokens in (37, 50) if dtype == "bfloat16" else (37,):  # the second compiles for any number
+        x, grad = torch.randn(2, tokens, 16, dtype=DTYPES[dtype]), torch.randn(2, tokens, 16, dtype=DTYPES[dtype])
+        found, expected = _pass(compiled, layer, x, grad), _pass(twin, twin, x, grad)
+        assert found["counts"].sum() > 0 and found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert value is None or torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", ["topk", "switch"])
+def test_padding_and_a_few_tokens_without_gradients(name):
+    compiled, layer, twin = _pair(name, torch.float32, "aot_eager")
+    x, grad, mask = torch.randn(40, 16), torch.randn(40, 16), torch.rand(40) < 0.7
+    found, expected = (_pass(*pair, x, grad, mask=mask) for pair in ((compiled, layer), (twin, twin)))
+    for key, value in expected.items():
+        assert value is None or torch.equal(found[key], value), key
+    layer.eval(), twin.eval()
+    with torch.no_grad():
+        for tokens in (1, 3):
+            x = torch.randn(tokens, 16)
+            assert torch.equal(compiled(x), twin(x))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name, dtype", [("topk", "float32"), ("switch", "bfloat16")])
+def test_inductor_gives_the_same_numbers(name, dtype):
+    compiled, layer, twin = _pair(name, DTYPES[dtype], "inductor")
+    layer.router.jitter = twin.router.jitter = 0.0  # its noise is another there
+    x, grad = torch.randn(60, 16, dtype=DTYPES[dtype]), torch.randn(60, 16, dtype=DTYPES[dtype])
+    found, expected = _pass(compiled, layer, x, grad), _pass(twin, twin, x, grad)
+    for key, value in expected.items():
+        assert relative_error(found[key], value) < 8 * torch.finfo(DTYPES[dtype]).eps, key
+
+
+@pytest.mark.parametrize("backend", ["padded", "grouped_mm", "numba"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_operator_is_what_it_says_to_the_compiler(backend, recompute):
+    """torch's own checks: schema, shapes without data, gradients registered, the same under tracing."""
+    experts = Experts(4, 8, 12, bias=True)
+    routing = random_routing(20, 4, dtype=torch.float32)
+    weights = experts.weights
+    x, score = torch.randn(20, 8, requires_grad=True), routing.weight.requires_grad_()
+    if refusal := get(backend).refuses(x, weights):
+        pytest.skip(refusal)
+    parts = (x, score, weights.up, weights.down, weights.up_bias, weights.down_bias)
+    arguments = (*parts, list(routing.indices()), backend, "swiglu", not recompute)
+    torch.library.opcheck(torch.ops.shunter.experts.default, arguments)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out, h = torch.ops.shunter.experts(*arguments)
+    assert any(t.data_ptr() == h.data_ptr() for t in saved) == (not recompute)
+    assert torch.equal(out, get(backend).run(x, weights, routing)) and h.shape[0] == (not recompute) * score.numel()
+
+
+def test_every_kernel_has_a_backend_of_its_name():
+    assert all(get(name).name == name for name in autograd._KERNELS)

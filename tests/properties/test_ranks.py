@@ -1,0 +1,88 @@
+"""State that no gradient moves is the same on every rank, and what one process would have."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shunter import Routing, routers
+from shunter.context import Context
+from shunter.routers import Router
+from shunter.routers.registry import create
+
+# Every router that has such state.
+STATEFUL = {
+    "topk": {"selection_bias": True, "bias_update_rate": 0.5},
+    "deepseek": {"top_k": 2, "bias_update_rate": 0.5},
+    "top_p": {},
+    "relu": {"target_experts": 1},
+    "soft": {"margin": 1.0},
+    "dense_to_sparse": {"anneal_steps": 5},
+    "routing_networks": {"num_tasks": 2, "usage_decay": 0.5},
+}
+STEPS, TOKENS, EXPERTS = 2, 12, 4
+# In the second step rank 1 has no token.
+SHARES = [(slice(0, 5), slice(5, TOKENS)), (slice(0, TOKENS), slice(0, 0))]
+
+
+def _observe(router, logits, matrix, rows):
+    routing = Routing.from_dense(matrix[rows])
+    router.observe(logits[rows], routing, Context())
+
+
+def _states(cases, shares):
+    """The state of each router after the steps, in which the shares are micro-batches."""
+    found = {}
+    for name, batches in cases.items():
+        router = create(name, 6, EXPERTS, **STATEFUL[name]).train()
+        for (logits, matrix), parts in zip(batches, shares, strict=True):
+            for rows in parts:
+                _observe(router, logits, matrix, rows)
+            router.update()
+        found[name] = {key: value.tolist() for key, value in router.named_buffers()}
+    return found
+
+
+def _rank(rank, folder, cases, queue):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    queue.put(_states(cases, [(parts[rank],) for parts in SHARES]))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_have_the_state_of_one(tmp_path):
+    cases = {}
+    known = Context(task=torch.zeros(TOKENS, dtype=torch.int64), sequence=torch.zeros(TOKENS, dtype=torch.int64))
+    for name, options in STATEFUL.items():
+        router = create(name, 6, EXPERTS, **options).train()
+        cases[name] = []
+        for _ in range(STEPS):
+            logits = torch.randn(TOKENS, router.score_width)
+            cases[name].append((logits, router.assign(logits, known).dense()))
+    expected = _states(cases, SHARES)
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    spawned = [context.Process(target=_rank, args=(rank, tmp_path, cases, queue)) for rank in range(2)]
+    for process in spawned:
+        process.start()
+    results = [queue.get() for _ in spawned]
+    for process in spawned:
+        process.join()
+    for name in STATEFUL:
+        assert results[0][name] == results[1][name], f"{name}: ranks drift apart"
+        for key, value in expected[name].items():
+            assert torch.allclose(torch.tensor(results[0][name][key]), torch.tensor(value)), f"{name}: {key}"
+
+
+def test_no_stateful_router_is_left_out():
+    moving = {name for name in routers.names() if routers.find(name).update is not Router.update}
+    inherited = {name for name in moving if routers.find(name).update is routers.find("topk").update} - {"topk"}
+    gates = {"hme", "mmoe"}  # the margin of soft
+    assert moving - inherited - gates <= set(STATEFUL)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_is_exact_and_saved(name):
+    router = create(name, 6, EXPERTS, **STATEFUL[name]).bfloat16()
+    floating = {key: value.dtype for key, value in router.named_buffers() if value.is_floating_point()}
+    assert set(floating.values()) <= {torch.float32}
+    assert set(router.state_dict()) - {key for key, _ in router.named_parameters()}, "state is in the state dict"
