@@ -1,0 +1,18 @@
+"""What a user did wrong, as one exception, and any error as one line of text."""
+
+from __future__ import annotations
+
+__all__ = ["LONGEST", "UserError", "one_line"]
+
+LONGEST = 400  # characters of a line
+
+
+class UserError(ValueError):
+    """Input that cannot be used: one line with what was given, what is allowed and what to do."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error (or a text) says, as one printable line of at most `LONGEST` characters."""
+    plain = "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
+    plain = plain or type(error).__name__
+    return plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 3]}..."
