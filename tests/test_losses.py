@@ -33,7 +33,7 @@ def test_balance_is_the_sum_written_out_over_real_tokens(choices):
     logits = torch.randn(30, 5, dtype=torch.float64)
     mask = torch.rand(30) < 0.7
     routing = _top(logits, 2)
-    kept = routing._take(mask[routing.token]).select(torch.rand(int(mask.sum()) * 2) < 0.6)
+    kept = routing.masked(mask[routing.token]).select(torch.rand(int(mask.sum()) * 2) < 0.6)
     real = logits[mask].softmax(-1)
     index = logits[mask].topk(2).indices
     used = index[:, :1] if choices == "first" else index

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-__all__ = ["NO_CONTEXT", "Context", "with_sequence"]
+__all__ = ["KNOWN", "NO_CONTEXT", "Context", "of_tokens"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Context:
         embedding: (T, w) floating point, what another network knows of each token (SpeechMoE's shared embedding).
         experts: (T, k) int64, the experts that each token takes, best first and -1 for none: a decision forced or
             replayed, which leaves the router the weights alone.
+        free: (T,) bool, the tokens that choose by themselves although `experts` are given; None where none does.
+        shape: the leading sizes (...) of the layer's input, whose product is T; None where it is not known.
     """
 
     mask: Tensor | None = None
@@ -38,6 +41,8 @@ class Context:
     position: Tensor | None = None
     embedding: Tensor | None = None
     experts: Tensor | None = None
+    free: Tensor | None = None
+    shape: torch.Size | None = None
 
     def num_real(self, num_tokens: int) -> int:
         """T without padding."""
@@ -61,13 +66,85 @@ class Context:
             raise ValueError(f"experts of token {token} are {experts[token].tolist()}; an expert may come once only")
         return experts.clamp_min(0), experts >= 0
 
+    def sequences(self, device: torch.device) -> Tensor | None:
+        """(T,) int64 which sequence each token is in, as told or as its input (B, ..., d) has them; None if unknown."""
+        if self.sequence is not None or self.shape is None or len(self.shape) < 2:
+            return self.sequence
+        return _numbers(self.shape, device)[0].reshape(-1)
+
 
 NO_CONTEXT = Context()
+KNOWN = tuple(field.name for field in fields(Context) if field.name != "shape")
+"""What a layer can be told of its tokens."""
 
 
-def with_sequence(context: Context, x: Tensor) -> Context:
-    """A layer's context; which sequence each token is in taken from the shape (B, ..., d) of its input if not told."""
-    if context.sequence is not None or x.dim() < 3:
-        return context
-    length = x.shape[1:-1].numel()
-    return replace(context, sequence=torch.arange(x.shape[0], device=x.device).repeat_interleave(length))
+def of_tokens(x: Tensor, told: Mapping[str, Tensor | None], around: Context, required: Collection[str]) -> Context:
+    """What is known of the T tokens of a layer's input x (..., d).
+
+    Args:
+        x: (..., d) hidden states; the leading sizes together are the T tokens. The first of two or more counts
+            sequences, the others together are places in a sequence.
+        told: names of `Context` and what the layer itself was told, in the shape (...) or with fewer leading sizes:
+            one value for each sequence, or one for all.
+        around: what the model around was told, likewise; it counts where the layer was told nothing.
+        required: what the router needs. Sequence and position are then taken from x where nobody told. What only the
+            model around knows, of other tokens than these, is left out where it is not needed.
+
+    Raises:
+        ValueError: for a value that does not fit x, and for padding of the model around that cannot be mapped to x.
+        TypeError: for a name that is not known of tokens.
+    """
+    unknown = [name for name in told if name not in KNOWN]
+    if unknown:
+        raise TypeError(f"MoE: {', '.join(unknown)} is not known of tokens; the names are {', '.join(KNOWN)}")
+    shape = x.shape[:-1]
+    values: dict[str, Tensor | None] = {}
+    for name in KNOWN:
+        value = told.get(name)
+        if value is not None and not _fits(name, value, shape):
+            raise ValueError(_misfit(name, value, x))
+        if value is None:
+            value = getattr(around, name)
+            if value is not None and not _fits(name, value, shape):
+                if name in required or (name == "mask" and not bool(value.all())):
+                    raise ValueError(
+                        f"{_misfit(name, value, x)}. The model around knows it of other tokens than this layer's: say "
+                        f"what it is here by shunter.tell(model, {name}=…)"
+                    )
+                value = None
+            if value is None and name in required and shape and name in ("sequence", "position"):
+                value = _numbers(shape, x.device)[name == "position"]
+        values[name] = None if value is None else _spread(name, value, shape)
+    return Context(**values, shape=shape)
+
+
+def _leading(name: str, value: Tensor) -> int:
+    """How many leading sizes of a value are those of tokens; the others are its own."""
+    return value.dim() - 1 if name in ("embedding", "experts") else value.dim()
+
+
+def _fits(name: str, value: Tensor, shape: torch.Size) -> bool:
+    leading = _leading(name, value)
+    return value.shape[:leading] == shape[:leading]
+
+
+def _misfit(name: str, value: Tensor, x: Tensor) -> str:
+    last = "" if _leading(name, value) == value.dim() else " and its own last size"
+    return f"MoE: {name} has shape {tuple(value.shape)}; x {tuple(x.shape)} needs {tuple(x.shape[:-1])}{last}"
+
+
+def _spread(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """A value for each of the T tokens: (T,) or (T, its own last size)."""
+    leading = _leading(name, value)
+    own = value.shape[leading:]
+    value = value.reshape(*value.shape[:leading], *[1] * (len(shape) - leading), *own)
+    value = value.expand(*shape, *own).reshape(-1, *own)
+    return value.to(torch.bool) if name in ("mask", "free") else value
+
+
+def _numbers(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(...) int64 the sequence of each token and its place in it; one leading size alone is one sequence."""
+    rows, places = (shape[0], shape[1:]) if len(shape) > 1 else (1, shape)
+    sequence = torch.arange(rows, device=device)[:, None].expand(rows, places.numel())
+    position = torch.arange(places.numel(), device=device).expand(rows, places.numel())
+    return sequence.reshape(shape), position.reshape(shape)

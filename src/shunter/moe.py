@@ -1,16 +1,16 @@
-"""MoE: a router and its experts as one module, in place of a feed-forward block."""
+"""MoE, the sparse layer: hidden states to hidden states by a router and its experts; the losses of a model of such."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import context as contexts
 from . import routers
 from .context import NO_CONTEXT, Context
 from .experts import Experts, choose
@@ -18,13 +18,83 @@ from .routers import Router
 from .routers.policy_gradient import Decision, PolicyRouter
 from .routing import Routing
 
-__all__ = ["MoE", "aux_loss", "give_reward", "moe_layers", "recomputing", "tell", "update_routers"]
+__all__ = ["MoE", "RoutedLayer", "aux_loss", "give_reward", "moe_layers", "recomputing", "tell", "update_routers"]
 
 
-_KNOWN = tuple(field.name for field in fields(Context))
+class RoutedLayer(nn.Module):
+    """What every layer with a router shows: `aux_loss`, `tell`, `update_routers`, ledgers and taps know it by this.
+
+    A subclass calls `route` on its input, computes with the routing, and ends its forward with `note`.
+
+    Args:
+        router: decides.
+        experts: takes the rows of a routing: (x (T, d), `Routing`) -> (T, d), as `shunter.experts.Experts`.
+
+    Attributes:
+        context: what the model around the layer knows of its tokens; None without.
+        routing: the last forward's `Routing` (T, E), outside the graph; None before the first.
+        losses: the last training forward's auxiliary losses by name, weighted; a forward in evaluation leaves them.
+        decision: what a router that learns by reward decided in the last training forward, until `give_reward`.
+    """
+
+    router: Router
+    experts: nn.Module
+
+    def __init__(self, router: Router, experts: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.dim, self.num_experts = router.dim, router.num_experts
+        self.context: Context | None = None
+        self.routing: Routing | None = None
+        self.losses: dict[str, Tensor] = {}
+        self.decision: Decision | None = None
+
+    def route(self, x: Tensor, told: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Routing, Context]:
+        """What is decided for x (..., d): its rows (T, d), their logits (T, E), their routing, what is known of them.
+
+        Raises:
+            ValueError: where x is not d wide, or a value does not fit x, or the router lacks what it needs.
+            TypeError: for a name that is not a field of `Context`.
+        """
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
+        tokens = x.reshape(-1, self.dim)
+        context = contexts.of_tokens(x, told, self.context or NO_CONTEXT, self.router.required)
+        logits, routing = self.router(tokens, context)
+        return tokens, logits, routing, context
+
+    def note(self, tokens: Tensor, logits: Tensor, routing: Routing, context: Context) -> None:
+        """Keep what a forward decided: its losses and what the router's update needs in training, its routing."""
+        if self.training:
+            self.losses = self.router.losses(logits, routing, context)
+            if not recomputing():
+                self.router.observe(logits.detach(), routing, context)
+                if self.router.learns_by_reward:
+                    self.decision = Decision(tokens, logits, routing, context)
+        self.routing = routing.detach()
+
+    def flops_per_token(self, sequence_length: int) -> dict[str, float]:
+        """Forward FLOPs of a token's products by part, "routers" and "experts"; a multiply-add counts as 2."""
+        products = sum(p.numel() for p in self.experts.parameters() if p.dim() == 3)
+        return {"routers": self.router.flops_per_token, "experts": 2 * self.share_used(sequence_length) * products}
+
+    def inactive_parameters(self, sequence_length: int) -> float:
+        """How many parameters of the experts a token of sequences of this length does not use, in the mean."""
+        # Every token hears from all slots, however few rows the experts compute.
+        used = 1.0 if self.router.chooses == "slots" else self.share_used(sequence_length)
+        return (1 - used) * sum(p.numel() for p in self.experts.parameters())
+
+    def share_used(self, sequence_length: int) -> float:
+        """The share of the experts' rows that a token of sequences of this length asks for."""
+        return self.router.experts_for(sequence_length) / self.num_experts
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The last forward belongs to a graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "context": None, "routing": None, "losses": {}, "decision": None}
 
 
-class MoE(nn.Module):
+class MoE(RoutedLayer):
     """A sparse feed-forward layer: each token is computed by the experts that the router gives it.
 
     Args:
@@ -39,13 +109,12 @@ class MoE(nn.Module):
         recompute: whether the experts' backward computes their pre-activations again instead of keeping them.
         dropout: in training, the probability of dropping an entry of the layer's output.
         causal: whether the layer is in a causal model: a router that lets later tokens change earlier ones is refused.
+        ready_experts: experts that there are, which `hidden`, `activation`, `bias`, `backend` and `recompute` then leave as they are.
         device, dtype: of the parameters.
         **options: of the router: `top_k=`, `capacity_factor=`, … (`shunter.routers.options(name)` lists them).
 
     Attributes:
-        routing: the last forward's `Routing` (T, E), outside the graph; None before the first.
-        losses: the last training forward's auxiliary losses by name, weighted; a forward in evaluation leaves them.
-        decision: what a router that learns by reward decided in the last training forward, until `give_reward`.
+        routing, losses, decision: of the last forward; see `RoutedLayer`.
 
     Raises:
         ValueError: for unknown names, impossible sizes, and a router that leaks in a causal model.
@@ -56,6 +125,8 @@ class MoE(nn.Module):
     >>> y = moe(torch.randn(4, 10, 64))
     >>> loss = y.square().mean() + aux_loss(moe)
     """
+
+    experts: Experts
 
     def __init__(
         self,
@@ -71,11 +142,11 @@ class MoE(nn.Module):
         recompute: bool = False,
         dropout: float = 0.0,
         causal: bool = False,
+        ready_experts: Experts | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         if isinstance(router, Router):
             if options:
@@ -85,28 +156,29 @@ class MoE(nn.Module):
                     f"MoE: the router is for dim {router.dim} and {router.num_experts} experts, the layer for dim "
                     f"{dim} and {num_experts}"
                 )
-            self.router = router
         else:
             given = {key: value for key, value in place.items() if value is not None}
-            self.router = routers.create(router, dim, num_experts, **given, **options)
-        if causal and self.router.leak:
+            router = routers.create(router, dim, num_experts, **given, **options)
+        if causal and router.leak:
             raise ValueError(
-                f"{type(self.router).__name__} in a causal model: {self.router.leak}. Choose another router, or pass "
+                f"{type(router).__name__} in a causal model: {router.leak}. Choose another router, or pass "
                 "causal=False (sparsify: allow_leak=True) if you insist"
             )
         alike: dict[str, Any] = {"activation": activation, "bias": bias, "backend": backend, "recompute": recompute}
-        self.experts = Experts(num_experts, dim, hidden, **alike, **place)
+        experts = ready_experts
+        if experts is None:
+            experts = Experts(num_experts, dim, hidden, **alike, **place)
+        elif (experts.num_experts, experts.dim) != (num_experts, dim):
+            raise ValueError(
+                f"MoE: the experts are {experts.num_experts} of dim {experts.dim}, the layer has {num_experts} of dim "
+                f"{dim}"
+            )
+        super().__init__(router, experts)
         self.shared_experts: Experts | None = None
         if num_shared_experts:
             width = hidden * num_shared_experts
             self.shared_experts = Experts(1, dim, width, **alike, **place)
         self.dropout = nn.Dropout(dropout)
-        self.dim = dim
-        self.num_experts = num_experts
-        self.context: Context | None = None
-        self.routing: Routing | None = None
-        self.losses: dict[str, Tensor] = {}
-        self.decision: Decision | None = None
 
     def forward(self, x: Tensor, **known: Tensor | None) -> Tensor:
         """Route and compute: x (..., d) -> (..., d); a token without an expert gets zeros.
@@ -122,59 +194,20 @@ class MoE(nn.Module):
             ValueError: where x is not d wide, or a value does not fit x, or the router lacks what it needs.
             TypeError: for a name that is not a field of `Context`.
         """
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
-        tokens = x.reshape(-1, self.dim)
-        context = self._context(x, known)
-        logits = self.router.score(tokens, context)
-        routing = self.router.assign(logits, context)
+        tokens, logits, routing, context = self.route(x, known)
         out = self.router.compute(tokens, logits, routing, context, self.experts)
-        own = self.router.identity_weight(logits, routing, context)
-        if own is not None:
-            out = out + own.to(out.dtype)[:, None] * tokens
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens, _everyone(tokens))
-        if self.training:
-            self.losses = self.router.losses(logits, routing, context)
-            if not recomputing():
-                self.router.observe(logits.detach(), routing, context)
-                if isinstance(self.router, PolicyRouter):
-                    self.decision = Decision(tokens, logits, routing, context, x.shape[:-1])
-        self.routing = routing.detach()
+        self.note(tokens, logits, routing, context)
         return self.dropout(out).reshape(x.shape)
 
-    def _context(self, x: Tensor, known: dict[str, Tensor | None]) -> Context:
-        around = self.context or NO_CONTEXT
-        shape = x.shape[:-1]
-        values: dict[str, Tensor | None] = {}
-        for name in _KNOWN:
-            value = known.pop(name, None)
-            value = getattr(around, name) if value is None else value
-            if value is None and name in self.router.required and shape:
-                if name == "sequence":
-                    value = torch.arange(shape[:-1].numel(), device=x.device).reshape(shape[:-1])
-                elif name == "position":
-                    value = torch.arange(shape[-1], device=x.device).expand(shape)
-            if value is not None:
-                wide = name in ("embedding", "experts")
-                given = value.shape[:-1] if wide else value.shape
-                if given != shape[: len(given)]:
-                    raise ValueError(
-                        f"MoE: {name} has shape {tuple(value.shape)}; x {tuple(x.shape)} needs {tuple(shape)}"
-                        + (" and its own last size" if wide else "")
-                    )
-                own = value.shape[len(given) :]
-                value = value.reshape(*given, *[1] * (len(shape) - len(given)), *own)
-                value = value.expand(*shape, *own).reshape(-1, *own)
-                value = value.to(torch.bool) if name == "mask" else value
-            values[name] = value
-        if known:
-            raise TypeError(f"MoE: {', '.join(known)} is not known of tokens; the names are {', '.join(_KNOWN)}")
-        return Context(**values)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The last forward belongs to a graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "context": None, "routing": None, "losses": {}, "decision": None}
+    def flops_per_token(self, sequence_length: int) -> dict[str, float]:
+        """As in any layer, with the shared experts, which every token takes."""
+        flops = super().flops_per_token(sequence_length)
+        if self.shared_experts is not None:
+            weights = self.shared_experts.weights
+            flops["experts"] += 2 * (weights.up.numel() + weights.down.numel())
+        return flops
 
     def explain(self, num_tokens: int = 1024) -> str:
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
@@ -206,7 +239,7 @@ class MoE(nn.Module):
             + ("none." if self.shared_experts is None else f"width {self.shared_experts.hidden} in all."),
             f"Backend {backend.name}: {backend.summary}; chosen because {why}.",
         ]
-        if isinstance(router, PolicyRouter):
+        if router.learns_by_reward:
             lines.insert(3, "Learns by reward: call shunter.give_reward(model, reward) after each training forward.")
         return "\n".join(lines)
 
@@ -222,9 +255,9 @@ def _everyone(tokens: Tensor) -> Routing:
     return Routing.from_topk(index, weight, 1, check=False)
 
 
-def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The `MoE` layers of a model, by their qualified names, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+def moe_layers(model: nn.Module) -> dict[str, RoutedLayer]:
+    """The layers of a model that have a router of Shunter's (`MoE` and others), by qualified name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
 
 
 @contextmanager
@@ -242,9 +275,9 @@ def tell(model: nn.Module, **known: Tensor) -> Iterator[None]:
     Raises:
         TypeError: for a name that is not a field of `Context`.
     """
-    unknown = [name for name in known if name not in _KNOWN]
+    unknown = [name for name in known if name not in contexts.KNOWN]
     if unknown:
-        raise TypeError(f"tell: {', '.join(unknown)} is not known of tokens; the names are {', '.join(_KNOWN)}")
+        raise TypeError(f"tell: {', '.join(unknown)} is not known of tokens; the names are {', '.join(contexts.KNOWN)}")
 
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         told = {name: value.to(args[0].device) for name, value in known.items()}

@@ -16,34 +16,6 @@ from torch import Tensor
 __all__ = ["Routing"]
 
 
-def by_choice(routing: Routing) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A routing as index (T, k), weight (T, k) and dropped (T, k), a column for each rank of choice; -1 for none."""
-    parts = [routing] if routing.dropped is None else [routing, routing.dropped]
-    token = torch.cat([part.token for part in parts])
-    expert = torch.cat([part.expert for part in parts])
-    lost = torch.cat([torch.full_like(part.token, i, dtype=torch.bool) for i, part in enumerate(parts)])
-    weight = torch.cat([part.weight for part in parts]).masked_fill(lost, 0)
-    ranks = [part.choice for part in parts]
-    if any(rank is None for rank in ranks):
-        order = token.argsort(stable=True)
-        first = torch.searchsorted(token[order], torch.arange(routing.num_tokens, device=token.device))
-        column = torch.empty_like(token)
-        column[order] = torch.arange(token.numel(), device=token.device) - first[token[order]]
-    else:
-        column = torch.cat([rank for rank in ranks if rank is not None])
-    k = int(column.max()) + 1 if column.numel() else 1
-    shape = (routing.num_tokens, k)
-    index = torch.full(shape, -1, dtype=torch.int64, device=token.device)
-    index[token, column] = expert
-    weights = weight.new_zeros(shape)
-    weights[token, column] = weight
-    if routing.dropped is None:
-        return index, weights, None
-    dropped = torch.zeros(shape, dtype=torch.bool, device=token.device)
-    dropped[token, column] = lost
-    return index, weights, dropped
-
-
 Value = TypeVar("Value")
 
 
@@ -236,9 +208,9 @@ class Routing:
 
     def select(self, keep: Tensor) -> Routing:
         """The triples where keep (N,) bool is True; the others join what was `dropped` before."""
-        kept, lost = self._take(keep), self._take(~keep)
+        kept, lost = self.masked(keep), self.masked(~keep)
         if self.dropped is not None:
-            lost = lost._merge(self.dropped)
+            lost = lost.merged(self.dropped)
         return replace(kept, dropped=lost)
 
     def with_weight(self, weight: Tensor) -> Routing:
@@ -254,12 +226,41 @@ class Routing:
         dropped = None if self.dropped is None else self.dropped.detach()
         return replace(self, weight=self.weight.detach(), dropped=dropped, check=False)
 
-    def _take(self, keep: Tensor) -> Routing:
+    def by_choice(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As index (T, k), weight (T, k) and dropped (T, k) bool, a column for each rank of choice; -1 for none."""
+        parts = [self] if self.dropped is None else [self, self.dropped]
+        token = torch.cat([part.token for part in parts])
+        expert = torch.cat([part.expert for part in parts])
+        lost = torch.cat([torch.full_like(part.token, i, dtype=torch.bool) for i, part in enumerate(parts)])
+        weight = torch.cat([part.weight for part in parts]).masked_fill(lost, 0)
+        ranks = [part.choice for part in parts]
+        if any(rank is None for rank in ranks):
+            order = token.argsort(stable=True)
+            first = torch.searchsorted(token[order], torch.arange(self.num_tokens, device=token.device))
+            column = torch.empty_like(token)
+            column[order] = torch.arange(token.numel(), device=token.device) - first[token[order]]
+        else:
+            column = torch.cat([rank for rank in ranks if rank is not None])
+        k = int(column.max()) + 1 if column.numel() else 1
+        shape = (self.num_tokens, k)
+        index = torch.full(shape, -1, dtype=torch.int64, device=token.device)
+        index[token, column] = expert
+        weights = weight.new_zeros(shape)
+        weights[token, column] = weight
+        if self.dropped is None:
+            return index, weights, None
+        dropped = torch.zeros(shape, dtype=torch.bool, device=token.device)
+        dropped[token, column] = lost
+        return index, weights, dropped
+
+    def masked(self, keep: Tensor) -> Routing:
+        """The triples where keep (N,) bool is True; the others, and what was dropped before, are forgotten."""
         choice = None if self.choice is None else self.choice[keep]
         token, expert, weight = self.token[keep], self.expert[keep], self.weight[keep]
         return replace(self, token=token, expert=expert, weight=weight, choice=choice, dropped=None, check=False)
 
-    def _merge(self, other: Routing) -> Routing:
+    def merged(self, other: Routing) -> Routing:
+        """These triples and those of another routing of the same tokens and experts, which shares none with this."""
         token, expert = torch.cat([self.token, other.token]), torch.cat([self.expert, other.expert])
         order = (expert * self.num_tokens + token).argsort()
         choice = None

@@ -214,7 +214,7 @@ def test_the_error_test_would_see_a_broken_backend():
 def test_uninitialised_memory_is_never_read(backend, chunks, monkeypatch):
     """Not where a backend allocates, nor in the scratch memory that it finds as the last run left it."""
     weights, routing = random_weights(9, 6, 5, bias=True), random_routing(50, 9, 0.2)
-    routing = routing._take(routing.expert != 4)  # which nothing but zeros must come from
+    routing = routing.masked(routing.expert != 4)  # which nothing but zeros must come from
     x, grad = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
     clean = _run(backend, x, weights, routing, grad)
     new_empty, empty_like, scratch = torch.Tensor.new_empty, torch.empty_like, memory.scratch
@@ -232,7 +232,7 @@ def test_uninitialised_memory_is_never_read(backend, chunks, monkeypatch):
 def test_an_unrouted_token_touches_nothing(backend):
     """Not even with NaN: its rows belong to no expert."""
     weights, routing = random_weights(4, 6, 5), random_routing(30, 4)
-    routing = routing._take(routing.token != 0)
+    routing = routing.masked(routing.token != 0)
     x, grad = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, 6, dtype=torch.float64)
     clean = _run(backend, x, weights, routing, grad)
     x[0] = float("nan")

@@ -31,7 +31,7 @@ def test_contract(options, check):
 
 def _decide(router, x, on):
     routing = Routing.from_dense(torch.ones_like(on, dtype=x.dtype), mask=on)
-    return Decision(x, router.score(x), routing, Context(), x.shape[:1])
+    return Decision(x, router.score(x), routing, Context())
 
 
 @pytest.mark.parametrize("baseline", ["none", "head"])
@@ -133,7 +133,7 @@ def test_a_bandit_learns_which_experts_to_turn_on():
         logits = router.score(x)
         routing = router.assign(logits)
         reward = ((routing.dense() > 0) == (x @ teacher.T > 0)).float().sum(-1)
-        losses = router.reward_losses(Decision(x, logits, routing, Context(), x.shape[:1]), reward)
+        losses = router.reward_losses(Decision(x, logits, routing, Context()), reward)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()

@@ -29,7 +29,7 @@ def test_contract(name, options, check):
 def _decide(router, x, actions):
     """The decision of taking given experts (T,)."""
     routing = Routing.from_topk(actions[:, None], torch.ones(len(actions), 1, dtype=x.dtype), router.num_experts)
-    return Decision(x, router.score(x), routing, Context(), x.shape[:1])
+    return Decision(x, router.score(x), routing, Context())
 
 
 def _policy_gradient(router, x, actions, cost):
@@ -130,7 +130,7 @@ def test_a_contextual_bandit_finds_the_best_expert():
         best = (x @ teacher.T).argmax(-1)
         actions = routing.dense().argmax(-1)
         reward = (actions == best).float()
-        losses = router.reward_losses(Decision(x, logits, routing, Context(), x.shape[:1]), reward)
+        losses = router.reward_losses(Decision(x, logits, routing, Context()), reward)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()

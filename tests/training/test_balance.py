@@ -16,7 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import shunter
-from shunter.hf.observe.taps import listening, taps
+from shunter.hf.observe.listening import listening
+from shunter.hf.observe.taps import taps
 from shunter.training.balance import BalanceCallback, BalanceWarning
 from tests.hf.families import BIASED, FAMILIES, SOFTMAX, VOCAB, build
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..moe import MoE
+from ..moe import moe_layers
 
 __all__ = ["Ledger", "ledger"]
 
@@ -50,20 +50,14 @@ def ledger(model: PreTrainedModel, sequence_length: int) -> Ledger:
         )
     flops = {"projections": 0.0, "attention": 0.0, "routers": 0.0, "experts": 0.0}
     inactive = 0.0
-    inside = {id(part) for layer in model.modules() if isinstance(layer, MoE) for part in layer.modules()}
+    layers = moe_layers(model).values()
+    for layer in layers:
+        for part, count in layer.flops_per_token(sequence_length).items():
+            flops[part] += count
+        inactive += layer.inactive_parameters(sequence_length)
+    inside = {id(part) for layer in layers for part in layer.modules()}
     for module in model.modules():
-        if isinstance(module, MoE):
-            share = module.router.experts_for(sequence_length) / module.num_experts
-            stacks = [(module.experts, share)]
-            if module.shared_experts is not None:
-                stacks.append((module.shared_experts, 1.0))
-            for experts, used in stacks:
-                flops["experts"] += 2 * used * (experts.weights.up.numel() + experts.weights.down.numel())
-            flops["routers"] += module.router.flops_per_token
-            # Every token hears from all slots, however few rows the experts compute.
-            reached = 1.0 if module.router.chooses == "slots" else share
-            inactive += (1 - reached) * sum(p.numel() for p in module.experts.parameters())
-        elif isinstance(module, nn.Linear | Conv1D) and id(module) not in inside:
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside:
             flops["projections"] += 2 * module.weight.numel()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

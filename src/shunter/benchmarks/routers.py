@@ -48,9 +48,8 @@ class _Layer:
     def __init__(self, name: str, shape: Shape, experts: Experts) -> None:
         router = routers.create(name, shape.dim, shape.experts, **routers.find(name).example_options)
         # The experts are everyone's: the layer's own would take memory that nothing reads.
-        self.moe = MoE(shape.dim, shape.hidden, shape.experts, router, device="meta").train()
-        self.moe.experts = experts
-        self.known = {key: _known(key, router, shape) for key in router.required}
+        self.moe = MoE(shape.dim, shape.hidden, shape.experts, router, ready_experts=experts).train()
+        self.known: dict[str, Any] = {key: _known(key, router, shape) for key in router.required}
         self.context = routers.Context(**self.known)
         self.x = torch.randn(shape.tokens, shape.dim, requires_grad=True)
         self.grad = torch.randn(shape.tokens, shape.dim)

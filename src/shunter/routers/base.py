@@ -1,12 +1,14 @@
-"""What every router is: `score` holds the learned parameters, `assign` turns plain scores into a `Routing`."""
+"""Router, the base of every gating function: hidden states to logits (`score`), logits to a `Routing` (`assign`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import capacity
 from .. import losses as losses
@@ -92,6 +94,17 @@ class Router(nn.Module):
         }
         self.balance_choices = balance_choices
 
+    learns_by_reward: ClassVar[bool] = False
+    """Whether a training forward leaves a decision, of which `shunter.give_reward` makes losses."""
+
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Routing]:
+        """The logits of hidden states x (T, d) and the routing that they lead to: `score`, then `assign`.
+
+        A layer calls its router as a module, so that hooks, offloading and sharding see each decision and its inputs.
+        """
+        logits = self.score(x, context)
+        return logits, self.assign(logits, context)
+
     def score(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         """The logits (T, E) of hidden states x (T, d), in float32 (float64 for float64), autocast off."""
         raise NotImplementedError
@@ -144,16 +157,30 @@ class Router(nn.Module):
             self.require(context, name)
         if context.experts is not None and not self.replays:
             raise ValueError(f"{type(self).__name__} decides itself: it cannot follow experts=; use a top-k router")
-        for name in ("mask", "experts", *self.required):
+        for name in ("mask", "experts", "free", *self.required):
             value = getattr(context, name)
             if value is not None and value.shape[0] != logits.shape[0]:
                 raise ValueError(f"assign: {name} has {value.shape[0]} entries for {logits.shape[0]} tokens")
-        routing = self.choose(logits, context)
+        routing = self.choose(logits, self._with_own_choices(logits, context))
         if context.mask is not None:
             real = context.mask[routing.token]
             if torch.compiler.is_compiling() or not bool(real.all()):
-                routing = routing._take(real)
+                routing = routing.masked(real)
         return self.limit(routing, logits, context)
+
+    def _with_own_choices(self, logits: Tensor, context: Context) -> Context:
+        """The context whose `experts` hold the router's own choice at the tokens that are `free`."""
+        free = context.free
+        if context.experts is None or free is None:
+            return context
+        free = free if context.mask is None else free & context.mask
+        if not bool(free.any()):
+            return context
+        alone = replace(context, experts=None, free=None)
+        own, _, _ = self.assign(logits.detach(), alone).by_choice()
+        k = max(own.shape[1], context.experts.shape[1])
+        own, given = (F.pad(index, (0, k - index.shape[1]), value=-1) for index in (own, context.experts))
+        return replace(context, experts=torch.where(free[:, None], own, given), free=None)
 
     def limit(self, routing: Routing, logits: Tensor, context: Context) -> Routing:
         """The part of the routing that fits the capacity of the present mode."""
@@ -197,10 +224,6 @@ class Router(nn.Module):
         if self.capacity_factor is not None and not self.training and self.eval_capacity_factor is not None:
             return self.eval_capacity_factor
         return self.capacity_factor
-
-    def identity_weight(self, logits: Tensor, routing: Routing, context: Context) -> Tensor | None:
-        """The weight (T,) of each token's own hidden state in the output; None where there are no such choices."""
-        return None
 
     def compute(
         self,

@@ -74,22 +74,32 @@ class NullExperts(TopK):
         keep = index < self.num_experts
         return Routing.from_topk(index, self.weigh(logits, index), self.num_experts, keep=keep, check=False)
 
-    def identity_weight(self, logits: Tensor, routing: Routing, context: Context) -> Tensor | None:
-        """The sum (T,) of each token's weights of null choices, where null experts are the identity."""
+    def compute(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        routing: Routing,
+        context: Context,
+        experts: Callable[[Tensor, Routing], Tensor],
+    ) -> Tensor:
+        """The output (T, d) of the experts; where null choices are the identity, x by their weight besides."""
+        out = experts(x, routing)
         if not self.identity:
-            return None
+            return out
         index = self.select(logits)
         weight = self.weigh(logits, index).where(index >= self.num_experts, 0.0).sum(-1)
-        return weight if context.mask is None else weight.where(context.mask, 0.0)
+        if context.mask is not None:
+            weight = weight.where(context.mask, 0.0)
+        return out + weight.to(out.dtype)[:, None] * x
 
     def loss_terms(self, logits: Tensor, routing: Routing, context: Context) -> dict[str, Callable[[], Tensor]]:
         """The losses of `Router`, over all E + Z columns."""
         wide = self._wide(logits)
         if context.mask is not None:
-            wide = wide._take(context.mask[wide.token])
+            wide = wide.masked(context.mask[wide.token])
         return super().loss_terms(logits, wide, context)
 
     def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
         """Add up the load of all E + Z columns for the next `update`."""
         wide = self._wide(logits)
-        super().observe(logits, wide if context.mask is None else wide._take(context.mask[wide.token]), context)
+        super().observe(logits, wide if context.mask is None else wide.masked(context.mask[wide.token]), context)

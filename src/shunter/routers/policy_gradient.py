@@ -31,14 +31,17 @@ class Decision:
         logits: (T, E) scores of the policy.
         routing: the actions; what capacity dropped was an action too.
         context: what was known of the tokens.
-        shape: the leading sizes of the layer's input, whose product is T.
     """
 
     x: Tensor
     logits: Tensor
     routing: Routing
     context: Context
-    shape: torch.Size
+
+    @property
+    def shape(self) -> torch.Size:
+        """The leading sizes of the layer's input, whose product is T."""
+        return self.x.shape[:1] if self.context.shape is None else self.context.shape
 
 
 class PolicyRouter(LinearRouter):
@@ -61,6 +64,7 @@ class PolicyRouter(LinearRouter):
     """
 
     chooses: ClassVar[str] = "tokens"
+    learns_by_reward: ClassVar[bool] = True
 
     def __init__(
         self,

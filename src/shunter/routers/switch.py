@@ -114,7 +114,7 @@ class Switch(TopK):
             taken = capacity.limit(offer, free, self.capacity_order, self.priority(logits), group)
             waiting[taken.token] = False
             taken = replace(taken, choice=torch.full_like(taken.token, rank + 1), dropped=None)
-            routing = routing._merge(taken)
+            routing = routing.merged(taken)
         return routing
 
     @property

@@ -25,7 +25,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from .. import losses
 from ..context import Context
-from ..hf.observe.taps import Observation, Tap, listening
+from ..hf.observe.listening import Observation, listening
+from ..hf.observe.taps import Tap
 from ..moe import MoE, update_routers
 
 __all__ = ["BalanceCallback", "BalanceWarning"]

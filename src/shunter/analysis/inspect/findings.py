@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...hf.observe.listening import Decisions
 from ...metrics import QUANTILES, affinity, coactivation, label_shares, summarise, usage
 from ..expert_weights import cosine_similarity, expert_parameters, gram_similarity
 from ..information import information
 from ..specialisation import MIN_COUNT, characteristic
 from .material import Material, Stream
-from .recording import Decisions
 
 __all__ = ["FEATURES", "describe_data", "describe_usage", "describe_weights", "specialisation_of"]
 
@@ -159,6 +159,7 @@ def _patches(layer: Decisions, stream: Stream, per_image: int) -> list[list[list
     known = stream.labels["position"] >= 0
     number[known] = torch.arange(int(known.sum()))
     found = []
+    assert layer.weight is not None
     for expert in range(layer.num_experts):
         token, choice = ((layer.index == expert) & known[:, None]).nonzero(as_tuple=True)
         weight = layer.weight[token, choice]

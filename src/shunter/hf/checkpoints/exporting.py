@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...environment import VERSION, Memory
 from ...experts.weights import STACKED
-from ...moe import MoE, moe_layers
+from ...moe import MoE, RoutedLayer, moe_layers
 from ..rules import TRAINING_ONLY, router_of
 from ..sparsifying import sparsify
 from .check import compare_logits
@@ -237,7 +237,8 @@ def _with_architecture(dense: PreTrainedConfig, family: Family) -> PreTrainedCon
     return dense
 
 
-def _sizes(layer: MoE) -> Sizes:
+def _sizes(layer: RoutedLayer) -> Sizes:
+    assert isinstance(layer, MoE)
     experts, shared = layer.experts, layer.shared_experts
     return Sizes.of(
         layer.num_experts,

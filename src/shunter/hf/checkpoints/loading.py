@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...experts.weights import STACKED
-from ...moe import moe_layers
+from ...moe import MoE, moe_layers
 from ..sparsifying import sparsify
 from .folders import COMPUTED, line_of, match_names, model_class, on_meta, read_config
 from .reading import Checkpoint
@@ -137,6 +137,7 @@ def split_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[set[st
         prefix = f"{path}.experts."
         if f"{prefix}gate_up_proj" in checkpoint.tensors or f"{prefix}0.gate_proj.weight" not in checkpoint.tensors:
             continue
+        assert isinstance(layer, MoE)
         dim, hidden = layer.dim, layer.experts.hidden
         for e in range(layer.num_experts):
             for part, shape in (("gate", (hidden, dim)), ("up", (hidden, dim)), ("down", (dim, hidden))):

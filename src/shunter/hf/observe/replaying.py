@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...context import Context
-from ...metrics import margins
-from ...moe import MoE, recomputing
+from ...moe import recomputing
 from ...routers import Router, TopK
 from .forcing import forcing
+from .listening import Decisions, Observation, lengths_of, listening, noting_tokens
 from .records import RoutingRecord
-from .selection import Given, Selection
-from .taps import Observation, Tap, listening, noting_tokens, require_taps
+from .selection import Selection
+from .taps import Tap, require_taps
 
 __all__ = ["record", "replay"]
 
@@ -48,26 +47,27 @@ def record(model: nn.Module) -> Iterator[RoutingRecord]:
     """
     found = require_taps(model)
     forwards = _Forwards()
-    layers: dict[str, list[_Heard]] = {}
+    layers: dict[str, list[Decisions]] = {}
 
-    def decide(tap: Tap, hidden: Tensor, context: Context) -> Given | None:
+    def decide(tap: Tap, hidden: Tensor, context: Context) -> Context | None:
         if not recomputing():
             forwards.begin(tap, hidden)
             return None
-        follows = not isinstance(tap.layer, MoE) or tap.layer.router.replays
+        follows = tap.own is None or tap.own.router.replays
         return forwards.find(tap, hidden) if follows else None
 
     def hear(name: str, seen: Observation) -> None:
         some = seen.index < 0
         free = some.any(-1) if found[name].experts is not None else some.all(-1)
-        forwards.decided(name, Given(seen.index, free, -1))
-        layers.setdefault(name, []).append(_keep(found[name], seen, selections.get(name)))
+        forwards.decided(name, Context(experts=seen.index, free=free))
+        scores = _ranked(found[name], seen, selections.get(name))
+        layers.setdefault(name, []).append(Decisions.of(seen, scores))
 
     result = RoutingRecord(torch.zeros(0, 0, 0, dtype=torch.int16), [])
     with noting_tokens(model, found) as around, forcing(found, around, decide) as selections:
         with listening(model, hear):
             yield result
-    _assemble(result, {name: layers[name] for name in found if name in layers})
+    _assemble(result, {name: Decisions.joined(layers[name]) for name in found if name in layers})
 
 
 @contextmanager
@@ -93,9 +93,9 @@ def replay(model: nn.Module, record: RoutingRecord) -> Iterator[None]:
     tracks = _tracks(require_taps(model), record)
     found = {name: tap for name, tap in require_taps(model).items() if name in tracks}
     forwards = _Forwards()
-    present: dict[str, Given] = {}
+    present: dict[str, Context] = {}
 
-    def decide(tap: Tap, hidden: Tensor, context: Context) -> Given | None:
+    def decide(tap: Tap, hidden: Tensor, context: Context) -> Context | None:
         if recomputing():
             return forwards.find(tap, hidden)
         forwards.begin(tap, hidden)
@@ -104,11 +104,12 @@ def replay(model: nn.Module, record: RoutingRecord) -> Iterator[None]:
         return present[tap.name]
 
     def verify(name: str, seen: Observation) -> None:
-        given = present[name]
-        index = F.pad(seen.index, (0, max(0, given.index.shape[1] - seen.index.shape[1])), value=-1)
-        wrong = (index[:, : given.index.shape[1]] != given.index) & (index >= 0)[:, : given.index.shape[1]]
-        if given.free is not None:
-            wrong = wrong & ~given.free[:, None]
+        given, free = present[name].experts, present[name].free
+        assert given is not None
+        index = F.pad(seen.index, (0, max(0, given.shape[1] - seen.index.shape[1])), value=-1)[:, : given.shape[1]]
+        wrong = (index != given) & (index >= 0)
+        if free is not None:
+            wrong = wrong & ~free[:, None]
         if bool(wrong.any()):
             raise ValueError(
                 f"{name or 'the layer'} cannot be replayed: {type(found[name].router).__name__} does not choose by a "
@@ -126,25 +127,25 @@ class _Forwards:
 
     def __init__(self) -> None:
         self._marks: dict[str, Tensor] = {}
-        self._known: dict[str, deque[tuple[Tensor, Given]]] = {}
+        self._known: dict[str, deque[tuple[Tensor, Context]]] = {}
 
     def begin(self, tap: Tap, hidden: Tensor) -> None:
         self._marks.pop(tap.name, None)
         if tap.layer.training or torch.is_grad_enabled():
             self._marks[tap.name] = _mark(hidden)
 
-    def decided(self, name: str, given: Given) -> None:
+    def decided(self, name: str, given: Context) -> None:
         mark = self._marks.pop(name, None)
         if mark is not None:
             self._known.setdefault(name, deque(maxlen=_REMEMBERED)).append((mark, given))
 
-    def find(self, tap: Tap, hidden: Tensor) -> Given | None:
+    def find(self, tap: Tap, hidden: Tensor) -> Context | None:
         """The decision of the forward that is recomputed: that of the same input, or of the most similar one."""
         mark = _mark(hidden)
         alike = [
             (seen, given)
             for seen, given in reversed(self._known.get(tap.name, ()))
-            if seen.shape == mark.shape and len(given.index) == len(hidden)
+            if seen.shape == mark.shape and given.experts is not None and len(given.experts) == len(hidden)
         ]
         for seen, given in alike:
             if torch.equal(seen, mark):
@@ -159,24 +160,6 @@ def _mark(hidden: Tensor) -> Tensor:
     """A few of the numbers of hidden states (T, d), by which to know them again."""
     rows, columns = max(1, hidden.shape[0] // 16), max(1, hidden.shape[1] // 64)
     return hidden.detach()[::rows, ::columns].to(torch.float32, copy=True)
-
-
-@dataclass(frozen=True)
-class _Heard:
-    index: Tensor
-    lengths: list[int]
-    margin: Tensor
-    size: Tensor
-
-
-def _keep(tap: Tap, seen: Observation, selection: Selection | None) -> _Heard:
-    real = slice(None) if seen.mask is None else seen.mask
-    index = seen.index[real]
-    margin = size = torch.full((len(index),), float("nan"), device=index.device)
-    scores = _ranked(tap, seen, selection)
-    if scores is not None:
-        margin, size = (value.float() for value in margins(scores[real], index))
-    return _Heard(index.to(torch.int16), _lengths(seen.mask, seen.sequence, len(seen.index)), margin, size)
 
 
 def _ranked(tap: Tap, seen: Observation, selection: Selection | None) -> Tensor | None:
@@ -195,40 +178,27 @@ def _ranked(tap: Tap, seen: Observation, selection: Selection | None) -> Tensor 
     return torch.where(monotone, logits, ranked.to(logits.dtype))
 
 
-def _lengths(mask: Tensor | None, sequence: Tensor | None, num_tokens: int) -> list[int]:
-    """How many real tokens each sequence of a forward has; one number where the sequences are not known."""
-    if sequence is None:
-        return [num_tokens if mask is None else int(mask.sum())]
-    real = sequence if mask is None else sequence[mask]
-    return torch.unique_consecutive(real, return_counts=True)[1].tolist()
-
-
-def _assemble(result: RoutingRecord, layers: dict[str, list[_Heard]]) -> None:
-    lengths = {name: [heard.lengths for heard in forwards] for name, forwards in layers.items()}
+def _assemble(result: RoutingRecord, layers: dict[str, Decisions]) -> None:
+    """Fill the record that `record` yielded with what its layers decided."""
     if not layers:
         return
-    first, of_first = next(iter(lengths.items()))
-    for name, own in lengths.items():
-        if own != of_first:
+    first, of_first = next((name, own.lengths) for name, own in layers.items())
+    for name, own in layers.items():
+        if own.lengths != of_first:
             raise ValueError(
                 f"the layers saw different tokens: {first} {sum(map(sum, of_first))} in {len(of_first)} forwards, "
-                f"{name} {sum(map(sum, own))} in {len(own)}; record the parts of the model apart, as "
+                f"{name} {sum(map(sum, own.lengths))} in {len(own.lengths)}; record the parts of the model apart, as "
                 "shunter.record(model.get_encoder()) and shunter.record(model.get_decoder())"
             )
-    k = max(heard.index.shape[1] for forwards in layers.values() for heard in forwards)
-
-    def stacked(parts: dict[str, list[Tensor]]) -> Tensor:
-        return torch.stack([torch.cat(own).cpu() for own in parts.values()], dim=1)
-
-    complete = RoutingRecord(
-        stacked({n: [F.pad(h.index, (0, k - h.index.shape[1]), value=-1) for h in own] for n, own in layers.items()}),
+    k = max(own.index.shape[1] for own in layers.values())
+    result.__init__(  # type: ignore[misc]
+        torch.stack([F.pad(own.index, (0, k - own.index.shape[1]), value=-1) for own in layers.values()], dim=1),
         [length for forward in of_first for length in forward],
         layers=list(layers),
         forwards=[len(forward) for forward in of_first],
-        margin=stacked({name: [heard.margin for heard in own] for name, own in layers.items()}),
-        size=stacked({name: [heard.size for heard in own] for name, own in layers.items()}),
+        margin=torch.stack([own.margin for own in layers.values()], dim=1),
+        size=torch.stack([own.margin_size for own in layers.values()], dim=1),
     )
-    vars(result).update(vars(complete))
 
 
 class _Track:
@@ -240,15 +210,14 @@ class _Track:
         count = chosen.sum(-1)
         self.missing = count == 0
         width = int(count.max()) if count.numel() else 0
-        if isinstance(tap.layer, MoE):
-            self._check_moe(tap.layer.router, width)
+        if tap.own is not None:
+            self._check_own(tap.own.router, width)
         elif bool(((count != width) & ~self.missing).any()) or bool(chosen[:, width:].any()):
             raise ValueError(f"replay: {self.name} takes {width} experts a token; the record has fewer for some tokens")
         self.experts = experts[:, : max(width, 1)].to(torch.int64)
-        self.largest = int(experts.max()) if experts.numel() else -1
         self.lengths, self.at, self.start = lengths, 0, 0
 
-    def _check_moe(self, router: Router, width: int) -> None:
+    def _check_own(self, router: Router, width: int) -> None:
         if not router.replays:
             raise ValueError(
                 f"replay: {self.name} cannot be replayed: its router {type(router).__name__} ({router.chooses} choose) "
@@ -257,9 +226,9 @@ class _Track:
         if isinstance(router, TopK) and width not in (0, router.top_k):
             raise ValueError(f"replay: {self.name} takes {router.top_k} experts a token; the record has {width}")
 
-    def next(self, hidden: Tensor, context: Context) -> Given:
+    def next(self, hidden: Tensor, context: Context) -> Context:
         """The experts of the T tokens of the next forward."""
-        lengths = _lengths(context.mask, context.sequence, len(hidden))
+        lengths = lengths_of(context.mask, context.sequence, len(hidden))
         recorded = self.lengths[self.at : self.at + len(lengths)]
         if lengths != recorded:
             raise ValueError(
@@ -278,7 +247,7 @@ class _Track:
             if free is not None:
                 padding[context.mask] = free
             index, free = every, padding
-        return Given(index, free, self.largest)
+        return Context(experts=index, free=free)
 
     def finish(self) -> None:
         """Raise ValueError where tokens are left."""

@@ -7,29 +7,15 @@ differs from one to the next and stays their own code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["EachForward", "ForcedSelection", "Given", "Selection"]
+from ...context import Context
 
-
-@dataclass(frozen=True)
-class Given:
-    """Experts for the T tokens of one forward of one layer.
-
-    Args:
-        index: (T, k) int64, -1 for none.
-        free: (T,) bool, the tokens that choose by themselves; None where there are none.
-        largest: the largest id in index.
-    """
-
-    index: Tensor
-    free: Tensor | None
-    largest: int
+__all__ = ["EachForward", "ForcedSelection", "Selection"]
 
 
 class Selection(TorchFunctionMode):
@@ -76,22 +62,23 @@ class ForcedSelection(Selection):
     Args:
         where: the name of the layer, for errors.
         num_experts: E.
-        given: for the T tokens; None leaves the choice.
+        given: `experts` (T, k) for the T tokens, and which are `free` of them; None leaves the choice.
 
     Raises:
         ValueError: where the given experts do not fit the scores.
     """
 
-    def __init__(self, where: str, num_experts: int, given: Given | None) -> None:
+    def __init__(self, where: str, num_experts: int, given: Context | None) -> None:
         super().__init__(where, num_experts)
-        self.given = given
+        self.free = None if given is None else given.free
+        self.experts = None if given is None else given.experts
 
     def topk(
         self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
     ) -> tuple[Tensor, Tensor] | None:
         """The values and indices of a top-k, replaced where it is over experts or over groups of them."""
-        given = self.given
-        if input.dim() != 2 or dim not in (-1, 1) or (given is not None and len(input) != len(given.index)):
+        given = self.experts
+        if input.dim() != 2 or dim not in (-1, 1) or (given is not None and len(input) != len(given)):
             return None
         scores = input.detach()
         width = scores.shape[1]
@@ -107,27 +94,26 @@ class ForcedSelection(Selection):
         index = scores.topk(k, sorted=sorted).indices
         return input.gather(1, index), index
 
-    def _take(self, own: Tensor, given: Given) -> Tensor:
-        index = given.index
-        if index.shape != own.shape:
-            raise ValueError(f"{self.where} takes {own.shape[1]} experts a token; {index.shape[1]} are given")
-        if self.scores is not None and given.largest >= self.scores.shape[1]:
+    def _take(self, own: Tensor, given: Tensor) -> Tensor:
+        if given.shape != own.shape:
+            raise ValueError(f"{self.where} takes {own.shape[1]} experts a token; {given.shape[1]} are given")
+        if self.scores is not None and given.numel() and int(given.max()) >= self.scores.shape[1]:
             raise ValueError(
-                f"{self.where} has experts 0 to {self.scores.shape[1] - 1}; expert {given.largest} is given"
+                f"{self.where} has experts 0 to {self.scores.shape[1] - 1}; expert {int(given.max())} is given"
             )
-        return index if given.free is None else torch.where(given.free[:, None], own, index)
+        return given if self.free is None else torch.where(self.free[:, None], own, given)
 
-    def _prefer_groups(self, scores: Tensor, k: int, given: Given) -> Tensor:
+    def _prefer_groups(self, scores: Tensor, k: int, given: Tensor) -> Tensor:
         """Scores of groups with those that hold a given expert above all others."""
-        group = given.index.clamp(0, self.num_experts - 1) // (self.num_experts // scores.shape[1])
+        group = given.clamp(0, self.num_experts - 1) // (self.num_experts // scores.shape[1])
         needed = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, group, True)
-        if given.free is not None:
-            needed &= ~given.free[:, None]
+        if self.free is not None:
+            needed &= ~self.free[:, None]
         if bool((needed.sum(1) > k).any()):
             token = int((needed.sum(1) > k).nonzero()[0])
             raise ValueError(
                 f"{self.where} takes its experts from {k} of {scores.shape[1]} groups; token {token} is given experts "
-                f"{given.index[token].tolist()}, from more"
+                f"{given[token].tolist()}, from more"
             )
         return scores.masked_fill(needed, torch.inf)
 
