@@ -109,7 +109,7 @@ class MoE(RoutedLayer):
         recompute: whether the experts' backward computes their pre-activations again instead of keeping them.
         dropout: in training, the probability of dropping an entry of the layer's output.
         causal: whether the layer is in a causal model: a router that lets later tokens change earlier ones is refused.
-        ready_experts: experts that there are, which `hidden`, `activation`, `bias`, `backend` and `recompute` then leave as they are.
+        ready_experts: experts to take, to which `hidden`, `activation`, `bias`, `backend` and `recompute` do not apply.
         device, dtype: of the parameters.
         **options: of the router: `top_k=`, `capacity_factor=`, … (`shunter.routers.options(name)` lists them).
 

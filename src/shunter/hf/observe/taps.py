@@ -102,6 +102,7 @@ class OwnHook:
         self.hook = hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the hook returns."""
         return self.hook(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
