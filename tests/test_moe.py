@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import shunter
-from shunter import MoE, aux_loss, moe_layers, update_routers
+from shunter import MoE, aux_loss, losses, moe_layers, routers, tell, update_routers
+from shunter.experts import Experts
+from shunter.hf.observe.listening import listening
+from shunter.moe import RoutedLayer
 
 from .helpers import by_tokens
 
@@ -302,3 +305,72 @@ def test_explain_says_what_will_run():
 def test_errors_say_what_is_allowed(run, error, message):
     with pytest.raises(error, match=message):
         run()
+
+
+class QueriesByExperts(RoutedLayer):
+    """A layer of the review's section 4.1 that is no feed-forward block: experts make the queries of an attention."""
+
+    def __init__(self, dim, num_experts):
+        super().__init__(routers.create("topk", dim, num_experts, top_k=2), Experts(num_experts, dim, 8))
+        self.key_value = torch.nn.Linear(dim, 2 * dim)
+
+    def forward(self, x, **told):
+        tokens, logits, routing, context = self.route(x, told)
+        queries = self.experts(tokens, routing).reshape(x.shape)
+        self.note(tokens, logits, routing, context)
+        return torch.nn.functional.scaled_dot_product_attention(queries, *self.key_value(x).chunk(2, -1))
+
+
+def test_any_layer_with_a_router_is_seen():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), QueriesByExperts(6, 4)).train()
+    x, mask = torch.randn(3, 5, 6), torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 2:] = False
+    heard = []
+    with listening(model, lambda name, seen: heard.append((name, seen))), tell(model, mask=mask):
+        out = model(x)
+    layer = model[1]
+    assert list(moe_layers(model)) == ["1"] and out.shape == x.shape
+    assert [name for name, _ in heard] == ["1"] and torch.equal(heard[0][1].routing.counts, layer.routing.counts)
+    assert int(layer.routing.counts.sum()) == 2 * int(mask.sum())
+    expected = losses.load_balancing_loss(heard[0][1].probs, layer.routing, mask.flatten())
+    coefficient = layer.router.coefficients["load_balancing_loss"]
+    assert torch.allclose(aux_loss(model), coefficient * expected)
+    assert layer.flops_per_token(5) == {"routers": 2 * 6 * 4, "experts": 2 * (2 / 4) * 4 * 3 * 6 * 8}
+    assert layer.inactive_parameters(5) == (1 - 2 / 4) * 4 * 3 * 6 * 8
+
+
+def test_hooks_on_the_router_see_each_decision():
+    layer, seen = MoE(6, 8, 4, "topk", top_k=2), []
+    layer.router.register_forward_hook(lambda router, args, output: seen.append((args[0], *output)))
+    x = torch.randn(2, 3, 6)
+    layer(x), layer(x)
+    assert len(seen) == 2
+    rows, logits, routing = seen[1]
+    assert torch.equal(rows, x.reshape(-1, 6)) and torch.equal(logits, layer.router.score(rows))
+    assert torch.equal(routing.dense(), layer.routing.dense())
+
+
+@pytest.mark.parametrize("router", ["soft_moe", "sentence", "deepseek"])
+def test_a_grid_of_patches_is_one_sequence(router):
+    layer = MoE(
+        6,
+        8,
+        4,
+        router,
+        **({"sequence_balance_loss": 0.1} if router == "deepseek" else {}),
+        **({} if router == "soft_moe" else {"top_k": 2}),
+    ).train()
+    x = torch.randn(2, 3, 5, 6)
+    grid = layer(x)
+    kept = dict(layer.losses)
+    assert torch.allclose(grid.reshape(2, 15, 6), layer(x.reshape(2, 15, 6)), atol=1e-6)
+    for name, value in layer.losses.items():
+        assert torch.allclose(kept[name], value), name
+
+
+def test_ready_experts_are_taken_as_they_are():
+    experts = Experts(4, 6, 8, activation="relu")
+    layer = MoE(6, 1, 4, "topk", top_k=2, ready_experts=experts)
+    assert layer.experts is experts and "f=8" in layer.explain()
+    with pytest.raises(ValueError, match="the experts are 4 of dim 6, the layer has 5 of dim 6"):
+        MoE(6, 8, 5, ready_experts=experts)

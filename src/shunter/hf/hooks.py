@@ -1,4 +1,4 @@
-"""What happens around the layers of a sparsified model: what routers may know is handed down, losses are added up.
+"""From a batch to the `Context` of a sparsified model's layers, and from their losses to `output.loss`.
 
 Both are plain hooks on the Hugging Face modules, so that any `Trainer` and any training loop is right without more.
 A recomputation (activation checkpointing) sees what the last forward handed down: run the backward of a forward before
@@ -8,7 +8,8 @@ the next forward, as trainers do.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,57 +17,134 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ..context import Context
+from ..context import KNOWN, Context
+from ..errors import UserError
 from ..moe import aux_loss, give_reward, moe_layers
 
-__all__ = ["add_to_loss", "install", "takes_tokens", "tokens_of"]
+__all__ = ["add_to_loss", "check_batch", "install", "takes_tokens", "tokens_of"]
+
+_MASKS = ("pixel_attention_mask", "pixel_mask", "attention_mask", "padding_mask")
+# A model that takes these has a grid of tokens of its own: patches of images, frames of sound.
+_GRIDS = ("pixel_values", "input_features", "input_values")
 
 
-_INPUTS = ("input_ids", "attention_mask")
+def install(model: PreTrainedModel, batch: Mapping[str, str] | None = None) -> None:
+    """Hook a sparsified model: token ids and padding reach the routers, auxiliary losses reach `output.loss`.
 
+    Args:
+        model: whose layers are told, of its own tokens and of those of the models inside of it.
+        batch: what the batch knows besides, a field of `Context` -> the keyword of the model that holds it, as in
+            {"task": "task_ids"}: in the shape of the tokens (B, S), or (B,): one value for each sequence. The model's
+            own forward need not take the keyword. (A Trainer hands it on with remove_unused_columns=False.)
 
-def install(model: PreTrainedModel) -> None:
-    """Hook a sparsified model: token ids and padding reach the routers, auxiliary losses reach `output.loss`."""
+    Raises:
+        UserError: for a name that is not a field of `Context`.
+    """
+    from_batch = _FromBatch(check_batch(batch))
+    model.register_forward_pre_hook(from_batch.take, with_kwargs=True)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and takes_tokens(module):
-            module.register_forward_pre_hook(_hand_down, with_kwargs=True)
+        if isinstance(module, PreTrainedModel) and (takes_tokens(module) or _has_own_grid(module)):
+            module.register_forward_pre_hook(from_batch.hand_down, with_kwargs=True)
     model.register_forward_hook(_add_losses, with_kwargs=True)
 
 
+def check_batch(batch: Mapping[str, str] | None) -> dict[str, str]:
+    """A mapping from fields of `Context` to keywords of a model, checked.
+
+    Raises:
+        UserError: for a name that is not a field of `Context`.
+    """
+    unknown = [name for name in batch or {} if name not in KNOWN]
+    if unknown:
+        raise UserError(f"batch: {', '.join(unknown)} is not known of tokens; the names are {', '.join(KNOWN)}")
+    return dict(batch or {})
+
+
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
 def takes_tokens(module: nn.Module) -> bool:
     """Whether a module's forward takes token ids or an attention mask."""
-    return bool(set(_INPUTS) & set(inspect.signature(module.forward).parameters))
+    return bool({"input_ids", "attention_mask"} & set(inspect.signature(module.forward).parameters))
+
+
+def _has_own_grid(module: nn.Module) -> bool:
+    return bool(set(_GRIDS) & set(inspect.signature(module.forward).parameters))
 
 
 def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
-    """What the arguments of a model's forward say of its tokens (B, S): padding (None for none), ids, sequences."""
-    given = _arguments(module, args, kwargs)
-    ids, mask = given.get("input_ids"), given.get("attention_mask")
-    embeds = given.get("inputs_embeds")
-    shape = ids.shape[:2] if ids is not None else None if embeds is None else embeds.shape[:2]
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or shape is None or mask.shape[0] != shape[0]:
-        mask = None
-    else:
+    """What the arguments of a model's forward say of its tokens (B, S): padding (None for none), ids, sequences.
+
+    A mask of sound (B, frames) becomes one of tokens by the model's own rule, where it has one. What does not fit the
+    tokens of a layer is refused there: padding is never dropped.
+    """
+    given = {name: value for name, value in _arguments(module, args, kwargs).items() if isinstance(value, Tensor)}
+    ids = given.get("input_ids")
+    known = ids if ids is not None else given.get("inputs_embeds")
+    if known is not None:
+        mask = given.get("attention_mask")
         # While generating from a cache the mask covers the past too; the present tokens are its last columns.
-        mask = mask[:, -shape[1] :].to(torch.bool)
-        if bool(mask.all()):
-            mask = None
+        mask = mask[:, -known.shape[1] :] if mask is not None and mask.dim() == 2 else None
+    else:
+        grid = any(name in given for name in _GRIDS)
+        mask = next((given[name] for name in _MASKS if name in given), None) if grid else None
+    if mask is not None:
+        mask = mask.to(torch.bool)
+        mask = None if bool(mask.all()) else mask
+    if mask is not None and known is None:
+        mask = _of_frames(module, mask)
     sequence = None
-    known = embeds if ids is None else ids
     if known is not None:
         sequence = torch.arange(known.shape[0], device=known.device)[:, None].expand(known.shape[:2])
     return Context(mask=mask, token_ids=ids, sequence=sequence)
 
 
-def _hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    context = tokens_of(module, args, kwargs)
-    for layer in moe_layers(module).values():
-        layer.context = context
+def _of_frames(module: Any, mask: Tensor) -> Tensor:
+    """The mask (B, S) of the tokens that convolutions make of sound, of that (B, frames) of the sound."""
+    lengths = getattr(module, "_get_feat_extract_output_lengths", None)
+    if lengths is None or mask.dim() != 2:
+        return mask
+    # What comes after the encoder shortens its output further, not its tokens.
+    rest = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
+    real = lengths(mask.sum(-1), **rest).to(mask.device)
+    longest = int(lengths(torch.tensor(mask.shape[1]), **rest))
+    return torch.arange(longest, device=mask.device) < real[:, None]
+
+
+class _FromBatch:
+    """What a batch says of its tokens besides ids and padding, on its way from the model's keywords to the layers.
+
+    Args:
+        keywords: a field of `Context` -> the keyword of the model that holds it.
+    """
+
+    def __init__(self, keywords: dict[str, str]) -> None:
+        self.keywords = keywords
+        self.values: dict[str, Any] = {}
+
+    def take(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take the values from a forward's keywords; those that the forward does not know go no further."""
+        self.values = {}
+        for name, keyword in self.keywords.items():
+            if isinstance(kwargs.get(keyword), Tensor):
+                self.values[name] = kwargs[keyword]
+            elif any(name in layer.router.required for layer in moe_layers(module).values()):
+                raise UserError(
+                    f"{type(module).__name__}: the batch has no {keyword!r}, by which the routers know the {name} of "
+                    f"its tokens; its keys are {', '.join(kwargs)}. (A Trainer keeps it with "
+                    "remove_unused_columns=False)"
+                )
+        foreign = set(self.keywords.values()) - set(inspect.signature(module.forward).parameters)
+        return args, {key: value for key, value in kwargs.items() if key not in foreign}
+
+    def hand_down(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the layers of a model what its own arguments and the batch say of its tokens."""
+        context = replace(tokens_of(module, args, kwargs), **self.values)
+        for layer in moe_layers(module).values():
+            layer.context = context
 
 
 def _add_losses(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
