@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import shunter
+from shunter.hf.hooks import install, tokens_of
 from shunter.routers.registry import find, names
 
 CAUSAL = ["llama", "gpt2"]
@@ -136,3 +137,113 @@ def test_trainer_weights_auxiliary_losses_by_tokens(accumulation, checkpointing,
     for name, parameter in model.named_parameters():
         if name in expected:
             assert torch.allclose(parameter, expected[name], atol=1e-6), name
+
+
+def _heard(model, **batch):
+    """What each layer took for its mask and for its task in a forward."""
+    found = {}
+
+    def note(name):
+        def hook(router, args, output):
+            found[name] = args[1]
+
+        return hook
+
+    hooks = [layer.router.register_forward_hook(note(name)) for name, layer in shunter.moe_layers(model).items()]
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_padding_of_sound_reaches_the_frames_that_convolutions_leave():
+    model = Wav2Vec2ForCTC(_WAV2VEC2).eval()
+    _replace_blocks(model)
+    install(model)
+    sound = torch.randn(2, 4000)
+    mask = torch.ones(2, 4000, dtype=torch.int64)
+    mask[1, 1700:] = 0
+    frames = model.wav2vec2.feature_extractor(sound).shape[-1]
+    expected = model._get_feature_vector_attention_mask(frames, mask, add_adapter=False)
+    assert 0 < int(expected[1].sum()) < frames
+    for context in _heard(model, input_values=sound, attention_mask=mask).values():
+        assert torch.equal(context.mask.reshape(2, frames), expected.bool())
+
+
+def test_a_mask_of_words_does_not_reach_patches():
+    """Here a text has as many tokens as an image has patches."""
+    model = CLIPModel(_CLIP).eval()
+    _replace_blocks(model)
+    install(model)
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    mask[1, 3:] = 0
+    found = _heard(
+        model, input_ids=torch.randint(3, 9, (2, 5)), attention_mask=mask, pixel_values=torch.randn(2, 3, 8, 8)
+    )
+    assert {name.split(".")[0] for name in found} == {"text_model", "vision_model"}
+    for name, context in found.items():
+        if name.startswith("text_model"):
+            assert torch.equal(context.mask.reshape(2, 5), mask.bool())
+        else:
+            assert context.mask is None and context.token_ids is None
+
+
+def test_padding_that_cannot_be_mapped_is_an_error():
+    model = CLIPModel(_CLIP).vision_model.eval()
+    _replace_blocks(model)
+    install(model)
+    pixels, mask = torch.randn(1, 3, 8, 8), torch.ones(1, 8, 8)
+    layer = next(iter(shunter.moe_layers(model).values()))
+    layer.context = tokens_of(_TakesAMask(), (), {"pixel_values": pixels, "pixel_mask": mask})
+    layer(torch.randn(1, 5, 16))  # nothing is padded
+    mask[0, 4:] = 0
+    layer.context = tokens_of(_TakesAMask(), (), {"pixel_values": pixels, "pixel_mask": mask})
+    with pytest.raises(ValueError, match=r"mask has shape \(1, 8, 8\).*say what it is here by shunter.tell"):
+        layer(torch.randn(1, 5, 16))
+
+
+def test_what_a_batch_knows_reaches_the_layers_in_a_trainer(build, inputs, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "task", num_tasks=3, top_k=2, batch={"task": "task_ids"})
+    batch = {**inputs("llama", batch=4), "task_ids": torch.tensor([2, 0, 1, 1])}
+    heard = _heard(model, **batch)
+    for context in heard.values():
+        assert torch.equal(context.task.reshape(4, -1), batch["task_ids"][:, None].expand(4, context.shape[1]))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=_Rows(batch)).train()
+    model.save_pretrained(tmp_path / "saved")
+    again = shunter.from_pretrained(tmp_path / "saved")
+    model.eval()
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    del batch["task_ids"]
+    with pytest.raises(ValueError, match="the batch has no 'task_ids', by which the routers know the task"):
+        model(**batch)
+    with pytest.raises(ValueError, match="batch: tasks is not known of tokens"):
+        shunter.sparsify(build("llama"), 4, "task", num_tasks=3, batch={"tasks": "task_ids"})
+
+
+_SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+_WAV2VEC2 = Wav2Vec2Config(
+    **_SMALL, vocab_size=9, conv_dim=(8, 8), conv_kernel=(10, 8), conv_stride=(5, 4), num_feat_extract_layers=2,
+    num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+)  # fmt: skip
+_CLIP = CLIPConfig(
+    text_config={**_SMALL, "vocab_size": 9, "max_position_embeddings": 8, "eos_token_id": 1},
+    vision_config={**_SMALL, "image_size": 8, "patch_size": 4},
+    projection_dim=8,
+)
+
+
+class _TakesAMask(torch.nn.Module):
+    def forward(self, pixel_values, pixel_mask):
+        return pixel_values
+
+
+def _replace_blocks(model):
+    """An MoE in place of each feed-forward block, whatever it is called there."""
+    blocks = [name for name, _ in model.named_modules() if name.split(".")[-1] in ("mlp", "feed_forward")]
+    assert blocks
+    for name in blocks:
+        model.set_submodule(name, shunter.MoE(16, 24, 4, "topk", top_k=2))
