@@ -317,8 +317,8 @@ class QueriesByExperts(RoutedLayer):
     def forward(self, x, **told):
         tokens, logits, routing, context = self.route(x, told)
         queries = self.experts(tokens, routing).reshape(x.shape)
-        self.note(tokens, logits, routing, context)
-        return torch.nn.functional.scaled_dot_product_attention(queries, *self.key_value(x).chunk(2, -1))
+        out = torch.nn.functional.scaled_dot_product_attention(queries, *self.key_value(x).chunk(2, -1))
+        return self.finish(out, tokens, logits, routing, context)
 
 
 def test_any_layer_with_a_router_is_seen():

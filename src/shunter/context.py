@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["KNOWN", "NO_CONTEXT", "Context", "of_tokens"]
+__all__ = ["KNOWN", "NO_CONTEXT", "Context", "Scope", "enter", "known_in", "of_tokens", "present", "within"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,64 @@ class Context:
 NO_CONTEXT = Context()
 KNOWN = tuple(field.name for field in fields(Context) if field.name != "shape")
 """What a layer can be told of its tokens."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a model knows of its tokens while one of its forwards runs.
+
+    Args:
+        context: what its arguments say, in the shape of its tokens (B, S); None leaves that of the model around.
+        told: what its layers are told besides, by name, which counts before that.
+        layers: the layers that are told; None for all.
+    """
+
+    context: Context | None = None
+    told: Mapping[str, Tensor] = field(default_factory=dict)
+    layers: frozenset[Any] | None = None
+
+
+class _Present(threading.local):
+    """The scopes of the forwards that run in this thread, outermost first."""
+
+    scopes: tuple[Scope, ...] = ()
+
+
+_PRESENT = _Present()
+
+
+def present() -> tuple[Scope, ...]:
+    """The scopes of the forwards that run in this thread, outermost first."""
+    return _PRESENT.scopes
+
+
+@contextmanager
+def within(scopes: tuple[Scope, ...]) -> Iterator[None]:
+    """Within the block, these are the scopes of this thread."""
+    before = enter(scopes)
+    try:
+        yield
+    finally:
+        enter(before)
+
+
+def enter(scopes: tuple[Scope, ...]) -> tuple[Scope, ...]:
+    """Make these the scopes of this thread; returns those before, to be entered again at the end."""
+    before = _PRESENT.scopes
+    _PRESENT.scopes = scopes
+    return before
+
+
+def known_in(layer: Any) -> tuple[Context, dict[str, Tensor]]:
+    """What the models around a layer know of its tokens, and what the layer is told, in the present scopes."""
+    around = NO_CONTEXT
+    told: dict[str, Tensor] = {}
+    for scope in _PRESENT.scopes:
+        if scope.context is not None:
+            around = scope.context
+        if scope.layers is None or layer in scope.layers:
+            told.update(scope.told)
+    return around, told
 
 
 def of_tokens(x: Tensor, told: Mapping[str, Tensor | None], around: Context, required: Collection[str]) -> Context:

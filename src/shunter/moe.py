@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,29 +14,62 @@ from torch import Tensor, nn
 
 from . import context as contexts
 from . import routers
-from .context import NO_CONTEXT, Context
+from .context import Context
 from .experts import Experts, choose
 from .routers import Router
 from .routers.policy_gradient import Decision, PolicyRouter
 from .routing import Routing
 
-__all__ = ["MoE", "RoutedLayer", "aux_loss", "give_reward", "moe_layers", "recomputing", "tell", "update_routers"]
+__all__ = [
+    "MoE",
+    "RoutedLayer",
+    "aux_loss",
+    "give_reward",
+    "mark",
+    "moe_layers",
+    "recomputing",
+    "tell",
+    "update_routers",
+]
+
+
+_ORDER = count()
+
+
+class _Call:
+    """What one training forward of a layer left, until a backward has gone through it.
+
+    Args:
+        losses: weighted auxiliary losses by name.
+        decision: what a router that learns by reward decided, until its reward is known.
+    """
+
+    def __init__(self, losses: dict[str, Tensor], decision: Decision | None) -> None:
+        self.losses, self.decision = losses, decision
+        self.used = False
+        self.order = -1
+
+    def follow(self, out: Tensor) -> None:
+        """Live as long as the graph of the layer's output does, and note when a backward goes through it."""
+        self.order = next(_ORDER)
+        if out.requires_grad:
+            out.register_hook(self._pass)
+
+    def _pass(self, grad: Tensor) -> None:
+        self.used = True
 
 
 class RoutedLayer(nn.Module):
     """What every layer with a router shows: `aux_loss`, `tell`, `update_routers`, ledgers and taps know it by this.
 
-    A subclass calls `route` on its input, computes with the routing, and ends its forward with `note`.
+    A subclass calls `route` on its input, computes with the routing, and returns what `finish` makes of its output.
 
     Args:
         router: decides.
         experts: takes the rows of a routing: (x (T, d), `Routing`) -> (T, d), as `shunter.experts.Experts`.
 
     Attributes:
-        context: what the model around the layer knows of its tokens; None without.
         routing: the last forward's `Routing` (T, E), outside the graph; None before the first.
-        losses: the last training forward's auxiliary losses by name, weighted; a forward in evaluation leaves them.
-        decision: what a router that learns by reward decided in the last training forward, until `give_reward`.
     """
 
     router: Router
@@ -45,10 +80,9 @@ class RoutedLayer(nn.Module):
         self.router = router
         self.experts = experts
         self.dim, self.num_experts = router.dim, router.num_experts
-        self.context: Context | None = None
         self.routing: Routing | None = None
-        self.losses: dict[str, Tensor] = {}
-        self.decision: Decision | None = None
+        self._last: _Call | None = None
+        self._calls: list[weakref.ref[_Call]] = []
 
     def route(self, x: Tensor, told: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Routing, Context]:
         """What is decided for x (..., d): its rows (T, d), their logits (T, E), their routing, what is known of them.
@@ -60,19 +94,49 @@ class RoutedLayer(nn.Module):
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
         tokens = x.reshape(-1, self.dim)
-        context = contexts.of_tokens(x, told, self.context or NO_CONTEXT, self.router.required)
+        around, by_scope = contexts.known_in(self)
+        context = contexts.of_tokens(x, {**by_scope, **told}, around, self.router.required)
         logits, routing = self.router(tokens, context)
         return tokens, logits, routing, context
 
-    def note(self, tokens: Tensor, logits: Tensor, routing: Routing, context: Context) -> None:
-        """Keep what a forward decided: its losses and what the router's update needs in training, its routing."""
+    def finish(self, out: Tensor, tokens: Tensor, logits: Tensor, routing: Routing, context: Context) -> Tensor:
+        """The layer's output, after noting what its forward decided: its routing and, in training, its losses."""
         if self.training:
-            self.losses = self.router.losses(logits, routing, context)
+            losses = self.router.losses(logits, routing, context)
             if not recomputing():
                 self.router.observe(logits.detach(), routing, context)
-                if self.router.learns_by_reward:
-                    self.decision = Decision(tokens, logits, routing, context)
-        self.routing = routing.detach()
+                learns = self.router.learns_by_reward
+                call = _Call(losses, Decision(tokens, logits, routing, context) if learns else None)
+                if not torch.compiler.is_compiling():
+                    call.follow(out)
+                    self._calls = [ref for ref in self._calls if ref() is not None] + [weakref.ref(call)]
+                self._last = call
+        if not recomputing():
+            self.routing = routing.detach()
+        return out
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The last training forward's auxiliary losses by name, weighted; a forward in evaluation leaves them."""
+        return {} if self._last is None else self._last.losses
+
+    @property
+    def decision(self) -> Decision | None:
+        """What a router that learns by reward decided in the last training forward, until `give_reward`."""
+        return None if self._last is None else self._last.decision
+
+    def calls(self, since: int = -1) -> list[_Call]:
+        """What the training forwards from one on left that no backward has gone through, oldest first."""
+        known = [call for ref in self._calls if (call := ref()) is not None]
+        if self._last is not None and self._last not in known:
+            known.append(self._last)
+        return [call for call in known if not call.used and call.order >= since]
+
+    def forget(self, since: int) -> None:
+        """Forget the training forwards from one on, as those of a model whose forward raised."""
+        self._calls = [ref for ref in self._calls if (call := ref()) is not None and call.order < since]
+        if self._last is not None and self._last.order >= since:
+            self._last = self._calls[-1]() if self._calls else None
 
     def flops_per_token(self, sequence_length: int) -> dict[str, float]:
         """Forward FLOPs of a token's products by part, "routers" and "experts"; a multiply-add counts as 2."""
@@ -91,7 +155,7 @@ class RoutedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The last forward belongs to a graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "context": None, "routing": None, "losses": {}, "decision": None}
+        return {**self.__dict__, "routing": None, "_last": None, "_calls": []}
 
 
 class MoE(RoutedLayer):
@@ -198,8 +262,7 @@ class MoE(RoutedLayer):
         out = self.router.compute(tokens, logits, routing, context, self.experts)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens, _everyone(tokens))
-        self.note(tokens, logits, routing, context)
-        return self.dropout(out).reshape(x.shape)
+        return self.finish(self.dropout(out).reshape(x.shape), tokens, logits, routing, context)
 
     def flops_per_token(self, sequence_length: int) -> dict[str, float]:
         """As in any layer, with the shared experts, which every token takes."""
@@ -270,7 +333,8 @@ def tell(model: nn.Module, **known: Tensor) -> Iterator[None]:
         model: any module.
         **known: fields of `Context` (`domain=`, `language=`, `task=`, …) in the shape of the layers' tokens (...), or
             with fewer leading sizes: one value for each sequence, or a single one () for all tokens. Under activation
-            checkpointing the backward, which runs the layers again, belongs in the block too.
+            checkpointing of a model that `sparsify` did not make, the backward, which runs the layers again, belongs
+            in the block too.
 
     Raises:
         TypeError: for a name that is not a field of `Context`.
@@ -279,36 +343,37 @@ def tell(model: nn.Module, **known: Tensor) -> Iterator[None]:
     if unknown:
         raise TypeError(f"tell: {', '.join(unknown)} is not known of tokens; the names are {', '.join(contexts.KNOWN)}")
 
-    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        told = {name: value.to(args[0].device) for name, value in known.items()}
-        return args, {**told, **kwargs}
-
-    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in moe_layers(model).values()]
-    try:
+    scope = contexts.Scope(told=known, layers=frozenset(moe_layers(model).values()))
+    with contexts.within((*contexts.present(), scope)):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def aux_loss(model: nn.Module) -> Tensor:
-    """The sum over a model's `MoE` layers of their weighted losses from the last training forward; a scalar.
+def aux_loss(model: nn.Module, *, since: int = -1) -> Tensor:
+    """The sum over a model's layers of their weighted losses from the training forwards that await a backward; scalar.
 
-    Add it to the loss of the same forward. Where no layer has a loss it is zero.
+    Add it to the loss of the same forwards. A layer counts once for each time it ran since a backward went through it,
+    as long as somebody holds what it returned; its last time counts in any case. Where no layer has a loss it is zero;
+    after a backward it is that of the last forward, without a gradient.
+
+    Args:
+        model: any module.
+        since: count only forwards from `mark()` on.
 
     Raises:
         RuntimeError: where gradients are wanted but the losses were computed without them, as under reentrant
             activation checkpointing, or where a router that learns by reward has none: they would silently train
             nothing.
     """
+    layers = moe_layers(model)
+    waiting = [(name, layer, call) for name, layer in layers.items() for call in layer.calls(since)]
     terms = []
-    for name, layer in moe_layers(model).items():
-        if layer.decision is not None and layer.training and torch.is_grad_enabled():
+    for name, layer, call in waiting:
+        if call.decision is not None and layer.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"the router of {name or 'the layer'} learns by reward and has none for this forward: call "
                 "shunter.give_reward(model, reward) before aux_loss(model)"
             )
-        for loss, value in layer.losses.items():
+        for loss, value in call.losses.items():
             learns = any(p.requires_grad for p in layer.router.parameters())
             if torch.is_grad_enabled() and learns and not value.requires_grad:
                 raise RuntimeError(
@@ -316,10 +381,17 @@ def aux_loss(model: nn.Module) -> Tensor:
                     "activation checkpointing pass use_reentrant=False; for an evaluation call model.eval() first"
                 )
             terms.append(value)
+    if not waiting and since < 0:
+        terms = [value.detach() for layer in layers.values() for value in layer.losses.values()]
     if not terms:
         parameter = next(model.parameters(), torch.zeros(()))
         return torch.zeros((), device=parameter.device)
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def mark() -> int:
+    """A mark between the forwards before and after it, for `aux_loss(model, since=…)`."""
+    return next(_ORDER)
 
 
 def give_reward(model: nn.Module, reward: Tensor, mask: Tensor | None = None) -> None:
@@ -339,16 +411,21 @@ def give_reward(model: nn.Module, reward: Tensor, mask: Tensor | None = None) ->
         RuntimeError: where no layer awaits a reward.
         ValueError: where reward or mask do not fit a layer's tokens.
     """
-    waiting = [layer for layer in moe_layers(model).values() if layer.decision is not None]
+    waiting = [
+        (layer.router, call)
+        for layer in moe_layers(model).values()
+        for call in (layer.calls() or ([] if layer._last is None else [layer._last]))
+        if call.decision is not None
+    ]
     if not waiting:
         raise RuntimeError(
             "give_reward: no layer awaits a reward; call it once after each training forward of a model whose router "
             "learns by reward"
         )
-    decisions = Counter(layer.decision.shape for layer in waiting if layer.decision is not None)
+    decisions = Counter(call.decision.shape for _, call in waiting if call.decision is not None)
     earned: dict[torch.Size, Tensor] = {}
-    for layer in reversed(waiting):
-        decision, router = layer.decision, layer.router
+    for router, call in sorted(waiting, key=lambda entry: entry[1].order, reverse=True):
+        decision = call.decision
         assert decision is not None and isinstance(router, PolicyRouter)
         shape, device = decision.shape, decision.logits.device
         value = _for_tokens("reward", reward.detach().to(device), shape)
@@ -363,8 +440,8 @@ def give_reward(model: nn.Module, reward: Tensor, mask: Tensor | None = None) ->
             value = value + earned[shape].to(device)
         if real is not None:
             value = value.masked_fill(~real, 0)
-        layer.losses = {**layer.losses, **router.reward_losses(decision, value, real)}
-        layer.decision = None
+        call.losses = {**call.losses, **router.reward_losses(decision, value, real)}
+        call.decision, call.used = None, False
 
 
 def _for_tokens(name: str, value: Tensor, shape: torch.Size) -> Tensor:

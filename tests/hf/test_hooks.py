@@ -7,6 +7,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import shunter
+from shunter.context import Scope, within
 from shunter.hf.hooks import install, tokens_of
 from shunter.routers.registry import find, names
 
@@ -194,12 +195,15 @@ def test_padding_that_cannot_be_mapped_is_an_error():
     install(model)
     pixels, mask = torch.randn(1, 3, 8, 8), torch.ones(1, 8, 8)
     layer = next(iter(shunter.moe_layers(model).values()))
-    layer.context = tokens_of(_TakesAMask(), (), {"pixel_values": pixels, "pixel_mask": mask})
-    layer(torch.randn(1, 5, 16))  # nothing is padded
+
+    def run():
+        with within((Scope(tokens_of(_TakesAMask(), (), {"pixel_values": pixels, "pixel_mask": mask})),)):
+            layer(torch.randn(1, 5, 16))
+
+    run()  # nothing is padded
     mask[0, 4:] = 0
-    layer.context = tokens_of(_TakesAMask(), (), {"pixel_values": pixels, "pixel_mask": mask})
     with pytest.raises(ValueError, match=r"mask has shape \(1, 8, 8\).*say what it is here by shunter.tell"):
-        layer(torch.randn(1, 5, 16))
+        run()
 
 
 def test_what_a_batch_knows_reaches_the_layers_in_a_trainer(build, inputs, tmp_path):

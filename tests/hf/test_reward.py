@@ -42,7 +42,7 @@ def _expected(model, batch, rewards):
             mask = mask & found.context.mask
         losses = layer.router.reward_losses(found, torch.where(mask, reward, 0), mask)
         total = total + sum(losses.values()) + sum(layer.losses.values())
-        layer.decision = None
+        layer._last = None
     return total
 
 

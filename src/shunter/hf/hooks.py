@@ -1,25 +1,25 @@
 """From a batch to the `Context` of a sparsified model's layers, and from their losses to `output.loss`.
 
 Both are plain hooks on the Hugging Face modules, so that any `Trainer` and any training loop is right without more.
-A recomputation (activation checkpointing) sees what the last forward handed down: run the backward of a forward before
-the next forward, as trainers do.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ..context import KNOWN, Context
+from .. import context as contexts
+from ..context import KNOWN, Context, Scope
 from ..errors import UserError
-from ..moe import aux_loss, give_reward, moe_layers
+from ..moe import aux_loss, give_reward, mark, moe_layers, recomputing
 
 __all__ = ["add_to_loss", "check_batch", "install", "takes_tokens", "tokens_of"]
 
@@ -40,12 +40,27 @@ def install(model: PreTrainedModel, batch: Mapping[str, str] | None = None) -> N
     Raises:
         UserError: for a name that is not a field of `Context`.
     """
-    from_batch = _FromBatch(check_batch(batch))
-    model.register_forward_pre_hook(from_batch.take, with_kwargs=True)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and (takes_tokens(module) or _has_own_grid(module)):
-            module.register_forward_pre_hook(from_batch.hand_down, with_kwargs=True)
-    model.register_forward_hook(_add_losses, with_kwargs=True)
+    forwards = _Forwards(check_batch(batch))
+    model.register_forward_pre_hook(forwards.begin, with_kwargs=True)
+    scopes = [m for m in model.modules() if isinstance(m, PreTrainedModel) and (takes_tokens(m) or _has_own_grid(m))]
+    for module in scopes:
+        module.register_forward_pre_hook(forwards.enter, with_kwargs=True)
+    for name in _around_layers(model):
+        inner = model.get_submodule(name)
+        inner.register_forward_pre_hook(forwards.remember, with_kwargs=True)
+        inner.register_forward_hook(forwards.leave, always_call=True)
+    for module in scopes:
+        module.register_forward_hook(forwards.leave, always_call=True)
+    model.register_forward_hook(forwards.end, with_kwargs=True, always_call=True)
+
+
+def _around_layers(model: nn.Module) -> list[str]:
+    """The layers with a router and the modules around them, one of which checkpointing may run again."""
+    names: dict[str, None] = {}
+    for name in moe_layers(model):
+        parts = name.split(".")
+        names |= {".".join(parts[:depth]): None for depth in range(1, len(parts) + 1)}
+    return [name for name in names if not isinstance(model.get_submodule(name), nn.ModuleList)]
 
 
 def check_batch(batch: Mapping[str, str] | None) -> dict[str, str]:
@@ -112,8 +127,32 @@ def _of_frames(module: Any, mask: Tensor) -> Tensor:
     return torch.arange(longest, device=mask.device) < real[:, None]
 
 
-class _FromBatch:
-    """What a batch says of its tokens besides ids and padding, on its way from the model's keywords to the layers.
+class _InScopesOfForward:
+    """A checkpointing function whose recomputations run in the scopes of their forwards.
+
+    Args:
+        run: (function, *arguments) -> output, as `torch.utils.checkpoint.checkpoint`.
+    """
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        scopes = contexts.present()
+
+        def in_scopes(*args: Any) -> Any:
+            with contexts.within(scopes):
+                return function(*args)
+
+        return self.run(in_scopes, *args)
+
+
+class _Forwards:
+    """The forwards of one model: what they know of their tokens reaches the layers, their losses the model's output.
+
+    What a forward knows is the scope of the thread that runs it, as long as it runs. A recomputation (activation
+    checkpointing) has the scopes of its forward: transformers' own is told to enter them; another one runs a module
+    again on the very tensor that the forward gave it, and by that tensor finds them.
 
     Args:
         keywords: a field of `Context` -> the keyword of the model that holds it.
@@ -121,38 +160,85 @@ class _FromBatch:
 
     def __init__(self, keywords: dict[str, str]) -> None:
         self.keywords = keywords
-        self.values: dict[str, Any] = {}
+        self._reset()
 
-    def take(
+    def _reset(self) -> None:
+        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._here = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"keywords": self.keywords}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.keywords = state["keywords"]
+        self._reset()
+
+    @property
+    def _before(self) -> list[tuple[nn.Module, tuple[Scope, ...]]]:
+        """The modules under way in this thread, and the scopes before each."""
+        if not hasattr(self._here, "before"):
+            self._here.before, self._here.marks = [], []
+        found: list[tuple[nn.Module, tuple[Scope, ...]]] = self._here.before
+        return found
+
+    def begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Take the values from a forward's keywords; those that the forward does not know go no further."""
-        self.values = {}
+        """Take from the model's keywords what a batch says of its tokens; what its forward does not know ends here."""
+        values: dict[str, Any] = {}
         for name, keyword in self.keywords.items():
             if isinstance(kwargs.get(keyword), Tensor):
-                self.values[name] = kwargs[keyword]
+                values[name] = kwargs[keyword]
             elif any(name in layer.router.required for layer in moe_layers(module).values()):
                 raise UserError(
                     f"{type(module).__name__}: the batch has no {keyword!r}, by which the routers know the {name} of "
                     f"its tokens; its keys are {', '.join(kwargs)}. (A Trainer keeps it with "
                     "remove_unused_columns=False)"
                 )
+        self._before.append((module, contexts.enter((*contexts.present(), Scope(told=values)))))
+        self._here.marks.append(mark())
         foreign = set(self.keywords.values()) - set(inspect.signature(module.forward).parameters)
         return args, {key: value for key, value in kwargs.items() if key not in foreign}
 
-    def hand_down(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell the layers of a model what its own arguments and the batch say of its tokens."""
-        context = replace(tokens_of(module, args, kwargs), **self.values)
-        for layer in moe_layers(module).values():
-            layer.context = context
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the layers of a model what its own arguments say of its tokens."""
+        scope = Scope(tokens_of(module, args, kwargs))
+        self._before.append((module, contexts.enter((*contexts.present(), scope))))
 
+    def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let a module, which may be recomputed, have the scopes of its forward then."""
+        if torch.compiler.is_compiling():
+            return
+        run = getattr(module, "_gradient_checkpointing_func", None)
+        if run is not None and not isinstance(run, _InScopesOfForward):
+            vars(module)["_gradient_checkpointing_func"] = _InScopesOfForward(run)
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if given is None:
+            return
+        if not recomputing():
+            self._known[given] = contexts.present()
+        elif given in self._known:
+            self._before.append((module, contexts.enter(self._known[given])))
 
-def _add_losses(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    def losses() -> Tensor:
-        _give_rewards(module, _arguments(module, args, kwargs)["labels"], output)
-        return aux_loss(module)
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End the scope that the module entered, if it did."""
+        if self._before and self._before[-1][0] is module:
+            contexts.enter(self._before.pop()[1])
 
-    return add_to_loss(module, args, kwargs, output, losses) if module.training else None
+    def end(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """End the model's forward: its losses join its output's; those of a forward that raised are forgotten."""
+        self.leave(module, args, output)
+        since = self._here.marks.pop()
+        if output is None:
+            for layer in moe_layers(module).values():
+                layer.forget(since)
+            return None
+
+        def losses() -> Tensor:
+            _give_rewards(module, _arguments(module, args, kwargs)["labels"], output)
+            return aux_loss(module, since=since)
+
+        return add_to_loss(module, args, kwargs, output, losses) if module.training else None
 
 
 def add_to_loss(
