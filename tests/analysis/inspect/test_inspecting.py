@@ -34,9 +34,10 @@ import shunter
 from shunter import Routing, cli, routers
 from shunter.analysis.inspect import inspecting as room
 from shunter.analysis.inspect import recording
-from shunter.analysis.inspect.inspecting import Inspected, InspectError, inspect, load
-from shunter.analysis.inspect.material import KINDS, Document, MaterialError, image_material, kind, text_material
+from shunter.analysis.inspect.inspecting import Inspected, InspectError, inspect, load, specialisation
+from shunter.analysis.inspect.material import Document, MaterialError, image_material, text_material
 from shunter.analysis.inspect.recording import batch_losses
+from shunter.analysis.inspect.tokens import KINDS, kind
 from shunter.analysis.pages.inspect_figures import patch_sheet
 from shunter.analysis.pages.inspect_page import LABELS, render
 from shunter.data.windows import _tokenizer
@@ -641,31 +642,6 @@ def test_short_text_is_one_short_window_and_long_windows_fit_the_model():
     assert inspect(subject, short, ablations=1, quiet=True)["complete"]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (" the", "function word"),
-        ("The", "function word"),
-        ("the", "piece"),
-        (" house", "word"),
-        ("ouse", "piece"),
-        (" London", "name"),
-        ("\n  ", "space"),
-        (" 42", "number"),
-        (" ==", "punctuation"),
-        ("語", "other script"),
-        ("\\xe8", "other script"),
-        (" é", "word"),
-    ],
-)
-def test_kinds_of_tokens(text, expected):
-    assert kind(text) == expected
-
-
-def test_kinds_where_pieces_are_marked():
-    assert kind("house", True) == "word" and kind("##ing", True) == "piece" and kind("the", True) == "function word"
-
-
 def _vit(tmp_path):
     shape = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     labels = {"id2label": {0: "dark", 1: "light"}, "label2id": {"dark": 0, "light": 1}}
@@ -758,3 +734,35 @@ def test_loading_takes_the_sparse_model_of_a_run(tmp_path):
     assert load(str(tmp_path / "run")).name == "run"
     with pytest.raises(InspectError, match="no such folder"):
         load(str(tmp_path / "nothing"))
+
+
+def test_hash_routing_shows_each_expert_its_own_tokens():
+    tokenizer = _tokenizer(DataConfig(tokenizer="bytes"), [])
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )  # fmt: skip
+    )
+    shunter.sparsify(model, 4, "hash")
+    ids = {"a": torch.randint(0, 20, (6, 32)), "b": torch.randint(20, 40, (6, 32))}
+    found = specialisation(model, ids, tokenizer, batch_size=4)
+    assert found["domains"] == ["a", "b"]
+    for name, layer in shunter.moe_layers(model).items():
+        table, seen = layer.router.table, found["layers"][name]
+        for domain, windows in ids.items():
+            expected = torch.bincount(table[windows.flatten()], minlength=4) / windows.numel()
+            assert torch.allclose(torch.tensor(seen["domains"][domain]), expected)
+        assert abs(sum(seen["load"]) - 1) < 1e-6
+        for expert, tokens in enumerate(seen["tokens"]):
+            assert tokens
+            for text, share, lift in tokens:
+                [i] = [i for i in range(257) if tokenizer.decode([i]) == text]
+                assert table[i] == expert
+                everything = torch.cat(list(ids.values())).flatten()
+                mine = everything[table[everything] == expert]
+                assert abs(share - float((mine == i).float().mean())) < 1e-6
+                assert abs(lift - share / float((everything == i).float().mean())) < 1e-4

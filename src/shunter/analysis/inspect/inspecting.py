@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from ...errors import one_line
 from ...hf.checkpoints.folders import local_folder
 from ...hf.checkpoints.loading import load_folder
 from ...hf.observe.taps import taps
-from ...metrics import usage
+from ...metrics import expert_load
 from ..expert_weights import expert_parameters, moved
+from ..specialisation import label_counts, label_shares
 from .ablation import ablate
-from .findings import describe_data, describe_usage, describe_weights, specialisation_of
-from .material import Material
+from .findings import describe_data, describe_usage, describe_weights, specialisation_of, tokens_served
+from .material import Material, Window, window_material
 from .recording import Recording, batch_losses, record
 from .saturation import chance_saturation, saturation
 
-__all__ = ["InspectError", "Inspected", "inspect", "load"]
+__all__ = ["InspectError", "Inspected", "inspect", "load", "specialisation"]
 
 
 ABLATION_TOKENS = 4096
@@ -60,7 +63,7 @@ class Inspected:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # a damaged folder fails in as many ways as there are readers
-            raise InspectError(f"{self.folder}: no tokenizer can be loaded: {_line(error)}") from None
+            raise InspectError(f"{self.folder}: no tokenizer can be loaded: {one_line(error)}") from None
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         return tokenizer
 
@@ -96,10 +99,6 @@ def load(path: str) -> Inspected:
         raise InspectError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     return Inspected(Path(path).resolve().name, model, folder)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def inspect(
@@ -165,6 +164,41 @@ def inspect(
     return _finite(findings)
 
 
+def specialisation(
+    model: PreTrainedModel, domains: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
+) -> dict[str, Any]:
+    """Measure which domains and which tokens of held-out text the experts of a language model serve.
+
+    Args:
+        model: it is run in evaluation mode, its own mode restored.
+        domains: name -> (windows, sequence length) token ids.
+        tokenizer: the model's own.
+        batch_size: windows a forward.
+
+    Returns:
+        What specialisation.json of a run holds: {"domains": names, "layers": {layer: {"load": (E,) shares of all
+        assignments, "domains": {name: (E,) shares of that domain's assignments}, "tokens": `tokens_served`}}}.
+
+    Raises:
+        ValueError: where the model has no layer whose routing can be read.
+    """
+    windows = [Window(ids, name) for name, rows in domains.items() for ids in rows.tolist()]
+    material = window_material(model, tokenizer, windows, list(domains), batch_size=batch_size)
+    recording = record(model, material, lambda batches, what, total: batches)
+    if recording.batches < len(material.batches):
+        raise KeyboardInterrupt
+    [stream] = material.streams.values()
+    layers = {}
+    for name, layer in recording.layers.items():
+        counts = label_counts(layer.index, stream.labels["domain"], layer.num_experts, len(domains))
+        layers[name] = {
+            "load": (counts.sum(0) / counts.sum().clamp_min(1)).tolist(),
+            "domains": dict(zip(domains, label_shares(counts).tolist(), strict=True)),
+            "tokens": tokens_served(layer, stream),
+        }
+    return {"domains": list(domains), "layers": layers}
+
+
 class _Progress:
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -205,12 +239,13 @@ def _compare(earlier: Inspected, subject: Inspected, recordings: list[Recording]
         old, tokens = before.layers[name], min(len(before.layers[name].index), len(now.index))
         had, has = old.index[:tokens], now.index[:tokens]
         sides = [expert_parameters(side[name].layer, side[name].num_experts) for side in tapped]
-        load = [usage(one, now.num_experts).load for one in (had, has)]
+        counts = [expert_load(one, now.num_experts) for one in (had, has)]
+        share = [count / count.sum().clamp_min(1) for count in counts]
         change = [moved(a, b) for a, b in zip(*sides, strict=True)]
         layers[name] = {
             "saturation": saturation(had, has),
             "chance": chance_saturation(had, has, now.num_experts),
-            "load_moved": float((load[0] - load[1]).abs().sum()) / 2,
+            "load_moved": float((share[0] - share[1]).abs().sum()) / 2,
             "weights_moved": [None if math.isnan(value) else value for value in change],
         }
     return {"before": earlier.name, "after": subject.name, "layers": layers}

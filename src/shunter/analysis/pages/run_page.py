@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ... import metrics
 from ...metrics import DEAD_BELOW
+from .. import information
 from ..runs import MODELS, ModelSummary, ReportError, Run, Summary, read_run
 from . import html, run_figures
 from .style import PAPER, THEME, style
@@ -61,7 +61,7 @@ def mutual_information(share: NDArray[np.float64]) -> float:
     share = share[share.sum(axis=1) > 0]
     if not len(share):
         return 0.0
-    return metrics.mutual_information(torch.from_numpy(share / share.sum(axis=1, keepdims=True)))
+    return information.mutual_information(torch.from_numpy(share / share.sum(axis=1, keepdims=True)))
 
 
 def _page(run: Run) -> dict[str, Any]:
