@@ -34,13 +34,14 @@ import shunter
 from shunter import Routing, cli, routers
 from shunter.analysis.inspect import inspecting as room
 from shunter.analysis.inspect import recording
-from shunter.analysis.inspect.inspecting import Inspected, InspectError, inspect, load, specialisation
-from shunter.analysis.inspect.material import Document, MaterialError, image_material, text_material
+from shunter.analysis.inspect.inspecting import Inspected, inspect, load, specialisation
+from shunter.analysis.inspect.material import Document, image_material, text_material
 from shunter.analysis.inspect.recording import batch_losses
 from shunter.analysis.inspect.tokens import KINDS, kind
 from shunter.analysis.pages.inspect_figures import patch_sheet
 from shunter.analysis.pages.inspect_page import LABELS, render
 from shunter.data.windows import _tokenizer
+from shunter.errors import UserError
 from shunter.hf.observe.taps import taps
 from shunter.recipes.sections import DataConfig
 from tests.hf import families
@@ -629,7 +630,7 @@ def test_bad_data_are_one_line(capsys, tmp_path, content, options, says):
 
 def test_a_tokenizer_of_another_model_is_refused():
     model = _mixtral(vocab_size=40)
-    with pytest.raises(MaterialError, match="the model has 40 embeddings"):
+    with pytest.raises(UserError, match="the model has 40 embeddings"):
         text_material(model, BYTES, _documents())
 
 
@@ -732,7 +733,7 @@ def test_images_are_asked_for_and_read_or_refused(capsys, tmp_path):
 def test_loading_takes_the_sparse_model_of_a_run(tmp_path):
     _saved(tmp_path / "run" / "sparse", _sparse("topk").model)
     assert load(str(tmp_path / "run")).name == "run"
-    with pytest.raises(InspectError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         load(str(tmp_path / "nothing"))
 
 

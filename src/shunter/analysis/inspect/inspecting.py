@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from ...errors import one_line
+from ...errors import UserError, one_line
 from ...hf.checkpoints.folders import local_folder
 from ...hf.checkpoints.loading import load_folder
 from ...hf.observe.taps import taps
@@ -27,17 +27,13 @@ from .material import Material, Window, window_material
 from .recording import Recording, batch_losses, record
 from .saturation import chance_saturation, saturation
 
-__all__ = ["InspectError", "Inspected", "inspect", "load", "specialisation"]
+__all__ = ["Inspected", "inspect", "load", "specialisation"]
 
 
 ABLATION_TOKENS = 4096
 
 
 T = TypeVar("T")
-
-
-class InspectError(Exception):
-    """A model that cannot be inspected: one line with the fault and what to do."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +54,12 @@ class Inspected:
         """The tokenizer that lies beside the model.
 
         Raises:
-            InspectError: where there is none.
+            UserError: where there is none.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # a damaged folder fails in as many ways as there are readers
-            raise InspectError(f"{self.folder}: no tokenizer can be loaded: {one_line(error)}") from None
+            raise UserError(f"{self.folder}: no tokenizer can be loaded: {one_line(error)}") from None
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         return tokenizer
 
@@ -77,26 +73,26 @@ def load(path: str) -> Inspected:
         path: a folder, or a name on the Hugging Face Hub.
 
     Raises:
-        InspectError: where there is no such model, it cannot be loaded whole, or it has no experts.
+        UserError: where there is no such model, it cannot be loaded whole, or it has no experts.
     """
     try:
         folder = local_folder(path)
     except ValueError as error:
-        raise InspectError(str(error)) from None
+        raise UserError(str(error)) from None
     if not folder.is_dir():
-        raise InspectError(f"{path}: no such folder; give the folder of a model, with its config.json")
+        raise UserError(f"{path}: no such folder; give the folder of a model, with its config.json")
     if not (folder / "config.json").is_file() and (folder / "sparse" / "config.json").is_file():
         folder = folder / "sparse"
     if not (folder / "config.json").is_file():
-        raise InspectError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
+        raise UserError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
     hf_logging.disable_progress_bar()
     try:
         model = load_folder(folder)
     except ValueError as error:
-        raise InspectError(str(error)) from None
+        raise UserError(str(error)) from None
     if not taps(model):
         name = type(model).__name__
-        raise InspectError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
+        raise UserError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     return Inspected(Path(path).resolve().name, model, folder)
 
@@ -123,7 +119,7 @@ def inspect(
         was not measured is None.
 
     Raises:
-        InspectError: where the two models do not have the same layers.
+        UserError: where the two models do not have the same layers.
         KeyboardInterrupt: where Ctrl-C comes before anything is measured.
     """
     show = _Progress(quiet)
@@ -229,7 +225,7 @@ def _describe_model(subject: Inspected, recording: Recording) -> dict[str, Any]:
 def _compare(earlier: Inspected, subject: Inspected, recordings: list[Recording]) -> dict[str, Any]:
     before, after = recordings
     if {n: d.num_experts for n, d in before.layers.items()} != {n: d.num_experts for n, d in after.layers.items()}:
-        raise InspectError(
+        raise UserError(
             f"{earlier.folder} and {subject.folder} do not have the same layers of experts; "
             "give two checkpoints of one model"
         )

@@ -18,19 +18,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
+from ...errors import UserError
 from .tokens import KINDS, kind, token_text
 
-__all__ = [
-    "Batch",
-    "Document",
-    "Material",
-    "MaterialError",
-    "Stream",
-    "Window",
-    "image_material",
-    "text_material",
-    "window_material",
-]
+__all__ = ["Batch", "Document", "Material", "Stream", "Window", "image_material", "text_material", "window_material"]
 
 
 POSITIONS = 128  # at most; longer windows have runs of positions for one label
@@ -43,10 +34,6 @@ IMAGES = 16  # of a forward
 
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
-
-
-class MaterialError(Exception):
-    """Nothing that this model can be shown: one line with the fault and what to do."""
 
 
 @dataclass(frozen=True)
@@ -175,14 +162,14 @@ def text_material(
         batch_size: windows of a forward.
 
     Raises:
-        MaterialError: where there is no text, or the tokenizer is not the model's.
+        UserError: where there is no text, or the tokenizer is not the model's.
     """
     groups: dict[tuple[str, str | None], list[str]] = {}
     for document in documents:
         if document.text.strip():
             groups.setdefault((document.domain, document.language), []).append(document.text)
     if not groups:
-        raise MaterialError("the data hold no text; give --data files with at least a few sentences")
+        raise UserError("the data hold no text; give --data files with at least a few sentences")
     length = min(length, _longest(model))
     domains = sorted({domain for domain, _ in groups})
     numbered: list[tuple[int, Window]] = []
@@ -194,7 +181,7 @@ def text_material(
     # Domains in turn, so that a pass that is stopped has seen them all; windows of one length share forwards.
     windows = [window for _, window in sorted(numbered, key=lambda item: (-len(item[1].ids), item[0]))]
     if not windows:
-        raise MaterialError("the data are too short: a window needs at least two tokens; give more text")
+        raise UserError("the data are too short: a window needs at least two tokens; give more text")
     return replace(window_material(model, tokenizer, windows, domains, batch_size=batch_size), window=length)
 
 
@@ -215,14 +202,12 @@ def window_material(
         batch_size: windows of a forward.
 
     Raises:
-        MaterialError: where the tokenizer is not the model's.
+        UserError: where the tokenizer is not the model's.
     """
     rows = int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
     largest = max(max(window.ids) for window in windows)
     if largest >= rows:
-        raise MaterialError(
-            f"the tokenizer gives token {largest}, but the model has {rows} embeddings; it is another's"
-        )
+        raise UserError(f"the tokenizer gives token {largest}, but the model has {rows} embeddings; it is another's")
     batches, seen, group = [], dict[str, list[Window]](), list[int]()
     for _, same_length in groupby(windows, key=lambda window: len(window.ids)):
         alike = list(same_length)
@@ -327,23 +312,23 @@ def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *
         tokens: how many patches at most, in equal parts of each domain.
 
     Raises:
-        MaterialError: where there is no image, or one cannot be read.
+        UserError: where there is no image, or one cannot be read.
     """
     config = model.config
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     channels = getattr(config, "num_channels", 3)
     if not isinstance(size, int) or not isinstance(patch, int):
-        raise MaterialError(f"this model's images are of {size} in patches of {patch}: only square ones can be shown")
+        raise UserError(f"this model's images are of {size} in patches of {patch}: only square ones can be shown")
     patches = (size // patch) ** 2
     found: dict[str, list[Path]] = {}
     for path in map(Path, paths):
         if not path.exists():
-            raise MaterialError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.suffix.lower() in IMAGE_SUFFIXES:
                 found.setdefault(file.parent.name, []).append(file)
     if not found:
-        raise MaterialError(f"{', '.join(paths)}: no file ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise UserError(f"{', '.join(paths)}: no file ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
     domains = sorted(found)
     files, domain = [], []
     for number, name in enumerate(domains):
@@ -370,7 +355,7 @@ def _read(file: Path, size: int, channels: int) -> Tensor:
         with Image.open(file) as image:
             picture = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
     except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise MaterialError(f"{file}: not an image that can be read ({error})") from None
+        raise UserError(f"{file}: not an image that can be read ({error})") from None
     array = np.asarray(picture, dtype=np.float32) / 255
     return torch.from_numpy(array).reshape(size, size, -1).permute(2, 0, 1)
 
