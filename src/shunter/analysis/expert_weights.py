@@ -1,4 +1,4 @@
-"""The parameters of each expert of a layer, found by shape in any model: how alike experts are; how to remove one."""
+"""Experts' parameters, found by shape in any model: how alike two experts are, how far one moved, one removed."""
 
 from __future__ import annotations
 

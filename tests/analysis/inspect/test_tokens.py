@@ -3,8 +3,7 @@
 import pytest
 
 from shunter.analysis.inspect.tokens import kind, token_text
-from shunter.data.windows import _tokenizer
-from shunter.recipes.sections import DataConfig
+from tests.analysis.inspect.subjects import BYTES
 
 
 @pytest.mark.parametrize(
@@ -33,8 +32,7 @@ def test_kinds_where_pieces_are_marked():
 
 
 def test_pieces_of_characters_are_shown_as_their_bytes():
-    tokenizer = _tokenizer(DataConfig(tokenizer="bytes"), [])
     for text in ("é", "語", "a", "\n"):
-        ids = tokenizer.backend_tokenizer.encode(text).ids
-        shown = "".join(token_text(tokenizer, i) for i in ids)
+        ids = BYTES.backend_tokenizer.encode(text).ids
+        shown = "".join(token_text(BYTES, i) for i in ids)
         assert shown == (text if len(ids) == 1 else "".join(f"\\x{b:02x}" for b in text.encode()))

@@ -1,4 +1,4 @@
-"""What a recording says of a layer's experts, as plain numbers by name."""
+"""Findings: from a layer's recorded decisions and the labels of its tokens to numbers by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""See inside the experts of any mixture-of-experts model: everything measured, as one dictionary that JSON can hold."""
+"""Inspection: from mixture-of-experts models and data to all that is measured, as one dictionary for JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is shown for an inspection: windows of text or images, and what is known of each token."""
+"""Material: from documents or images to the forwards of a model, with labels of each token that it sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a router's decisions stand already at an earlier checkpoint."""
+"""Router saturation: the share of routing decisions that two checkpoints have in common."""
 
 from __future__ import annotations
 

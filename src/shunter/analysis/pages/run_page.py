@@ -1,4 +1,4 @@
-"""What the sparsity bought and what it cost: a run folder written as one self-contained HTML page, or as a picture."""
+"""From the folder of a training run to one self-contained HTML page, or a picture: losses, costs, experts."""
 
 from __future__ import annotations
 

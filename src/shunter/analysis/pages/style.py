@@ -1,4 +1,4 @@
-"""What every figure and page shares: colours, SVG, text made safe to show."""
+"""The style of every figure and page: colours and fonts, figures to SVG, text made safe to show."""
 
 from __future__ import annotations
 
