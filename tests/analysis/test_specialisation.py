@@ -18,11 +18,13 @@ def test_label_shares_against_counts():
         assert found[which].tolist() == pytest.approx(expected)
 
 
-def test_characteristic_labels_are_the_largest_terms_of_the_divergence():
+@pytest.mark.parametrize("top", [3, 30])
+def test_characteristic_labels_are_the_largest_terms_of_the_divergence(top):
     """Against the definition over Python's numbers: what an expert is sent, q, from the text, p: q ln(q / p)."""
     counts = torch.randint(0, 3 * MIN_COUNT, (30, 4))
+    counts[0], counts[1] = torch.tensor([[MIN_COUNT, 0, 0, 0], [MIN_COUNT - 1, 0, 0, 0]])
     text = counts.sum(1) + torch.randint(5, (30,))
-    for expert, found in enumerate(characteristic(counts, text, top=3)):
+    for expert, found in enumerate(characteristic(counts, text, top)):
         sent, everything, terms = int(counts[:, expert].sum()), int(text.sum()), {}
         for label, count in enumerate(counts[:, expert].tolist()):
             q, p = count / sent, int(text[label]) / everything
@@ -31,5 +33,5 @@ def test_characteristic_labels_are_the_largest_terms_of_the_divergence():
         for label, share, lift in found:
             assert share == pytest.approx(int(counts[label, expert]) / sent, rel=1e-5)
             assert lift == pytest.approx(share / (int(text[label]) / everything), rel=1e-5)
-        best = sorted(terms.values(), reverse=True)[:3]
+        best = sorted(terms.values(), reverse=True)[:top]
         assert [terms[label] for label, _, _ in found] == pytest.approx(best, rel=1e-4, abs=1e-6)

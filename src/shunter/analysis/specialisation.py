@@ -9,8 +9,6 @@ __all__ = ["characteristic", "label_counts", "label_shares"]
 
 
 TOP = 8  # labels of an expert
-
-
 MIN_COUNT = 5  # times that an expert was sent a label, or two experts met: less is left to chance
 
 

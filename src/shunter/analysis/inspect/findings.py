@@ -21,26 +21,12 @@ __all__ = ["FEATURES", "describe_data", "describe_usage", "describe_weights", "s
 
 
 FEATURES = ("domain", "language", "position", "kind", "previous", "token")
-
-
 GIVEN_TOKEN = ("domain", "position", "previous")  # asked for once more among tokens that are the same
-
-
 FOLLOWS_FROM = 0.05  # of the routing: a label that decides less is not said to be followed
-
-
 SAME = 0.005  # two labels that decide as much as each other
-
-
 RANGES = 8  # of positions
-
-
 PATCHES = 16  # of an expert
-
-
 PAIRS = 8  # of a layer
-
-
 LATER = (  # what is None until it is measured
     *("together", "information", "follows", "serves", "tokens_served", "tokens_before", "patches", "similarity"),
     "ablation",

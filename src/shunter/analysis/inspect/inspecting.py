@@ -31,8 +31,6 @@ __all__ = ["Inspected", "inspect", "load", "specialisation"]
 
 
 ABLATION_TOKENS = 4096
-
-
 T = TypeVar("T")
 
 

@@ -25,14 +25,8 @@ __all__ = ["Batch", "Document", "Material", "Stream", "Window", "image_material"
 
 
 POSITIONS = 128  # at most; longer windows have runs of positions for one label
-
-
 MASK_EVERY = 7  # of the tokens of a masked language model's text
-
-
 IMAGES = 16  # of a forward
-
-
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
 
 

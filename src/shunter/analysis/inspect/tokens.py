@@ -10,8 +10,6 @@ __all__ = ["KINDS", "kind", "token_text"]
 
 
 KINDS = ("special", "space", "punctuation", "number", "function word", "name", "word", "piece", "other script")
-
-
 FUNCTION_WORDS = set(
     "a an the and or but nor so if of to in on at by for from with as than that this these those which who whom it its "
     "he she they we you i him her them us me his their our your my is are was were be been not no do does did has have "

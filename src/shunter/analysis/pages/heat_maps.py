@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from .style import COLOUR_MAP, MAX_LABELS, shorten
 
-__all__ = ["colour_bar", "domain_map", "domain_mix", "domain_scale"]
+__all__ = ["colour_bar", "domain_map", "domain_mix", "domain_scale", "draw_heat_map"]
+
+
+def draw_heat_map(
+    axes: Axes, values: NDArray[np.float64], scale: Normalize, columns: NDArray[np.float64] | None = None
+) -> None:
+    """A table (R, C) as colours, its first row on top; `columns` (C + 1,) are the edges of its columns."""
+    edges = [np.arange(size + 1) - 0.5 for size in values.shape]
+    x = edges[1] if columns is None else columns
+    axes.pcolormesh(x, edges[0], values, cmap=COLOUR_MAP, norm=scale, rasterized=True)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.grid(visible=False)
 
 
 def domain_scale(domains: int) -> Normalize:
@@ -33,20 +45,11 @@ def domain_map(share: NDArray[np.float64], domains: list[str], what: str = "doma
     experts = len(order)
     figure = Figure(figsize=(4.2, 1.0 + 0.3 * len(domains)), layout="constrained")
     axes = figure.add_subplot()
-    axes.pcolormesh(
-        np.arange(experts + 1) - 0.5,
-        np.arange(len(domains) + 1) - 0.5,
-        mix[:, order] * len(domains),
-        cmap=COLOUR_MAP,
-        norm=domain_scale(len(domains)),
-        rasterized=True,
-    )
+    draw_heat_map(axes, mix[:, order] * len(domains), domain_scale(len(domains)))
     axes.set_yticks(range(len(domains)), [shorten(name) for name in domains])
-    axes.set_ylim(len(domains) - 0.5, -0.5)
     labels = [str(expert) for expert in order] if experts <= 2 * MAX_LABELS else []
     axes.set_xticks(range(len(labels)), labels, fontsize=6 if experts > MAX_LABELS else None)
     axes.set_xlabel(f"experts, by main {what}")
-    axes.grid(visible=False)
     return figure
 
 

@@ -14,8 +14,6 @@ __all__ = ["NOT_KNOWN", "SHOWN_LAYERS", "environment", "svg"]
 
 
 NOT_KNOWN = "n/a"
-
-
 SHOWN_LAYERS = 6  # of a page; further layers are folded away
 
 

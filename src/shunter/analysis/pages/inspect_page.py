@@ -25,8 +25,6 @@ LABELS = {
     "language": "the language",
     "position": "the position",
 }
-
-
 HEADINGS = {
     "token": "token",
     "previous": "token\nbefore",
@@ -38,14 +36,8 @@ HEADINGS = {
     "previous, given the token": "before,\ngiven token",
     "position, given the token": "position,\ngiven token",
 }
-
-
 SERVES = {"domain": "domain", "language": "language", "kind": "kind of token", "position": "position"}
-
-
 MOST_NEEDED = 10
-
-
 SERVED_FROM = 0.2  # of an expert's work: less is not said to be what it serves
 
 

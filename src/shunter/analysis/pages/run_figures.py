@@ -15,17 +15,14 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from ..runs import MODELS, Curve, Load, Run
-from .style import COLOUR_MAP, PAPER, Palette, shorten
+from .heat_maps import draw_heat_map
+from .style import PAPER, Palette, shorten
 
 __all__ = ["Axis", "domain_losses", "load_map", "load_scale", "loss_curves", "picture"]
 
 
 MARKERS = {"dense": "s", "sparse": "o"}
-
-
 MAX_POINTS = 150  # of a training curve
-
-
 WARM_UP = 0.2  # this first part of training sets no limit of the frame, so that the end can be read
 
 
@@ -154,15 +151,12 @@ def load_map(load: Load, scale: Normalize, palette: Palette) -> Figure:
     """One layer's load over training, experts by row, above its balance (busiest expert over mean)."""
     figure = Figure(figsize=(4.2, 3.4), layout="constrained")
     heat, line = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    experts = load.share.shape[1]
     edges = np.concatenate([[0.0], load.step])
-    heat.pcolormesh(edges, np.arange(experts + 1) - 0.5, load.relative.T, cmap=COLOUR_MAP, norm=scale, rasterized=True)
+    draw_heat_map(heat, load.relative.T, scale, edges)
     for expert in load.dead:
         heat.plot(edges[-1] * 1.015, expert, "x", color=palette.ink, markersize=4, clip_on=False)
-    heat.set_ylim(experts - 0.5, -0.5)
     heat.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     heat.set_ylabel("expert")
-    heat.grid(visible=False)
     line.stairs(load.balance, edges, color=palette.sparse, linewidth=1.5, baseline=None)
     line.axhline(1, color=palette.ink, linewidth=0.8, linestyle=(0, (4, 3)))
     line.set_ylim(bottom=0.8, top=max(2.0, float(load.balance.max()) * 1.1))
