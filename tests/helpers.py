@@ -14,6 +14,12 @@ def random_routing(tokens, experts, density=0.3, dtype=torch.float64):
     return Routing.from_dense(torch.rand(tokens, experts, dtype=dtype) + 0.1, mask=mask)
 
 
+def random_index(tokens, experts, k, none=0.3):
+    """(T, k) different experts of each token, -1 in place of some."""
+    index = torch.rand(tokens, experts).argsort(1)[:, :k]
+    return torch.where(torch.rand(tokens, k) < none, -1, index)
+
+
 def random_weights(experts, dim, hidden, activation="swiglu", bias=False, dtype=torch.float64, scale=1.0):
     rows = 2 * hidden if ACTIVATIONS[activation][1] else hidden
 

@@ -1,73 +1,70 @@
-"""Load, co-activation, margins and saturation against counts by hand."""
+"""Balance, dead experts, load entropy and margins against counts by hand."""
 
 import math
 
 import pytest
 import torch
 
-from shunter.analysis.inspect.saturation import chance_saturation, saturation
-from shunter.metrics import BF16, affinity, coactivation, label_shares, margins, routing_entropy, summarise, usage
+from shunter.metrics import (
+    DEAD_BELOW,
+    balance,
+    dead,
+    effective_experts,
+    expert_load,
+    load_entropy,
+    margins,
+    near_tie,
+    normalised_entropy,
+    routing_entropy,
+    summarise,
+)
+from tests.helpers import random_index
 
 
-def _ragged(tokens, experts, k):
-    index = torch.rand(tokens, experts).argsort(1)[:, :k]
-    return torch.where(torch.rand(tokens, k) < 0.3, -1, index)
-
-
-def test_usage_against_counts():
-    index = _ragged(200, 6, 3)
-    found = usage(index, 6)
+def test_load_counts_assignments():
+    index = random_index(200, 6, 3)
     flat = [e for row in index.tolist() for e in row if e >= 0]
-    assert found.load.tolist() == pytest.approx([flat.count(e) / len(flat) for e in range(6)])
-    assert found.unserved == pytest.approx(sum(all(e < 0 for e in row) for row in index.tolist()) / 200)
-    assert found.experts_per_token == pytest.approx(len(flat) / 200)
-    assert found.balance == pytest.approx(6 * max(found.load.tolist()))
-    assert found.entropy == pytest.approx(-sum(p * math.log(p) for p in found.load.tolist() if p) / math.log(6))
+    assert expert_load(index.to(torch.int16), 6).tolist() == [flat.count(e) for e in range(6)]
 
 
-def test_even_collapsed_and_empty_usage():
-    even = usage(torch.arange(40)[:, None] % 8, 8)
-    assert even.balance == pytest.approx(1) and even.entropy == pytest.approx(1) and even.dead == []
-    one = usage(torch.full((40, 1), 3), 8)
-    assert one.balance == pytest.approx(8) and one.entropy == 0 and one.dead == [0, 1, 2, 4, 5, 6, 7]
-    none = usage(torch.full((4, 2), -1), 3)
-    assert none.unserved == 1 and none.balance == 0 and none.entropy == 0 and none.dead == [0, 1, 2]
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_measures_of_loads_against_their_definitions(scale):
+    """Of counts and of shares alike, row by row."""
+    counts = torch.randint(100, (5, 7)) * (torch.rand(5, 7) < 0.7)
+    counts[:, 3] += 1  # no row is empty
+    counts[0], counts[1] = 40, torch.tensor([0, 0, 0, 12, 0, 0, 0])
+    load = counts.double() * scale
+    found = [f(load).tolist() for f in (balance, load_entropy, normalised_entropy, effective_experts)]
+    for row, values in zip(counts.tolist(), zip(*found, strict=True), strict=True):
+        total = sum(row)
+        nats = -sum(n / total * math.log(n / total) for n in row if n)
+        expected = [max(row) / (total / 7), nats, nats / math.log(7), math.exp(nats)]
+        assert values == pytest.approx(expected, abs=1e-9)
+    assert found[0][:2] == pytest.approx([1, 7]) and found[2][:2] == pytest.approx([1, 0])
 
 
-def test_label_shares_against_counts():
-    index, label = _ragged(300, 5, 2), torch.randint(-1, 3, (300,))
-    found = label_shares(index, label, 5, 4)
-    for which in range(4):
-        mine = [e for row, m in zip(index.tolist(), label.tolist(), strict=True) if m == which for e in row if e >= 0]
-        expected = [mine.count(e) / len(mine) if mine else 0.0 for e in range(5)]
-        assert found[which].tolist() == pytest.approx(expected)
+@pytest.mark.parametrize("below", [0.0, DEAD_BELOW, 0.3])
+def test_dead_experts_have_less_than_a_part_of_the_mean(below):
+    mean = 50.0
+    load = torch.tensor([0.0, 0.9 * below * mean, 1.1 * below * mean, 60.0, 70.0], dtype=torch.float64)
+    load = torch.cat([load, 6 * mean - load.sum(0, keepdim=True)])
+    assert dead(load, below).tolist() == [True, True, below == 0, False, False, False]
+    rows = dead(torch.stack([load, load.flip(0)]), below)
+    assert rows.tolist() == [dead(load, below).tolist(), dead(load, below).tolist()[::-1]]
 
 
-@pytest.mark.parametrize("chunk", [7, 1 << 16])
-def test_coactivation_against_brute_force(monkeypatch, chunk):
-    monkeypatch.setattr("shunter.metrics.CHUNK", chunk)
-    index = _ragged(100, 6, 3)
-    found = coactivation(index, 6)
-    for i in range(6):
-        for j in range(6):
-            assert int(found[i, j]) == sum(i in row and j in row for row in index.tolist())
-
-
-def test_affinity_is_one_without_preference_and_names_planted_pairs():
-    free = affinity(coactivation(torch.rand(40_000, 6).argsort(1)[:, :2], 6))
-    off = ~torch.eye(6, dtype=torch.bool)
-    assert (free[off] - 1).abs().max() < 0.15
-    assert free.diagonal().isnan().all()
-    first = torch.randint(3, (500,))
-    pairs = affinity(coactivation(torch.stack([2 * first, 2 * first + 1], 1), 6))
-    for i in range(6):
-        assert int(pairs[i].nan_to_num(-1).argmax()) == i ^ 1
-        assert float(pairs[i].nan_to_num(0).sum()) == float(pairs[i, i ^ 1])
-    assert affinity(coactivation(torch.arange(6)[:, None], 6)).isnan().all()
+def test_edges_of_loads():
+    nothing, one = torch.zeros(3), torch.tensor([5.0])
+    assert [float(f(nothing)) for f in (balance, load_entropy, normalised_entropy)] == [0, 0, 0]
+    assert dead(nothing).all() and dead(nothing, below=0).all()
+    assert [float(f(one)) for f in (balance, load_entropy, normalised_entropy, effective_experts)] == [1, 0, 0, 1]
+    assert not dead(one).any()
+    assert math.copysign(1, float(load_entropy(one))) == 1  # no "-0.0" in a report
+    assert float(balance(expert_load(torch.full((4, 2), -1), 3))) == 0
 
 
 def test_margins_against_a_loop():
-    logits, index = torch.randn(60, 5), _ragged(60, 5, 3)
+    logits, index = torch.randn(60, 5), random_index(60, 5, 3)
     index[0], index[1] = torch.tensor([-1, -1, -1]), torch.tensor([0, 1, 2])
     gap, size = margins(logits, index)
     for t in range(60):
@@ -89,10 +86,10 @@ def test_margins_of_the_top_experts_are_never_negative_and_near_ties_are_those_t
     assert found is not None and found.against == 0
     assert found.quantiles == sorted(found.quantiles)
     assert found.quantiles[2] == pytest.approx(float(gap.median()), rel=0.02)
-    assert found.near_ties == pytest.approx(float((gap <= BF16 * size).float().mean()))
+    assert found.near_ties == pytest.approx(float(near_tie(gap, size).float().mean()))
     tied = logits.to(torch.bfloat16).float().sort(descending=True).values
     # Two neighbours that bfloat16 makes equal were at most one rounding apart.
-    assert bool((gap <= BF16 * size)[tied[:, 1] == tied[:, 2]].all())
+    assert bool(near_tie(gap, size)[tied[:, 1] == tied[:, 2]].all())
     bottom = summarise(*margins(logits, logits.topk(2, largest=False).indices))
     assert bottom is not None and bottom.against == 1
     assert summarise(torch.full((3,), math.nan), torch.ones(3)) is None
@@ -104,22 +101,3 @@ def test_routing_entropy_is_one_undecided_and_zero_certain():
     certain[:, 2] = 0
     assert torch.allclose(routing_entropy(certain), torch.zeros(3))
     assert torch.allclose(routing_entropy(torch.tensor([[0.0, 0.0, -math.inf, -math.inf]])), torch.tensor(0.5))
-
-
-def test_saturation_against_sets():
-    before, after = _ragged(80, 6, 3), _ragged(80, 6, 2)
-    same = total = 0
-    for old, new in zip(before.tolist(), after.tolist(), strict=True):
-        new = [e for e in new if e >= 0]
-        same, total = same + len(set(new) & set(old)), total + len(new)
-    assert saturation(before, after) == pytest.approx(same / total)
-    assert saturation(after, after) == 1
-    with pytest.raises(ValueError, match="80 tokens before and 79 after"):
-        saturation(before, after[1:])
-
-
-def test_chance_saturation_is_that_of_independent_choices():
-    p = torch.rand(5) + 0.1
-    before, after = (torch.multinomial(p, 60_000, replacement=True)[:, None] for _ in range(2))
-    assert saturation(before, after) == pytest.approx(chance_saturation(before, after, 5), abs=0.02)
-    assert chance_saturation(before, after, 5) == pytest.approx(float((p / p.sum()).square().sum()), abs=0.02)

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import shunter
-from shunter.analysis.pages import run_figures as figures
+from shunter.analysis.pages.style import PAPER
 from shunter.analysis.runs import Metrics
 from shunter.data.windows import prepare
 from shunter.hf.checkpoints.gguf import unpack
@@ -228,7 +228,7 @@ def picture(result: dict[str, Any]) -> Figure:
     """Held-out bits per byte of both models against tokens."""
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    for name, colour in (("dense", figures.PAPER.dense), ("sparse", figures.PAPER.sparse)):
+    for name, colour in (("dense", PAPER.dense), ("sparse", PAPER.sparse)):
         curve = result["models"][name]["evaluations"]
         axes.plot([e["tokens"] for e in curve], [e["bits_per_byte"] for e in curve], "o-", color=colour, label=name)
     axes.set_xlabel("tokens of training")

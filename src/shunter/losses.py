@@ -165,7 +165,7 @@ def load_loss(
 
 def entropy(probs: Tensor) -> Tensor:
     """The entropy (...) in nats of distributions (..., E); finite, with finite gradients, at zero probabilities."""
-    return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
+    return (probs * -probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
 def local_entropy_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,4 +1,9 @@
-"""How experts are used and how firmly chosen: indices and logits to load, balance, entropy, dead experts, margins."""
+"""Load balance, dead experts, load entropy and near-ties: from experts' loads or router logits to numbers, each once.
+
+The load of an expert is the number of assignments, (token, expert) pairs, that it has. What takes a load takes counts
+or shares alike, floating point of shape (..., E), and reduces the last dimension; the others are layers, steps or
+tokens. T tokens, E experts, k experts of a token. Entropies are in nats unless they say otherwise.
+"""
 
 from __future__ import annotations
 
@@ -8,150 +13,66 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import losses
+
 __all__ = [
+    "DEAD_BELOW",
     "Margins",
-    "Usage",
-    "affinity",
-    "coactivation",
-    "entropy",
-    "label_shares",
+    "balance",
+    "dead",
+    "effective_experts",
+    "expert_load",
+    "load_entropy",
     "margins",
-    "mutual_information",
+    "near_tie",
+    "normalised_entropy",
     "routing_entropy",
     "summarise",
-    "usage",
 ]
 
 
-def entropy(counts: Tensor) -> float:
-    """The entropy in bits of the distribution that non-negative counts or shares of any shape are proportional to."""
-    p = counts.to(torch.float64).flatten()
-    p = p[p > 0] / p.sum()
-    return max(0.0, float(-(p * p.log2()).sum()))
-
-
-def mutual_information(joint: Tensor) -> float:
-    """The mutual information in bits of rows and columns of a table (A, B) of counts or shares; 0 for an empty one."""
-    return max(0.0, entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint))
-
-
 DEAD_BELOW = 0.01  # of an even share: an expert with less has stopped learning
-
-
-CHUNK = 1 << 16  # tokens; counts up to it are exact in float32
-
-
-@dataclass(frozen=True)
-class Usage:
-    """How one layer's experts share the tokens.
-
-    Args:
-        load: (E,) float64, of all assignments the share of each expert; zeros where there is no assignment.
-        unserved: the share of the tokens that no expert computes.
-        experts_per_token: the mean number of experts that compute a token.
-    """
-
-    load: Tensor
-    unserved: float
-    experts_per_token: float
-
-    @property
-    def balance(self) -> float:
-        """The busiest expert's load over the mean load: 1 is even, E is collapse; 0 without assignments."""
-        return float(self.load.max()) * len(self.load)
-
-    @property
-    def entropy(self) -> float:
-        """The entropy of the load over log E: 1 is even, 0 is collapse."""
-        return entropy(self.load) / math.log2(len(self.load)) if len(self.load) > 1 and bool(self.load.any()) else 0.0
-
-    @property
-    def dead(self) -> list[int]:
-        """Experts with less than `DEAD_BELOW` of an even share."""
-        return (self.load * len(self.load) < DEAD_BELOW).nonzero().flatten().tolist()
-
-
-def usage(index: Tensor, num_experts: int) -> Usage:
-    """The usage of E experts by the experts (T, k) of each token, -1 for none."""
-    chosen = index >= 0
-    counts = torch.bincount(index[chosen].to(torch.int64), minlength=num_experts).to(torch.float64)
-    tokens = max(1, len(index))
-    return Usage(
-        counts / counts.sum().clamp_min(1), float((~chosen.any(1)).sum()) / tokens, float(chosen.sum()) / tokens
-    )
-
-
-def label_shares(index: Tensor, label: Tensor, num_experts: int, num_labels: int) -> Tensor:
-    """(L, E) float64: of the assignments of each label's tokens the share of each expert; a row without any is zero.
-
-    Args:
-        index: (T, k) experts of each token, -1 for none.
-        label: (T,) integer label of each token in [0, L), -1 where it is not known.
-        num_experts: E.
-        num_labels: L.
-    """
-    known = (label >= 0)[:, None] & (index >= 0)
-    cell = label[:, None] * num_experts + index
-    counts = torch.bincount(cell[known].to(torch.int64), minlength=num_labels * num_experts)
-    counts = counts.reshape(num_labels, num_experts).to(torch.float64)
-    return counts / counts.sum(1, keepdim=True).clamp_min(1)
-
-
-def coactivation(index: Tensor, num_experts: int) -> Tensor:
-    """(E, E) int64: how many tokens have both experts; on the diagonal, how many have the expert.
-
-    Args:
-        index: (T, k) experts of each token, different within a row, -1 for none.
-        num_experts: E.
-    """
-    together = torch.zeros(num_experts, num_experts, dtype=torch.int64)
-    for part in index.to(torch.int64).split(CHUNK):
-        served = torch.zeros(len(part), num_experts + 1)
-        served.scatter_(1, part.where(part >= 0, num_experts), 1.0)
-        served = served[:, :num_experts]
-        together += (served.T @ served).to(torch.int64)
-    return together
-
-
-def affinity(together: Tensor) -> Tensor:
-    """(E, E) float64: how many times as often two experts meet as if each drew its partners by their load.
-
-    1 is no preference, 0 never together; NaN on the diagonal and where an expert has no partner at all. The two
-    directions of a pair differ by little, and are averaged geometrically.
-
-    Args:
-        together: (E, E), of `coactivation`.
-    """
-    counts = together.to(torch.float64)
-    load = counts.diagonal().clone()
-    meetings = counts - load.diag()
-    partners = meetings.sum(1, keepdim=True)
-    expected = partners * load / (load.sum() - load)[:, None]
-    ratio = meetings / expected
-    ratio = (ratio * ratio.T).sqrt()
-    return ratio.fill_diagonal_(float("nan"))
-
-
 BF16 = 2.0**-7  # the most that two numbers of one bfloat16 can differ by, relative to them
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of margins
 
 
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+def expert_load(index: Tensor, num_experts: int) -> Tensor:
+    """(E,) float64: the number of assignments of each of E experts; index is (T, k) integer, -1 for none."""
+    return torch.bincount(index[index >= 0].to(torch.int64), minlength=num_experts).to(torch.float64)
 
 
-@dataclass(frozen=True)
-class Margins:
-    """The distribution over tokens of the margin between the last expert taken and the first not taken.
+def balance(load: Tensor) -> Tensor:
+    """(...) the load of the busiest expert over the mean load: 1 is even, E is collapse, 0 without assignments.
 
-    Args:
-        quantiles: of the margin in logits, at `QUANTILES`.
-        near_ties: the share of tokens whose two logits are so close that bfloat16 may make them equal.
-        against: the share of tokens that lack an expert whose logit is above one of theirs: a bias, a capacity, a
-            table or the experts themselves chose.
+    Less 1 it is the maximal violation, MaxVio, of Wang et al. 2024 (Auxiliary-Loss-Free Load Balancing).
     """
+    return load.amax(-1) / load.mean(-1).clamp_min(torch.finfo(load.dtype).tiny)
 
-    quantiles: list[float]
-    near_ties: float
-    against: float
+
+def dead(load: Tensor, below: float = DEAD_BELOW) -> Tensor:
+    """(..., E) bool: experts with less than `below` of the mean load; those without any in any case."""
+    return (load == 0) | (load < below * load.mean(-1, keepdim=True))
+
+
+def load_entropy(load: Tensor) -> Tensor:
+    """(...) the entropy in nats of the experts' shares: ln E is even, 0 is collapse, or no assignment at all."""
+    total = load.sum(-1, keepdim=True)
+    return losses.entropy(load / total.clamp_min(torch.finfo(load.dtype).tiny))
+
+
+def normalised_entropy(load: Tensor) -> Tensor:
+    """(...) `load_entropy` over ln E: 1 is even, 0 is collapse, no assignment, or a single expert."""
+    return load_entropy(load) / math.log(max(2, load.shape[-1]))
+
+
+def effective_experts(load: Tensor) -> Tensor:
+    """(...) exp(`load_entropy`), how many evenly used experts have the same entropy: 1 is collapse, E is even."""
+    return load_entropy(load).exp()
+
+
+def routing_entropy(logits: Tensor) -> Tensor:
+    """(T,) `normalised_entropy` of the softmax of each token's logits (T, E): 1 is undecided, 0 is certain."""
+    return normalised_entropy(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1))
 
 
 def margins(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,6 +98,27 @@ def margins(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(decided, low - high, nan), torch.where(decided, torch.maximum(low.abs(), high.abs()), nan)
 
 
+def near_tie(margin: Tensor, size: Tensor) -> Tensor:
+    """(T,) bool: where bfloat16 may make the two logits of a margin equal; margin and size (T,) are of `margins`."""
+    return margin.abs() <= BF16 * size
+
+
+@dataclass(frozen=True)
+class Margins:
+    """The distribution of margins over tokens.
+
+    Args:
+        quantiles: of the margin in logits, at `QUANTILES`.
+        near_ties: the share of tokens that are a `near_tie`.
+        against: the share of tokens that lack an expert whose logit is above one of theirs: a bias, a capacity, a
+            table or the experts themselves chose.
+    """
+
+    quantiles: list[float]
+    near_ties: float
+    against: float
+
+
 def summarise(margin: Tensor, size: Tensor) -> Margins | None:
     """The distribution of the margins (T,) and sizes (T,) that `margins` gives; None where no token has one."""
     finite = margin.isfinite() & size.isfinite()
@@ -185,15 +127,5 @@ def summarise(margin: Tensor, size: Tensor) -> Margins | None:
         return None
     ordered = margin.sort().values
     at = [min(len(ordered) - 1, int(q * len(ordered))) for q in QUANTILES]
-    return Margins(
-        ordered[at].tolist(),
-        float((margin.abs() <= BF16 * size).double().mean()),
-        float((margin < 0).double().mean()),
-    )
-
-
-def routing_entropy(logits: Tensor) -> Tensor:
-    """(T,) the entropy of the softmax of each token's logits (T, E) over log E: 1 is undecided, 0 is certain."""
-    log_p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    nats = -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
-    return nats / torch.tensor(float(max(2, logits.shape[1]))).log()
+    share = [float(case.double().mean()) for case in (near_tie(margin, size), margin < 0)]
+    return Margins(ordered[at].tolist(), near_ties=share[0], against=share[1])

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shunter.analysis.information import Information, information
-from shunter.metrics import entropy, mutual_information
+from shunter.analysis.information import Information, entropy, information, mutual_information
 
 
 def test_entropy_and_mutual_information_against_closed_forms():

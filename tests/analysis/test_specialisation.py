@@ -1,49 +1,37 @@
-"""What experts serve, against planted routings."""
+"""Shares and characteristic labels against counts by hand."""
 
+import math
+
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import shunter
-from shunter.analysis.specialisation import specialisation, token_text
-from shunter.data.windows import _tokenizer
-from shunter.recipes.sections import DataConfig
+from shunter.analysis.specialisation import MIN_COUNT, characteristic, label_counts, label_shares
+from tests.helpers import random_index
 
 
-def test_hash_routing_shows_each_expert_its_own_tokens():
-    tokenizer = _tokenizer(DataConfig(tokenizer="bytes"), [])
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=257,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-        )  # fmt: skip
-    )
-    shunter.sparsify(model, 4, "hash")
-    ids = {"a": torch.randint(0, 20, (6, 32)), "b": torch.randint(20, 40, (6, 32))}
-    found = specialisation(model, ids, tokenizer, batch_size=4)
-    assert found["domains"] == ["a", "b"]
-    for name, layer in shunter.moe_layers(model).items():
-        table, seen = layer.router.table, found["layers"][name]
-        for domain, windows in ids.items():
-            expected = torch.bincount(table[windows.flatten()], minlength=4) / windows.numel()
-            assert torch.allclose(torch.tensor(seen["domains"][domain]), expected)
-        assert abs(sum(seen["load"]) - 1) < 1e-6
-        for expert, tokens in enumerate(seen["tokens"]):
-            assert tokens
-            for text, share, lift in tokens:
-                [i] = [i for i in range(257) if tokenizer.decode([i]) == text]
-                assert table[i] == expert
-                everything = torch.cat(list(ids.values())).flatten()
-                mine = everything[table[everything] == expert]
-                assert abs(share - float((mine == i).float().mean())) < 1e-6
-                assert abs(lift - share / float((everything == i).float().mean())) < 1e-4
+def test_label_shares_against_counts():
+    index, label = random_index(300, 5, 2), torch.randint(-1, 3, (300,))
+    found = label_shares(label_counts(index, label, 5, 4))
+    for which in range(4):
+        mine = [e for row, m in zip(index.tolist(), label.tolist(), strict=True) if m == which for e in row if e >= 0]
+        expected = [mine.count(e) / len(mine) if mine else 0.0 for e in range(5)]
+        assert found[which].tolist() == pytest.approx(expected)
 
 
-def test_pieces_of_characters_are_shown_as_their_bytes():
-    tokenizer = _tokenizer(DataConfig(tokenizer="bytes"), [])
-    for text in ("é", "語", "a", "\n"):
-        ids = tokenizer.backend_tokenizer.encode(text).ids
-        shown = "".join(token_text(tokenizer, i) for i in ids)
-        assert shown == (text if len(ids) == 1 else "".join(f"\\x{b:02x}" for b in text.encode()))
+@pytest.mark.parametrize("top", [3, 30])
+def test_characteristic_labels_are_the_largest_terms_of_the_divergence(top):
+    """Against the definition over Python's numbers: what an expert is sent, q, from the text, p: q ln(q / p)."""
+    counts = torch.randint(0, 3 * MIN_COUNT, (30, 4))
+    counts[0], counts[1] = torch.tensor([[MIN_COUNT, 0, 0, 0], [MIN_COUNT - 1, 0, 0, 0]])
+    text = counts.sum(1) + torch.randint(5, (30,))
+    for expert, found in enumerate(characteristic(counts, text, top)):
+        sent, everything, terms = int(counts[:, expert].sum()), int(text.sum()), {}
+        for label, count in enumerate(counts[:, expert].tolist()):
+            q, p = count / sent, int(text[label]) / everything
+            if count >= MIN_COUNT and q > p:
+                terms[label] = q * math.log(q / p)
+        for label, share, lift in found:
+            assert share == pytest.approx(int(counts[label, expert]) / sent, rel=1e-5)
+            assert lift == pytest.approx(share / (int(text[label]) / everything), rel=1e-5)
+        best = sorted(terms.values(), reverse=True)[:top]
+        assert [terms[label] for label, _, _ in found] == pytest.approx(best, rel=1e-4, abs=1e-6)

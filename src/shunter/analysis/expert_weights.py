@@ -1,4 +1,4 @@
-"""The parameters of each expert of a layer, found by shape in any model: how alike experts are; how to remove one."""
+"""Experts' parameters, found by shape in any model: how alike two experts are, how far one moved, one removed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ __all__ = ["cosine_similarity", "expert_parameters", "gram_similarity", "moved",
 
 
 COLUMNS = 1 << 20  # of the flattened weights, taken at once
-
-
 COORDINATES = 256  # of the d that a Gram matrix is taken over
 
 

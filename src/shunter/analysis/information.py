@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..metrics import entropy
+from ..metrics import load_entropy
 
-__all__ = ["Information", "information"]
+__all__ = ["Information", "entropy", "information", "mutual_information"]
 
 
 DENSE_TABLE = 1 << 22  # cells up to which counting in a table beats sorting
-
-
 TOO_SPARSE = 0.9  # of the entropy: a null above it leaves nothing to measure
+
+
+def entropy(counts: Tensor) -> float:
+    """The entropy in bits of the distribution that non-negative counts or shares of any shape are proportional to."""
+    return float(load_entropy(counts[counts > 0].to(torch.float64))) / math.log(2)
+
+
+def mutual_information(joint: Tensor) -> float:
+    """The mutual information in bits of rows and columns of a table (A, B) of counts or shares; 0 for an empty one."""
+    return max(0.0, entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint))
 
 
 @dataclass(frozen=True)

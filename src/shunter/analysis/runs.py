@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ..metrics import DEAD_BELOW
+from .. import metrics
 
 __all__ = ["Metrics"]
 
@@ -91,12 +92,12 @@ class Load:
     @property
     def balance(self) -> NDArray[np.float64]:
         """Load of the busiest expert over the mean load, (N,): 1 is perfect balance, E is collapse."""
-        return self.relative.max(axis=1)
+        return metrics.balance(torch.from_numpy(self.share)).numpy()
 
     @property
     def dead(self) -> list[int]:
-        """Experts that took less than `DEAD_BELOW` of an even share at the last record."""
-        return [int(expert) for expert in np.flatnonzero(self.relative[-1] < DEAD_BELOW)]
+        """Experts that took less than `shunter.metrics.DEAD_BELOW` of an even share at the last record."""
+        return metrics.dead(torch.from_numpy(self.share[-1])).nonzero().flatten().tolist()
 
 
 @dataclass(frozen=True)

@@ -316,15 +316,15 @@ def _routers(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from ..analysis.inspect.inspecting import InspectError
     from ..data.documents import DataError
+    from ..errors import UserError
     from ..recipes.inspection import inspect_models
 
     try:
         findings, page = inspect_models(
             args.models, args.data, args.out, args.tokens, args.length, args.ablate, quiet=args.json
         )
-    except (DataError, InspectError) as error:
+    except (DataError, UserError) as error:
         print(f"shunter inspect: {error}", file=sys.stderr)
         return 2
     if args.json:

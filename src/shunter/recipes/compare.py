@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 
 from .. import routers
+from ..analysis.pages.compare_figures import comparison
 from ..analysis.pages.style import PAPER, style
 from ..analysis.runs import Metrics
 from .config import ConfigError, load_config, parse_value
 from .sections import TextConfig
 from .text import account, begin, train_one, versions
 
-__all__ = ["compare", "parse_routers", "picture", "table", "with_router"]
+__all__ = ["compare", "parse_routers", "table", "with_router"]
 
 
 KNOWN = ("mask", "token_ids", "sequence", "position")
@@ -134,7 +134,7 @@ def compare(
         (run / "compare.md").write_text(table(result), encoding="utf-8")
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     with style(PAPER):
-        picture(result).savefig(run / "compare.png", metadata={"Software": None})
+        comparison(result).savefig(run / "compare.png", metadata={"Software": None})
     return result
 
 
@@ -193,31 +193,3 @@ def table(result: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def picture(result: dict[str, Any]) -> Figure:
-    """The table's main columns as points, a row for each router, the best loss on top; the dense model is the line."""
-    dense, *sparse = result["models"]
-    sparse = sorted(sparse, key=lambda row: row["eval_loss"])
-    panels = [
-        ("held-out loss\n(nats/token)", [row["eval_loss"] for row in sparse], dense["eval_loss"]),
-        ("busiest expert\n(times the mean)", [row["balance"] for row in sparse], None),
-        ("assignments\ndropped (%)", [100 * row["dropped"] for row in sparse], None),
-        ("training time\n(times the dense)", [row["seconds"] / dense["seconds"] for row in sparse], 1.0),
-        ("peak memory\n(MiB)", [row["peak_rss_bytes"] / 2**20 for row in sparse], dense["peak_rss_bytes"] / 2**20),
-    ]
-    figure = Figure(figsize=(9.6, 1.3 + 0.26 * len(sparse)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
-    palette = PAPER
-    for one, (label, values, baseline) in zip(axes, panels, strict=True):
-        one.plot(values, range(len(sparse)), "o", color=palette.sparse, markersize=5)
-        if baseline is not None:
-            one.axvline(baseline, color=palette.dense, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
-        else:
-            one.set_xlim(left=0)
-        one.set_xlabel(label)
-        one.margins(x=0.12)
-    axes[0].set_yticks(range(len(sparse)), [row["router"] for row in sparse])
-    axes[0].set_ylim(len(sparse) - 0.5, -0.5)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right")
-    return figure

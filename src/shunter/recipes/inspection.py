@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..analysis.inspect.inspecting import Inspected, InspectError, inspect, load
-from ..analysis.inspect.material import Document, Material, MaterialError, image_material, text_material
+from ..analysis.inspect.inspecting import Inspected, inspect, load
+from ..analysis.inspect.material import Document, Material, image_material, text_material
 from ..analysis.pages.inspect_page import render
 from ..data.documents import built_in_domains, read_domains
+from ..errors import UserError
 from .sections import DataConfig
 
 __all__ = ["inspect_models"]
@@ -44,19 +45,16 @@ def inspect_models(
         The findings, as inspect.json has them, and the path of the page.
 
     Raises:
-        InspectError: for models that cannot be inspected, or shown these data.
+        UserError: for models that cannot be inspected, or shown these data.
         DataError: for data that cannot be read.
     """
     if len(models) > 2:
-        raise InspectError(f"{len(models)} models are given; give one, or two checkpoints of one to compare")
+        raise UserError(f"{len(models)} models are given; give one, or two checkpoints of one to compare")
     for name, value, least in (("--tokens", tokens, 2), ("--length", length, 4), ("--ablate", ablations, 0)):
         if value < least:
-            raise InspectError(f"{name} {value} must be at least {least}")
+            raise UserError(f"{name} {value} must be at least {least}")
     *before, subject = [load(path) for path in models]
-    try:
-        material = _material(subject, data, tokens, length)
-    except MaterialError as error:
-        raise InspectError(str(error)) from None
+    material = _material(subject, data, tokens, length)
     findings = inspect(subject, material, earlier=before[0] if before else None, ablations=ablations, quiet=quiet)
     out = out or Path("runs") / f"inspect-{subject.name}"
     out.mkdir(parents=True, exist_ok=True)
@@ -69,7 +67,7 @@ def inspect_models(
 def _material(subject: Inspected, data: Sequence[str] | None, tokens: int, length: int) -> Material:
     if subject.model.main_input_name == "pixel_values":
         if data is None:
-            raise InspectError("this model sees images, and none are built in; give --data with a folder of images")
+            raise UserError("this model sees images, and none are built in; give --data with a folder of images")
         return image_material(subject.model, subject.folder, data, tokens=tokens)
     domains = built_in_domains(MAX_BYTES) if data is None else read_domains(data, MAX_BYTES)
     documents = [

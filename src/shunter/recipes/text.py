@@ -15,10 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging as hf_logging
 
+from ..analysis.inspect.inspecting import specialisation
 from ..analysis.ledger import ledger
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import Metrics
-from ..analysis.specialisation import specialisation
 from ..data.windows import EvalDomain, TextData, prepare
 from ..hf import sparsify
 from ..hf.checkpoints.folders import line_of

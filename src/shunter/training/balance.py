@@ -27,6 +27,7 @@ from .. import losses
 from ..context import Context
 from ..hf.observe.listening import Observation, listening
 from ..hf.observe.taps import Tap
+from ..metrics import balance, dead, effective_experts, normalised_entropy
 from ..moe import MoE, update_routers
 
 __all__ = ["BalanceCallback", "BalanceWarning"]
@@ -276,13 +277,13 @@ class BalanceCallback(TrainerCallback):
             return  # too few tokens to tell
         where, top_k = name or "the layer", self._taps[name].top_k or 1
         found = {}
-        effective = float(torch.special.entr(load / total).sum().exp())
+        effective = float(effective_experts(load))
         if effective < top_k + (num_experts - top_k) / 8:
             found["collapse"] = (
                 f"{where} is collapsing: in the last {self.patience} steps its tokens used {effective:.1f} of "
                 f"{num_experts} experts effectively (the exponential of the load's entropy), with {top_k} a token"
             )
-        for expert in (load < even / 100).nonzero().flatten().tolist():
+        for expert in dead(load).nonzero().flatten().tolist():
             state = "all but dead" if float(load[expert]) else "dead"
             found[f"dead {expert}"] = (
                 f"{where}: expert {expert} is {state}: {int(load[expert])} of {int(total)} choices in the last "
@@ -312,15 +313,13 @@ class BalanceCallback(TrainerCallback):
                 out[f"balance/{loss}_max"] = float(values.max())
         loads = [load.double().cpu() for load in self._window_loads.values() if float(load.sum()) > 0]
         if loads:
-            violation = torch.stack([load.max() / load.mean() - 1 for load in loads])
-            even = torch.stack(
-                [torch.special.entr(load / load.sum()).sum() / max(math.log(len(load)), 1e-9) for load in loads]
-            )
+            violation = torch.stack([balance(load) - 1 for load in loads])
+            even = torch.stack([normalised_entropy(load) for load in loads])
             out["balance/max_violation_p50"] = float(violation.median())
             out["balance/max_violation_max"] = float(violation.max())
             out["balance/entropy_p50"] = float(even.median())
             out["balance/entropy_min"] = float(even.min())
-            out["balance/dead_experts"] = float(sum(int((load == 0).sum()) for load in loads))
+            out["balance/dead_experts"] = float(sum(int(dead(load, below=0).sum()) for load in loads))
         self._reset_window()
         return out
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis.runs import Metrics
 from ..environment import _reset_peak_rss, peak_rss_bytes
+from ..metrics import balance
 from ..moe import aux_loss, moe_layers, update_routers
 
 __all__ = ["Interrupted", "train_model"]
@@ -121,9 +122,7 @@ class _Watch(TrainerCallback):
             asked = math.fsum(float(n.sum()) for n in self.load.values())
             line["experts_per_token"] = asked / self.window["routed"]
             line["dropped"] = 1 - self.window["kept"] / asked if asked else 0.0
-            line["balance"] = math.fsum(
-                float(n.max() / n.float().mean().clamp_min(1e-9)) for n in self.load.values()
-            ) / len(self.load)
+            line["balance"] = math.fsum(float(balance(n.float())) for n in self.load.values()) / len(self.load)
             shown["balance"] = f"{line['balance']:.2f}"
         self.metrics.write(kind="train", model=self.name, **line)
         if self.load:

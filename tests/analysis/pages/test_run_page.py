@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from shunter.analysis.pages.run_page import mutual_information, write_picture, write_report
-from shunter.analysis.pages.style import printable, visible
+from shunter.analysis.pages.style import visible
 from shunter.analysis.runs import ReportError, read_run
 
 HOSTILE = [
@@ -212,12 +212,6 @@ def _render(run: Path) -> Page:
         return Page(write_report(run).read_text(encoding="utf-8"))
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the figures' drawing out, which takes most of the time, where only the words matter."""
-    monkeypatch.setattr("shunter.analysis.pages.html.to_svg", lambda figure, name, title: "<svg></svg>")
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_headline_numbers_are_the_summarys(make_run: MakeRun) -> None:
     run = make_run(layers=1, steps=100)
@@ -294,29 +288,6 @@ def test_hostile_strings_are_shown_not_obeyed(make_run: MakeRun) -> None:
     shown = {token.strip() for token in page.words}
     for token in HOSTILE:
         assert visible(token) in shown, ascii(token)
-
-
-@pytest.mark.parametrize(
-    ("token", "shown"),
-    [
-        (" the", "␣the"),
-        ("\n\t\r", "⏎⇥⟨U+000D⟩"),
-        ("\x00\x7f", "⟨U+0000⟩⟨U+007F⟩"),
-        ("\u202e", "⟨U+202E⟩"),
-        ("\u00a0", "⟨U+00A0⟩"),
-        ("\ud800", "⟨U+D800⟩"),
-        ("\u0301x", "\u25cc\u0301x"),
-        ("", "(empty)"),
-        ("␣", "⟨U+2423⟩"),
-        ("é漢\ufffd", "é漢\ufffd"),
-    ],
-)
-def test_tokens_are_visible(token: str, shown: str) -> None:
-    assert visible(token) == shown
-
-
-def test_printable_keeps_ordinary_text() -> None:
-    assert printable("a b\n\tc: é\x00") == "a b\n\tc: é⟨U+0000⟩"
 
 
 def test_mutual_information_against_the_joint_distribution() -> None:

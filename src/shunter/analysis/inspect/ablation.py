@@ -1,4 +1,4 @@
-"""What the loss does when an expert is removed."""
+"""Ablation: the rise of a language model's or classifier's loss when one expert is removed."""
 
 from __future__ import annotations
 

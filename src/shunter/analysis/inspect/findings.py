@@ -1,4 +1,4 @@
-"""What a recording says of a layer's experts, as plain numbers by name."""
+"""Findings: from a layer's recorded decisions and the labels of its tokens to numbers by name."""
 
 from __future__ import annotations
 
@@ -10,36 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from ...hf.observe.listening import Decisions
-from ...metrics import QUANTILES, affinity, coactivation, label_shares, summarise, usage
+from ...metrics import QUANTILES, balance, dead, expert_load, normalised_entropy, summarise
+from ..coactivation import affinity, coactivation
 from ..expert_weights import cosine_similarity, expert_parameters, gram_similarity
 from ..information import information
-from ..specialisation import MIN_COUNT, characteristic
+from ..specialisation import MIN_COUNT, characteristic, label_counts, label_shares
 from .material import Material, Stream
 
-__all__ = ["FEATURES", "describe_data", "describe_usage", "describe_weights", "specialisation_of"]
+__all__ = ["FEATURES", "describe_data", "describe_usage", "describe_weights", "specialisation_of", "tokens_served"]
 
 
 FEATURES = ("domain", "language", "position", "kind", "previous", "token")
-
-
 GIVEN_TOKEN = ("domain", "position", "previous")  # asked for once more among tokens that are the same
-
-
 FOLLOWS_FROM = 0.05  # of the routing: a label that decides less is not said to be followed
-
-
 SAME = 0.005  # two labels that decide as much as each other
-
-
 RANGES = 8  # of positions
-
-
 PATCHES = 16  # of an expert
-
-
 PAIRS = 8  # of a layer
-
-
 LATER = (  # what is None until it is measured
     *("together", "information", "follows", "serves", "tokens_served", "tokens_before", "patches", "similarity"),
     "ablation",
@@ -65,19 +52,19 @@ def describe_data(material: Material) -> dict[str, Any]:
 
 def describe_usage(layer: Decisions) -> dict[str, Any]:
     """Load, balance, entropy, dead experts, drops and margins of a layer; what is measured later as None."""
-    used = usage(layer.index, layer.num_experts)
+    load = expert_load(layer.index, layer.num_experts)
+    asked, tokens = int(load.sum()), max(1, len(layer.index))
     margin = summarise(layer.margin, layer.margin_size)
-    asked = int((layer.index >= 0).sum())
     found: dict[str, Any] = {
         "experts": layer.num_experts,
         "tokens": len(layer.index),
-        "experts_per_token": used.experts_per_token,
-        "load": used.load.tolist(),
-        "balance": used.balance,
-        "load_entropy": used.entropy,
-        "dead": used.dead,
-        "unserved": used.unserved,
-        "dropped": layer.dropped / asked if asked else 0.0,
+        "experts_per_token": asked / tokens,
+        "load": (load / max(1, asked)).tolist(),
+        "balance": float(balance(load)),
+        "load_entropy": float(normalised_entropy(load)),
+        "dead": dead(load).nonzero().flatten().tolist(),
+        "unserved": int((layer.index < 0).all(1).sum()) / tokens,
+        "dropped": layer.dropped / max(1, asked),
         "router_entropy": layer.entropy,
         "margins": None if margin is None else {"at": list(QUANTILES)} | asdict(margin),
     }
@@ -114,7 +101,7 @@ def specialisation_of(layer: Decisions, stream: Stream | None, material: Materia
     }
     for what, key in (("token", "tokens_served"), ("previous", "tokens_before")):
         if what in size:
-            found[key] = _tokens(layer, stream, what)
+            found[key] = tokens_served(layer, stream, what)
     if material.images is not None:
         found["patches"] = _patches(layer, stream, material.window)
     return found
@@ -140,15 +127,14 @@ def _served(layer: Decisions, stream: Stream, what: str) -> dict[str, list[float
             f"{names[i].split('–')[0]}–{names[min(i + run, len(names)) - 1].split('–')[-1]}"
             for i in range(0, len(names), run)
         ]
-    shares = label_shares(layer.index, label, layer.num_experts, len(names))
+    shares = label_shares(label_counts(layer.index, label, layer.num_experts, len(names)))
     return {name: row.tolist() for name, row in zip(names, shares, strict=True) if bool(row.any())}
 
 
-def _tokens(layer: Decisions, stream: Stream, what: str) -> list[list[list[Any]]]:
+def tokens_served(layer: Decisions, stream: Stream, what: str = "token") -> list[list[list[Any]]]:
+    """For each expert its most characteristic tokens ("previous": tokens before), of `characteristic`, as text."""
     label, names = stream.labels[what], stream.names[what]
-    known = (layer.index >= 0) & (label >= 0)[:, None]
-    cell = (layer.index.to(torch.int64) * len(names) + label[:, None])[known]
-    counts = torch.bincount(cell, minlength=layer.num_experts * len(names)).reshape(layer.num_experts, -1)
+    counts = label_counts(layer.index, label, layer.num_experts, len(names))
     rows = characteristic(counts, torch.bincount(label[label >= 0], minlength=len(names)))
     return [[[names[i], share, lift] for i, share, lift in row] for row in rows]
 

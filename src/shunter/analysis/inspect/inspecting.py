@@ -1,40 +1,37 @@
-"""See inside the experts of any mixture-of-experts model: everything measured, as one dictionary that JSON can hold."""
+"""Inspection: from mixture-of-experts models and data to all that is measured, as one dictionary for JSON."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from ...errors import UserError, one_line
 from ...hf.checkpoints.folders import local_folder
 from ...hf.checkpoints.loading import load_folder
 from ...hf.observe.taps import taps
-from ...metrics import usage
+from ...metrics import expert_load
 from ..expert_weights import expert_parameters, moved
+from ..specialisation import label_counts, label_shares
 from .ablation import ablate
-from .findings import describe_data, describe_usage, describe_weights, specialisation_of
-from .material import Material
+from .findings import describe_data, describe_usage, describe_weights, specialisation_of, tokens_served
+from .material import Material, Window, window_material
 from .recording import Recording, batch_losses, record
 from .saturation import chance_saturation, saturation
 
-__all__ = ["InspectError", "Inspected", "inspect", "load"]
+__all__ = ["Inspected", "inspect", "load", "specialisation"]
 
 
 ABLATION_TOKENS = 4096
-
-
 T = TypeVar("T")
-
-
-class InspectError(Exception):
-    """A model that cannot be inspected: one line with the fault and what to do."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,12 @@ class Inspected:
         """The tokenizer that lies beside the model.
 
         Raises:
-            InspectError: where there is none.
+            UserError: where there is none.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # a damaged folder fails in as many ways as there are readers
-            raise InspectError(f"{self.folder}: no tokenizer can be loaded: {_line(error)}") from None
+            raise UserError(f"{self.folder}: no tokenizer can be loaded: {one_line(error)}") from None
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         return tokenizer
 
@@ -74,32 +71,28 @@ def load(path: str) -> Inspected:
         path: a folder, or a name on the Hugging Face Hub.
 
     Raises:
-        InspectError: where there is no such model, it cannot be loaded whole, or it has no experts.
+        UserError: where there is no such model, it cannot be loaded whole, or it has no experts.
     """
     try:
         folder = local_folder(path)
     except ValueError as error:
-        raise InspectError(str(error)) from None
+        raise UserError(str(error)) from None
     if not folder.is_dir():
-        raise InspectError(f"{path}: no such folder; give the folder of a model, with its config.json")
+        raise UserError(f"{path}: no such folder; give the folder of a model, with its config.json")
     if not (folder / "config.json").is_file() and (folder / "sparse" / "config.json").is_file():
         folder = folder / "sparse"
     if not (folder / "config.json").is_file():
-        raise InspectError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
+        raise UserError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
     hf_logging.disable_progress_bar()
     try:
         model = load_folder(folder)
     except ValueError as error:
-        raise InspectError(str(error)) from None
+        raise UserError(str(error)) from None
     if not taps(model):
         name = type(model).__name__
-        raise InspectError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
+        raise UserError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     return Inspected(Path(path).resolve().name, model, folder)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def inspect(
@@ -124,7 +117,7 @@ def inspect(
         was not measured is None.
 
     Raises:
-        InspectError: where the two models do not have the same layers.
+        UserError: where the two models do not have the same layers.
         KeyboardInterrupt: where Ctrl-C comes before anything is measured.
     """
     show = _Progress(quiet)
@@ -165,6 +158,41 @@ def inspect(
     return _finite(findings)
 
 
+def specialisation(
+    model: PreTrainedModel, domains: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
+) -> dict[str, Any]:
+    """Measure which domains and which tokens of held-out text the experts of a language model serve.
+
+    Args:
+        model: it is run in evaluation mode, its own mode restored.
+        domains: name -> (windows, sequence length) token ids.
+        tokenizer: the model's own.
+        batch_size: windows a forward.
+
+    Returns:
+        What specialisation.json of a run holds: {"domains": names, "layers": {layer: {"load": (E,) shares of all
+        assignments, "domains": {name: (E,) shares of that domain's assignments}, "tokens": `tokens_served`}}}.
+
+    Raises:
+        ValueError: where the model has no layer whose routing can be read.
+    """
+    windows = [Window(ids, name) for name, rows in domains.items() for ids in rows.tolist()]
+    material = window_material(model, tokenizer, windows, list(domains), batch_size=batch_size)
+    recording = record(model, material, lambda batches, what, total: batches)
+    if recording.batches < len(material.batches):
+        raise KeyboardInterrupt
+    [stream] = material.streams.values()
+    layers = {}
+    for name, layer in recording.layers.items():
+        counts = label_counts(layer.index, stream.labels["domain"], layer.num_experts, len(domains))
+        layers[name] = {
+            "load": (counts.sum(0) / counts.sum().clamp_min(1)).tolist(),
+            "domains": dict(zip(domains, label_shares(counts).tolist(), strict=True)),
+            "tokens": tokens_served(layer, stream),
+        }
+    return {"domains": list(domains), "layers": layers}
+
+
 class _Progress:
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -195,7 +223,7 @@ def _describe_model(subject: Inspected, recording: Recording) -> dict[str, Any]:
 def _compare(earlier: Inspected, subject: Inspected, recordings: list[Recording]) -> dict[str, Any]:
     before, after = recordings
     if {n: d.num_experts for n, d in before.layers.items()} != {n: d.num_experts for n, d in after.layers.items()}:
-        raise InspectError(
+        raise UserError(
             f"{earlier.folder} and {subject.folder} do not have the same layers of experts; "
             "give two checkpoints of one model"
         )
@@ -205,12 +233,13 @@ def _compare(earlier: Inspected, subject: Inspected, recordings: list[Recording]
         old, tokens = before.layers[name], min(len(before.layers[name].index), len(now.index))
         had, has = old.index[:tokens], now.index[:tokens]
         sides = [expert_parameters(side[name].layer, side[name].num_experts) for side in tapped]
-        load = [usage(one, now.num_experts).load for one in (had, has)]
+        counts = [expert_load(one, now.num_experts) for one in (had, has)]
+        share = [count / count.sum().clamp_min(1) for count in counts]
         change = [moved(a, b) for a, b in zip(*sides, strict=True)]
         layers[name] = {
             "saturation": saturation(had, has),
             "chance": chance_saturation(had, has, now.num_experts),
-            "load_moved": float((load[0] - load[1]).abs().sum()) / 2,
+            "load_moved": float((share[0] - share[1]).abs().sum()) / 2,
             "weights_moved": [None if math.isnan(value) else value for value in change],
         }
     return {"before": earlier.name, "after": subject.name, "layers": layers}

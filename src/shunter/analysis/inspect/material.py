@@ -1,14 +1,14 @@
-"""What a model is shown for an inspection: windows of text or images, and what is known of each token."""
+"""Material: from documents or images to the forwards of a model, with labels of each token that it sees."""
 
 from __future__ import annotations
 
 import json
 import random
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,35 +18,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
-from ..specialisation import token_text
+from ...errors import UserError
+from .tokens import KINDS, kind, token_text
 
-__all__ = ["KINDS", "Batch", "Document", "MaterialError", "Material", "Stream", "image_material", "text_material"]
+__all__ = ["Batch", "Document", "Material", "Stream", "Window", "image_material", "text_material", "window_material"]
 
 
 POSITIONS = 128  # at most; longer windows have runs of positions for one label
-
-
 MASK_EVERY = 7  # of the tokens of a masked language model's text
-
-
 IMAGES = 16  # of a forward
-
-
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
-
-
-KINDS = ("special", "space", "punctuation", "number", "function word", "name", "word", "piece", "other script")
-
-
-FUNCTION_WORDS = set(
-    "a an the and or but nor so if of to in on at by for from with as than that this these those which who whom it its "
-    "he she they we you i him her them us me his their our your my is are was were be been not no do does did has have "
-    "had will shall would should may can could must there then when where".split()
-)
-
-
-class MaterialError(Exception):
-    """Nothing that this model can be shown: one line with the fault and what to do."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +41,14 @@ class Document:
     """
 
     text: str
+    domain: str
+    language: str | None = None
+
+
+class Window(NamedTuple):
+    """A sequence of token ids with the domain and the language of its text; None where that is not known."""
+
+    ids: list[int]
     domain: str
     language: str | None = None
 
@@ -167,63 +156,87 @@ def text_material(
         batch_size: windows of a forward.
 
     Raises:
-        MaterialError: where there is no text, or the tokenizer is not the model's.
+        UserError: where there is no text, or the tokenizer is not the model's.
     """
     groups: dict[tuple[str, str | None], list[str]] = {}
     for document in documents:
         if document.text.strip():
             groups.setdefault((document.domain, document.language), []).append(document.text)
     if not groups:
-        raise MaterialError("the data hold no text; give --data files with at least a few sentences")
+        raise UserError("the data hold no text; give --data files with at least a few sentences")
     length = min(length, _longest(model))
     domains = sorted({domain for domain, _ in groups})
-    numbered: list[tuple[int, tuple[list[int], str, str | None]]] = []
+    numbered: list[tuple[int, Window]] = []
     for (domain, language), texts in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or "")):
         parts = sum(1 for other, _ in groups if other == domain)
         share = max(1, round(tokens / len(domains) / parts / length)) * length
         mine = enumerate(_windows(texts, tokenizer, share, length))
-        numbered += [(number, (ids, domain, language)) for number, ids in mine]
+        numbered += [(number, Window(ids, domain, language)) for number, ids in mine]
     # Domains in turn, so that a pass that is stopped has seen them all; windows of one length share forwards.
-    windows = [window for _, window in sorted(numbered, key=lambda item: (-len(item[1][0]), item[0]))]
+    windows = [window for _, window in sorted(numbered, key=lambda item: (-len(item[1].ids), item[0]))]
     if not windows:
-        raise MaterialError("the data are too short: a window needs at least two tokens; give more text")
+        raise UserError("the data are too short: a window needs at least two tokens; give more text")
+    return replace(window_material(model, tokenizer, windows, domains, batch_size=batch_size), window=length)
+
+
+def window_material(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Sequence[Window],
+    domains: list[str],
+    *,
+    batch_size: int,
+) -> Material:
+    """Windows of token ids, in their order; those of one length that follow each other share forwards.
+
+    Args:
+        model, tokenizer: of `text_material`.
+        windows: at least one.
+        domains: the names of the windows' domains, in the order of their labels.
+        batch_size: windows of a forward.
+
+    Raises:
+        UserError: where the tokenizer is not the model's.
+    """
     rows = int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
-    largest = max(max(ids) for ids, _, _ in windows)
+    largest = max(max(window.ids) for window in windows)
     if largest >= rows:
-        raise MaterialError(
-            f"the tokenizer gives token {largest}, but the model has {rows} embeddings; it is another's"
-        )
-    masked = LOSS_MAPPING.get(model.loss_type or "") is ForMaskedLMLoss and tokenizer.mask_token_id is not None
-    two = bool(model.config.is_encoder_decoder)
-    causal = LOSS_MAPPING.get(model.loss_type or "") is ForCausalLMLoss
-    batches, seen, group = [], dict[str, list[tuple[list[int], str, str | None]]](), []
-    while windows:
-        size = len(windows[0][0])
-        count = next((i for i, (ids, _, _) in enumerate(windows) if len(ids) != size), len(windows))
-        some, windows = windows[: min(count, batch_size)], windows[min(count, batch_size) :]
-        ids = torch.tensor([one for one, _, _ in some])
-        if two:
-            source, target = ids[:, : size // 2], ids[:, size // 2 :]
-            start = model.config.get_text_config().decoder_start_token_id
-            begin = torch.full_like(target[:, :1], 0 if start is None else start)
-            inputs = {"input_ids": source, "decoder_input_ids": torch.cat([begin, target[:, :-1]], 1)}
-            parts_of = {"encoder": source, "decoder": inputs["decoder_input_ids"]}
-        elif masked:
-            hidden = torch.arange(ids.numel()).reshape(ids.shape) % MASK_EVERY == MASK_EVERY // 2
-            target = ids.where(hidden, -100)
-            inputs = {"input_ids": ids.where(~hidden, int(tokenizer.mask_token_id or 0))}
-            parts_of = {"": inputs["input_ids"]}
-        else:
-            target = F.pad(ids[:, 1:], (0, 1), value=-100) if causal else torch.full_like(ids, -100)
-            inputs, parts_of = {"input_ids": ids}, {"": ids}
-        batches.append(Batch(inputs, target))
-        for stream, part in parts_of.items():
-            labelled = zip(part.tolist(), some, strict=True)
-            seen.setdefault(stream, []).extend((row, domain, language) for row, (_, domain, language) in labelled)
-        group += [domains.index(domain) for _, domain, _ in some for _ in range(target.shape[1])]
+        raise UserError(f"the tokenizer gives token {largest}, but the model has {rows} embeddings; it is another's")
+    batches, seen, group = [], dict[str, list[Window]](), list[int]()
+    for _, same_length in groupby(windows, key=lambda window: len(window.ids)):
+        alike = list(same_length)
+        for start in range(0, len(alike), batch_size):
+            some = alike[start : start + batch_size]
+            batch, parts = _text_batch(model, tokenizer, torch.tensor([window.ids for window in some]))
+            batches.append(batch)
+            for stream, part in parts.items():
+                shown = zip(part.tolist(), some, strict=True)
+                seen.setdefault(stream, []).extend(window._replace(ids=row) for row, window in shown)
+            group += [domains.index(window.domain) for window in some for _ in range(batch.targets.shape[1])]
     streams = {name: _text_stream(rows, tokenizer, domains) for name, rows in seen.items()}
     total = sum(int(next(iter(stream.labels.values())).numel()) for stream in streams.values())
-    return Material(batches, streams, torch.tensor(group), domains, total, length)
+    longest = max(len(window.ids) for window in windows)
+    return Material(batches, streams, torch.tensor(group), domains, total, longest)
+
+
+def _text_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor
+) -> tuple[Batch, dict[str, Tensor]]:
+    """The forward of windows (B, S) as the kind of model takes them, and the ids that the layers of each stream see."""
+    loss = LOSS_MAPPING.get(model.loss_type or "")
+    if model.config.is_encoder_decoder:
+        half = ids.shape[1] // 2
+        source, target = ids[:, :half], ids[:, half:]
+        start = model.config.get_text_config().decoder_start_token_id
+        begin = torch.full_like(target[:, :1], 0 if start is None else start)
+        inputs = {"input_ids": source, "decoder_input_ids": torch.cat([begin, target[:, :-1]], 1)}
+        return Batch(inputs, target), {"encoder": source, "decoder": inputs["decoder_input_ids"]}
+    if loss is ForMaskedLMLoss and tokenizer.mask_token_id is not None:
+        hidden = torch.arange(ids.numel()).reshape(ids.shape) % MASK_EVERY == MASK_EVERY // 2
+        shown = ids.where(~hidden, int(tokenizer.mask_token_id))
+        return Batch({"input_ids": shown}, ids.where(hidden, -100)), {"": shown}
+    target = F.pad(ids[:, 1:], (0, 1), value=-100) if loss is ForCausalLMLoss else torch.full_like(ids, -100)
+    return Batch({"input_ids": ids}, target), {"": ids}
 
 
 def _longest(model: PreTrainedModel) -> int:
@@ -252,9 +265,7 @@ def _windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, tokens: int, 
     return [piece for piece in pieces if len(piece) >= 4]
 
 
-def _text_stream(
-    rows: list[tuple[list[int], str, str | None]], tokenizer: PreTrainedTokenizerBase, domains: list[str]
-) -> Stream:
+def _text_stream(rows: list[Window], tokenizer: PreTrainedTokenizerBase, domains: list[str]) -> Stream:
     languages = sorted({language for _, _, language in rows if language is not None})
     window = max(len(ids) for ids, _, _ in rows)
     run = -(-window // POSITIONS)
@@ -284,32 +295,6 @@ def _text_stream(
     return Stream({what: torch.tensor(label) for what, label in labels.items()}, names)
 
 
-def kind(text: str, pieces_are_marked: bool = False) -> str:
-    """What a token is, by its text alone: one of `KINDS` but "special".
-
-    A "name" begins with a capital; a "piece" goes on with a word that another token began.
-
-    Args:
-        text: of the token, with the space that it begins with.
-        pieces_are_marked: whether the tokenizer writes ## before a piece, rather than a space before a word.
-    """
-    bare = text.strip()
-    goes_on = bare.startswith("##") if pieces_are_marked else not text[:1].isspace()
-    bare = bare.removeprefix("##") if pieces_are_marked else bare
-    if not bare:
-        return "space"
-    letters = [c for c in bare if c.isalpha()]
-    if bare.startswith("\\x") or any("LATIN" not in unicodedata.name(c, "") for c in letters):
-        return "other script"
-    if not letters:
-        return "number" if any(c.isdigit() for c in bare) else "punctuation"
-    if bare.lower() in FUNCTION_WORDS and not (goes_on and bare.islower()):
-        return "function word"
-    if bare[0].isupper():
-        return "name"
-    return "piece" if goes_on else "word"
-
-
 def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *, tokens: int) -> Material:
     """Images cut into patches as a Vision Transformer does; an image's folder is its domain.
 
@@ -321,23 +306,23 @@ def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *
         tokens: how many patches at most, in equal parts of each domain.
 
     Raises:
-        MaterialError: where there is no image, or one cannot be read.
+        UserError: where there is no image, or one cannot be read.
     """
     config = model.config
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     channels = getattr(config, "num_channels", 3)
     if not isinstance(size, int) or not isinstance(patch, int):
-        raise MaterialError(f"this model's images are of {size} in patches of {patch}: only square ones can be shown")
+        raise UserError(f"this model's images are of {size} in patches of {patch}: only square ones can be shown")
     patches = (size // patch) ** 2
     found: dict[str, list[Path]] = {}
     for path in map(Path, paths):
         if not path.exists():
-            raise MaterialError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.suffix.lower() in IMAGE_SUFFIXES:
                 found.setdefault(file.parent.name, []).append(file)
     if not found:
-        raise MaterialError(f"{', '.join(paths)}: no file ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise UserError(f"{', '.join(paths)}: no file ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
     domains = sorted(found)
     files, domain = [], []
     for number, name in enumerate(domains):
@@ -364,7 +349,7 @@ def _read(file: Path, size: int, channels: int) -> Tensor:
         with Image.open(file) as image:
             picture = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
     except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise MaterialError(f"{file}: not an image that can be read ({error})") from None
+        raise UserError(f"{file}: not an image that can be read ({error})") from None
     array = np.asarray(picture, dtype=np.float32) / 255
     return torch.from_numpy(array).reshape(size, size, -1).permute(2, 0, 1)
 

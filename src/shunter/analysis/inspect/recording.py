@@ -1,4 +1,4 @@
-"""The decisions of every mixture-of-experts layer of a model on given material, and the loss, in one pass."""
+"""Recording: from a model and material to the decisions of each mixture-of-experts layer, and the loss."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""How much of a router's decisions stand already at an earlier checkpoint."""
+"""Router saturation: the share of routing decisions that two checkpoints have in common."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...metrics import coactivation
+from ...metrics import expert_load
 
 __all__ = ["chance_saturation", "saturation"]
 
@@ -30,6 +29,5 @@ def saturation(before: Tensor, after: Tensor) -> float:
 
 def chance_saturation(before: Tensor, after: Tensor, num_experts: int) -> float:
     """The saturation of two checkpoints that send as much to each expert, but choose independently of each other."""
-    had = coactivation(before, num_experts).diagonal().to(torch.float64)
-    has = coactivation(after, num_experts).diagonal().to(torch.float64)
+    had, has = expert_load(before, num_experts), expert_load(after, num_experts)
     return float((had * has).sum() / (len(before) * has.sum()).clamp_min(1))

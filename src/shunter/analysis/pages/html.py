@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 
 from .style import printable, to_svg, visible
 
-__all__ = ["NOT_KNOWN", "environment", "svg"]
+__all__ = ["NOT_KNOWN", "SHOWN_LAYERS", "environment", "svg"]
 
 
 NOT_KNOWN = "n/a"
+SHOWN_LAYERS = 6  # of a page; further layers are folded away
 
 
 def environment() -> Environment:

@@ -15,17 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from .heat_maps import draw_heat_map
 from .style import COLOUR_MAP, MAX_LABELS, Palette, shorten
 
 __all__ = ["ablation_bars", "evidence_map", "load_map", "margin_ranges", "matrix_map", "patch_sheet", "saturation_bars"]
 
 
 WIDE, ROW = 4.6, 0.26
-
-
 PATCH_PIXELS, PATCH_COLUMNS = 24, 8
-
-
 LIGHT = 0.62  # of the colour scale: above it text is dark
 
 
@@ -73,16 +70,13 @@ def load_map(loads: dict[str, list[float]], dead: dict[str, list[int]]) -> tuple
     scale = Normalize(0, min(max(2.0, float(np.nanmax(values))), 4.0))
     figure = Figure(figsize=(11.8, 0.7 + ROW * len(loads)), layout="constrained")
     axes = figure.add_subplot()
-    edges = np.arange(experts + 1) - 0.5
-    axes.pcolormesh(edges, np.arange(len(loads) + 1) - 0.5, values, cmap=COLOUR_MAP, norm=scale, rasterized=True)
+    draw_heat_map(axes, values, scale)
     for row, layer in enumerate(loads):
         axes.plot(dead[layer], [row] * len(dead[layer]), "x", color="#ffffff", markersize=5)
     axes.set_yticks(range(len(loads)), [_short(layer) for layer in loads])
-    axes.set_ylim(len(loads) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
-    axes.grid(visible=False)
     return figure, scale
 
 
@@ -111,15 +105,12 @@ def matrix_map(matrix: list[list[float | None]], scale: Normalize) -> Figure:
     experts = len(values)
     figure = Figure(figsize=(3.6, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    edges = np.arange(experts + 1) - 0.5
-    axes.pcolormesh(edges, edges, values, cmap=COLOUR_MAP, norm=scale, rasterized=True)
+    draw_heat_map(axes, values, scale)
     axes.set_aspect("equal")
-    axes.set_ylim(experts - 0.5, -0.5)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(min(8, max(1, experts)), integer=True))
     axes.set_xlabel("expert")
     axes.set_ylabel("expert")
-    axes.grid(visible=False)
     return figure
 
 

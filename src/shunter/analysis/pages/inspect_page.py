@@ -7,17 +7,14 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib.colors import Normalize
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...metrics import DEAD_BELOW
-from ..runs import Specialisation
-from . import html, inspect_figures, run_figures
+from . import heat_maps, html, inspect_figures
 from .style import THEME, style
 
 __all__ = ["render"]
-
-
-SHOWN_LAYERS = 6  # further layers are folded away
 
 
 LABELS = {
@@ -28,8 +25,6 @@ LABELS = {
     "language": "the language",
     "position": "the position",
 }
-
-
 HEADINGS = {
     "token": "token",
     "previous": "token\nbefore",
@@ -41,14 +36,8 @@ HEADINGS = {
     "previous, given the token": "before,\ngiven token",
     "position, given the token": "position,\ngiven token",
 }
-
-
 SERVES = {"domain": "domain", "language": "language", "kind": "kind of token", "position": "position"}
-
-
 MOST_NEEDED = 10
-
-
 SERVED_FROM = 0.2  # of an expert's work: less is not said to be what it serves
 
 
@@ -84,7 +73,7 @@ def render(findings: dict[str, Any], images: Tensor | None = None, patch: int = 
             "similarity": _matrices(layers, "similarity"),
             "ablation": _ablation(layers),
             "comparison": _comparison(findings),
-            "shown_layers": SHOWN_LAYERS,
+            "shown_layers": html.SHOWN_LAYERS,
             "dead_below": DEAD_BELOW,
         }
         return html.environment().get_template("inspect.html.jinja").render(content)
@@ -159,13 +148,12 @@ def _loads(layers: dict[str, dict[str, Any]]) -> dict[str, Markup]:
     loads = {name: layer["load"] for name, layer in layers.items()}
     dead = {name: layer["dead"] for name, layer in layers.items()}
     figure, scale = inspect_figures.load_map(loads, dead)
-    bar = run_figures.colour_bar(scale, "load of an expert, in even shares")
+    bar = heat_maps.colour_bar(scale, "load of an expert, in even shares")
     return {"key": html.svg(bar, "load-key", "Colour key of the loads"), "svg": html.svg(figure, "load", "Loads")}
 
 
-def _share(rows: dict[str, list[float]]) -> Specialisation:
-    share = np.array(list(rows.values()), dtype=np.float64)
-    return Specialisation(share.sum(0), share, [])
+def _share(rows: dict[str, list[float]]) -> NDArray[np.float64]:
+    return np.array(list(rows.values()), dtype=np.float64)
 
 
 def _serves(layers: dict[str, dict[str, Any]], pieces: str) -> list[dict[str, Any]]:
@@ -174,12 +162,12 @@ def _serves(layers: dict[str, dict[str, Any]], pieces: str) -> list[dict[str, An
         rows = {name: layer["serves"][what] for name, layer in layers.items() if what in (layer["serves"] or {})}
         if not rows:
             continue
-        scale = run_figures.domain_scale(max(len(row) for row in rows.values()))
-        bar = run_figures.colour_bar(scale, f"{words}'s part of an expert's {pieces}, in even shares")
+        scale = heat_maps.domain_scale(max(len(row) for row in rows.values()))
+        bar = heat_maps.colour_bar(scale, f"{words}'s part of an expert's {pieces}, in even shares")
         panels = []
         for number, (name, row) in enumerate(rows.items()):
             svg = html.svg(
-                run_figures.domain_map(_share(row), list(row), words), f"{what}-{number}", f"{words} served by {name}"
+                heat_maps.domain_map(_share(row), list(row), words), f"{what}-{number}", f"{words} served by {name}"
             )
             panels.append({"name": name, "svg": svg, "told": layers[name]["information"][what]})
         key = html.svg(bar, f"{what}-key", f"Colour key: {words}")
@@ -191,7 +179,7 @@ def _main(layer: dict[str, Any], what: str, expert: int) -> tuple[str, float] | 
     rows = (layer["serves"] or {}).get(what)
     if not rows:
         return None
-    mix = run_figures.domain_mix(_share(rows).share)[:, expert]
+    mix = heat_maps.domain_mix(_share(rows))[:, expert]
     return (list(rows)[int(mix.argmax())], float(mix.max())) if mix.any() else None
 
 
@@ -247,14 +235,12 @@ def _matrices(layers: dict[str, dict[str, Any]], key: str) -> dict[str, Any] | N
     if key == "together":
         scale, label = Normalize(0, 4), "how often two experts meet, against chance"
         matrices = {name: value["affinity"] for name, value in known.items()}
-        bar = run_figures.colour_bar(
-            scale, label, {0: "0: never", 1: "1: by chance", 2: "2×", 3: "3×", 4: "4× or more"}
-        )
+        bar = heat_maps.colour_bar(scale, label, {0: "0: never", 1: "1: by chance", 2: "2×", 3: "3×", 4: "4× or more"})
     else:
         which = "gram" if all("gram" in value for value in known.values()) else "cosine"
         matrices = {name: value[which]["matrix"] for name, value in known.items()}
         scale = Normalize(0, 1)
-        bar = run_figures.colour_bar(
+        bar = heat_maps.colour_bar(
             scale, "likeness of two experts' weights", {0: "0: none", 0.5: "0.5", 1: "1: copies"}
         )
     panels = [

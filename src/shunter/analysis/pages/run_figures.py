@@ -1,4 +1,4 @@
-"""The report's figures, drawn by matplotlib as SVG that takes its colours from the page, or in plain colours as PNG."""
+"""The figures of a training run: losses, gains by domain, the load of experts; in the page's colours or plain ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -15,15 +14,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from ..runs import MODELS, Curve, Load, Run, Specialisation
-from .style import COLOUR_MAP, MAX_LABELS, PAPER, Palette, shorten
+from ..runs import MODELS, Curve, Load, Run
+from .heat_maps import draw_heat_map
+from .style import PAPER, Palette, shorten
+
+__all__ = ["Axis", "domain_losses", "load_map", "load_scale", "loss_curves", "picture"]
+
 
 MARKERS = {"dense": "s", "sparse": "o"}
-
-
 MAX_POINTS = 150  # of a training curve
-
-
 WARM_UP = 0.2  # this first part of training sets no limit of the frame, so that the end can be read
 
 
@@ -152,15 +151,12 @@ def load_map(load: Load, scale: Normalize, palette: Palette) -> Figure:
     """One layer's load over training, experts by row, above its balance (busiest expert over mean)."""
     figure = Figure(figsize=(4.2, 3.4), layout="constrained")
     heat, line = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    experts = load.share.shape[1]
     edges = np.concatenate([[0.0], load.step])
-    heat.pcolormesh(edges, np.arange(experts + 1) - 0.5, load.relative.T, cmap=COLOUR_MAP, norm=scale, rasterized=True)
+    draw_heat_map(heat, load.relative.T, scale, edges)
     for expert in load.dead:
         heat.plot(edges[-1] * 1.015, expert, "x", color=palette.ink, markersize=4, clip_on=False)
-    heat.set_ylim(experts - 0.5, -0.5)
     heat.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     heat.set_ylabel("expert")
-    heat.grid(visible=False)
     line.stairs(load.balance, edges, color=palette.sparse, linewidth=1.5, baseline=None)
     line.axhline(1, color=palette.ink, linewidth=0.8, linestyle=(0, (4, 3)))
     line.set_ylim(bottom=0.8, top=max(2.0, float(load.balance.max()) * 1.1))
@@ -169,59 +165,6 @@ def load_map(load: Load, scale: Normalize, palette: Palette) -> Figure:
     line.set_xlim(0, edges[-1])
     line.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     line.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    return figure
-
-
-def domain_scale(domains: int) -> Normalize:
-    """The colour scale of domain maps: from none to `domains` times an even share, at most four times."""
-    return Normalize(0, min(max(domains, 2), 4))
-
-
-def domain_map(layer: Specialisation, domains: list[str], what: str = "domain") -> Figure:
-    """How much of each expert's work is from each domain, in even shares, the domains counted as equally long; experts
-    ordered by the domain that they serve most."""
-    mix = domain_mix(layer.share)
-    favourite = mix.argmax(axis=0)
-    order = np.lexsort((-mix.max(axis=0), favourite))
-    experts = len(order)
-    figure = Figure(figsize=(4.2, 1.0 + 0.3 * len(domains)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.pcolormesh(
-        np.arange(experts + 1) - 0.5,
-        np.arange(len(domains) + 1) - 0.5,
-        mix[:, order] * len(domains),
-        cmap=COLOUR_MAP,
-        norm=domain_scale(len(domains)),
-        rasterized=True,
-    )
-    axes.set_yticks(range(len(domains)), [shorten(name) for name in domains])
-    axes.set_ylim(len(domains) - 0.5, -0.5)
-    labels = [str(expert) for expert in order] if experts <= 2 * MAX_LABELS else []
-    axes.set_xticks(range(len(labels)), labels, fontsize=6 if experts > MAX_LABELS else None)
-    axes.set_xlabel(f"experts, by main {what}")
-    axes.grid(visible=False)
-    return figure
-
-
-def domain_mix(share: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each expert's tokens the share from each domain, (D, E), were the domains equally long.
-
-    `share` (D, E) is of each domain's tokens the share that each expert takes. Experts without tokens get zeros.
-    """
-    total = share.sum(axis=0)
-    return np.divide(share, total, out=np.zeros_like(share), where=total > 0)
-
-
-def colour_bar(scale: Normalize, label: str, ticks: dict[float, str] | None = None) -> Figure:
-    """The key to a group of heat maps; by default their unit is an even share."""
-    figure = Figure(figsize=(4.2, 0.62), layout="constrained")
-    axes = figure.add_subplot()
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(scale, COLOUR_MAP), cax=axes, orientation="horizontal")
-    even: dict[float, str] = {value: str(value) for value in range(int(scale.vmax or 0) + 1)}
-    ticks = ticks or even | {0: "0: none", 1: "1: even"}
-    bar.set_ticks(list(ticks), labels=list(ticks.values()))
-    bar.set_label(label)
-    bar.outline.set_visible(False)
     return figure
 
 

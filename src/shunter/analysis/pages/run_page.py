@@ -1,4 +1,4 @@
-"""What the sparsity bought and what it cost: a run folder written as one self-contained HTML page, or as a picture."""
+"""From the folder of a training run to one self-contained HTML page, or a picture: losses, costs, experts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ... import metrics
 from ...metrics import DEAD_BELOW
+from .. import information
 from ..runs import MODELS, ModelSummary, ReportError, Run, Summary, read_run
-from . import html, run_figures
+from . import heat_maps, html, run_figures
 from .style import PAPER, THEME, style
 
 __all__ = ["mutual_information", "write_picture", "write_report"]
-
-
-SHOWN_LAYERS = 6  # further layers are folded away
 
 
 TRAINING_FLOPS = 3  # of a forward pass: one forward, and a backward of twice its cost
@@ -61,7 +58,7 @@ def mutual_information(share: NDArray[np.float64]) -> float:
     share = share[share.sum(axis=1) > 0]
     if not len(share):
         return 0.0
-    return metrics.mutual_information(torch.from_numpy(share / share.sum(axis=1, keepdims=True)))
+    return information.mutual_information(torch.from_numpy(share / share.sum(axis=1, keepdims=True)))
 
 
 def _page(run: Run) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def _page(run: Run) -> dict[str, Any]:
         else None,
         "loads": _load_figures(run),
         "specialisation": _specialisation(run),
-        "shown_layers": SHOWN_LAYERS,
+        "shown_layers": html.SHOWN_LAYERS,
         "dead_below": DEAD_BELOW,
         "training_flops": TRAINING_FLOPS,
     }
@@ -141,7 +138,7 @@ def _load_figures(run: Run) -> dict[str, Any] | None:
     if not run.loads:
         return None
     scale = run_figures.load_scale(run.loads)
-    bar = run_figures.colour_bar(scale, "load of an expert, in even shares")
+    bar = heat_maps.colour_bar(scale, "load of an expert, in even shares")
     layers = [
         {
             "name": layer,
@@ -161,16 +158,16 @@ def _load_figures(run: Run) -> dict[str, Any] | None:
 def _specialisation(run: Run) -> dict[str, Any] | None:
     if not run.layers or not run.domains:
         return None
-    scale = run_figures.domain_scale(len(run.domains))
-    bar = run_figures.colour_bar(scale, "domain's part of an expert's tokens, in even shares")
+    scale = heat_maps.domain_scale(len(run.domains))
+    bar = heat_maps.colour_bar(scale, "domain's part of an expert's tokens, in even shares")
     layers = []
     for number, (layer, row) in enumerate(run.layers.items()):
-        mix = run_figures.domain_mix(row.share)
+        mix = heat_maps.domain_mix(row.share)
         title = f"Domains served by the {len(row.load)} experts of {layer}"
         layers.append(
             {
                 "name": layer,
-                "svg": html.svg(run_figures.domain_map(row, run.domains), f"domain-{number}", title),
+                "svg": html.svg(heat_maps.domain_map(row.share, run.domains), f"domain-{number}", title),
                 "information": mutual_information(row.share),
                 "at_most": math.log2(min(row.share.shape)),
                 "experts": [

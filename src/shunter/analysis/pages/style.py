@@ -1,4 +1,4 @@
-"""What every figure and page shares: colours, SVG, text made safe to show."""
+"""The style of every figure and page: colours and fonts, figures to SVG, text made safe to show."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 SYMBOLS = {" ": "\u2423", "\n": "⏎", "\t": "⇥"}
-
-
 SPACES = {" ", "\n", "\t", "\u00a0"}
-
-
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}  # Unicode categories
 
 
@@ -52,8 +48,6 @@ def _code(character: str) -> str:
 
 
 COLOUR_MAP = "cividis"  # even lightness, the same to colour-blind readers
-
-
 MAX_LABELS = 16  # of experts along an axis
 
 
@@ -76,8 +70,6 @@ PAPER = Palette(ink="#1f2328", grid="#d5d9de", dense="#b84e00", sparse="#0067a8"
 
 # Placeholders: `to_svg` puts the page's own colours, light or dark, in their place.
 THEME = Palette(ink="#010101", grid="#020202", dense="#030303", sparse="#040404")
-
-
 THEME_CSS = {
     THEME.ink: "currentColor",
     THEME.grid: "var(--grid)",

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...metrics import BF16, QUANTILES, Margins, summarise
+from ...metrics import QUANTILES, Margins, near_tie, summarise
 
 __all__ = ["NearTies", "RoutingRecord"]
 
@@ -193,7 +193,7 @@ class RoutingRecord:
         layers = {
             name: summarise(margin, size) for name, margin, size in zip(names, self.margin.T, self.size.T, strict=True)
         }
-        near = self.margin.abs() <= BF16 * self.size
+        near = near_tie(self.margin, self.size)
         decided = self.margin.isfinite()
         return NearTies(
             layers,

@@ -1,0 +1,41 @@
+"""The figure of a comparison of routers, from what its compare.json holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .style import PAPER
+
+__all__ = ["comparison"]
+
+
+def comparison(result: dict[str, Any]) -> Figure:
+    """Loss, balance, drops, time and memory as points, a row for each router, the best loss on top; dense as a line.
+
+    `result` is what compare.json of `shunter compare` holds.
+    """
+    dense, *sparse = result["models"]
+    sparse = sorted(sparse, key=lambda row: row["eval_loss"])
+    panels = [
+        ("held-out loss\n(nats/token)", [row["eval_loss"] for row in sparse], dense["eval_loss"]),
+        ("busiest expert\n(times the mean)", [row["balance"] for row in sparse], None),
+        ("assignments\ndropped (%)", [100 * row["dropped"] for row in sparse], None),
+        ("training time\n(times the dense)", [row["seconds"] / dense["seconds"] for row in sparse], 1.0),
+        ("peak memory\n(MiB)", [row["peak_rss_bytes"] / 2**20 for row in sparse], dense["peak_rss_bytes"] / 2**20),
+    ]
+    figure = Figure(figsize=(9.6, 1.3 + 0.26 * len(sparse)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for one, (label, values, baseline) in zip(axes, panels, strict=True):
+        one.plot(values, range(len(sparse)), "o", color=PAPER.sparse, markersize=5)
+        if baseline is not None:
+            one.axvline(baseline, color=PAPER.dense, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
+        else:
+            one.set_xlim(left=0)
+        one.set_xlabel(label)
+        one.margins(x=0.12)
+    axes[0].set_yticks(range(len(sparse)), [row["router"] for row in sparse])
+    axes[0].set_ylim(len(sparse) - 0.5, -0.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right")
+    return figure
