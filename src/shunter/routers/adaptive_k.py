@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import losses
 from ..context import NO_CONTEXT, Context
+from ..parallel.ranks import sum_over_ranks
 from ..routing import Routing
 from .linear import LinearRouter
 
@@ -39,8 +39,7 @@ class _Variable(LinearRouter):
 
     def update(self) -> None:
         """Take the mean number of experts over all ranks since the last update."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.uses)
+        sum_over_ranks(self.uses, group=self.process_group)
         if self.uses[0] > 0:
             self.mean_experts.copy_(self.uses[1] / self.uses[0])
             self.advance()

@@ -54,6 +54,8 @@ class Router(nn.Module):
     """k, how many experts a token takes; it enters the capacity formulas that count choices."""
     group_size: int | None = None
     """How many consecutive tokens have capacity and balance of their own; None takes the whole batch as one group."""
+    process_group: Any = None
+    """The ranks whose tokens are others than this one's, over which `update` sums its counts; None for all."""
     unsaved_options: ClassVar[tuple[str, ...]] = ()
     """Options whose effect is in the state dict, so that a saved configuration leaves them out."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..context import NO_CONTEXT, Context
+from ..parallel.ranks import sum_over_ranks
 from ..routing import Routing
 from .gshard import gumbel_like
 from .linear import LinearRouter
@@ -97,8 +97,7 @@ class DenseToSparse(LinearRouter):
 
     def update(self) -> None:
         """One step of the schedule; the tokens of all ranks since the last one enter the cost."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.observed)
+        sum_over_ranks(self.observed, group=self.process_group)
         self.uses += self.observed
         self.observed.zero_()
         self.steps += 1

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..context import NO_CONTEXT, Context
+from ..parallel.ranks import sum_over_ranks
 from ..routing import Routing
 from .policy_gradient import Decision, taken
 from .reinforce import Reinforce
@@ -121,8 +121,7 @@ class RoutingNetworks(Reinforce):
 
     def update(self) -> None:
         """Take the blocks' shares of the tokens since the last update, of all ranks, into the running average."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.observed)
+        sum_over_ranks(self.observed, group=self.process_group)
         total = self.observed.sum()
         if total > 0:
             self.usage.lerp_(self.observed / total, 1 - self.usage_decay)

@@ -8,10 +8,10 @@ from operator import mul
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..context import NO_CONTEXT, Context
+from ..parallel.ranks import sum_over_ranks
 from ..routing import Routing
 from .linear import LinearRouter
 
@@ -83,8 +83,7 @@ class Soft(LinearRouter):
 
     def update(self) -> None:
         """Take the gates since the last update, of all ranks, into the sums that the margin compares."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.observed)
+        sum_over_ranks(self.observed, group=self.process_group)
         self.total += self.observed
         self.observed.zero_()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..context import NO_CONTEXT, Context
+from ..parallel.ranks import sum_over_ranks
 from ..routing import Routing
 from . import rules
 from .base import largest
@@ -193,8 +193,7 @@ class TopK(LinearRouter):
         """Move the selection bias towards balance by the load since the last update, summed over ranks."""
         if self.selection_bias is None or self.observed is None:
             return
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.observed)
+        sum_over_ranks(self.observed, group=self.process_group)
         self.selection_bias += self.bias_update_rate * (self.observed.mean() - self.observed).sign()
         self.observed.zero_()
 

@@ -29,6 +29,7 @@ from ..hf.observe.listening import Observation, listening
 from ..hf.observe.taps import Tap
 from ..metrics import balance, dead, effective_experts, normalised_entropy
 from ..moe import MoE, update_routers
+from ..parallel.ranks import is_first_rank, sum_over_ranks
 
 __all__ = ["BalanceCallback", "BalanceWarning"]
 
@@ -238,16 +239,14 @@ class BalanceCallback(TrainerCallback):
             self._demand[name] = self._demand.get(name, 0) + total
 
     def _summed_over_ranks(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Counts (E,) by layer, summed over the ranks of the default process group in one reduction."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        """Counts (E,) by layer over all ranks, in one reduction; a rank that heard no token of a layer adds none."""
+        if not (dist.is_available() and dist.is_initialized()):
             return counts
         device = next(self._model.parameters()).device
         none = {name: torch.zeros(tap.num_experts, dtype=torch.int64) for name, tap in self._taps.items()}
-        every = {name: counts.get(name, zeros).to(device) for name, zeros in none.items()}
-        flat = torch.cat(list(every.values()))
-        dist.all_reduce(flat)
-        parts = flat.split([count.numel() for count in every.values()])
-        return dict(zip(every, parts, strict=True))
+        every = {name: counts.get(name, zeros).to(device, copy=True) for name, zeros in none.items()}
+        sum_over_ranks(*every.values())
+        return every
 
     def step(self) -> None:
         """End an optimizer step: move the selection biases and Shunter's routers, watch for dead experts."""
@@ -291,7 +290,7 @@ class BalanceCallback(TrainerCallback):
             )
         new = [text for kind, text in found.items() if (name, kind) not in self._warned]
         self._warned = {(n, kind) for n, kind in self._warned if n != name} | {(name, kind) for kind in found}
-        if new and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        if new and is_first_rank():
             more = "" if len(new) <= 3 else f"; and {len(new) - 3} more experts of this layer"
             advice = "raise load_balancing_loss or bias_update_rate, or lower the learning rate of the router"
             warnings.warn("; ".join(new[:3]) + f"{more}. {advice}", BalanceWarning, stacklevel=4)
