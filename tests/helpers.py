@@ -1,8 +1,13 @@
 """What several tests need: random routings and weights, and a definition of the layer as a loop over tokens."""
 
 import math
+import os
+import socket
+import traceback
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from shunter import Routing
 from shunter.experts import ACTIVATIONS, Weights
@@ -70,3 +75,45 @@ def relative_error(value, exact):
     """Frobenius norm of the difference over that of the exact value, both in float64."""
     exact = exact.double()
     return ((value.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+TIME_LIMIT = 180  # seconds that processes of a test may take
+
+
+def on_ranks(work, size, *args):
+    """work(rank, *args) on each rank of a gloo group of forked processes, in order; an error there is an error here.
+
+    What work returns holds lists, not tensors: these would pass through memory that ends with their process.
+    """
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    spawned = [context.Process(target=_rank, args=(rank, size, port, queue, work, args)) for rank in range(size)]
+    for process in spawned:
+        process.start()
+    try:
+        results = {}
+        for _ in spawned:
+            rank, result, error = queue.get(timeout=TIME_LIMIT)
+            assert error is None, f"rank {rank}: {error}"
+            results[rank] = result
+        for process in spawned:
+            process.join(TIME_LIMIT)
+    finally:
+        for process in spawned:
+            process.kill()
+    return [results[rank] for rank in range(size)]
+
+
+def _rank(rank, size, port, queue, work, args):
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=TIME_LIMIT))
+        queue.put((rank, work(rank, *args), None))
+        dist.destroy_process_group()
+    except Exception:
+        queue.put((rank, None, traceback.format_exc()))

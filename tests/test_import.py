@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests.helpers import TIME_LIMIT
+
 
 def test_importing_the_library_imports_no_extra():
     code = (
@@ -11,5 +13,7 @@ def test_importing_the_library_imports_no_extra():
         "extras = {'transformers', 'pydantic', 'matplotlib', 'datasets', 'yaml', 'tokenizers', 'scipy', 'jinja2'}; "
         "sys.exit(', '.join(extras & set(sys.modules)) or 0)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=TIME_LIMIT
+    )
     assert found.returncode == 0, found.stderr

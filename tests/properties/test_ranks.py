@@ -1,7 +1,5 @@
 """State that no gradient moves is the same on every rank, and what one process would have."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +9,7 @@ from shunter.context import Context
 from shunter.parallel.ranks import sum_over_ranks
 from shunter.routers import Router
 from shunter.routers.registry import create
+from tests.helpers import on_ranks
 
 # Every router that has such state.
 STATEFUL = {
@@ -45,34 +44,6 @@ def _states(cases, shares):
     return found
 
 
-LIMIT = 120  # seconds
-
-
-def _on_ranks(work, size, folder, *args):
-    """work(rank, *args) on each rank of a gloo group of processes, in order."""
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.Queue()
-    spawned = [context.Process(target=_rank, args=(rank, size, folder, queue, work, args)) for rank in range(size)]
-    for process in spawned:
-        process.start()
-    try:
-        results = dict(queue.get(timeout=LIMIT) for _ in spawned)
-        for process in spawned:
-            process.join(LIMIT)
-    finally:
-        for process in spawned:
-            process.kill()
-    return [results[rank] for rank in range(size)]
-
-
-def _rank(rank, size, folder, queue, work, args):
-    limit = timedelta(seconds=LIMIT)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=limit)
-    torch.set_num_threads(1)
-    queue.put((rank, work(rank, *args)))
-    dist.destroy_process_group()
-
-
 def _share_of(rank, cases):
     return _states(cases, [(parts[rank],) for parts in SHARES])
 
@@ -88,13 +59,13 @@ def _sums(rank):
     return counts.tolist(), more.tolist(), router.selection_bias.tolist()
 
 
-def test_sums_stay_within_their_group(tmp_path):
+def test_sums_stay_within_their_group():
     """As with tensor parallelism, where the ranks of another group hold the same tokens."""
     first, second = ([1, 10], [[1]], [-1.0, 1.0]), ([5, 50], [[13]], [1.0, -1.0])
-    assert _on_ranks(_sums, 4, tmp_path) == [first, first, second, second]
+    assert on_ranks(_sums, 4) == [first, first, second, second]
 
 
-def test_two_ranks_have_the_state_of_one(tmp_path):
+def test_two_ranks_have_the_state_of_one():
     cases = {}
     known = Context(task=torch.zeros(TOKENS, dtype=torch.int64), sequence=torch.zeros(TOKENS, dtype=torch.int64))
     for name, options in STATEFUL.items():
@@ -104,7 +75,7 @@ def test_two_ranks_have_the_state_of_one(tmp_path):
             logits = torch.randn(TOKENS, router.score_width)
             cases[name].append((logits, router.assign(logits, known).dense()))
     expected = _states(cases, SHARES)
-    results = _on_ranks(_share_of, 2, tmp_path, cases)
+    results = on_ranks(_share_of, 2, cases)
     for name in STATEFUL:
         assert results[0][name] == results[1][name], f"{name}: ranks drift apart"
         for key, value in expected[name].items():

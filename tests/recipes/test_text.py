@@ -18,6 +18,7 @@ from shunter.data.windows import prepare
 from shunter.recipes.config import load_config
 from shunter.recipes.sections import TextConfig
 from shunter.recipes.text import build_model, evaluate, expert_width, train
+from tests.helpers import TIME_LIMIT
 
 from .conftest import SMALL
 
@@ -154,10 +155,14 @@ def test_ctrl_c_saves_says_how_to_resume_and_resumes(corpus, tmp_path):
     command = [sys.executable, "-m", "shunter", "train", "text", "--run", str(run), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     metrics = Metrics(run / "metrics.jsonl")
-    while process.poll() is None and len(metrics.lines()) < 3:
+    limit = time.monotonic() + TIME_LIMIT
+    while process.poll() is None and len(metrics.lines()) < 3 and time.monotonic() < limit:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    said = process.communicate()[1]
+    try:
+        said = process.communicate(timeout=TIME_LIMIT)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     assert f"shunter train text --resume --run {run}" in said
     assert list((run / "checkpoints/dense").glob("checkpoint-*"))

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import os
-import socket
 import warnings
 from types import SimpleNamespace
 
@@ -19,6 +17,7 @@ import shunter
 from shunter.hf.observe.listening import listening
 from shunter.hf.observe.taps import taps
 from shunter.training.balance import BalanceCallback, BalanceWarning
+from tests.helpers import on_ranks
 from tests.hf.families import BIASED, FAMILIES, SOFTMAX, VOCAB, build
 
 
@@ -387,19 +386,14 @@ def test_a_dead_expert_is_named_with_its_layer():
     assert len(caught) == 1 and "second: expert 5 is dead: 0 of" in str(caught[0].message)
 
 
-def _train_on_rank(rank, folder, port, state, batch, scope, queue):
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()})
+def _train_on_rank(rank, folder, state, batch, scope):
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is forked from
-    torch.set_num_threads(1)
     model = _model("deepseek_v3", num_hidden_layers=2)
     model.load_state_dict(state)
     callback = BalanceCallback(load_balancing_loss=0.5, z_loss=0.1, scope=scope)
     arguments = _arguments(folder, 2, 2, gradient_checkpointing=True, ddp_backend="gloo")
     Trainer(model=model, args=arguments, train_dataset=_Rows(batch), callbacks=[callback]).train()
-    # Lists: tensors would pass through memory that ends with this process.
-    queue.put({name: value.tolist() for name, value in [*model.named_parameters(), *callback.biases.items()]})
-    dist.destroy_process_group()
+    return {name: value.tolist() for name, value in [*model.named_parameters(), *callback.biases.items()]}
 
 
 @pytest.mark.parametrize("scope", ["sequence", "global_batch"])
@@ -409,34 +403,17 @@ def test_a_trainer_on_two_ranks_steps_as_an_independent_loop(scope, tmp_path):
     batch["labels"][3:, :3] = -100
     state = copy.deepcopy(model.state_dict())
     expected, loads = _stepped(copy.deepcopy(model), "deepseek_v3", batch, 2, scope, ranks=2)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    spawned = [
-        context.Process(target=_train_on_rank, args=(rank, tmp_path, port, state, batch, scope, queue))
-        for rank in range(2)
-    ]
-    for process in spawned:
-        process.start()
-    results = [queue.get() for _ in spawned]
-    for process in spawned:
-        process.join()
-    for got in results:
+    for got in on_ranks(_train_on_rank, 2, tmp_path, state, batch, scope):
         for name, parameter in expected.items():
             assert torch.allclose(torch.tensor(got[name]), parameter.float(), atol=1e-6), name
         for name, load in zip(taps(model), loads, strict=True):
             assert torch.allclose(torch.tensor(got[name]), (0.001 * (load.mean() - load).sign()).float(), atol=1e-7)
 
 
-def _rank(rank, world, folder, state, batch, scope, queue):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def _rank(rank, state, batch, scope):
     model = _model("deepseek_v3", num_hidden_layers=2)
     model.load_state_dict(state)
-    queue.put(_step(model, {key: value[rank::world] for key, value in batch.items()}, scope, world))
-    dist.destroy_process_group()
+    return _step(model, {key: value[rank::2] for key, value in batch.items()}, scope, 2)
 
 
 def _step(model, batch, scope, world):
@@ -454,19 +431,11 @@ def _step(model, batch, scope, world):
 
 
 @pytest.mark.parametrize("scope", ["sequence", "global_batch"])
-def test_two_ranks_equal_one(scope, tmp_path):
+def test_two_ranks_equal_one(scope):
     model, batch = _model("deepseek_v3", num_hidden_layers=2), _batch(4, padded=False)
     state = copy.deepcopy(model.state_dict())
     grads, biases, metrics = _step(model, batch, scope, 1)
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    spawned = [context.Process(target=_rank, args=(rank, 2, tmp_path, state, batch, scope, queue)) for rank in range(2)]
-    for process in spawned:
-        process.start()
-    results = [queue.get() for _ in spawned]
-    for process in spawned:
-        process.join()
-    for got_grads, got_biases, got_metrics in results:
+    for got_grads, got_biases, got_metrics in on_ranks(_rank, 2, state, batch, scope):
         for got, expected in zip(got_grads, grads, strict=True):
             assert torch.allclose(torch.tensor(got), torch.tensor(expected), atol=1e-6)
         assert got_biases == biases

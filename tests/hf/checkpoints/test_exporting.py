@@ -15,6 +15,7 @@ from shunter.cli import main
 from shunter.hf.checkpoints.exporting import describe
 from shunter.hf.checkpoints.loading import make_dense
 from shunter.hf.checkpoints.native import FAMILIES
+from tests.helpers import TIME_LIMIT
 from tests.hf.checkpoints.test_upcycling import BUILD, lively
 from tests.hf.checkpoints.test_upcycling import NATIVE as UPCYCLED
 from tests.hf.conftest import _LM, VOCAB
@@ -168,7 +169,9 @@ for name in names:
 torch.save(found, folder + "/logits.pt")
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), *expected], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), *expected], check=True, env=environment, timeout=TIME_LIMIT
+    )
     for family, found in torch.load(tmp_path / "logits.pt").items():
         torch.testing.assert_close(found, expected[family], rtol=1e-4, atol=1e-4)
 
