@@ -14,7 +14,8 @@ from .routing import Routing
 if TYPE_CHECKING:
     from . import hf
     from .hf import RoutingRecord, export, from_pretrained, record, replay, sparsify, upcycle
-    from .training.balance import BalanceCallback, BalanceWarning
+    from .training.balance import BalanceWarning
+    from .training.trainer import BalanceCallback
 
 __all__ = [
     "BalanceCallback",
@@ -49,8 +50,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".environment", __name__).VERSION
     if name == "hf":
         return importlib.import_module(".hf", __name__)
-    if name in ("BalanceCallback", "BalanceWarning"):
-        return getattr(importlib.import_module(".training.balance", __name__), name)
+    if name == "BalanceCallback":
+        return importlib.import_module(".training.trainer", __name__).BalanceCallback
+    if name == "BalanceWarning":
+        return importlib.import_module(".training.balance", __name__).BalanceWarning
     if name in ("RoutingRecord", "export", "from_pretrained", "record", "replay", "sparsify", "upcycle"):
         return getattr(importlib.import_module(".hf", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 import shunter
 from shunter.hf.observe.listening import listening
 from shunter.hf.observe.taps import taps
-from shunter.training.balance import BalanceCallback, BalanceWarning
+from shunter.training.balance import BalanceWarning
+from shunter.training.trainer import BalanceCallback
 from tests.helpers import on_ranks
 from tests.hf.families import BIASED, FAMILIES, SOFTMAX, VOCAB, build
 

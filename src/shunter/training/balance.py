@@ -1,40 +1,32 @@
-"""Keep experts balanced in any training: losses per layer, selection biases, metrics, warnings that name the layer.
+"""Load balancing in any training: decisions in, losses of each layer, moved selection biases, metrics, warnings out.
 
 transformers has a balancing loss for some of its families, over all layers together, so that two layers that each use
 half of the experts look balanced; it has no z-loss for most, and it never updates the selection biases of the
-DeepSeek-V3 families. `BalanceCallback` does all three for any of them, and for Shunter's layers, in any `Trainer` or
-in a plain loop.
+DeepSeek-V3 families. `Balance` does all three for any of them, and for Shunter's layers, in a plain loop; `trainer.py`
+in a `Trainer`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import CallbackHandler
 
 from .. import losses
 from ..context import Context
 from ..hf.observe.listening import Observation, listening
 from ..hf.observe.taps import Tap
 from ..metrics import balance, dead, effective_experts, normalised_entropy
-from ..moe import MoE, update_routers
+from ..moe import RoutedLayer, update_routers
 from ..parallel.ranks import is_first_rank, sum_over_ranks
 
-__all__ = ["BalanceCallback", "BalanceWarning"]
-
-
-T = TypeVar("T")
+__all__ = ["Balance", "BalanceWarning"]
 
 
 Scope = Literal["micro_batch", "sequence", "global_batch"]
@@ -47,17 +39,10 @@ class BalanceWarning(UserWarning):
     """An expert that gets no tokens, or a layer whose tokens gather on few experts."""
 
 
-class BalanceCallback(TrainerCallback):
-    """Balance the experts of any mixture-of-experts model, transformers' or Shunter's, in a `Trainer` or a plain loop.
+class Balance:
+    """The load balance of any mixture-of-experts model's experts, transformers' or Shunter's, in a plain loop.
 
-    In a Trainer, TRL's included, the losses become part of what `compute_loss` returns, the mean over the micro-batches
-    of an optimizer step and over ranks; biases move after each optimizer step; metrics are in every log:
-
-        Trainer(model, args, train_dataset=data, callbacks=[BalanceCallback(load_balancing_loss=0.01)])
-
-    In a plain loop add `loss()` yourself:
-
-        balance = BalanceCallback(load_balancing_loss=0.01).attach(model)
+        balance = Balance(load_balancing_loss=0.01).attach(model)
         for batch in data:
             (model(**batch).loss + balance.loss()).backward()
             optimizer.step()
@@ -106,20 +91,36 @@ class BalanceCallback(TrainerCallback):
             ("bias_update_rate", bias_update_rate),
         ):
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"BalanceCallback: {name} {value} must be a number of at least 0")
+                raise ValueError(f"{type(self).__name__}: {name} {value} must be a number of at least 0")
         if scope not in get_args(Scope):
-            raise ValueError(f"BalanceCallback: scope {scope!r} is unknown; choose from {', '.join(get_args(Scope))}")
+            raise ValueError(
+                f"{type(self).__name__}: scope {scope!r} is unknown; choose from {', '.join(get_args(Scope))}"
+            )
         if patience < 1:
-            raise ValueError(f"BalanceCallback: patience {patience} must be at least 1")
+            raise ValueError(f"{type(self).__name__}: patience {patience} must be at least 1")
         self.coefficients = {"load_balancing_loss": load_balancing_loss, "z_loss": z_loss}
         self.scope = scope
         self.bias_update_rate = bias_update_rate
         self.score_function = score_function
         self.patience = patience
-        self.biases: dict[str, Tensor] = {}
         self._attached: ExitStack | None = None
+        self._begin_anew({})
 
-    def attach(self, model: nn.Module) -> BalanceCallback:
+    def _begin_anew(self, found: dict[str, Tap]) -> None:
+        """The state of a training that has not begun, of these layers."""
+        self._taps = found
+        self._grad: bool | None = None
+        self._heard: list[tuple[str, Observation]] = []
+        self._loads: dict[str, Tensor] = {}
+        self._demand: dict[str, Tensor] = {}
+        self._recent: dict[str, deque[Tensor]] = {name: deque(maxlen=self.patience) for name in found}
+        self._warned: set[tuple[str, str]] = set()
+        self._reset_window()
+        self.biases: dict[str, Tensor] = {}
+        if self.bias_update_rate:
+            self.biases = {name: bias for name, tap in found.items() if (bias := _find_bias(tap)) is not None}
+
+    def attach(self, model: nn.Module) -> Self:
         """Listen to the layers of a model from now on; returns itself.
 
         Raises:
@@ -127,14 +128,14 @@ class BalanceCallback(TrainerCallback):
             ValueError: where the model has no layer whose routing can be read.
         """
         if self._attached is not None:
-            raise RuntimeError("BalanceCallback: attached already; call detach() first")
+            raise RuntimeError(f"{type(self).__name__}: attached already; call detach() first")
         with ExitStack() as stack:
-            self._taps = stack.enter_context(listening(model, self._hear))
+            found = stack.enter_context(listening(model, self._hear))
             stack.callback(model.register_forward_pre_hook(self._begin).remove)
-            for tap in self._taps.values():
+            for tap in found.values():
                 tap.score_function = self.score_function
-                if isinstance(tap.layer, MoE):
-                    self._take_over(tap.layer, stack)
+                if tap.own is not None:
+                    self._take_over(tap.own, stack)
             self._attached = stack.pop_all()
         if getattr(getattr(model, "config", None), "output_router_logits", False):
             warnings.warn(
@@ -143,16 +144,7 @@ class BalanceCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._model = model
-        self._grad: bool | None = None
-        self._heard: list[tuple[str, Observation]] = []
-        self._loads: dict[str, Tensor] = {}
-        self._demand: dict[str, Tensor] = {}
-        self._recent: dict[str, deque[Tensor]] = {name: deque(maxlen=self.patience) for name in self._taps}
-        self._warned: set[tuple[str, str]] = set()
-        self._reset_window()
-        self.biases = {}
-        if self.bias_update_rate:
-            self.biases = {name: bias for name, tap in self._taps.items() if (bias := _find_bias(tap)) is not None}
+        self._begin_anew(found)
         return self
 
     def detach(self) -> None:
@@ -161,7 +153,7 @@ class BalanceCallback(TrainerCallback):
             self._attached.close()
             self._attached = None
 
-    def _take_over(self, layer: MoE, stack: ExitStack) -> None:
+    def _take_over(self, layer: RoutedLayer, stack: ExitStack) -> None:
         own = layer.router.coefficients
         for name, coefficient in self.coefficients.items():
             if coefficient and own.get(name):
@@ -218,15 +210,17 @@ class BalanceCallback(TrainerCallback):
         if self.coefficients["load_balancing_loss"]:
             group = heard.sequence if self.scope == "sequence" else None
             if self.scope == "sequence" and group is None:
-                raise ValueError(f'BalanceCallback: the sequences of {name} are not known; use scope="micro_batch"')
+                raise ValueError(
+                    f'{type(self).__name__}: the sequences of {name} are not known; use scope="micro_batch"'
+                )
             terms["load_balancing_loss"] = losses.load_balancing_loss(
                 probs, heard.routing, heard.mask, group=group, demand=self._demand.get(name)
             )
         if self.coefficients["z_loss"]:
-            layer = self._taps[name].layer
-            if isinstance(layer, MoE):
+            own = self._taps[name].own
+            if own is not None:
                 context = Context(mask=heard.mask)
-                terms["z_loss"] = layer.router.loss_terms(logits, heard.routing, context)["z_loss"]()
+                terms["z_loss"] = own.router.loss_terms(logits, heard.routing, context)["z_loss"]()
             else:
                 terms["z_loss"] = losses.z_loss(logits.to(probs.dtype), heard.mask)
         return terms
@@ -326,63 +320,10 @@ class BalanceCallback(TrainerCallback):
         self._window: dict[str, dict[str, list[Tensor]]] = {name: {} for name, c in self.coefficients.items() if c}
         self._window_loads: dict[str, Tensor] = {}
 
-    # What follows is called by the Trainer.
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach to the Trainer's model, and come before what it reports to."""
-        self.detach()
-        self.attach(kwargs["model"])
-        assert self._attached is not None
-        # The Trainer gives callbacks no way to itself or to each other: both are found in the callers.
-        trainer, handler = _caller(Trainer), _caller(CallbackHandler)
-        if trainer is not None:
-            self._attached.callback(_wrap_loss(trainer, self._with_loss))
-        if handler is not None:
-            # Within the handler's loop over this list: what comes after the callback keeps its place. It comes before
-            # those that report (to TensorBoard, W&B, …), so that they see the metrics.
-            handler.callbacks.remove(self)
-            handler.callbacks.insert(0, self)
-
-    def _with_loss(self, trainer: Trainer, found: Any, num_items_in_batch: Any) -> Any:
-        """What the Trainer's compute_loss found, with the losses of this micro-batch."""
-        if not self._heard:
-            return found
-        # As in Trainer.training_step, which divides a loss that was not made for the whole of an accumulated batch.
-        divides = not trainer.model_accepts_loss_kwargs or num_items_in_batch is None
-        if divides and trainer.compute_loss_func is None:
-            parts = 1
-        else:
-            parts = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
-        extra = self.loss() / parts
-        return (found[0] + extra, *found[1:]) if isinstance(found, tuple) else found + extra
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End an optimizer step."""
-        if self._heard:
-            warnings.warn(
-                "BalanceCallback: this training does not ask its Trainer's compute_loss for the loss, so the balancing "
-                "losses are not in it; add the callback's loss()",
-                stacklevel=2,
-            )
-        self.step()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the metrics to a log of training."""
-        if logs is None or "loss" not in logs or self._attached is None:
-            return
-        values = self.metrics()
-        logs.update(values)
-        if state.log_history:
-            state.log_history[-1].update(values)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the model as it was."""
-        self.detach()
-
 
 def _find_bias(tap: Tap) -> Tensor | None:
     """The selection bias of a layer of transformers, made float32; None where it has none for its experts alone."""
-    if isinstance(tap.layer, MoE):
+    if tap.own is not None:
         return None
     for module in tap.layer.modules():
         for name in _BIAS_NAMES:
@@ -393,39 +334,3 @@ def _find_bias(tap: Tap) -> Tensor | None:
                 bias.requires_grad_(False)
                 return bias
     return None
-
-
-def _caller(kind: type[T]) -> T | None:
-    """The object of a kind whose method is being called, the innermost."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, kind):
-            return found
-        frame = frame.f_back
-    return None
-
-
-def _wrap_loss(trainer: Trainer, change: Callable[[Trainer, Any, Any], Any]) -> Callable[[], None]:
-    """Let what a Trainer's compute_loss returns pass through change(…); returns what undoes it.
-
-    The output of the model would be the wrong place: many trainers make their loss from its logits alone (label
-    smoothing, compute_loss_func, all of TRL's).
-    """
-    inner, own = trainer.compute_loss, vars(trainer).get("compute_loss")
-
-    @functools.wraps(inner)
-    def compute_loss(*args: Any, **kwargs: Any) -> Any:
-        found = inner(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        return change(trainer, found, given.get("num_items_in_batch"))
-
-    def undo() -> None:
-        if own is None:
-            del trainer.compute_loss
-        else:
-            trainer.compute_loss = own  # type: ignore[method-assign]
-
-    signature = inspect.signature(inner)
-    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
-    return undo

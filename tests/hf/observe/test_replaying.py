@@ -16,7 +16,7 @@ from shunter import RoutingRecord, routers
 from shunter.hf.observe.listening import listening
 from shunter.hf.observe.taps import taps
 from shunter.hf.rules import NOT_TOP_K, topk_options
-from shunter.training.balance import BalanceCallback
+from shunter.training.trainer import BalanceCallback
 from tests.hf.families import BIASED, FAMILIES, VOCAB, build
 
 

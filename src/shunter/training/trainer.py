@@ -1,0 +1,119 @@
+"""BalanceCallback: load balancing as a callback of transformers' `Trainer`, TRL's included."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from .balance import Balance
+
+__all__ = ["BalanceCallback"]
+
+T = TypeVar("T")
+
+
+class BalanceCallback(Balance, TrainerCallback):
+    """Balance the experts of any mixture-of-experts model, transformers' or Shunter's, in a `Trainer` or a plain loop.
+
+    In a Trainer, TRL's included, the losses become part of what `compute_loss` returns, the mean over the micro-batches
+    of an optimizer step and over ranks; biases move after each optimizer step; metrics are in every log:
+
+        Trainer(model, args, train_dataset=data, callbacks=[BalanceCallback(load_balancing_loss=0.01)])
+
+    In a plain loop it is a `Balance`, whose arguments it takes.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach to the Trainer's model, and come before what it reports to."""
+        self.detach()
+        self.attach(kwargs["model"])
+        assert self._attached is not None
+        trainer, handler = _caller(Trainer), _caller(CallbackHandler)
+        if trainer is not None:
+            self._attached.callback(_wrap_loss(trainer, self._with_loss))
+        if handler is not None:
+            # Before those that report (to TensorBoard, W&B, …), so that they see the metrics. A new list: the handler
+            # is going through the old one.
+            handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
+
+    def _with_loss(self, trainer: Trainer, found: Any, num_items_in_batch: Any) -> Any:
+        """What the Trainer's compute_loss found, with the losses of this micro-batch."""
+        if not self._heard:
+            return found
+        # As in Trainer.training_step, which divides a loss that was not made for the whole of an accumulated batch.
+        divides = not trainer.model_accepts_loss_kwargs or num_items_in_batch is None
+        if divides and trainer.compute_loss_func is None:
+            parts = 1
+        else:
+            parts = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+        extra = self.loss() / parts
+        return (found[0] + extra, *found[1:]) if isinstance(found, tuple) else found + extra
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End an optimizer step."""
+        if self._heard:
+            warnings.warn(
+                "BalanceCallback: this training does not ask its Trainer's compute_loss for the loss, so the balancing "
+                "losses are not in it; add the callback's loss()",
+                stacklevel=2,
+            )
+        self.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the metrics to a log of training."""
+        if logs is None or "loss" not in logs or self._attached is None:
+            return
+        values = self.metrics()
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model as it was."""
+        self.detach()
+
+
+def _caller(kind: type[T]) -> T | None:
+    """The object of a kind whose method is being called, the innermost.
+
+    transformers hands a callback the model, the optimizer and the data, but no way to the Trainer or to the other
+    callbacks; they are found where they are: in the interpreter's frames.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, kind):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def _wrap_loss(trainer: Trainer, change: Callable[[Trainer, Any, Any], Any]) -> Callable[[], None]:
+    """Let what a Trainer's compute_loss returns pass through change(…); returns what undoes it.
+
+    The output of the model would be the wrong place: many trainers make their loss from its logits alone (label
+    smoothing, compute_loss_func, all of TRL's).
+    """
+    inner, own = trainer.compute_loss, vars(trainer).get("compute_loss")
+
+    @functools.wraps(inner)
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        found = inner(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        return change(trainer, found, given.get("num_items_in_batch"))
+
+    def undo() -> None:
+        if own is None:
+            del trainer.compute_loss
+        else:
+            trainer.compute_loss = own  # type: ignore[method-assign]
+
+    signature = inspect.signature(inner)
+    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    return undo
