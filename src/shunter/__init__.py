@@ -11,8 +11,6 @@ from .routing import Routing
 if TYPE_CHECKING:
     from .hf import RoutingRecord, export, from_pretrained, record, replay, sparsify, upcycle
 
-__version__ = "0.1.0"
-
 __all__ = [
     "MoE",
     "Routing",
@@ -37,6 +35,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("shunter")
+        except PackageNotFoundError:  # run from a source folder
+            return "0+unknown"
     # Hugging Face is an extra: it is imported when first used.
     if name in ("RoutingRecord", "export", "from_pretrained", "record", "replay", "sparsify", "upcycle"):
         from . import hf
