@@ -24,6 +24,8 @@ BUILD = ROOT / "build"
 PAGES, SITE = BUILD / "pages", BUILD / "site"
 COPIED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "docs")
 REFERENCE = "docs/reference"
+# What a browser loads without being asked, unlike a link in the text.
+FETCHED = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 
 
 def main() -> None:
@@ -46,6 +48,9 @@ def main() -> None:
     # What is wrong in a docstring is said in a line, and is no warning of the build's.
     if done.returncode or re.search("^(griffe|mkdocstrings|mkdocs_autorefs)", done.stdout, re.MULTILINE):
         sys.exit(f"{done.stdout}\nthe site was not built: the lines above say why")
+    for page in SITE.rglob("*.html"):
+        if fetched := FETCHED.search(page.read_text(encoding="utf-8")):
+            sys.exit(f"{page} fetches from elsewhere: {fetched[0]}")
     print(f"The site: {SITE / 'index.html'}")
 
 
@@ -162,7 +167,7 @@ def routers_page() -> str:
     parts = ["# Routers by name\n\nThe names that `MoE`, `sparsify` and `upcycle` take as `router=`.\n"]
     for name in routers.names():
         cls = routers.find(name)
-        options = {"heading": f"`{name}`", "toc_label": name, "members": []}
+        options = {"heading": name, "toc_label": name, "members": [], "show_symbol_type_heading": False}
         parts.append(directive(f"{cls.__module__}.{cls.__qualname__}", options))
     return "\n".join(parts)
 
