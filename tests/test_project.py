@@ -92,6 +92,26 @@ def test_the_reference_has_what_the_package_says_is_public(tools, tmp_path):
     assert "--num" not in pages["command-line"] and "--top-k" in pages["command-line"]
 
 
+@pytest.mark.parametrize(
+    "tag, fault",
+    [
+        ('<a class="x" href="there.json#part">', None),
+        ('<a href="https://arxiv.org/abs/2209.01667">', None),
+        ('<a href="gone.json">', "gone.json does not exist"),
+        ('<img alt="a" src="gone.png"/>', "gone.png does not exist"),
+        ('<img src="https://example.org/a.png">', "fetches https://example.org/a.png"),
+        ('<script async src="//example.org/a.js">', "fetches //example.org/a.js"),
+    ],
+)
+def test_pages_that_lack_or_fetch_something_are_refused(tools, tmp_path, monkeypatch, tag, fault):
+    import docs
+
+    monkeypatch.setattr(docs, "SITE", tmp_path)
+    (tmp_path / "there.json").write_text("{}")
+    (tmp_path / "page.html").write_text(f"<p>{tag}</p>")
+    assert docs.faults(tmp_path / "page.html") == ([] if fault is None else [f"page.html: {fault}"])
+
+
 def test_docstrings_become_sections(tools):
     import griffe
     from docstrings import Docstrings

@@ -6,6 +6,7 @@ the registry of routers, and the command line's own help.
 """
 
 import contextlib
+import html
 import io
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import griffe
 import yaml
@@ -24,8 +26,6 @@ BUILD = ROOT / "build"
 PAGES, SITE = BUILD / "pages", BUILD / "site"
 COPIED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "docs")
 REFERENCE = "docs/reference"
-# What a browser loads without being asked, unlike a link in the text.
-FETCHED = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 
 
 def main() -> None:
@@ -45,13 +45,28 @@ def main() -> None:
     (BUILD / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     command = [Path(sys.executable).with_name("zensical"), "build", "--strict", "--clean", "-f", BUILD / "mkdocs.yml"]
     done = subprocess.run(command, cwd=BUILD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    said = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
     # What is wrong in a docstring is said in a line, and is no warning of the build's.
-    if done.returncode or re.search("^(griffe|mkdocstrings|mkdocs_autorefs)", done.stdout, re.MULTILINE):
-        sys.exit(f"{done.stdout}\nthe site was not built: the lines above say why")
-    for page in SITE.rglob("*.html"):
-        if fetched := FETCHED.search(page.read_text(encoding="utf-8")):
-            sys.exit(f"{page} fetches from elsewhere: {fetched[0]}")
+    if done.returncode or re.search("^(griffe|mkdocstrings|mkdocs_autorefs)", said, re.MULTILINE):
+        sys.exit(f"{said.partition('Traceback')[0] or said}\nthe site was not built: the lines above say why")
+    wrong = [line for page in sorted(SITE.rglob("*.html")) for line in faults(page)]
+    if wrong:
+        sys.exit("\n".join(wrong))
     print(f"The site: {SITE / 'index.html'}")
+
+
+def faults(page: Path) -> list[str]:
+    """What is wrong in a page of the site: a file that is not there, or something fetched when the page is read."""
+    found = []
+    for tag, target in re.findall(r'''<(\w+)\b[^>]*?\b(?:src|href)="([^"]*)"''', page.read_text(encoding="utf-8")):
+        url = urlsplit(html.unescape(target))
+        if url.netloc and tag != "a":
+            found.append(f"{page.relative_to(SITE)}: fetches {target}")
+        elif not url.scheme and not url.netloc and url.path:
+            file = SITE / url.path.lstrip("/") if url.path.startswith("/") else page.parent / url.path
+            if not Path(unquote(str(file))).exists():
+                found.append(f"{page.relative_to(SITE)}: {target} does not exist")
+    return found
 
 
 def expanded(nav: list[Any], pages: Path) -> list[Any]:
