@@ -79,18 +79,19 @@ def expanded(nav: list[Any], pages: Path) -> list[Any]:
             elif not target.endswith("/"):
                 found.append({title: target})
             elif (pages / target).is_dir():
-                found.append({title: [f"{target}{name}" for name in in_order(pages / target)]})
+                inner = [{name: f"{target}{page}"} for page, name in titles(pages / target).items()]
+                found.append({title: [f"{target}index.md", *inner]})
     return found
 
 
-def in_order(folder: Path) -> list[str]:
-    """The pages of a folder: index.md, then those it links to, as it does."""
-    linked = re.findall(r"\]\(([\w.-]+\.md)\)", (folder / "index.md").read_text(encoding="utf-8"))
-    names = list(dict.fromkeys(["index.md", *linked]))
-    lost = {page.name for page in folder.glob("*.md")} - set(names)
+def titles(folder: Path) -> dict[str, str]:
+    """The pages that the index.md of a folder links to, in its order, and what it calls them."""
+    links = re.findall(r"\[([^\]]+)\]\(([\w.-]+\.md)\)", (folder / "index.md").read_text(encoding="utf-8"))
+    found = {page: name.replace("`", "") for name, page in links}
+    lost = {page.name for page in folder.glob("*.md")} - set(found) - {"index.md"}
     if lost:
         sys.exit(f"{folder / 'index.md'} does not link to {', '.join(sorted(lost))}")
-    return names
+    return found
 
 
 def write_reference(folder: Path) -> None:
