@@ -9,15 +9,27 @@ BIN := .venv/bin
 	$(BIN)/python tools/install.py
 	touch $@
 
-.PHONY: train test bench-gpu test-slow
+.PHONY: train test lint docs release bench-gpu test-slow
 train: .venv/ready
 	$(BIN)/shunter train text
 
-test: .venv/ready
+test: lint docs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# What every commit is checked by, here and in .pre-commit-config.yaml.
+lint: .venv/ready
 	$(BIN)/ruff check src tests tools
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# The site, in build/site; every warning is an error.
+docs: .venv/ready
+	$(BIN)/python tools/docs.py
+
+# A wheel and a source distribution in dist/, checked, and tried in an empty environment; nothing is published.
+release: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable '.[release]'
+	$(BIN)/python tools/release.py
 
 # What is too slow for every change: more routers stopped and resumed, real weights.
 test-slow: .venv/ready

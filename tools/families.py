@@ -98,7 +98,7 @@ PAGE = """\
 
 After `import shunter.hf`, `experts_implementation="shunter"` runs the experts of every family below on Shunter's
 backends. This page is the output of `python tools/families.py` with transformers {version}: {families} families, found
-by introspection. `tests/hf/test_experts.py` compares each class with the definition in float64, output and every
+by introspection. `tests/hf/test_backend.py` compares each class with the definition in float64, output and every
 gradient, in float32 and bfloat16, and allows 1.5 times the error of transformers' own loop.
 
 *Backends* means that the activation is one that Shunter's backends compute, forward and backward. *Its own code between

