@@ -276,7 +276,7 @@ class MoE(RoutedLayer):
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
         router, experts = self.router, self.experts
         weights = experts.weights
-        probe = torch.empty(num_tokens, self.dim, dtype=weights.up.dtype, device=weights.up.device)
+        probe = torch.empty(num_tokens, self.dim, dtype=weights.dtype, device=weights.device)
         backend, why = choose(experts.backend, probe, weights)
         slots = router.capacity(num_tokens)
         mode = "training" if self.training else "evaluation"

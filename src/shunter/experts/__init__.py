@@ -4,6 +4,16 @@ from . import backends  # noqa: F401 (each registers itself)
 from .activations import ACTIVATIONS, activate
 from .choice import Backend, backend_names, choose, register
 from .module import Experts
-from .weights import Weights
+from .weights import ExpertWeights, Weights
 
-__all__ = ["ACTIVATIONS", "Backend", "Experts", "Weights", "activate", "backend_names", "choose", "register"]
+__all__ = [
+    "ACTIVATIONS",
+    "Backend",
+    "ExpertWeights",
+    "Experts",
+    "Weights",
+    "activate",
+    "backend_names",
+    "choose",
+    "register",
+]

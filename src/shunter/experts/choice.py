@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .weights import Weights
+from .weights import ExpertWeights, Weights
 
 __all__ = ["Backend", "backend_names", "choose", "get", "register"]
 
@@ -21,10 +21,10 @@ class Run(Protocol):
     With `recompute` no pre-activations are kept for the backward: it computes them again, to the same gradients.
     """
 
-    def __call__(self, x: Tensor, weights: Weights, routing: Routing, recompute: bool = False) -> Tensor: ...
+    def __call__(self, x: Tensor, weights: Any, routing: Routing, recompute: bool = False) -> Tensor: ...
 
 
-def _always(x: Tensor, weights: Weights) -> None:
+def _always(x: Tensor, weights: Any) -> None:
     return None
 
 
@@ -39,18 +39,27 @@ class Backend:
         summary: how it works, for `explain`.
         unsuited: why "auto" passes over it on (x, weights) although it could run, or None.
         reason: why "auto" takes it, in words.
+        one_by_one: whether it asks for one expert's matrices at a time and so runs on any `ExpertWeights`; else its
+            functions are given `Weights` alone.
     """
 
     name: str
     run: Run
-    refuses: Callable[[Tensor, Weights], str | None]
+    refuses: Callable[[Tensor, Any], str | None]
     summary: str
-    unsuited: Callable[[Tensor, Weights], str | None] = _always
-    reason: Callable[[Tensor, Weights], str] = lambda x, weights: "nothing before it can run"
+    unsuited: Callable[[Tensor, Any], str | None] = _always
+    reason: Callable[[Tensor, Any], str] = lambda x, weights: "nothing before it can run"
+    one_by_one: bool = False
+
+    def lacks(self, x: Tensor, weights: ExpertWeights) -> str | None:
+        """Why it cannot run on (x, weights), in words; None where it can."""
+        if not self.one_by_one and not isinstance(weights, Weights):
+            return f"it reads all experts from one tensor; {type(weights).__name__} gives one expert at a time"
+        return self.refuses(x, weights)
 
 
 # The order in which "auto" tries them.
-_ON_CPU = ("decode", "numba", "padded")
+_ON_CPU = ("decode", "numba", "padded", "reference")
 _ON_CUDA = ("triton", "grouped_mm", "reference")
 _ELSEWHERE = ("grouped_mm", "reference")
 
@@ -78,7 +87,7 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
+def choose(name: str, x: Tensor, weights: ExpertWeights) -> tuple[Backend, str]:
     """The backend that runs x (T, d) under a name or "auto", and why, in words.
 
     Raises:
@@ -86,7 +95,7 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
     """
     if name != "auto":
         backend = get(name)
-        if refusal := backend.refuses(x, weights):
+        if refusal := backend.lacks(x, weights):
             raise ValueError(f"backend {name!r} cannot run this: {refusal}")
         return backend, "you asked for it"
     if torch.is_grad_enabled() and _wants_higher_order(x):
@@ -94,12 +103,12 @@ def choose(name: str, x: Tensor, weights: Weights) -> tuple[Backend, str]:
     passed = ""
     for candidate in _ON_CPU if x.is_cpu else _ON_CUDA if x.is_cuda else _ELSEWHERE:
         backend = get(candidate)
-        unfit = backend.refuses(x, weights) or backend.unsuited(x, weights)
+        unfit = backend.lacks(x, weights) or backend.unsuited(x, weights)
         if unfit is None:
             return backend, backend.reason(x, weights) + passed
         if candidate != "decode":  # which is for a few tokens without gradients alone
             passed = f" ({candidate}: {unfit})"
-    raise AssertionError("padded and reference refuse nothing")
+    raise AssertionError("reference refuses nothing")
 
 
 def _wants_higher_order(x: Tensor) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..routing import Routing
 from . import choice as backends
 from .activations import ACTIVATIONS
-from .weights import Weights
+from .weights import ExpertWeights, Weights
 
 __all__ = ["Experts"]
 
@@ -97,17 +99,23 @@ class Experts(nn.Module):
             ValueError: where x is not (T, d) of this layer's width and the routing's number of tokens, or its dtype or
                 device differs from the parameters'.
         """
-        weights = self.weights
+        weights: ExpertWeights = self.weights
         if x.shape != (routing.num_tokens, self.dim):
             raise ValueError(f"Experts: x has shape {tuple(x.shape)}; it must be ({routing.num_tokens}, {self.dim})")
         if routing.num_experts != self.num_experts:
             raise ValueError(f"Experts: the routing has {routing.num_experts} experts, the layer {self.num_experts}")
         if torch.is_autocast_enabled(x.device.type):
-            x, weights = _autocast(x, weights)
-        if x.dtype != weights.up.dtype or x.device != weights.up.device:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weights = x.to(dtype), weights.to(dtype)
+        if x.dtype != weights.dtype or x.device != weights.device:
             raise ValueError(
-                f"Experts: x is {x.dtype} on {x.device}, the parameters are {weights.up.dtype} on {weights.up.device}; "
+                f"Experts: x is {x.dtype} on {x.device}, the parameters are {weights.dtype} on {weights.device}; "
                 "convert one to the other, or use torch.autocast"
+            )
+        if isinstance(weights, Weights) and is_traceable_wrapper_subclass(weights.up) and not is_compiling():
+            raise ValueError(
+                f"Experts: the parameters are of type {type(weights.up).__name__}, in which the backends cannot look. "
+                "Sharded ones are gathered by the module that shards them: call that one"
             )
         backend, _ = backends.choose(self.backend, x, weights)
         return backend.run(x, weights, routing, recompute=self.recompute)
@@ -118,11 +126,3 @@ class Experts(nn.Module):
             f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, activation={self.activation!r}, "
             f"backend={self.backend!r}"
         )
-
-
-def _autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
-    dtype = torch.get_autocast_dtype(x.device.type)
-    up_bias = None if weights.up_bias is None else weights.up_bias.to(dtype)
-    down_bias = None if weights.down_bias is None else weights.down_bias.to(dtype)
-    cast = Weights(weights.up.to(dtype), weights.down.to(dtype), up_bias, down_bias, weights.activation)
-    return x.to(dtype), cast

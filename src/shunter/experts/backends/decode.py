@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...routing import Routing
 from ..activations import activate
@@ -15,7 +16,7 @@ from ..autograd import Gradients, Needs, Plan, differentiable
 from ..choice import Backend, register
 from ..combine import sum_by_token
 from ..cpu import SINGLE, scratch
-from ..weights import Weights
+from ..weights import ExpertWeights, Weights
 from .numba import bridge
 
 __all__ = ["decode"]
@@ -57,6 +58,18 @@ class _Decode:
         self, grad: Tensor, x: Tensor, weights: Weights, routing: Routing, plan: Plan, h: Tensor | None, needs: Needs
     ) -> Gradients:
         raise NotImplementedError("the decode backend has no backward; call it under torch.no_grad()")
+
+
+def _one_by_one(x: Tensor, weights: ExpertWeights, routing: Routing) -> Tensor:
+    """The output (T, d) by the matrices of one expert after another, of those that have tokens."""
+    y = x.new_empty(routing.token.numel(), weights.dim)
+    bounds = routing.offsets.tolist()
+    for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if start < end:
+            up, down, up_bias, down_bias = weights.expert(e)
+            h = F.linear(x[routing.token[start:end]], up, up_bias)
+            y[start:end] = F.linear(activate(h, weights.activation), down, down_bias)
+    return sum_by_token(y, routing, routing.weight)
 
 
 def _in_loops(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -118,14 +131,20 @@ def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
         torch.mm(rows, matrix.T, out=out)
 
 
-def _refuses(x: Tensor, weights: Weights) -> str | None:
-    parts = (x, weights.up, weights.down, weights.up_bias, weights.down_bias)
-    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
+def _refuses(x: Tensor, weights: ExpertWeights) -> str | None:
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (x, *weights.learned())):
         return "it has no backward; call it under torch.no_grad()"
     return None
 
 
-decode = differentiable("decode", _Decode())
+_stacked = differentiable("decode", _Decode())
+
+
+def decode(x: Tensor, weights: ExpertWeights, routing: Routing, recompute: bool = False) -> Tensor:
+    """The output (T, d) for few tokens: the weights of their experts are read, and no others."""
+    if isinstance(weights, Weights):
+        return _stacked(x, weights, routing, recompute)
+    return _one_by_one(x, weights, routing)
 
 
 register(
@@ -137,7 +156,12 @@ register(
         lambda x, weights: None if x.shape[0] <= FEW_TOKENS else f"it is for {FEW_TOKENS} tokens or fewer",
         lambda x, weights: (
             f"for {FEW_TOKENS} tokens or fewer without gradients reading weights is what takes time; "
-            + bridge.how(bridge.usable(weights.up, weights.down))
+            + (
+                bridge.how(bridge.usable(weights.up, weights.down))
+                if isinstance(weights, Weights)
+                else "the matrices come one expert at a time"
+            )
         ),
+        one_by_one=True,
     )
 )

@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 from ...routing import Routing
 from ..activations import activate
 from ..choice import Backend, register
-from ..weights import Weights
+from ..weights import ExpertWeights
 
 __all__ = ["reference"]
 
 
-def reference(x: Tensor, weights: Weights, routing: Routing, recompute: bool = False) -> Tensor:
+def reference(x: Tensor, weights: ExpertWeights, routing: Routing, recompute: bool = False) -> Tensor:
     """y_t = sum over the experts e of token t of w_te (down_e act(up_e x_t)); x and y are (T, d).
 
     The weighted sum runs in at least float32 and is rounded once, to x's dtype.
@@ -24,17 +24,15 @@ def reference(x: Tensor, weights: Weights, routing: Routing, recompute: bool = F
         return checkpoint(reference, x, weights, routing, use_reentrant=False)
     out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     # Empty sums tie every parameter to the result: without a triple, gradients are zeros rather than missing.
-    parts = (x, routing.weight, weights.up, weights.down, weights.up_bias, weights.down_bias)
-    out = out + sum(part[:0].sum() for part in parts if part is not None)
+    out = out + sum(part[:0].sum() for part in (x, routing.weight, *weights.learned()))
     bounds = routing.offsets.tolist()
     for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if start == end:
             continue
         token = routing.token[start:end]
-        up_bias = None if weights.up_bias is None else weights.up_bias[e]
-        down_bias = None if weights.down_bias is None else weights.down_bias[e]
-        hidden = activate(F.linear(x[token], weights.up[e], up_bias), weights.activation)
-        y = F.linear(hidden, weights.down[e], down_bias)
+        up, down, up_bias, down_bias = weights.expert(e)
+        hidden = activate(F.linear(x[token], up, up_bias), weights.activation)
+        y = F.linear(hidden, down, down_bias)
         out = out.index_add(0, token, (y * routing.weight[start:end, None]).to(out.dtype))
     return out.to(x.dtype)
 
@@ -45,6 +43,7 @@ register(
         reference,
         lambda x, weights: None,
         "a loop over experts in plain autograd",
+        one_by_one=True,
         reason=lambda x, weights: "it runs on anything",
     )
 )
