@@ -25,11 +25,12 @@ import shunter
 from shunter.analysis.pages.style import PAPER
 from shunter.analysis.runs import Metrics
 from shunter.data.windows import prepare
+from shunter.environment import run_versions
 from shunter.hf.checkpoints.gguf import unpack
 from shunter.hf.checkpoints.loading import load_folder
 from shunter.hf.checkpoints.upcycling import describe
 from shunter.recipes.sections import DataConfig, TextConfig, TrainingConfig
-from shunter.recipes.text import evaluate, versions
+from shunter.recipes.text import evaluate
 from shunter.training.loop import train_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +76,13 @@ def main() -> None:
         training=TrainingConfig(steps=args.steps, batch_tokens=args.batch * args.length),
     )
     tokenizer = AutoTokenizer.from_pretrained(dense, trust_remote_code=False)
-    data = prepare(config, tokenizer)
+    data = prepare(
+        None,
+        sequence_length=args.length,
+        num_windows=args.steps * args.batch,
+        tokenizer=tokenizer,
+        eval_windows=args.eval_windows,
+    )
     metrics = Metrics(args.out / "metrics.jsonl")
     models = {}
     for name, folder in (("dense", dense), ("sparse", sparse)):
@@ -88,7 +95,7 @@ def main() -> None:
         "tokens": args.steps * args.batch * args.length,
         "models": models,
         "domains": data.domains,
-        "versions": versions(),
+        "versions": run_versions(),
     }
     (args.out / "upcycling.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (args.out / "upcycling.md").write_text(page(result), encoding="utf-8")

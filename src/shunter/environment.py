@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["VERSION", "Memory", "described", "machine", "peak_rss_bytes", "versions"]
+__all__ = ["VERSION", "Memory", "described", "machine", "peak_rss_bytes", "run_versions", "versions"]
 
 
 try:
@@ -58,6 +58,17 @@ def versions(*packages: str) -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    return found
+
+
+def run_versions() -> dict[str, str]:
+    """Those of Python, the platform and the packages that a trained model depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("shunter", "torch", "transformers", "accelerate", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
     return found
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["LONGEST", "UserError", "one_line"]
+__all__ = ["LONGEST", "Interrupted", "UserError", "one_line"]
 
 LONGEST = 400  # characters of a line
 
 
 class UserError(ValueError):
     """Input that cannot be used: one line with what was given, what is allowed and what to do."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; a checkpoint has been written. It says where training stopped."""
 
 
 def one_line(error: BaseException | str) -> str:

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shunter.data.documents import DataError, built_in_domains, read_domains
-from shunter.data.windows import _bytes, _split, _tokenizer, prepare
-from shunter.recipes.sections import DataConfig
+from shunter.data.documents import built_in_domains, read_domains
+from shunter.data.windows import _bytes, _split, train_tokenizer
+from shunter.errors import UserError
+from shunter.recipes.text import RECIPE
 
 
 def test_built_in_text_has_three_licensed_domains():
@@ -23,7 +24,7 @@ def test_built_in_text_has_three_licensed_domains():
 
 
 def test_the_same_configuration_gives_the_same_windows(small):
-    one, two, other = prepare(small()), prepare(small()), prepare(small("seed=1"))
+    one, two, other = RECIPE.prepare(small()), RECIPE.prepare(small()), RECIPE.prepare(small("seed=1"))
     assert one.fingerprint == two.fingerprint == other.fingerprint
     assert len(one.train) == 700 * 64 // 16
     rows = [torch.stack([data.train[i]["input_ids"] for i in range(60)]) for data in (one, two, other)]
@@ -32,7 +33,7 @@ def test_the_same_configuration_gives_the_same_windows(small):
 
 
 def test_domains_take_turns(small):
-    data = prepare(small())
+    data = RECIPE.prepare(small())
     letters = {name: set(text) for name, text in {"digits": "12345678", "letters": "abcdefgh"}.items()}
     for i in range(30):
         text = set(data.tokenizer.decode(data.train[i]["input_ids"], skip_special_tokens=True))
@@ -43,7 +44,7 @@ def test_domains_take_turns(small):
 
 
 def test_every_window_of_a_domain_is_seen_before_any_again(small):
-    data = prepare(small())
+    data = RECIPE.prepare(small())
     windows = data.train.domains[0]
     seen = data.train.orders[0][: len(windows)]
     assert torch.equal(seen.sort().values, torch.arange(len(windows)))
@@ -60,7 +61,7 @@ def test_held_out_documents_are_not_trained_on(corpus):
 @given(texts=st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=5), kind=st.sampled_from(["bpe", "bytes"]))
 def test_tokens_are_lossless_and_their_bytes_counted_exactly(texts, kind):
     texts = [t.encode("utf-8", "ignore").decode() or "a" for t in texts]
-    tokenizer = _tokenizer(DataConfig(tokenizer=kind, vocab_size=300), texts)
+    tokenizer = train_tokenizer(texts, 300 if kind == "bpe" else None)
     assert kind == "bpe" or len(tokenizer) == 257
     for text in texts:
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -101,21 +102,21 @@ def test_bad_files_name_the_file_and_the_record(name, content, message, tmp_path
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_domains([str(tmp_path / name)], 1000)
     assert "\n" not in str(error.value)
 
 
 def test_folders_without_text_and_domains_too_small_are_named(tmp_path, small):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no file in this folder ends in"):
+    with pytest.raises(UserError, match="no file in this folder ends in"):
         read_domains([str(tmp_path / "empty")], 1000)
-    with pytest.raises(DataError, match="domain '.*' is too small"):
-        prepare(small("data.sequence_length=4096", "training.batch_tokens=4096"))
+    with pytest.raises(UserError, match="domain '.*' is too small"):
+        RECIPE.prepare(small("data.sequence_length=4096", "training.batch_tokens=4096"))
 
 
 def test_data_json_tells_what_was_read(small):
-    described = json.loads(json.dumps(prepare(small()).describe()))
+    described = json.loads(json.dumps(RECIPE.prepare(small()).describe()))
     assert described["vocab_size"] == 257 and described["tokenizer"] == "bytes"
     assert all(d["train_tokens"] > 0 and d["eval_bytes"] > 0 and d["passes"] > 0 for d in described["domains"])
 
@@ -137,5 +138,5 @@ def test_languages_stay_with_their_documents(tmp_path):
     some = built_in["languages"]
     assert len(some.languages) == len(some.documents) and len(set(some.languages)) > 1
     file.write_text('{"text": "a", "language": 3}\n')
-    with pytest.raises(DataError, match="record 1: 'language' must be a name, not 3"):
+    with pytest.raises(UserError, match="record 1: 'language' must be a name, not 3"):
         read_domains([str(file)], 1000)

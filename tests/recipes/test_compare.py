@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from shunter import routers
-from shunter.analysis.runs import Metrics
+from shunter.analysis.runs import TEXT, Metrics
 from shunter.cli import main
+from shunter.errors import UserError
 from shunter.recipes.compare import compare, parse_routers, resumed, table, with_router
-from shunter.recipes.config import ConfigError
-from shunter.recipes.text import load_model
+from shunter.recipes.run import load_model
+from shunter.recipes.text import RECIPE
 from shunter.training import loop as training
 
 from .conftest import SMALL
@@ -60,16 +61,16 @@ def test_models_load_and_start_alike_outside_the_experts(done):
 
 
 def test_the_table_has_the_best_loss_first_and_what_was_dropped(done):
-    lines = table(done[1]).splitlines()
+    lines = table(done[1], TEXT).splitlines()
     losses = [float(line.split("|")[2]) for line in lines[2:]]
     assert losses == sorted(losses) and len(losses) == 7
     worst = {**done[1]["models"][1], "router": "worst", "eval_loss": 99.0, "dropped": 0.25, "leak": "training"}
-    last = table({"models": [*done[1]["models"], worst]}).splitlines()[-1]
+    last = table({"models": [*done[1]["models"], worst]}, TEXT).splitlines()[-1]
     assert "`worst`" in last and "25.0%" in last and last.endswith("| training |")
 
 
 def test_drops_are_those_of_the_capacity(done, small, tmp_path):
-    result = compare(small("training.steps=3"), ["switch:capacity_factor=0.25"], tmp_path / "run", as_json=True)
+    result = compare(RECIPE, small("training.steps=3"), ["switch:capacity_factor=0.25"], tmp_path / "run", as_json=True)
     assert 0.75 <= result["models"][1]["dropped"] < 1
     assert all(row.get("dropped", 0) == 0 for row in done[1]["models"] if row["router"] != "switch")
 
@@ -80,7 +81,7 @@ def test_drops_are_those_of_the_capacity(done, small, tmp_path):
 )
 def test_stopped_and_resumed_ends_with_the_same_bits(stop_in, step, small, tmp_path, monkeypatch):
     config, specs = small("training.steps=4"), ["hash", "switch"]
-    compare(config, specs, tmp_path / "straight", as_json=True)
+    compare(RECIPE, config, specs, tmp_path / "straight", as_json=True)
     inner, pending = training._Watch.on_step_begin, [True]
 
     def stop(watch, args, state, control, **kwargs):
@@ -91,9 +92,9 @@ def test_stopped_and_resumed_ends_with_the_same_bits(stop_in, step, small, tmp_p
 
     monkeypatch.setattr(training._Watch, "on_step_begin", stop)
     with pytest.raises(training.Interrupted):
-        compare(config, specs, tmp_path / "broken", as_json=True)
+        compare(RECIPE, config, specs, tmp_path / "broken", as_json=True)
     again = resumed(tmp_path / "broken")
-    assert again == (config, specs)
+    assert again == (RECIPE, config, specs)
     compare(*again, tmp_path / "broken", resume=True, as_json=True)
     for name in ("dense", *specs):
         bits = [(tmp_path / run / name / "model.safetensors").read_bytes() for run in ("straight", "broken")]
@@ -102,9 +103,9 @@ def test_stopped_and_resumed_ends_with_the_same_bits(stop_in, step, small, tmp_p
 
 def test_options_are_the_routers_own(small):
     config = small("sparse.router=topk", "sparse.top_k=3", "sparse.options={selection_bias: true}")
-    other = with_router(config, "switch:capacity_factor=1e1:jitter=0.01")
+    other = with_router(RECIPE, config, "switch:capacity_factor=1e1:jitter=0.01")
     assert other.sparse.top_k is None and other.sparse.options == {"capacity_factor": 10.0, "jitter": 0.01}
-    assert with_router(config, "topk:top_k=2").sparse.top_k == 2
+    assert with_router(RECIPE, config, "topk:top_k=2").sparse.top_k == 2
     assert other.sparse.num_experts == config.sparse.num_experts
 
 
@@ -122,18 +123,18 @@ def test_options_are_the_routers_own(small):
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(spec, message, small, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        compare(small(), ["hash", spec], tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        compare(RECIPE, small(), ["hash", spec], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_leak_can_be_insisted_on(small):
-    assert with_router(small("sparse.allow_leak=true"), "expert_choice").sparse.router == "expert_choice"
+    assert with_router(RECIPE, small("sparse.allow_leak=true"), "expert_choice").sparse.router == "expert_choice"
 
 
 @pytest.mark.parametrize("text", ["", " , ", "hash,hash", "topk:top_k=2,topk/top_k=2", "dense"])
 def test_lists_of_routers_are_checked(text):
-    with pytest.raises(ConfigError, match="--routers"):
+    with pytest.raises(UserError, match="--routers"):
         parse_routers(text)
 
 
@@ -157,11 +158,11 @@ def test_every_router_that_text_can_serve_trains(small, tmp_path):
     specs = []
     for name in routers.names():
         try:
-            with_router(config, name)
-        except ConfigError as error:
+            with_router(RECIPE, config, name)
+        except UserError as error:
             assert "needs" in str(error) or routers.find(name).example_options, error  # options without a default
         else:
             specs.append(name)
     assert len(specs) >= 20
-    result = compare(config, specs, tmp_path / "run", as_json=True)
+    result = compare(RECIPE, config, specs, tmp_path / "run", as_json=True)
     assert all(torch.tensor(row["eval_loss"]).isfinite() for row in result["models"])

@@ -5,7 +5,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shunter.recipes.config import ConfigError, load_config, save_config
+from shunter.errors import UserError
+from shunter.recipes.config import load_config, save_config
 from shunter.recipes.sections import TextConfig
 
 KEYS = [
@@ -67,7 +68,7 @@ def test_saved_configurations_load_equal(tmp_path):
     ],
 )
 def test_mistakes_are_one_line_with_key_value_and_cure(override, parts):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_config(TextConfig, None, [override])
     text = str(error.value)
     assert "\n" not in text
@@ -81,9 +82,9 @@ def test_mistakes_are_one_line_with_key_value_and_cure(override, parts):
 )
 def test_unreadable_files_name_the_file(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(UserError, match=name):
         load_config(TextConfig, tmp_path / name, [])
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         load_config(TextConfig, tmp_path / "missing.yaml", [])
 
 
@@ -100,5 +101,5 @@ def test_anything_gives_a_configuration_or_one_line(key, value, dump):
     text = yaml.safe_dump(value, default_flow_style=True).strip() if dump else str(value)
     try:
         load_config(TextConfig, None, [f"{key}={text}"])
-    except ConfigError as error:
+    except UserError as error:
         assert str(error).isprintable() and 0 < len(str(error)) <= 400

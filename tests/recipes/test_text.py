@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ import torch
 import shunter
 from shunter.analysis.runs import Metrics
 from shunter.cli import main
-from shunter.data.windows import prepare
 from shunter.recipes.config import load_config
+from shunter.recipes.run import expert_width
+from shunter.recipes.run import train as run_recipe
 from shunter.recipes.sections import TextConfig
-from shunter.recipes.text import build_model, evaluate, expert_width, train
+from shunter.recipes.text import RECIPE, evaluate
 from tests.helpers import TIME_LIMIT
 
 from .conftest import SMALL
+
+train = partial(run_recipe, RECIPE)
 
 
 def _weights(run):
@@ -65,7 +69,7 @@ def test_a_run_leaves_what_it_promises(run):
 
 def test_both_models_start_alike_outside_the_experts(small):
     config = small()
-    dense, sparse = (build_model(config, which, 257) for which in ("dense", "sparse"))
+    dense, sparse = (RECIPE.build_model(config, 257, which == "sparse") for which in ("dense", "sparse"))
     others = dict(sparse.named_parameters())
     shared = [name for name, _ in dense.named_parameters() if name in others]
     assert len(shared) == len([n for n in dict(dense.named_parameters()) if ".mlp." not in n])
@@ -83,8 +87,8 @@ def test_expert_width_spends_the_dense_blocks_flops(hidden, experts, k):
 
 def test_evaluation_is_the_mean_over_all_predicted_tokens(small):
     config = small()
-    data = prepare(config)
-    model = build_model(config, "sparse", 257)
+    data = RECIPE.prepare(config)
+    model = RECIPE.build_model(config, 257, True)
     found = evaluate(model, data.eval, batch_size=3)
     model.eval()
     nats, count, size = 0.0, 0, 0

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,15 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from .. import metrics
+from ..errors import UserError
 
 __all__ = ["Metrics"]
 
 
 MODELS = ("dense", "sparse")
-
-
-class ReportError(ValueError):
-    """A run folder that cannot be reported on; the message names the file, the fault and what to do."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +35,78 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Words:
+    """What the numbers of a run are called, as recipe.json keeps it.
+
+    Args:
+        recipe: the name of the recipe that made the run.
+        intro: a sentence on what both models learn.
+        loss: the unit of the loss.
+        right: what a model is right about, where the loss is minus the logarithm of a probability; else empty.
+        shown: further numbers of an evaluation, by key, and their units.
+    """
+
+    recipe: str
+    intro: str
+    loss: str
+    right: str = ""
+    shown: dict[str, str] = field(default_factory=dict)
+
+    def save(self, run: Path) -> None:
+        """Write recipe.json."""
+        (run / "recipe.json").write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+
+
+TEXT = Words(
+    "text",
+    "Two language models read the same text in the same order, learning to guess the next token (a piece of a word).",
+    "nats/token",
+    "the right next token",
+    {"bits_per_byte": "bits per byte"},
+)
+"""Of text, and of folders from before there were other recipes."""
+
+
+def read_words(run: Path) -> Words:
+    """What the numbers of a run folder are called.
+
+    Raises:
+        UserError: where recipe.json is damaged.
+    """
+    path = run / "recipe.json"
+    content = _load_json(path)
+    if content is None:
+        return TEXT
+    with _schema(path):
+        return Words(**content)
+
+
+@dataclass(frozen=True)
 class Score:
-    """Held-out loss of one model on one domain, in nats/token and in bits per byte of text."""
+    """Held-out loss of one model on one domain, and the other numbers that are shown, by key."""
 
     loss: float
-    bits_per_byte: float
+    shown: dict[str, float]
 
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What one finished model reached and cost. `flops_per_token` counts the forward pass."""
+    """What one finished model reached and cost. `flops_per_token` counts the forward pass; `shown` as `Words.shown`."""
 
     eval_loss: float
-    bits_per_byte: float
+    shown: dict[str, float]
     flops_per_token: float
     params_total: float
     params_active: float
     seconds: float
     tokens: float
     peak_rss_bytes: float
+    domains: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """As summary.json and compare.json have it."""
+        values = asdict(self)
+        return {"eval_loss": values.pop("eval_loss"), **values.pop("shown"), **values}
 
     @property
     def tokens_per_second(self) -> float:
@@ -129,6 +179,7 @@ class Run:
     layers: dict[str, Specialisation] = field(default_factory=dict)
     data: dict[str, Any] | None = None
     config: str = ""
+    words: Words = TEXT
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -142,17 +193,17 @@ def read_run(path: Path) -> Run:
     """Reads the run folder at `path`.
 
     A line of metrics.jsonl that is not JSON (a killed run's last) is left out with a notice. Steps that a resumed run
-    went through again replace the earlier record. Raises `ReportError` where nothing can be shown or a file does not
+    went through again replace the earlier record. Raises `UserError` where nothing can be shown or a file does not
     follow its schema.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ReportError(f"There is no run folder at {path}. Give the folder that `shunter train` wrote.")
-    run = Run(path)
+        raise UserError(f"There is no run folder at {path}. Give the folder that `shunter train` wrote.")
+    run = Run(path, words=read_words(path))
     _read_metrics(run)
     _read_summary(run)
     if not run.train and not run.evals and run.summary is None:
-        raise ReportError(
+        raise UserError(
             f"{path} holds no loss yet (no summary.json, and no train or eval line in metrics.jsonl). "
             "Let the run log its first step, then ask again."
         )
@@ -168,9 +219,9 @@ def _schema(path: Path, where: str = "") -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise ReportError(f"{path}{where} lacks the key {error}. Was it written by another version?") from error
+        raise UserError(f"{path}{where} lacks the key {error}. Was it written by another version?") from error
     except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ReportError(f"{path}{where} does not follow the run folder's schema: {error}") from error
+        raise UserError(f"{path}{where} does not follow the run folder's schema: {error}") from error
 
 
 def _load_json(path: Path) -> Any:
@@ -179,7 +230,7 @@ def _load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ReportError(
+        raise UserError(
             f"{path} is not complete JSON ({error}). Write it again, or remove it to report without it."
         ) from error
 
@@ -231,7 +282,7 @@ def _read_metrics(run: Run) -> None:
         evals = {model: {row["step"]: row for row in series.get(("eval", model), [])} for model in MODELS}
         if common := evals["dense"].keys() & evals["sparse"].keys():
             run.scored_step = max(common)
-            run.scores = {model: _scores(evals[model][run.scored_step]["domains"]) for model in MODELS}
+            run.scores = {model: _scores(run, evals[model][run.scored_step]["domains"]) for model in MODELS}
         if ("load", "sparse") in series:
             loads = series["load", "sparse"]
             step = _array([row["step"] for row in loads])
@@ -253,8 +304,61 @@ def _plural(count: int, one: str, many: str = "") -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"
 
 
-def _scores(domains: dict[str, Any]) -> dict[str, Score]:
-    return {name: Score(_number(row["loss"]), _number(row["bits_per_byte"])) for name, row in domains.items()}
+def _scores(run: Run, domains: dict[str, Any]) -> dict[str, Score]:
+    return {name: Score(_number(row["loss"]), _shown(run, row)) for name, row in domains.items()}
+
+
+def _shown(run: Run, row: dict[str, Any]) -> dict[str, float]:
+    return {key: _number(row[key]) for key in run.words.shown}
+
+
+_NUMBERS = [name for name in ModelSummary.__dataclass_fields__ if name not in ("shown", "domains")]
+
+
+def summarise(
+    models: dict[str, ModelSummary],
+    metrics: Metrics,
+    steps: int,
+    seed: int,
+    domains: list[dict[str, Any]],
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """What summary.json of a finished run holds.
+
+    Args:
+        models: the account of each of `MODELS`.
+        metrics: of the run.
+        steps: how many the run had.
+        seed: its seed.
+        domains: the record of its data.
+        versions: of what it ran on.
+    """
+    dense, sparse = models["dense"], models["sparse"]
+    evals = [line for line in metrics.lines() if line["kind"] == "eval" and line["model"] == "sparse"]
+    return {
+        **{which: model.as_json() for which, model in models.items()},
+        "gain": dense.eval_loss - sparse.eval_loss,
+        "steps_to_dense_loss": _share_of_steps(evals, dense.eval_loss, steps),
+        "tokens": sparse.tokens,
+        "seed": seed,
+        "licenses": [{key: d[key] for key in ("name", "license", "source")} for d in domains],
+        "versions": versions,
+    }
+
+
+def _share_of_steps(evals: list[dict[str, Any]], target: float, steps: int) -> float | None:
+    """The share of the steps after which the evaluations first reach a loss, linearly between two; None if never."""
+    for before, after in zip(evals, evals[1:], strict=False):
+        if after["loss"] <= target:
+            fall = before["loss"] - after["loss"]
+            part = (before["loss"] - target) / fall if fall > 0 else 1.0
+            return float((before["step"] + part * (after["step"] - before["step"])) / steps)
+    return None
+
+
+def _model_summary(run: Run, row: dict[str, Any]) -> ModelSummary:
+    numbers: dict[str, Any] = {key: _number(row[key]) for key in _NUMBERS}
+    return ModelSummary(**numbers, shown=_shown(run, row))
 
 
 def _read_summary(run: Run) -> None:
@@ -263,10 +367,7 @@ def _read_summary(run: Run) -> None:
     if content is None:
         return
     with _schema(path):
-        models = {
-            model: ModelSummary(**{key: _number(content[model][key]) for key in ModelSummary.__dataclass_fields__})
-            for model in MODELS
-        }
+        models = {model: _model_summary(run, content[model]) for model in MODELS}
         share = content["steps_to_dense_loss"]
         run.summary = Summary(
             **models,
@@ -276,7 +377,7 @@ def _read_summary(run: Run) -> None:
             seed=content["seed"],
             versions=dict(content["versions"]),
         )
-        run.scores, run.scored_step = {model: _scores(content[model]["domains"]) for model in MODELS}, None
+        run.scores, run.scored_step = {model: _scores(run, content[model]["domains"]) for model in MODELS}, None
 
 
 def _read_specialisation(run: Run) -> None:

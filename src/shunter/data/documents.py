@@ -10,10 +10,15 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DataError", "Domain", "built_in_domains", "read_domains"]
+from ..errors import UserError, one_line
+
+__all__ = ["Domain", "built_in_domains", "read_domains"]
 
 
 LANGUAGES = "ar cs da de el es fi fr he hi hu id it ja ko nl pl pt_BR ru sv tr uk vi zh_Hans".split()
+
+
+MAX_BYTES = 4_000_000  # of a domain
 
 
 PARAGRAPHS_PER_DOCUMENT = 20
@@ -23,10 +28,6 @@ TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html", ".text"}
 
 
 SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
-
-
-class DataError(Exception):
-    """Text that cannot be used: names the file and the record."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Domain:
     languages: Sequence[str | None] = ()
 
 
-def built_in_domains(max_bytes: int) -> list[Domain]:
+def built_in_domains(max_bytes: int = MAX_BYTES) -> list[Domain]:
     """English prose, program code and many languages, from packages that pip installs."""
     return [_capped(domain, max_bytes) for domain in (_english(), _code(max_bytes), _languages())]
 
@@ -85,7 +86,7 @@ def _languages() -> Domain:
     try:
         import polib
     except ImportError:
-        raise DataError("the built-in text needs the package polib: pip install 'shunter[train]'") from None
+        raise UserError("the built-in text needs the package polib: pip install 'shunter[train]'") from None
     root = _package_folder("django", "django")
     documents, languages = [], []
     for language in LANGUAGES:
@@ -102,10 +103,10 @@ def _package_folder(package: str, folder: str) -> Path:
     try:
         return Path(str(distribution(package).locate_file(folder)))
     except PackageNotFoundError:
-        raise DataError(f"the built-in text needs the package {package}: pip install 'shunter[train]'") from None
+        raise UserError(f"the built-in text needs the package {package}: pip install 'shunter[train]'") from None
 
 
-def read_domains(sources: Sequence[str], max_bytes: int) -> list[Domain]:
+def read_domains(sources: Sequence[str], max_bytes: int = MAX_BYTES) -> list[Domain]:
     """A user's own text.
 
     Args:
@@ -115,7 +116,7 @@ def read_domains(sources: Sequence[str], max_bytes: int) -> list[Domain]:
         max_bytes: of each domain.
 
     Raises:
-        DataError: naming the file and the record.
+        UserError: naming the file and the record.
     """
     found: dict[str, list[tuple[str, str | None]]] = {}
     for source in sources:
@@ -123,14 +124,14 @@ def read_domains(sources: Sequence[str], max_bytes: int) -> list[Domain]:
         if path.is_dir():
             files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES)
             if not files:
-                raise DataError(f"{source}: no file in this folder ends in {', '.join(sorted(SUFFIXES))}")
+                raise UserError(f"{source}: no file in this folder ends in {', '.join(sorted(SUFFIXES))}")
             for file in files:
                 parts = file.relative_to(path).parts
                 _read_file(file, parts[0] if len(parts) > 1 else path.resolve().name, found)
         elif path.exists():
             _read_file(path, path.stem, found)
         elif path.is_absolute() or path.suffix.lower() in SUFFIXES or source.startswith("."):
-            raise DataError(f"{source}: no such file or folder")
+            raise UserError(f"{source}: no such file or folder")
         else:
             _read_dataset(source, found)
     domains = [
@@ -153,12 +154,12 @@ def _read_file(file: Path, domain: str, found: dict[str, list[tuple[str, str | N
         else:
             records = [{"text": file.read_text(encoding="utf-8")}]
         _collect(records, str(file), domain, found)
-    except DataError:
+    except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start})") from None
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
     except Exception as error:  # a damaged file fails in as many ways as there are readers
-        raise DataError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{file}: cannot be read: {one_line(error)}") from None
 
 
 def _json_lines(file: Path) -> Iterator[Any]:
@@ -168,19 +169,19 @@ def _json_lines(file: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except (json.JSONDecodeError, RecursionError) as error:
-                    raise DataError(f"{file}, line {number}: not JSON ({error})") from None
+                    raise UserError(f"{file}, line {number}: not JSON ({error})") from None
 
 
 def _read_dataset(name: str, found: dict[str, list[tuple[str, str | None]]]) -> None:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{name}: no such file or folder (for a datasets name: pip install datasets)") from None
+        raise UserError(f"{name}: no such file or folder (for a datasets name: pip install datasets)") from None
     try:
         records = datasets.load_dataset(name, split="train")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{name}: no such file or folder, and not a dataset that can be loaded: {reason}") from None
+        reason = one_line(error)
+        raise UserError(f"{name}: no such file or folder, and not a dataset that can be loaded: {reason}") from None
     _collect(records, name, name.split("/")[-1], found)
 
 
@@ -188,21 +189,21 @@ def _collect(records: Iterable[Any], source: str, domain: str, found: dict[str, 
     for number, record in enumerate(records, 1):
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise DataError(f"{source}, record {number}: has no field 'text' with a string")
+            raise UserError(f"{source}, record {number}: has no field 'text' with a string")
         label = record.get("domain", domain)
         language = record.get("language")
         if not isinstance(label, str) or not label:
-            raise DataError(f"{source}, record {number}: 'domain' must be a name, not {label!r}")
+            raise UserError(f"{source}, record {number}: 'domain' must be a name, not {label!r}")
         if language is not None and not isinstance(language, str):
-            raise DataError(f"{source}, record {number}: 'language' must be a name, not {language!r}")
+            raise UserError(f"{source}, record {number}: 'language' must be a name, not {language!r}")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{source}, record {number}: holds a lone surrogate, which UTF-8 cannot encode") from None
+            raise UserError(f"{source}, record {number}: holds a lone surrogate, which UTF-8 cannot encode") from None
         if text:
             found.setdefault(label, []).append((text, language))
     if not any(found.values()):
-        raise DataError(f"{source}: holds no text")
+        raise UserError(f"{source}: holds no text")
 
 
 def _capped(domain: Domain, max_bytes: int) -> Domain:

@@ -6,7 +6,8 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..recipes.sections import DataConfig, TextConfig
-from .documents import DataError, Domain, built_in_domains, read_domains
+from ..errors import UserError
+from .documents import MAX_BYTES, Domain, built_in_domains, read_domains
 
-__all__ = ["EvalDomain", "TextData", "prepare"]
+__all__ = ["EvalDomain", "TextData", "prepare", "train_tokenizer"]
 
 
 END = "<|end|>"
@@ -57,6 +58,10 @@ class TextData:
     fingerprint: str
     kind: str = field(default="bpe")
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the tokenizer."""
+        self.tokenizer.save_pretrained(folder)
+
     def describe(self) -> dict[str, Any]:
         """What data.json holds."""
         return {
@@ -90,29 +95,48 @@ class _Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-def prepare(config: TextConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> TextData:
-    """Read, split, tokenize and cut the text of a configuration; the same configuration gives the same windows.
+def prepare(
+    sources: Sequence[str] | None,
+    *,
+    sequence_length: int,
+    num_windows: int,
+    tokenizer: PreTrainedTokenizerFast | Literal["bpe", "bytes"] = "bpe",
+    vocab_size: int = 1024,
+    eval_share: float = 0.05,
+    eval_windows: int = 48,
+    max_bytes: int = MAX_BYTES,
+    seed: int = 0,
+) -> TextData:
+    """Read, split, tokenize and cut text; the same arguments give the same windows.
 
     Args:
-        config: what to read and how to cut it.
-        tokenizer: of a model that there is already, byte-level BPE; None trains one on the text.
+        sources: as `shunter.data.documents.read_domains` takes them; None takes the built-in text.
+        sequence_length: tokens of a window.
+        num_windows: to train on; a domain with fewer comes again.
+        tokenizer: "bpe" trains one on the text, "bytes" has no merges; or that of a model that there is already,
+            byte-level BPE.
+        vocab_size: of a trained BPE.
+        eval_share: of each domain's documents, held out.
+        eval_windows: held-out windows of each domain at most.
+        max_bytes: of each domain.
+        seed: of the order of the windows.
 
     Raises:
-        DataError: for text that cannot be read or is too little, and for a package that is missing.
+        UserError: for text that cannot be read or is too little, and for a package that is missing.
     """
-    d = config.data
-    domains = built_in_domains(d.max_bytes) if d.source is None else read_domains(d.source, d.max_bytes)
-    splits = {domain.name: _split(domain, d.eval_share) for domain in domains}
-    if tokenizer is None:
-        tokenizer = _tokenizer(d, (document for train, _ in splits.values() for document in train))
+    domains = built_in_domains(max_bytes) if sources is None else read_domains(sources, max_bytes)
+    splits = {domain.name: _split(domain, eval_share) for domain in domains}
+    kind = "bpe" if isinstance(tokenizer, PreTrainedTokenizerFast) else tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        texts = (document for train, _ in splits.values() for document in train)
+        tokenizer = train_tokenizer(texts, vocab_size if tokenizer == "bpe" else None)
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    length = d.sequence_length
+    length = sequence_length
     train_windows, held_out, records = [], [], []
-    batch = config.training.batch_tokens // length
-    needed = -(-config.training.steps * batch // len(domains))
+    needed = -(-num_windows // len(domains))
     for domain in domains:
         parts = [_window(documents, tokenizer, length, domain.name) for documents in splits[domain.name]]
-        train, evaluation = parts[0], parts[1][: d.eval_windows]
+        train, evaluation = parts[0], parts[1][:eval_windows]
         for part in (train, evaluation):
             digest.update(np.ascontiguousarray(part.numpy()).tobytes())
         train_windows.append(train)
@@ -130,8 +154,8 @@ def prepare(config: TextConfig, tokenizer: PreTrainedTokenizerFast | None = None
                 "passes": round(needed / len(train), 2),
             }
         )
-    windows = _Windows(train_windows, config.training.steps * batch, config.seed)
-    return TextData(windows, held_out, tokenizer, records, digest.hexdigest(), d.tokenizer)
+    windows = _Windows(train_windows, num_windows, seed)
+    return TextData(windows, held_out, tokenizer, records, digest.hexdigest(), kind)
 
 
 def _split(domain: Domain, share: float) -> tuple[list[str], list[str]]:
@@ -148,8 +172,8 @@ def _split(domain: Domain, share: float) -> tuple[list[str], list[str]]:
     return documents, held_out
 
 
-def _tokenizer(config: DataConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the texts; without merges, bytes themselves."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of so many tokens, trained on texts; None has no merges: a token is a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -157,12 +181,12 @@ def _tokenizer(config: DataConfig, texts: Iterable[str]) -> PreTrainedTokenizerF
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size if config.tokenizer == "bpe" else len(alphabet) + 1,
+        vocab_size=vocab_size or len(alphabet) + 1,
         special_tokens=[END],
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts if config.tokenizer == "bpe" else [], trainer)
+    tokenizer.train_from_iterator(texts if vocab_size else [], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
 
 
@@ -173,7 +197,7 @@ def _window(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, length
     ids = [i for document in encoded for i in (*document.ids, end)]
     count = len(ids) // length
     if count == 0:
-        raise DataError(
+        raise UserError(
             f"domain {domain!r} is too small: a split of it has {len(ids)} tokens, and a window takes {length}; "
             "give more text or a shorter data.sequence_length"
         )

@@ -1,1 +1,5 @@
-"""What `shunter train` trains: data, models and metrics by kind of input. Needs the extra `train`."""
+"""What `shunter train` trains: a recipe for each kind of input, and the engine that runs it. Needs `[train]`."""
+
+from .registry import find, names, register
+
+__all__ = ["find", "names", "register"]

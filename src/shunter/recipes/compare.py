@@ -14,16 +14,15 @@ import yaml
 from .. import routers
 from ..analysis.pages.compare_figures import comparison
 from ..analysis.pages.style import PAPER, style
-from ..analysis.runs import Metrics
-from .config import ConfigError, load_config, parse_value
-from .sections import TextConfig
-from .text import account, begin, train_one, versions
+from ..analysis.runs import Metrics, Words
+from ..environment import run_versions
+from ..errors import UserError, one_line
+from .config import parse_value
+from .recipe import Recipe
+from .run import account, begin, configuration_of, train_one
+from .sections import RunConfig
 
 __all__ = ["compare", "parse_routers", "table", "with_router"]
-
-
-KNOWN = ("mask", "token_ids", "sequence", "position")
-"""What a language model on plain text can tell its routers, of the fields of `Context`."""
 
 
 LAST = 0.1
@@ -34,15 +33,15 @@ def parse_routers(text: str) -> list[str]:
     """The routers of `switch,topk:top_k=1`, each a name with options after colons.
 
     Raises:
-        ConfigError: where there is none, or one comes twice.
+        UserError: where there is none, or one comes twice.
     """
     specs = [part.strip() for part in text.split(",") if part.strip()]
     if not specs:
-        raise ConfigError(f"--routers: name at least one of {', '.join(routers.names())}")
+        raise UserError(f"--routers: name at least one of {', '.join(routers.names())}")
     folders = [folder_of(spec) for spec in specs]
     for spec, folder in zip(specs, folders, strict=True):
         if folders.count(folder) > 1 or folder == "dense":
-            raise ConfigError(f"--routers: {spec!r} is there more than once; each router has one row")
+            raise UserError(f"--routers: {spec!r} is there more than once; each router has one row")
     return specs
 
 
@@ -51,7 +50,7 @@ def folder_of(spec: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", spec)
 
 
-def with_router(config: TextConfig, spec: str) -> TextConfig:
+def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
     """The configuration with a router `name:option=value:…` in place of its own.
 
     Options that the configuration sets for its own router are left out, but for those that every router of the
@@ -59,7 +58,7 @@ def with_router(config: TextConfig, spec: str) -> TextConfig:
     evaluation is causal.
 
     Raises:
-        ConfigError: for an unknown router or option, for one that needs what plain text does not have, and for one
+        UserError: for an unknown router or option, for one that needs what the recipe's data do not have, and for one
             whose evaluation leaks where the configuration does not insist (sparse.allow_leak).
     """
     name, *settings = spec.split(":")
@@ -67,26 +66,26 @@ def with_router(config: TextConfig, spec: str) -> TextConfig:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ConfigError(f"router {spec!r}: {setting!r} must be option=value, as in topk:top_k=1")
+            raise UserError(f"router {spec!r}: {setting!r} must be option=value, as in topk:top_k=1")
         try:
             options[key] = parse_value(value)
         except (ValueError, yaml.YAMLError) as error:
-            raise ConfigError(
-                f"router {spec!r}: {setting} is not a YAML value ({' '.join(str(error).split())})"
-            ) from None
+            raise UserError(f"router {spec!r}: {setting} is not a YAML value ({one_line(error)})") from None
     if name in routers.names():
-        lacking = [need for need in routers.find(name).needs if need not in KNOWN]
+        lacking = [need for need in routers.find(name).needs if need not in recipe.knows]
         if lacking:
-            raise ConfigError(f"router {name!r} needs {', '.join(lacking)} of each token, which plain text has not")
+            raise UserError(
+                f"router {name!r} needs {', '.join(lacking)} of each token, which plain {recipe.name} has not"
+            )
     sparse = config.sparse.model_dump() | {"router": name, "options": options, "top_k": options.pop("top_k", None)}
     try:
-        insisting = TextConfig.model_validate(config.model_dump() | {"sparse": sparse | {"allow_leak": True}})
+        insisting = type(config).model_validate(config.model_dump() | {"sparse": sparse | {"allow_leak": True}})
     except ValueError as error:
         first = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
-        raise ConfigError(f"router {spec!r}: {' '.join(first.removeprefix('Value error, ').split())}") from None
+        raise UserError(f"router {spec!r}: {' '.join(first.removeprefix('Value error, ').split())}") from None
     leak = insisting.sparse.build_router(8, 257).eval().leak
     if leak and not config.sparse.allow_leak:
-        raise ConfigError(
+        raise UserError(
             f"router {spec!r}: {leak}, in evaluation too, so its loss would be no language model's; leave it out, give "
             "it other options (as :capacity_factor=null), or set sparse.allow_leak=true"
         )
@@ -94,7 +93,13 @@ def with_router(config: TextConfig, spec: str) -> TextConfig:
 
 
 def compare(
-    config: TextConfig, specs: list[str], run: Path, *, resume: bool = False, as_json: bool = False
+    recipe: Recipe[Any, Any],
+    config: RunConfig,
+    specs: list[str],
+    run: Path,
+    *,
+    resume: bool = False,
+    as_json: bool = False,
 ) -> dict[str, Any]:
     """Train the dense model, then its sparse twin once with each router, and leave one table and one picture.
 
@@ -102,6 +107,7 @@ def compare(
     and the same FLOPs per token: an expert is as wide as the router's number of experts for a token allows.
 
     Args:
+        recipe: what the data, the models and the metric are.
         config: the main job's; its own router is not used.
         specs: of `parse_routers`.
         run: the folder; compare.json, compare.md, compare.png and a folder for each model.
@@ -112,43 +118,43 @@ def compare(
         What compare.json holds: "models", a row for each; tokens, seed, versions.
 
     Raises:
-        ConfigError: see `with_router`; before anything is trained.
+        UserError: see `with_router`; before anything is trained.
         Interrupted: after Ctrl-C, when the checkpoint is written.
     """
-    configs = {"dense": config} | {spec: with_router(config, spec) for spec in specs}
-    data, metrics = begin(config, run, as_json)
+    configs = {"dense": config} | {spec: with_router(recipe, config, spec) for spec in specs}
+    data, metrics = begin(recipe, config, run, as_json)
     (run / "routers.json").write_text(json.dumps(specs), encoding="utf-8")
     rows = []
     for spec, own in configs.items():
         name = folder_of(spec)
-        costs = train_one(name, own, run, data, metrics, resume=resume)
-        row = {"router": spec} | account(name, own, run, metrics, costs)
+        costs = train_one(recipe, name, own, run, data, metrics, resume=resume)
+        row = {"router": spec} | account(recipe, name, own, run, metrics, costs).as_json()
         rows.append(row if spec == "dense" else row | _routing(metrics, name) | {"leak": _leak(own)})
         result = {
             "models": rows,
-            "tokens": config.training.steps * config.training.batch_tokens,
+            "tokens": config.training.steps * recipe.tokens_per_step(config),
             "seed": config.seed,
-            "versions": versions(),
+            "versions": run_versions(),
         }
         (run / "compare.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-        (run / "compare.md").write_text(table(result), encoding="utf-8")
+        (run / "compare.md").write_text(table(result, recipe.words), encoding="utf-8")
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     with style(PAPER):
-        comparison(result).savefig(run / "compare.png", metadata={"Software": None})
+        comparison(result, recipe.words).savefig(run / "compare.png", metadata={"Software": None})
     return result
 
 
-def resumed(run: Path) -> tuple[TextConfig, list[str]]:
-    """The configuration and the routers of a comparison that was begun in a folder.
+def resumed(run: Path) -> tuple[Recipe[Any, Any], Any, list[str]]:
+    """The recipe, the configuration and the routers of a comparison that was begun in a folder.
 
     Raises:
-        ConfigError: where there is none.
+        UserError: where there is none.
     """
     try:
         specs = json.loads((run / "routers.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ConfigError(f"{run} holds no comparison to resume") from None
-    return load_config(TextConfig, run / "config.yaml", []), specs
+        raise UserError(f"{run} holds no comparison to resume") from None
+    return (*configuration_of(run), specs)
 
 
 def _routing(metrics: Metrics, name: str) -> dict[str, float]:
@@ -160,28 +166,26 @@ def _routing(metrics: Metrics, name: str) -> dict[str, float]:
     }
 
 
-def _leak(config: TextConfig) -> str | None:
+def _leak(config: RunConfig) -> str | None:
     """Where a later token can change an earlier one: "training", "training and evaluation", or nowhere."""
     router = config.sparse.build_router(8, 257)
     training, evaluation = router.leak, router.eval().leak
     return "training and evaluation" if evaluation else "training" if training else None
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], words: Words) -> str:
     """The comparison as a table in Markdown, the best loss first."""
     dense = result["models"][0]
-    lines = [
-        "| router | loss | gain | bits/byte | balance | dropped | experts/token | MFLOP/token | seconds | peak MiB "
-        "| parameters | leaks in |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["router", "loss", "gain", *(unit.replace(" per ", "/") for unit in words.shown.values())]
+    heads += ["balance", "dropped", "experts/token", "MFLOP/token", "seconds", "peak MiB", "parameters", "leaks in"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in sorted(result["models"], key=lambda row: row["eval_loss"]):
         sparse = "balance" in row
         cells = [
             f"`{row['router']}`" if sparse else "(dense)",
             f"{row['eval_loss']:.4f}",
             f"{dense['eval_loss'] - row['eval_loss']:+.4f}" if sparse else "",
-            f"{row['bits_per_byte']:.4f}",
+            *(f"{row[key]:.4f}" for key in words.shown),
             f"{row['balance']:.2f}" if sparse else "",
             f"{row['dropped']:.1%}" if sparse else "",
             f"{row['experts_per_token']:.2f}" if sparse else "",

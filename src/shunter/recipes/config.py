@@ -9,13 +9,10 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .sections import _nearest
+from ..errors import UserError, one_line
+from .sections import nearest
 
-__all__ = ["ConfigError", "load_config", "parse_value", "save_config"]
-
-
-class ConfigError(Exception):
-    """A configuration that cannot be: one line with the key, the value and what is allowed."""
+__all__ = ["load_config", "parse_value", "save_config"]
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -30,34 +27,38 @@ def load_config(cls: type[C], file: Path | None, overrides: list[str]) -> C:
         overrides: `key=value`, with or without leading dashes; values are read as YAML.
 
     Raises:
-        ConfigError: for whatever is wrong, in one line.
+        UserError: for whatever is wrong, in one line.
     """
     tree = {} if file is None else _read(file)
     for text in overrides:
         key, equals, value = text.lstrip("-").partition("=")
         if not equals or not key:
-            raise ConfigError(_line(f"override {text!r} must be key=value, as in training.steps=500"))
+            raise UserError(one_line(f"override {text!r} must be key=value, as in training.steps=500"))
         try:
             parsed = parse_value(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(_line(f"{key}={value}: not a YAML value ({error})")) from None
+            raise UserError(one_line(f"{key}={value}: not a YAML value ({error})")) from None
         node = tree
         *sections, last = key.split(".")
         for section in sections:
             below = node.setdefault(section, {})
             if not isinstance(below, dict):
-                raise ConfigError(_line(f"{key}={value}: {section} is a value, not a section"))
+                raise UserError(one_line(f"{key}={value}: {section} is a value, not a section"))
             node = below
         node[last] = parsed
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(cls, error)) from None
+        raise UserError(_explain(cls, error)) from None
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    """Write a configuration as YAML that `load_config` reads back equal."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write a configuration as YAML that `load_config` reads back equal: values, then the sections by name."""
+    values = config.model_dump()
+    sections = sorted(name for name, value in values.items() if isinstance(value, dict))
+    ordered = {name: value for name, value in values.items() if name not in sections}
+    ordered |= {name: values[name] for name in sections}
+    path.write_text(yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -65,14 +66,14 @@ def _read(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         tree = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
     except OSError as error:
-        raise ConfigError(_line(f"{file}: {error.strerror or error}")) from None
+        raise UserError(one_line(f"{file}: {error.strerror or error}")) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         kind = "TOML" if file.suffix == ".toml" else "YAML"
-        raise ConfigError(_line(f"{file}: not readable as {kind}: {error}")) from None
+        raise UserError(one_line(f"{file}: not readable as {kind}: {error}")) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ConfigError(_line(f"{file}: must hold sections and keys, not {type(tree).__name__}"))
+        raise UserError(one_line(f"{file}: must hold sections and keys, not {type(tree).__name__}"))
     return tree
 
 
@@ -95,22 +96,16 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
         node: Any = cls
         for part in path[:-1]:
             node = node.model_fields[part].annotation
-        return _line(f"{key} is unknown; {_nearest(path[-1], node.model_fields, '.'.join(path[:-1]))}")
+        return one_line(f"{key} is unknown; {nearest(path[-1], node.model_fields, '.'.join(path[:-1]))}")
     allowed = ""
     if first["type"] == "literal_error":
-        allowed = f"; {_nearest(str(first['input']), _literals(cls, path))}"
+        allowed = f"; {nearest(str(first['input']), _literals(cls, path))}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] == "value_error" and isinstance(first["input"], dict) else f"={first['input']!r}"
-    return _line(f"{key}{given}: {message}{allowed}" if key else message)
+    return one_line(f"{key}{given}: {message}{allowed}" if key else message)
 
 
 def _literals(cls: Any, path: list[str]) -> list[str]:
     for part in path:
         cls = cls.model_fields[part].annotation
     return [str(value) for value in get_args(cls)]
-
-
-def _line(text: str) -> str:
-    """One printable line of bounded length."""
-    plain = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-    return plain if len(plain) <= 400 else f"{plain[:397]}..."

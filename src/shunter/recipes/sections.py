@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .. import experts, routers
+from ..data.documents import MAX_BYTES
 from ..routers import Router
 
-__all__ = ["DataConfig", "ModelConfig", "SparseConfig", "TextConfig", "TrainingConfig"]
+__all__ = ["DataConfig", "ModelConfig", "RunConfig", "SparseConfig", "TextConfig", "TrainingConfig", "nearest"]
 
 
 class _Section(BaseModel):
@@ -26,7 +27,7 @@ class DataConfig(_Section):
     sequence_length: int = Field(128, ge=8, le=8192, description="tokens")
     eval_share: float = Field(0.05, gt=0, lt=0.5, description="of each domain's documents, held out")
     eval_windows: int = Field(48, ge=1, description="held-out windows of each domain")
-    max_bytes: int = Field(4_000_000, ge=1000, description="of each domain")
+    max_bytes: int = Field(MAX_BYTES, ge=1000, description="of each domain")
 
 
 class ModelConfig(_Section):
@@ -67,7 +68,7 @@ class SparseConfig(_Section):
         known = routers.options(self.router)
         for key in self.options:
             if key not in known:
-                raise ValueError(f"router {self.router!r} has no option {key!r}; {_nearest(key, known)}")
+                raise ValueError(f"router {self.router!r} has no option {key!r}; {nearest(key, known)}")
         router = self.build_router(8, 257)
         if router.leak and not self.allow_leak:
             raise ValueError(f"router {self.router!r}: {router.leak}; set sparse.allow_leak=true if you insist")
@@ -104,16 +105,22 @@ class TrainingConfig(_Section):
     threads: int | None = Field(None, ge=1, le=1024)
 
 
-class TextConfig(_Section):
+class RunConfig(_Section):
+    """What every recipe's configuration has; the others add `data`, `model` and what else they need."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    out: str = "runs"
+    seed: int = Field(0, ge=0, lt=2**31)
+    sparse: SparseConfig = SparseConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+class TextConfig(RunConfig):
     """The configuration of `shunter train text`."""
 
     name: str = Field("text", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
-    out: str = "runs"
-    seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    sparse: SparseConfig = SparseConfig()
-    training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> TextConfig:
@@ -136,11 +143,12 @@ class TextConfig(_Section):
 
 def _one_of(name: str, known: list[str]) -> str:
     if name not in known:
-        raise ValueError(f"unknown; {_nearest(name, known)}")
+        raise ValueError(f"unknown; {nearest(name, known)}")
     return name
 
 
-def _nearest(given: str, known: Any, section: str = "") -> str:
+def nearest(given: str, known: Any, section: str = "") -> str:
+    """What was meant by a name that is unknown, in words: the nearest known one, or all."""
     near = difflib.get_close_matches(given, list(known), n=1)
     prefix = f"{section}." if section else ""
     return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}"

@@ -21,18 +21,17 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis.runs import Metrics
 from ..environment import _reset_peak_rss, peak_rss_bytes
+from ..errors import Interrupted
 from ..metrics import balance
 from ..moe import aux_loss, moe_layers, update_routers
 
-__all__ = ["Interrupted", "train_model"]
+__all__ = ["train_model"]
 
 
 Evaluate = Callable[[PreTrainedModel], dict[str, Any]]
 
 
-class Interrupted(Exception):
-    """Training was asked to stop; a checkpoint has been written."""
-
+IN_A_LOG = 20.0  # seconds between lines of progress where standard error is no terminal
 
 # What is added up between two lines of the log; routed are tokens, kept their assignments, over all layers.
 _WINDOW = ("loss", "aux_loss", "steps", "routed", "kept")
@@ -70,7 +69,12 @@ class _Watch(TrainerCallback):
             self._evaluate(model, 0)
         if self.metrics.echo is None:
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=f"{self.name:6}", unit="step", dynamic_ncols=True
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=f"{self.name:6}",
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else IN_A_LOG,
             )
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

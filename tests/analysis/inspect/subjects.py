@@ -18,8 +18,7 @@ from shunter import Routing, cli, routers
 from shunter.analysis.inspect.inspecting import Inspected
 from shunter.analysis.inspect.material import Document, text_material
 from shunter.analysis.inspect.tokens import KINDS, kind
-from shunter.data.windows import _tokenizer
-from shunter.recipes.sections import DataConfig
+from shunter.data.windows import train_tokenizer
 
 EXPERTS = 4
 
@@ -62,7 +61,7 @@ def _marked(ids, sequence, mark):
     return has[sequence].clamp_max(1)
 
 
-BYTES = _tokenizer(DataConfig(tokenizer="bytes"), [])
+BYTES = train_tokenizer([], None)
 MARK = BYTES.backend_tokenizer.encode("Q").ids[0]
 RANK = BYTES.backend_tokenizer.encode("Z").ids[0]
 

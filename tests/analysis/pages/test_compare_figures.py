@@ -6,12 +6,13 @@ import torch
 pytest.importorskip("matplotlib")
 
 from shunter.analysis.pages.compare_figures import comparison
+from shunter.analysis.runs import TEXT
 
 
 def test_points_are_the_table_best_loss_first():
     keys = ("eval_loss", "balance", "dropped", "seconds", "peak_rss_bytes")
     dense, *sparse = ({"router": f"r{i}"} | dict(zip(keys, torch.rand(5).tolist(), strict=True)) for i in range(6))
-    figure = comparison({"models": [dense, *sparse]})
+    figure = comparison({"models": [dense, *sparse]}, TEXT)
     sparse.sort(key=lambda row: row["eval_loss"])
     scale = {"dropped": 100, "seconds": 1 / dense["seconds"], "peak_rss_bytes": 2**-20}
     for axes, key in zip(figure.axes, keys, strict=True):

@@ -17,7 +17,8 @@ pytest.importorskip("jinja2")
 
 from shunter.analysis.pages.run_page import mutual_information, write_picture, write_report
 from shunter.analysis.pages.style import visible
-from shunter.analysis.runs import ReportError, read_run
+from shunter.analysis.runs import read_run
+from shunter.errors import UserError
 
 HOSTILE = [
     " the",
@@ -375,7 +376,7 @@ def test_unfinished_run_compares_the_models_at_the_same_step(make_run: MakeRun) 
     assert f"{at['dense']:.3f}" in page.text and f"{at['dense'] - at['sparse']:+.3f}" in page.text
     path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["model"] == "dense"))
     assert "no step yet at which both models were evaluated" in _render(run).text
-    with pytest.raises(ReportError, match="nothing to compare yet"):
+    with pytest.raises(UserError, match="nothing to compare yet"):
         write_picture(run, run / "x.png")
 
 
@@ -460,7 +461,7 @@ def test_layers_in_their_natural_order(make_run: MakeRun) -> None:
 def test_a_broken_file_is_one_clear_error(make_run: MakeRun, name: str, content: str, message: str) -> None:
     run = make_run(layers=1, steps=5)
     (run / name).write_text(content)
-    with pytest.raises(ReportError, match=re.escape(message)) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         write_report(run)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
@@ -470,17 +471,17 @@ def test_experts_that_do_not_agree_are_an_error(make_run: MakeRun) -> None:
     special = json.loads((run / "specialisation.json").read_text())
     special["layers"]["model.layers.0.mlp"]["tokens"].pop()
     (run / "specialisation.json").write_text(json.dumps(special))
-    with pytest.raises(ReportError, match="32 loads, 32 domain shares and 31 token lists"):
+    with pytest.raises(UserError, match="32 loads, 32 domain shares and 31 token lists"):
         write_report(run)
 
 
 def test_nothing_to_report_is_an_error(make_run: MakeRun, tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="no run folder"):
+    with pytest.raises(UserError, match="no run folder"):
         write_report(tmp_path / "absent")
     run = make_run(layers=1, steps=5)
     (run / "summary.json").unlink()
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(ReportError, match="holds no loss yet"):
+    with pytest.raises(UserError, match="holds no loss yet"):
         write_report(run)
-    with pytest.raises(ReportError, match="holds no loss yet"):
+    with pytest.raises(UserError, match="holds no loss yet"):
         write_picture(run, tmp_path / "x.png")

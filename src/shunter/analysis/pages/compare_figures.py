@@ -6,12 +6,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..runs import Words
 from .style import PAPER
 
 __all__ = ["comparison"]
 
 
-def comparison(result: dict[str, Any]) -> Figure:
+def comparison(result: dict[str, Any], words: Words) -> Figure:
     """Loss, balance, drops, time and memory as points, a row for each router, the best loss on top; dense as a line.
 
     `result` is what compare.json of `shunter compare` holds.
@@ -19,7 +20,7 @@ def comparison(result: dict[str, Any]) -> Figure:
     dense, *sparse = result["models"]
     sparse = sorted(sparse, key=lambda row: row["eval_loss"])
     panels = [
-        ("held-out loss\n(nats/token)", [row["eval_loss"] for row in sparse], dense["eval_loss"]),
+        (f"held-out loss\n({words.loss})", [row["eval_loss"] for row in sparse], dense["eval_loss"]),
         ("busiest expert\n(times the mean)", [row["balance"] for row in sparse], None),
         ("assignments\ndropped (%)", [100 * row["dropped"] for row in sparse], None),
         ("training time\n(times the dense)", [row["seconds"] / dense["seconds"] for row in sparse], 1.0),

@@ -71,7 +71,7 @@ def draw_loss(axes: Axes, run: Run, axis: Axis, palette: Palette) -> None:
         axes.set_ylim(*limits)
     axes.set_xlim(left=0)
     axes.set_xlabel(axis.label)
-    axes.set_ylabel("loss (nats/token)")
+    axes.set_ylabel(f"loss ({run.words.loss})")
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if axes.get_legend_handles_labels()[0]:
@@ -118,7 +118,7 @@ def domain_losses(run: Run, palette: Palette) -> Figure:
     axes.set_ylim(len(domains) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)
-    axes.set_xlabel("held-out loss (nats/token)")
+    axes.set_xlabel(f"held-out loss ({run.words.loss})")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
@@ -138,7 +138,7 @@ def draw_gain(axes: Axes, run: Run, palette: Palette) -> None:
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_xlabel("gain (nats/token)")
+    axes.set_xlabel(f"gain ({run.words.loss})")
 
 
 def load_scale(loads: dict[str, Load]) -> Normalize:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...errors import UserError
 from ...metrics import DEAD_BELOW
 from .. import information
-from ..runs import MODELS, ModelSummary, ReportError, Run, Summary, read_run
+from ..runs import MODELS, ModelSummary, Run, Summary, read_run
 from . import heat_maps, html, run_figures
 from .style import PAPER, THEME, style
 
@@ -26,7 +27,7 @@ def write_report(run: Path) -> Path:
     """Writes report.html into the run folder `run` and returns its path.
 
     The page needs no network and no script. Runs that are still training or were killed get what they have so far.
-    Raises `ReportError` where there is nothing to show or a file does not follow its schema.
+    Raises `UserError` where there is nothing to show or a file does not follow its schema.
     """
     content = read_run(run)
     with style(THEME):
@@ -39,11 +40,11 @@ def write_report(run: Path) -> Path:
 def write_picture(run: Path, path: Path) -> Path:
     """Writes the result of the run folder `run` as a PNG at `path`: loss of both models, and the gain by domain.
 
-    Raises `ReportError` where the two models have not both been evaluated yet.
+    Raises `UserError` where the two models have not both been evaluated yet.
     """
     content = read_run(run)
     if not content.scored_domains:
-        raise ReportError(f"{content.path} has no domain on which both models were evaluated: nothing to compare yet.")
+        raise UserError(f"{content.path} has no domain on which both models were evaluated: nothing to compare yet.")
     with style(PAPER):
         run_figures.picture(content).savefig(path, format="png", metadata={"Software": None})
     return Path(path)
@@ -65,6 +66,7 @@ def _page(run: Run) -> dict[str, Any]:
     experts = {load.share.shape[1] for load in run.loads.values()} or {len(row.load) for row in run.layers.values()}
     return {
         "name": run.path.resolve().name,
+        "words": run.words,
         "run": run,
         "summary": run.summary,
         "finite": run.summary is not None and math.isfinite(run.summary.gain),

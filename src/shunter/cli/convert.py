@@ -1,0 +1,78 @@
+"""The verbs of models on disk: upcycle, export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_verbs"]
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add the verbs to the parser of the command line."""
+    upcycle = verbs.add_parser("upcycle", help="make a dense Hugging Face model a sparse one, its experts copies")
+    upcycle.add_argument("model", help="the dense model's folder, its name on the Hub, or a GGUF file")
+    upcycle.add_argument("--out", type=Path, required=True, help="the folder to make")
+    upcycle.add_argument("--experts", type=int, help="default: 8, or one for each sibling")
+    upcycle.add_argument("--top-k", type=int, default=2, help="experts of a token (default: 2)")
+    upcycle.add_argument("--method", choices=["copy", "split", "noise", "drop", "siblings"], default="copy")
+    upcycle.add_argument("--granularity", type=int, help="split: into how many parts (default: 2)")
+    upcycle.add_argument("--noise", type=float, help="noise: in standard deviations of the weights (default: 0.01)")
+    upcycle.add_argument("--drop", type=float, help="drop: share of hidden units drawn anew (default: 0.5)")
+    upcycle.add_argument("--siblings", nargs="+", default=[], help="siblings: fine-tuned models, an expert each")
+    upcycle.add_argument("--prompts", type=Path, help="siblings: JSON file, a list of texts for each, for the routers")
+    upcycle.add_argument("--to", default="auto", help="a family of transformers, shunter, or auto (default)")
+    upcycle.add_argument("--every", type=int, default=1, help="sparsify every n-th block")
+    upcycle.add_argument("--seed", type=int, default=0)
+    upcycle.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
+    upcycle.add_argument("--json", action="store_true", help="the receipt to standard output")
+    upcycle.set_defaults(verb=_upcycle)
+
+    export = verbs.add_parser("export", help="write a sparse model for plain transformers, or bring one of its here")
+    export.add_argument("model", help="the folder of a sparse model of Shunter, Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3")
+    export.add_argument("--out", type=Path, required=True, help="the folder to make")
+    export.add_argument("--to", default="auto", help="a family of transformers, shunter, or auto (default)")
+    export.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
+    export.add_argument("--json", action="store_true", help="the receipt to standard output")
+    export.set_defaults(verb=_export)
+
+
+def _upcycle(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..hf.checkpoints.reading import read_texts
+    from ..hf.checkpoints.upcycling import describe, upcycle
+
+    logging.disable_progress_bar()
+    prompts = None if args.prompts is None else read_texts(args.prompts)
+    receipt = upcycle(
+        args.model,
+        args.out,
+        args.experts,
+        args.top_k,
+        method=args.method,
+        granularity=args.granularity,
+        noise=args.noise,
+        drop=args.drop,
+        siblings=args.siblings,
+        prompts=prompts,
+        to=args.to,
+        every=args.every,
+        seed=args.seed,
+        check=not args.no_check,
+    )
+    print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..hf.checkpoints.exporting import describe, export
+
+    logging.disable_progress_bar()
+    receipt = export(args.model, args.out, args.to, check=not args.no_check)
+    print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
+    return 0

@@ -1,0 +1,123 @@
+"""The verbs that look: routers, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..analysis.inspect.inspecting import Inspected
+    from ..analysis.inspect.material import Material
+
+__all__ = ["add_verbs"]
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add the verbs to the parser of the command line."""
+    table = verbs.add_parser("routers", help="list every router: who decides, what it needs, where it comes from")
+    table.add_argument("--format", choices=["text", "markdown", "json"], default="text")
+    table.set_defaults(verb=_routers)
+
+    inspect = verbs.add_parser(
+        "inspect",
+        help="see inside the experts of any mixture-of-experts model, or compare two checkpoints of one",
+        epilog="Leaves inspect.html and inspect.json. Ctrl-C ends the work early and reports what there is.",
+    )
+    inspect.add_argument("models", nargs="+", metavar="MODEL", help="a model's folder; two: before and after")
+    inspect.add_argument("--data", nargs="+", help="text as in train, or folders of images; none: the built-in text")
+    inspect.add_argument("--out", type=Path, help="the report's folder (default: runs/inspect-MODEL)")
+    inspect.add_argument("--tokens", type=int, default=16384, help="how many tokens to look at")
+    inspect.add_argument("--length", type=int, default=128, help="tokens of a window")
+    inspect.add_argument("--ablate", type=int, default=256, help="how many experts to remove in turn; 0: none")
+    inspect.add_argument("--json", action="store_true", help="the findings to standard output too")
+    inspect.set_defaults(verb=_inspect)
+
+
+def _routers(args: argparse.Namespace) -> int:
+    from ..routers.taxonomy import markdown, plain, taxonomy
+
+    rows = taxonomy()
+    if args.format == "json":
+        print(json.dumps([row._asdict() for row in rows], indent=2))
+    else:
+        sys.stdout.write(markdown(rows) if args.format == "markdown" else plain(rows) + "\n")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    findings, page = _inspect_models(
+        args.models, args.data, args.out, args.tokens, args.length, args.ablate, quiet=args.json
+    )
+    if args.json:
+        print(json.dumps(findings))
+    print(f"Report: {page}", file=sys.stderr)
+    return 0 if findings["complete"] else 130
+
+
+def _inspect_models(
+    models: Sequence[str],
+    data: Sequence[str] | None,
+    out: Path | None = None,
+    tokens: int = 16384,
+    length: int = 128,
+    ablations: int = 256,
+    quiet: bool = False,
+) -> tuple[dict[str, Any], Path]:
+    """Inspect a model, or compare two checkpoints of one, and leave inspect.html and inspect.json.
+
+    Args:
+        models: one folder, or two: before and after.
+        data: as `shunter.data.documents.read_domains` takes it, or image files and folders for a model of images; None
+            takes the built-in text.
+        out: the folder of the report; by default runs/inspect-<name>, created.
+        tokens: how many to look at.
+        length: of a window of text.
+        ablations: how many experts to remove in turn at most.
+        quiet: show no progress.
+
+    Returns:
+        The findings, as inspect.json has them, and the path of the page.
+
+    Raises:
+        UserError: for models that cannot be inspected, or shown these data, and data that cannot be read.
+    """
+    from ..analysis.inspect.inspecting import inspect, load
+    from ..analysis.pages.inspect_page import render
+
+    if len(models) > 2:
+        raise UserError(f"{len(models)} models are given; give one, or two checkpoints of one to compare")
+    for name, value, least in (("--tokens", tokens, 2), ("--length", length, 4), ("--ablate", ablations, 0)):
+        if value < least:
+            raise UserError(f"{name} {value} must be at least {least}")
+    *before, subject = [load(path) for path in models]
+    material = _material(subject, data, tokens, length)
+    findings = inspect(subject, material, earlier=before[0] if before else None, ablations=ablations, quiet=quiet)
+    out = out or Path("runs") / f"inspect-{subject.name}"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "inspect.json").write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
+    page = out / "inspect.html"
+    page.write_text(render(findings, material.images, material.patch), encoding="utf-8")
+    return findings, page
+
+
+def _material(subject: Inspected, data: Sequence[str] | None, tokens: int, length: int) -> Material:
+    from ..analysis.inspect.material import Document, image_material, text_material
+    from ..data.documents import built_in_domains, read_domains
+
+    if subject.model.main_input_name == "pixel_values":
+        if data is None:
+            raise UserError("this model sees images, and none are built in; give --data with a folder of images")
+        return image_material(subject.model, subject.folder, data, tokens=tokens)
+    domains = built_in_domains() if data is None else read_domains(data)
+    documents = [
+        Document(text, domain.name, language)
+        for domain in domains
+        for text, language in zip(domain.documents, domain.languages or [None] * len(domain.documents), strict=True)
+    ]
+    return text_material(subject.model, subject.tokenizer(), documents, tokens=tokens, length=length)

@@ -1,0 +1,90 @@
+"""Recipe: one kind of input as a run needs it: configuration, data, models, metric, and what the numbers are called."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from ..analysis.ledger import Ledger
+from ..analysis.runs import Words
+from .sections import RunConfig
+
+__all__ = ["Prepared", "Recipe"]
+
+
+class Prepared(Protocol):
+    """Data that are read: what is trained on, and a record of it for people."""
+
+    @property
+    def train(self) -> Dataset[Any]:
+        """The items in training order, each the keywords of a model's forward."""
+
+    @property
+    def domains(self) -> list[dict[str, Any]]:
+        """A record of each kind of data: name, license, source, train_bytes, …"""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over all that is trained and evaluated on."""
+
+    def describe(self) -> dict[str, Any]:
+        """What data.json holds; `fingerprint` is in it."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write beside a model what it needs to read new data: a tokenizer, a feature extractor; or nothing."""
+
+
+C = TypeVar("C", bound=RunConfig)
+D = TypeVar("D", bound=Prepared)
+
+
+class Recipe(ABC, Generic[C, D]):
+    """One kind of input. A run trains a dense model and its sparse twin on the same items in the same order.
+
+    Adding one is a file with a subclass, and a line in `registry.py` or a call of `shunter.recipes.register`.
+    """
+
+    name: ClassVar[str]
+    """What `shunter train` calls it."""
+    config: ClassVar[type[RunConfig]]
+    """Its configuration's class."""
+    words: ClassVar[Words]
+    """What its numbers are called."""
+    knows: ClassVar[tuple[str, ...]] = ("mask",)
+    """The fields of `shunter.routers.Context` that its batches tell."""
+
+    @abstractmethod
+    def prepare(self, config: C) -> D:
+        """Read the data; the same configuration gives the same.
+
+        Raises:
+            UserError: for data that cannot be read or are too few, and for a package that is missing.
+        """
+
+    @abstractmethod
+    def build(self, config: C, data: D, sparse: bool) -> PreTrainedModel:
+        """The dense model, or its sparse twin at equal FLOPs with the same initial weights outside of the experts."""
+
+    @abstractmethod
+    def evaluate(self, model: PreTrainedModel, data: D) -> dict[str, Any]:
+        """`loss`, a number by each key of `words.shown`, and the same by domain in `domains`; the mode is kept."""
+
+    @abstractmethod
+    def ledger(self, model: PreTrainedModel, config: C) -> Ledger:
+        """What a model costs a token."""
+
+    @abstractmethod
+    def items_per_step(self, config: C) -> int:
+        """How many items one optimizer step takes."""
+
+    @abstractmethod
+    def tokens_per_step(self, config: C) -> int:
+        """How many tokens (patches, frames) these are, by which training is counted."""
+
+    def specialisation(self, model: PreTrainedModel, data: D) -> dict[str, Any] | None:
+        """What the experts of the sparse model took, as specialisation.json holds it; None where there is nothing."""
+        return None
