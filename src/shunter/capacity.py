@@ -62,7 +62,6 @@ FORMULAS: dict[str, Callable[[int, int, int, _Share], int]] = {
     "fastmoe": lambda t, e, k, f: f.times(t).over(e).ceil() if k == 1 else f.times(t).ceil() * k // e,
 }
 
-
 ORDERS = ("position", "random", "batch", "probability")
 
 

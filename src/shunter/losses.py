@@ -31,7 +31,6 @@ __all__ = [
     "z_loss",
 ]
 
-
 Choices = Literal["first", "all", "mean"]
 
 

@@ -30,7 +30,6 @@ __all__ = [
     "summarise",
 ]
 
-
 DEAD_BELOW = 0.01  # of an even share: an expert with less has stopped learning
 BF16 = 2.0**-7  # the most that two numbers of one bfloat16 can differ by, relative to them
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of margins

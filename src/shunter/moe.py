@@ -32,7 +32,6 @@ __all__ = [
     "update_routers",
 ]
 
-
 _ORDER = count()
 
 

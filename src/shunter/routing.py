@@ -15,7 +15,6 @@ from torch import Tensor
 
 __all__ = ["Routing"]
 
-
 Value = TypeVar("Value")
 
 

@@ -72,7 +72,7 @@ def test_rounding_is_torchs(dtype):
     values = torch.cat([values, values.nextafter(torch.tensor(math.inf)), values.nextafter(torch.tensor(-math.inf))])
     found = torch.empty(1, values.numel(), dtype=dtype)
     with numba.ready() as kernels:
-        kernels._round(numba.array(values[None]), numba.array(found))
+        kernels._store_rounded(numba.array(values[None]), numba.array(found))
     expected = values.to(dtype)
     assert torch.equal(found[0].isnan(), expected.isnan())
     number = ~expected.isnan()

@@ -7,7 +7,6 @@ from torch import Tensor
 
 __all__ = ["affinity", "coactivation"]
 
-
 CHUNK = 1 << 16  # tokens; counts up to it are exact in float32
 
 

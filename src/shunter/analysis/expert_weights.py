@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 __all__ = ["cosine_similarity", "expert_parameters", "gram_similarity", "moved", "removed"]
 
-
 COLUMNS = 1 << 20  # of the flattened weights, taken at once
 COORDINATES = 256  # of the d that a Gram matrix is taken over
 

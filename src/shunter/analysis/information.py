@@ -12,7 +12,6 @@ from ..metrics import load_entropy
 
 __all__ = ["Information", "entropy", "information", "mutual_information"]
 
-
 DENSE_TABLE = 1 << 22  # cells up to which counting in a table beats sorting
 TOO_SPARSE = 0.9  # of the entropy: a null above it leaves nothing to measure
 

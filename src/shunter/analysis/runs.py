@@ -20,7 +20,6 @@ from ..errors import UserError
 
 __all__ = ["Metrics"]
 
-
 MODELS = ("dense", "sparse")
 
 

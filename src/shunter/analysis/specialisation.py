@@ -7,7 +7,6 @@ from torch import Tensor
 
 __all__ = ["characteristic", "label_counts", "label_shares"]
 
-
 TOP = 8  # labels of an expert
 MIN_COUNT = 5  # times that an expert was sent a label, or two experts met: less is left to chance
 

@@ -75,17 +75,13 @@ def parse_shape(text: str, named: dict[str, Shape]) -> Shape:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
 # A round repeats what takes less than this.
 ROUND_SECONDS = 0.1
-
 
 # What takes longer than this is timed once.
 SLOW_SECONDS = 10
 
-
 PEERS = ["eager", "batched_mm", "grouped_mm"]
-
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 

@@ -20,7 +20,6 @@ from ..environment import described, machine, versions
 
 __all__ = ["IMPLEMENTATIONS", "bench", "finetune", "markdown"]
 
-
 IMPLEMENTATIONS = ["eager", "grouped_mm", "shunter"]
 
 

@@ -20,7 +20,6 @@ from .experts import CannotRunError, Contestant, Shape, _Case, _dense, _medians,
 
 __all__ = ["BACKENDS", "DTYPES", "GOALS", "SHAPES", "bench", "markdown", "right"]
 
-
 # By the size of the model whose layer it is and the width of an expert: experts from coarse to fine at equal FLOPs.
 SHAPES = {
     "1.4B-256": Shape(40960, 768, 256, 128, 8),
@@ -38,24 +37,18 @@ SHAPES = {
     "qwen3-30B": Shape(32768, 2048, 768, 128, 8),
 }
 
-
 # What the Triton backend must reach on an H100, in TFLOP/s forward and both ways, and what it aims at.
 GOALS = {"qwen3-30B": {"must": (340, 270), "aim": (440, 390)}}
 
-
 DTYPES = {"bfloat16": torch.bfloat16}
 
-
 BACKENDS = ["triton", "grouped_mm"]
-
 
 # The reference in float64 keeps every expert's values: as many tokens fit, and fill the same tiles.
 CHECKED_TOKENS = 4096
 
-
 # A backend may be this much further from float64 than the reference in the same dtype.
 MAX_ERROR_RATIO = 1.5
-
 
 # Passes between two readings of the clock, so that launches queue up as they do in training.
 PASSES = 4

@@ -22,14 +22,11 @@ from .experts import Shape, _seconds
 
 __all__ = ["LIMIT", "REASONS", "SHAPE", "bench", "markdown"]
 
-
 SHAPE = Shape(4096, 512, 256, 64, 1)
 """T, d, f and E; how many experts a token takes is the router's own."""
 
-
 LIMIT = 0.15
 """The share above which a router needs a reason."""
-
 
 REASONS = {
     "base": "the exact assignment: some 20 passes over T x E scores for the prices, then a shortest path for each "
@@ -37,7 +34,6 @@ REASONS = {
     "sinkhorn": "up to 100 passes over T x E scores, until the plan is balanced; in training alone",
     "soft_moe": "the layer itself is cheap: E rows a sequence, whatever its length, beside logits for T x E",
 }
-
 
 _LENGTH = 128
 

@@ -14,18 +14,13 @@ from ..errors import UserError, one_line
 
 __all__ = ["Domain", "built_in_domains", "read_domains"]
 
-
 LANGUAGES = "ar cs da de el es fi fr he hi hu id it ja ko nl pl pt_BR ru sv tr uk vi zh_Hans".split()
-
 
 MAX_BYTES = 4_000_000  # of a domain
 
-
 PARAGRAPHS_PER_DOCUMENT = 20
 
-
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html", ".text"}
-
 
 SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
 

@@ -20,7 +20,6 @@ from .documents import MAX_BYTES, Domain, built_in_domains, read_domains
 
 __all__ = ["EvalDomain", "TextData", "prepare", "train_tokenizer"]
 
-
 END = "<|end|>"
 
 

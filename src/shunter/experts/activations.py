@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 __all__ = ["ACTIVATIONS", "activate", "activate_backward"]
 
-
 # name: (pointwise function, whether it gates: act(gate) * up)
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "swiglu": (F.silu, True),
@@ -34,30 +33,25 @@ class _Pointwise(NamedTuple):
 
 _aten = torch.ops.aten
 
-
 _SILU = _Pointwise(
     lambda h, out: _aten.silu.out(h, out=out),
     lambda grad, h, out: _aten.silu_backward.grad_input(grad, h, grad_input=out),
 )
-
 
 _GELU = _Pointwise(
     lambda h, out: _aten.gelu.out(h, out=out),
     lambda grad, h, out: _aten.gelu_backward.grad_input(grad, h, grad_input=out),
 )
 
-
 _GELU_TANH = _Pointwise(
     lambda h, out: _aten.gelu.out(h, approximate="tanh", out=out),
     lambda grad, h, out: _aten.gelu_backward.grad_input(grad, h, approximate="tanh", grad_input=out),
 )
 
-
 _RELU = _Pointwise(
     lambda h, out: _aten.relu.out(h, out=out),
     lambda grad, h, out: _aten.threshold_backward.grad_input(grad, h, 0, grad_input=out),
 )
-
 
 _POINTWISE = {
     "swiglu": _SILU, "geglu": _GELU, "geglu_tanh": _GELU_TANH, "reglu": _RELU,

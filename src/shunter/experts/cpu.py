@@ -15,13 +15,10 @@ from torch import Tensor
 
 __all__ = ["FAST", "SINGLE", "product_dtype", "release", "scratch", "with_huge_pages"]
 
-
 # What scratch in float32 on the CPU is like.
 SINGLE = torch.empty(0, dtype=torch.float32, device="cpu")
 
-
 _HUGE_PAGE = 2**21
-
 
 _MADV_HUGEPAGE = 14
 

@@ -27,7 +27,6 @@ from .blocks import known_activation
 
 __all__ = ["NAME", "experts_forward", "how", "use_experts"]
 
-
 NAME = "shunter"
 
 

@@ -72,7 +72,6 @@ _NAMES = {
     "relu": "relu",
 }
 
-
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
 

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KNOWN_UP_TO", "NOT_TOP_K", "RULES", "TRAINING_ONLY", "router_of", "routing_fields", "topk_options"]
 
-
 # The newest transformers whose families were all looked at; a later one may have others.
 KNOWN_UP_TO = "5.24.0"
-
 
 Options = dict[str, Any]
 
@@ -219,7 +217,6 @@ RULES: dict[str, Callable[[Any], Options]] = {
 }  # fmt: skip
 """The rule of each family, by `model_type`: a function of its configuration."""
 
-
 NOT_TOP_K: dict[str, str] = {
     "doge": "product keys choose among experts of one neuron",
     "inkling": "routed and shared experts are normalised together",
@@ -231,7 +228,6 @@ NOT_TOP_K: dict[str, str] = {
     "zaya": "the router carries a state from layer to layer",
 }
 """The families whose routing is another algorithm, and which."""
-
 
 _TOP_K_FIELDS = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k", "num_selected_experts")
 
@@ -275,7 +271,6 @@ TRAINING_ONLY = frozenset(
     }
 )
 """Options of routers that no family has a field for and that leave a model in evaluation as it is."""
-
 
 _NEGLIGIBLE = 1e-20
 """What DeepSeek-V3 itself adds to a sum of weights before it divides by it."""
@@ -380,9 +375,7 @@ def _check_scores(family: Family, router: TopK) -> None:
 
 _Holds = Callable[[TopK], bool]
 
-
 _Why = Callable[[TopK], str]
-
 
 _RULES: list[tuple[_Holds, _Why]] = [
     (

@@ -18,7 +18,6 @@ from .hooks import install
 
 __all__ = ["choose_blocks", "sparsify"]
 
-
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 

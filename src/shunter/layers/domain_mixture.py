@@ -17,10 +17,8 @@ from ..moe import moe_layers, tell
 
 __all__ = ["DomainMixture", "Mixture", "Predict", "Prior", "by_domain", "posterior"]
 
-
 Predict = Callable[..., Tensor]
 """predict(domain, input_ids=(B, L), …) -> (B, L, V): the logits of the token after each, by the experts of a domain."""
-
 
 Prior = Literal["uniform", "updating", "cached"]
 

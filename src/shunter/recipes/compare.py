@@ -24,7 +24,6 @@ from .sections import RunConfig
 
 __all__ = ["compare", "parse_routers", "table", "with_router"]
 
-
 LAST = 0.1
 """The balance of a router is that of this last part of its training."""
 

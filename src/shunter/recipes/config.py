@@ -14,7 +14,6 @@ from .sections import nearest
 
 __all__ = ["load_config", "parse_value", "save_config"]
 
-
 C = TypeVar("C", bound=BaseModel)
 
 

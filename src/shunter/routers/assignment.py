@@ -9,7 +9,6 @@ from torch import Tensor
 
 __all__ = ["balanced_assignment", "transport_plan"]
 
-
 _ROUNDS = 20
 
 

@@ -16,7 +16,6 @@ from .policy_gradient import PolicyRouter, taken
 
 __all__ = ["Bernoulli"]
 
-
 Evaluation = Literal["sample", "threshold"]
 
 

@@ -15,7 +15,6 @@ from .topk import TopK
 
 __all__ = ["GShard", "gumbel_like"]
 
-
 SecondPolicy = Literal["all", "random", "sampling"]
 
 

@@ -17,7 +17,6 @@ from .fixed import Fixed
 
 __all__ = ["BigramHash", "Hash", "PositionHash", "PreviousTokenHash"]
 
-
 Spread = Literal["dispersed", "clustered"]
 
 

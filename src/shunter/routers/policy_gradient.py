@@ -18,7 +18,6 @@ from .linear import LinearRouter
 
 __all__ = ["Baseline", "Decision", "PolicyRouter", "taken"]
 
-
 Baseline = Literal["head", "parameter", "none"]
 
 

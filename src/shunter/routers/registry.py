@@ -39,7 +39,6 @@ from .vmoe import VMoE
 
 __all__ = ["create", "names", "options", "register"]
 
-
 _ROUTERS: dict[str, type[Router]] = {
     "switch": Switch,
     "topk": TopK,

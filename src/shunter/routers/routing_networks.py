@@ -15,7 +15,6 @@ from .reinforce import Reinforce
 
 __all__ = ["RoutingNetworks"]
 
-
 Policy = Literal["tabular", "linear"]
 
 

@@ -13,9 +13,7 @@ from .base import largest
 
 __all__ = ["SCORE_FUNCTIONS", "GroupScore", "ScoreFunction", "check_groups", "limit_to_groups"]
 
-
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
-
 
 GroupScore = Literal["max", "top2_sum"]
 

@@ -19,7 +19,6 @@ from .topk import TopK
 
 __all__ = ["Switch"]
 
-
 Policy = Literal["argmax", "sample", "input_dropout", "jitter"]
 
 

@@ -9,7 +9,6 @@ from .registry import create, find, names
 
 __all__ = ["Row", "markdown", "plain", "taxonomy"]
 
-
 CHOOSERS = {
     "tokens": "tokens choose",
     "experts": "experts choose",
@@ -20,7 +19,6 @@ CHOOSERS = {
     "slots": "slots mix all tokens",
 }
 """What `Router.chooses` may be, in words, in the order of the table."""
-
 
 _TITLE = """# Routers
 

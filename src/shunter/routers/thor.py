@@ -13,7 +13,6 @@ from .fixed import Fixed
 
 __all__ = ["Thor"]
 
-
 Level = Literal["batch", "sentence", "token"]
 
 

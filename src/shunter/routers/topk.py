@@ -16,7 +16,6 @@ from .linear import LinearRouter
 
 __all__ = ["TopK"]
 
-
 Renormalize = Literal["no", "before_drop", "after_drop"]
 
 

@@ -28,9 +28,7 @@ from ..parallel.ranks import is_first_rank, sum_over_ranks
 
 __all__ = ["Balance", "BalanceWarning"]
 
-
 Scope = Literal["micro_batch", "sequence", "global_batch"]
-
 
 _BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 

@@ -27,9 +27,7 @@ from ..moe import aux_loss, moe_layers, update_routers
 
 __all__ = ["train_model"]
 
-
 Evaluate = Callable[[PreTrainedModel], dict[str, Any]]
-
 
 IN_A_LOG = 20.0  # seconds between lines of progress where standard error is no terminal
 

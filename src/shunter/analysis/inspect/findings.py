@@ -19,7 +19,6 @@ from .material import Material, Stream
 
 __all__ = ["FEATURES", "describe_data", "describe_usage", "describe_weights", "specialisation_of", "tokens_served"]
 
-
 FEATURES = ("domain", "language", "position", "kind", "previous", "token")
 GIVEN_TOKEN = ("domain", "position", "previous")  # asked for once more among tokens that are the same
 FOLLOWS_FROM = 0.05  # of the routing: a label that decides less is not said to be followed

@@ -29,7 +29,6 @@ from .saturation import chance_saturation, saturation
 
 __all__ = ["Inspected", "inspect", "load", "specialisation"]
 
-
 ABLATION_TOKENS = 4096
 T = TypeVar("T")
 

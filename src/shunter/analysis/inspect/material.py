@@ -23,7 +23,6 @@ from .tokens import KINDS, kind, token_text
 
 __all__ = ["Batch", "Document", "Material", "Stream", "Window", "image_material", "text_material", "window_material"]
 
-
 POSITIONS = 128  # at most; longer windows have runs of positions for one label
 MASK_EVERY = 7  # of the tokens of a masked language model's text
 IMAGES = 16  # of a forward

@@ -15,7 +15,6 @@ from .material import Batch, Material
 
 __all__ = ["Loss", "Progress", "Recording", "batch_losses", "record"]
 
-
 Progress = Callable[[Iterable[Batch], str, int], Iterable[Batch]]
 """Wraps what is gone through, with what it is for and how many there are, to show progress."""
 

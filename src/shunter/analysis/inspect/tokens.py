@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 __all__ = ["KINDS", "kind", "token_text"]
 
-
 KINDS = ("special", "space", "punctuation", "number", "function word", "name", "word", "piece", "other script")
 FUNCTION_WORDS = set(
     "a an the and or but nor so if of to in on at by for from with as than that this these those which who whom it its "

@@ -12,7 +12,6 @@ from .style import printable, to_svg, visible
 
 __all__ = ["NOT_KNOWN", "SHOWN_LAYERS", "environment", "svg"]
 
-
 NOT_KNOWN = "n/a"
 SHOWN_LAYERS = 6  # of a page; further layers are folded away
 

@@ -20,7 +20,6 @@ from .style import COLOUR_MAP, MAX_LABELS, Palette, shorten
 
 __all__ = ["ablation_bars", "evidence_map", "load_map", "margin_ranges", "matrix_map", "patch_sheet", "saturation_bars"]
 
-
 WIDE, ROW = 4.6, 0.26
 PATCH_PIXELS, PATCH_COLUMNS = 24, 8
 LIGHT = 0.62  # of the colour scale: above it text is dark

@@ -16,7 +16,6 @@ from .style import THEME, style
 
 __all__ = ["render"]
 
-
 LABELS = {
     "token": "the token itself",
     "previous": "the token before",

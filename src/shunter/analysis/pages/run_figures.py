@@ -20,7 +20,6 @@ from .style import PAPER, Palette, shorten
 
 __all__ = ["Axis", "domain_losses", "load_map", "load_scale", "loss_curves", "picture"]
 
-
 MARKERS = {"dense": "s", "sparse": "o"}
 MAX_POINTS = 150  # of a training curve
 WARM_UP = 0.2  # this first part of training sets no limit of the frame, so that the end can be read

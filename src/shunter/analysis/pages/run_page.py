@@ -19,7 +19,6 @@ from .style import PAPER, THEME, style
 
 __all__ = ["mutual_information", "write_picture", "write_report"]
 
-
 TRAINING_FLOPS = 3  # of a forward pass: one forward, and a backward of twice its cost
 
 

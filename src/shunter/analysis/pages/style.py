@@ -67,7 +67,6 @@ class Palette:
 
 PAPER = Palette(ink="#1f2328", grid="#d5d9de", dense="#b84e00", sparse="#0067a8")
 
-
 # Placeholders: `to_svg` puts the page's own colours, light or dark, in their place.
 THEME = Palette(ink="#010101", grid="#020202", dense="#030303", sparse="#040404")
 THEME_CSS = {

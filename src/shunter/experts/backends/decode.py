@@ -21,14 +21,11 @@ from .numba import bridge
 
 __all__ = ["decode"]
 
-
 # A matrix is read in panels of so many bytes or fewer, which the cores share.
 PANEL_BYTES = 2**20
 
-
 # So many columns are what a float32 matrix is multiplied by fastest: one or two fewer take as long, three longer.
 FEW_COLUMNS = 4
-
 
 # Up to so many tokens a layer without a backward is bound by reading weights.
 FEW_TOKENS = 32

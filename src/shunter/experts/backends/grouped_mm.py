@@ -20,9 +20,7 @@ from ..weights import Weights
 
 __all__ = ["grouped_mm"]
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 # The CUDA kernel's own limit on the number of groups is 1024, exclusive.
 MAX_CUDA_EXPERTS = 1023
@@ -131,7 +129,6 @@ def _refuses(x: Tensor, weights: Weights) -> str | None:
 
 
 grouped_mm = differentiable("grouped_mm", _Grouped())
-
 
 register(
     Backend(

@@ -25,17 +25,13 @@ from ..weights import Weights
 
 __all__ = ["padded"]
 
-
 # What a chunk's padded rows may take: with the products' operands it stays inside a few MiB of cache.
 CHUNK_BYTES = 8 * 2**20
-
 
 # A chunk closes before padding would make it this much larger than its rows and so many slots for each expert.
 MAX_WASTE = 1.3
 
-
 SLACK = 16
-
 
 # A product of one expert with a result at least twice as wide as its rows is a batch of panels of so many columns.
 PANEL_COLUMNS = 512

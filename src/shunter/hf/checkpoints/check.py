@@ -14,14 +14,12 @@ from .loading import load_folder
 
 __all__ = ["compare_logits", "probe"]
 
-
 _WIDER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float32: torch.float64,
     torch.float64: torch.float64,
 }
-
 
 TOLERANCE = 8
 """How many times the dense model's own rounding error the difference may be (root mean square)."""

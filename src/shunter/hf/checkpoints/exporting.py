@@ -30,7 +30,6 @@ from .writing import copy_companions, new_folder
 
 __all__ = ["describe", "export"]
 
-
 Pieces = list[dict[Key, Piece]]
 """Of each sparse layer, where its matrices and vectors lie."""
 

@@ -17,12 +17,9 @@ from .reading import Stored, read_json
 
 __all__ = ["COMPUTED", "line_of", "local_folder", "match_names", "model_class", "on_meta", "read_config"]
 
-
 _MOST = 2**31
 
-
 _MOST_LAYERS = 1000
-
 
 COMPUTED = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.attn\.(masked_)?bias$")
 """Buffers of old checkpoints that models compute themselves today."""

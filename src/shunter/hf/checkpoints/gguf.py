@@ -22,7 +22,6 @@ from .writing import Writer, new_folder
 
 __all__ = ["unpack", "unpacked"]
 
-
 _NAMES = {
     r"token_embd\.weight": "model.embed_tokens.weight",
     r"output_norm\.weight": "model.norm.weight",

@@ -9,10 +9,8 @@ from ...experts import ACTIVATIONS
 
 __all__ = ["SPLIT", "Key", "Piece", "Sizes", "split_pieces", "stacked_pieces"]
 
-
 SPLIT = "experts.{e}: gate_proj.weight (f, d), up_proj.weight (f, d), down_proj.weight (d, f)"
 """The tag of the same with each expert by itself."""
-
 
 Key = tuple[str, int]
 """What a piece is: "router", "selection_bias", "gate", "up", "down", …, and the number of the expert (0 where one)."""

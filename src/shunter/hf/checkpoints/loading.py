@@ -17,7 +17,6 @@ from .reading import Checkpoint
 
 __all__ = ["from_pretrained", "load_folder", "make_dense", "skeleton", "split_layers"]
 
-
 # Of the memory that torch allocates, in bytes.
 ALIGNMENT = 64
 

@@ -168,7 +168,6 @@ _SPARSE = frozenset(
     {"num_experts", "num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"}
 )
 
-
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (

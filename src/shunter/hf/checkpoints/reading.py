@@ -18,7 +18,6 @@ from torch import Tensor
 
 __all__ = ["Checkpoint", "Stored", "inside", "read_json", "read_texts"]
 
-
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -32,12 +31,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-
 _MAX_HEADER = 100_000_000  # bytes, as the safetensors library allows
-
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -34,9 +34,7 @@ from .writing import copy_companions, new_folder
 
 __all__ = ["describe", "upcycle"]
 
-
 Method = Literal["copy", "split", "noise", "drop", "siblings"]
-
 
 Parts = dict[str, Tensor]
 """One block's tensors: gate and up (f, d), down (d, f), and gate_bias, up_bias (f,), down_bias (d,) where there."""

@@ -17,7 +17,6 @@ from .reading import _CODES, _INDEX, _SINGLE, Stored, inside
 
 __all__ = ["Writer", "copy_companions", "new_folder"]
 
-
 _COMPANIONS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 

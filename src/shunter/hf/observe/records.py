@@ -17,7 +17,6 @@ from ...metrics import QUANTILES, Margins, near_tie, summarise
 
 __all__ = ["NearTies", "RoutingRecord"]
 
-
 _FORMAT = "shunter routing record 1"
 
 

@@ -26,7 +26,6 @@ from .taps import Tap, require_taps
 
 __all__ = ["record", "replay"]
 
-
 _REMEMBERED = 64  # forwards that a backward may still recompute
 
 

@@ -27,12 +27,9 @@ from ...moe import RoutedLayer
 
 __all__ = ["SCORE_FUNCTIONS", "OwnHook", "Tap", "require_taps", "taps"]
 
-
 _INDEX_NAMES = ("top_k_index", "router_indices", "selected_experts")
 
-
 _ROUTER_NAMES = ("gate", "router")
-
 
 SCORE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda h: h.log_softmax(-1),

@@ -25,7 +25,6 @@ from . import bridge
 
 __all__ = ["numba"]
 
-
 # A thread has so many rows at work: enough for products at full speed, few enough for the cache.
 BLOCK_ROWS = 512
 
@@ -51,7 +50,7 @@ class _Numba:
                 bridge.array(routing.weight.float()),
                 bridge.matrices(kernels, x.dtype, *own),
                 block,
-                _room(x, weights, plan.layout, block),
+                _scratch_of_shares(x, weights, plan.layout, block),
                 bridge.array(_single("rows", n, x.shape[1])),
                 bridge.array(h),
                 bridge.array(out),
@@ -80,7 +79,7 @@ class _Numba:
                 bridge.array(routing.weight.float()),
                 bridge.matrices(kernels, x.dtype, *own),
                 block,
-                _room(x, weights, plan.layout, block),
+                _scratch_of_shares(x, weights, plan.layout, block),
                 bridge.array(x[:0, :0] if h is None else h),
                 bridge.array(_single("parts", 2 * plan.layout, part)),
                 bridge.array(_single("rows", n if needs.x else 0, d)),
@@ -97,11 +96,11 @@ def _single(name: str, *shape: int) -> Tensor:
     return scratch(f"numba {name}", SINGLE, *shape)
 
 
-def _room(x: Tensor, weights: Weights, shares: int, block: int) -> Any:
+def _scratch_of_shares(x: Tensor, weights: Weights, shares: int, block: int) -> Any:
     """Scratch in float32 for each share, the same for both halves: for a block of rows, and for widened matrices."""
     (d, f), width = weights.down.shape[1:], weights.up.shape[1]
     wide = (width + f) * d if x.dtype != torch.float32 else 0
-    return bridge.array(_single("room", shares, block * (2 * (d + width + f) + width) + wide))
+    return bridge.array(_single("shares", shares, block * (2 * (d + width + f) + width) + wide))
 
 
 def _refuses(x: Tensor, weights: Weights) -> str | None:
@@ -127,7 +126,6 @@ def _not_worth_threads(x: Tensor, weights: Weights) -> str | None:
 
 
 numba = differentiable("numba", _Numba())
-
 
 register(
     Backend(

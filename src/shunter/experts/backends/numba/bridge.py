@@ -1,7 +1,7 @@
-"""Loops compiled for this CPU, where the package `numba` is installed: what torch's products and passes leave undone.
+"""From torch's tensors to the compiled loops: whether they can run here, arrays of tensors, and their threads.
 
-Numba compiles a loop in seconds when it first runs on a machine and keeps it on disk. `kernels` needs it, this file
-torch alone.
+Numba compiles a loop in seconds when it first runs on a machine and keeps it on disk. `loops` needs the package numba,
+this file torch alone.
 """
 
 from __future__ import annotations
@@ -24,17 +24,13 @@ from .mkl import addresses
 
 __all__ = ["DTYPES", "INSTALLED", "SMALL", "array", "how", "lacks", "matrices", "ready", "threads", "triples", "usable"]
 
-
 INSTALLED = find_spec("numba") is not None
-
 
 # As what integers the loops get the bits of a dtype, of which numpy has not all.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "uint16", torch.float16: "int16"}
 
-
 # Fewer numbers than this are not worth handing to other threads, which may be busy.
 SMALL = 2**16
-
 
 # Not every threading layer of Numba's takes two callers at once.
 _LOCK = threading.Lock()

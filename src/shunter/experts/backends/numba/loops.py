@@ -1,7 +1,19 @@
-"""The loops that Numba compiles: of the decode backend, of the numba backend.
+"""The loops that Numba compiles, dispatch and combine included: hidden states and a routing's triples to outputs.
 
-Numbers in half precision come as their bits, are widened as they are read and rounded once. All loops are in one file,
-as Numba compiles again what has changed in the file of a loop, and not what that uses of another.
+Sizes and suffixes, here and in `bridge.py`:
+
+    T tokens, d their width           N triples (token, expert, weight), sorted by expert, then by token
+    E experts, f their width          2f where the activation gates, gate first; f where it does not
+    a thread has a share: a run of triples, begin to end; it goes through it in blocks of n rows of one expert
+
+    x (T, d) hidden states            rows (N, d) what the experts give each triple, before they are combined
+    h (N, 2f) pre-activations         a (N, f) hidden states of an expert, after the activation
+    dy (N, d), da (N, f), dh (N, 2f)  gradients of the output, of a and of h
+    …_n the n rows of a block; …_b scratch for a block; …_e the matrix of expert e in float32
+
+Scratch is float32, of one flat array a thread, which `_carve` cuts up. Numbers in half precision come as their bits,
+are widened as they are read and rounded once. All loops are in one file, as Numba compiles again what has changed in
+the file of a loop, and not what that uses of another.
 """
 
 from __future__ import annotations
@@ -20,12 +32,9 @@ from .mkl import addresses
 # Sums may be split into lanes; infinities and NaN stay what they are.
 _FASTMATH = {"reassoc", "contract", "nsz"}
 
-
 _compiled = numba.njit(parallel=True, fastmath=_FASTMATH, error_model="numpy", cache=True)
 
-
 _exact = numba.njit(fastmath={"contract"}, error_model="numpy", cache=True)  # sums stay as they are written
-
 
 _inner = numba.njit(fastmath=_FASTMATH, error_model="numpy", cache=True)  # what a thread of those calls
 
@@ -37,36 +46,33 @@ if mkl := addresses():
 
 _sgemm = types.ExternalFunction("shunter_sgemm", types.void(*[types.intp] * 13))
 
-
 _threads = types.ExternalFunction("shunter_threads", types.int32(types.int32))
-
 
 # A thread takes so many rows of a matrix at once when decoding.
 _ROWS = 64
 
-
 # A product with a large matrix is faster in panels of so many columns of the result.
 _COLUMNS = 512
-
 
 # Reading an expert's matrices, and writing their gradients, takes as long as computing so many rows.
 _ROWS_OF_MATRICES = 16
 
-
 # A thread's share ends with an expert if that changes it by so little.
 _TOLERANCE = 1 / 32
-
 
 # A matrix of at most so many bytes is fetched into the cache before its turn; its gradient is computed in the cache and
 # written past it.
 _CACHED = 2**18
 
 
-def _single(value):
+# ---- numbers in half precision
+
+
+def _read(value):
     """A value in float32: of float32 itself, of the bits of a bfloat16 (uint16) or of a float16 (int16)."""
 
 
-@overload(_single, inline="always")
+@overload(_read, inline="always")
 def _(value):
     if value == types.float32:
         return lambda value: value
@@ -84,11 +90,11 @@ def _(value):
     return half
 
 
-def _put(out, i, value):
+def _write(out, i, value):
     """A number in float32 into out[i]: float32 itself, the bits of a bfloat16 (uint16) or of a float16 (int16)."""
 
 
-@overload(_put, inline="always")
+@overload(_write, inline="always")
 def _(out, i, value):
     if out.dtype == types.float32:
 
@@ -118,6 +124,9 @@ def _(out, i, value):
             out[i] = np.int16(half | np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000)))
 
     return put
+
+
+# ---- activations
 
 
 @_exact
@@ -215,6 +224,9 @@ def _relu(activation, x):
     return (np.float32(0) if x <= 0 else x), (np.float32(1) if x > 0 else np.float32(0))
 
 
+# ---- decoding: products of few rows
+
+
 @_compiled
 def products(rows, matrices, experts, offsets, out):
     """Rows (N, p), from offsets[e] to offsets[e + 1] those of e in `experts`, times its matrix (q, p), into out (N, q).
@@ -240,7 +252,7 @@ def products(rows, matrices, experts, offsets, out):
                 xa, xb, xc, xd = rows[n], rows[n + 1], rows[n + 2], rows[last]
                 a1 = b1 = c1 = d1 = a2 = b2 = c2 = d2 = np.float32(0)
                 for i in range(p):
-                    v1, v2 = _single(one[i]), _single(two[i])
+                    v1, v2 = _read(one[i]), _read(two[i])
                     a1 += v1 * xa[i]
                     b1 += v1 * xb[i]
                     c1 += v1 * xc[i]
@@ -256,7 +268,7 @@ def products(rows, matrices, experts, offsets, out):
                 xa, xb = rows[n], rows[n + 1]
                 a1 = b1 = a2 = b2 = np.float32(0)
                 for i in range(p):
-                    v1, v2 = _single(one[i]), _single(two[i])
+                    v1, v2 = _read(one[i]), _read(two[i])
                     a1 += v1 * xa[i]
                     b1 += v1 * xb[i]
                     a2 += v2 * xa[i]
@@ -267,9 +279,12 @@ def products(rows, matrices, experts, offsets, out):
                 xa = rows[n]
                 a1 = a2 = np.float32(0)
                 for i in range(p):
-                    a1 += _single(one[i]) * xa[i]
-                    a2 += _single(two[i]) * xa[i]
+                    a1 += _read(one[i]) * xa[i]
+                    a2 += _read(two[i]) * xa[i]
                 out[n, r], out[n, s] = a1, a2
+
+
+# ---- what the loops are given
 
 
 class Matrices(NamedTuple):
@@ -298,6 +313,9 @@ class Triples(NamedTuple):
     offsets: np.ndarray
     rows: np.ndarray
     starts: np.ndarray
+
+
+# ---- shares of threads
 
 
 @_exact
@@ -332,28 +350,31 @@ def _work(offsets, e):
     return count + _ROWS_OF_MATRICES if count > 0 else 0
 
 
+# ---- scratch, the cache, and where results go
+
+
 @_inner
-def _take(room, start, rows, columns):
-    """A matrix from flat room, and where the next may begin."""
+def _carve(scratch, start, rows, columns):
+    """A matrix (rows, columns) of flat scratch from `start` on, and where the next may begin."""
     end = start + rows * columns
-    return room[start:end].reshape(rows, columns), end
+    return scratch[start:end].reshape(rows, columns), end
 
 
-def _wide(matrix, room):
-    """The matrix in float32: itself, or widened into room."""
+def _widened(matrix, scratch):
+    """The matrix in float32: itself, or widened into scratch."""
 
 
-@overload(_wide)
-def _(matrix, room):
+@overload(_widened)
+def _(matrix, scratch):
     if matrix.dtype == types.float32:
-        return lambda matrix, room: matrix
+        return lambda matrix, scratch: matrix
 
-    def widened(matrix, room):
+    def widened(matrix, scratch):
         for r in range(matrix.shape[0]):
-            row, result = matrix[r], room[r]
+            row, result = matrix[r], scratch[r]
             for i in range(row.shape[0]):
-                result[i] = _single(row[i])
-        return room
+                result[i] = _read(row[i])
+        return scratch
 
     return widened
 
@@ -374,7 +395,7 @@ def _prefetch(context, address):
 
 
 @intrinsic
-def _copy_past(context, source, target):
+def _store_32_bytes_past_cache(context, source, target):
     """32 bytes, not into the cache; the target is aligned to them."""
 
     def generate(context, builder, signature, arguments):
@@ -399,7 +420,7 @@ def _fence(context):
 
 
 @_inner
-def _fetch(matrix, r, n):
+def _prefetch_part(matrix, r, n):
     """Part r of n of the matrix into the cache, if it is small."""
     size = matrix.size * matrix.itemsize
     if size <= _CACHED:
@@ -408,51 +429,54 @@ def _fetch(matrix, r, n):
 
 
 @_inner
-def _streams(matrix):
+def _fits_cache(matrix):
     """Whether this gradient is computed in the cache and written past it."""
     size = matrix.size * matrix.itemsize
     return size <= _CACHED and (matrix.ctypes.data | size) % 32 == 0
 
 
 @_inner
-def _stream(rows, out):
+def _store_past_cache(rows, out):
     for i in range(0, out.size * out.itemsize, 32):
-        _copy_past(rows.ctypes.data + i, out.ctypes.data + i)
+        _store_32_bytes_past_cache(rows.ctypes.data + i, out.ctypes.data + i)
 
 
-def _where(own, room, fits):
-    """Where to compute in float32 what ends in `own`: there, if it fits that dtype too, or in room."""
+def _place_for(own, scratch, fits):
+    """Where to compute in float32 what ends in `own`: there, if it `fits` and is float32, or in scratch."""
 
 
-@overload(_where)
-def _(own, room, fits):
+@overload(_place_for)
+def _(own, scratch, fits):
     if own.dtype == types.float32:
-        return lambda own, room, fits: own if fits else room
-    return lambda own, room, fits: room
+        return lambda own, scratch, fits: own if fits else scratch
+    return lambda own, scratch, fits: scratch
 
 
 @_inner
-def _round(rows, out):
+def _store_rounded(rows, out):
     """Rows of float32 into out, in its dtype."""
     for r in range(rows.shape[0]):
         row, result = rows[r], out[r]
         for i in range(row.shape[0]):
-            _put(result, i, row[i])
+            _write(result, i, row[i])
 
 
-def _settle(rows, out, streams):
-    """What was computed in `_where` into out, unless it is there: in another dtype, or to be streamed."""
+def _store(rows, out, streams):
+    """What was computed in `_place_for` into out, unless it is there: in another dtype, or to be streamed."""
 
 
-@overload(_settle)
+@overload(_store)
 def _(rows, out, streams):
     if out.dtype == types.float32:
-        return lambda rows, out, streams: _stream(rows, out) if streams else None
-    return lambda rows, out, streams: _round(rows, out)
+        return lambda rows, out, streams: _store_past_cache(rows, out) if streams else None
+    return lambda rows, out, streams: _store_rounded(rows, out)
+
+
+# ---- products by MKL
 
 
 @_inner
-def _next(start, until, block):
+def _end_of_block(start, until, block):
     """The end of the block that begins at `start`; those up to `until` are about equal."""
     blocks = (until - start + block - 1) // block
     return start + (until - start + blocks - 1) // blocks
@@ -460,7 +484,7 @@ def _next(start, until, block):
 
 @_inner
 def _product(a, b, out, add, work):
-    """a (m, k) times b (k, n) into out (m, n), or added to it; by rows, or transposed. `work` is room for arguments.
+    """a (m, k) times b (k, n) into out (m, n), or added to it; by rows, or transposed. `work` is scratch for arguments.
 
     To Fortran, which goes by columns, it is out.T = b.T a.T.
     """
@@ -473,21 +497,21 @@ def _product(a, b, out, add, work):
     work[6] = 0x3F800000  # the bits of 1 in float32
     work[7] = 0x3F800000 if add else 0
     work[8], work[9] = ord("N"), ord("T")
-    _call(work.ctypes.data, a.ctypes.data, turned_a, b.ctypes.data, turned_b, out.ctypes.data)
+    _call_sgemm(work.ctypes.data, a.ctypes.data, turned_a, b.ctypes.data, turned_b, out.ctypes.data)
 
 
 @_inner
-def _by_panels(a, b, out, add, work):
+def _product_by_panels(a, b, out, add, work):
     """As `_product`, where b is an expert's matrix."""
     n, start = b.shape[1], 0
     while start < n:
-        stop = _next(start, n, _COLUMNS)
+        stop = _end_of_block(start, n, _COLUMNS)
         _product(a, b[:, start:stop], out[:, start:stop], add, work)
         start = stop
 
 
 @_inner
-def _call(work, a, turned_a, b, turned_b, out):
+def _call_sgemm(work, a, turned_a, b, turned_b, out):
     """The product of what is at these addresses, with arguments as `_product` puts them."""
     _sgemm(
         work + (36 if turned_b else 32), work + (36 if turned_a else 32), work + 4, work, work + 8, work + 24,
@@ -505,22 +529,25 @@ def product(a, b):
     return out
 
 
+# ---- dispatch, activation, combine
+
+
 @_inner
 def _gather(x, token, start, out):
-    """The rows of the tokens of triples from `start` on."""
+    """Dispatch: the hidden states (n, d) of the tokens of triples from `start` on, in float32."""
     for r in range(out.shape[0]):
         row, result = x[token[start + r]], out[r]
         for i in range(row.shape[0]):
-            result[i] = _single(row[i])
+            result[i] = _read(row[i])
 
 
 @_inner
-def _spread(bias, out):
+def _broadcast(bias, out):
     """The bias in every row."""
     for r in range(out.shape[0]):
         result = out[r]
         for i in range(bias.shape[0]):
-            result[i] = _single(bias[i])
+            result[i] = _read(bias[i])
 
 
 @_inner
@@ -528,8 +555,8 @@ def _linear(rows, matrix, biases, e, out, work):
     """Rows times the matrix, transposed, plus the bias of expert e if there are biases."""
     biased = biases.shape[0] > 0
     if biased:
-        _spread(biases[e, 0], out)
-    _by_panels(rows, matrix.T, out, biased, work)
+        _broadcast(biases[e, 0], out)
+    _product_by_panels(rows, matrix.T, out, biased, work)
 
 
 @_inner
@@ -559,15 +586,15 @@ def _activate_backward(activation, h, da, weight, a, dh, grad_weight):
         w, total = weight[r], np.float32(0)
         if activation.gated:
             for i in range(f):
-                up = _single(row[f + i])
-                acted, slope = _act(activation, _single(row[i]))
+                up = _read(row[f + i])
+                acted, slope = _act(activation, _read(row[i]))
                 total += grad[i] * (acted * up)
                 hidden[i] = w * (acted * up)
                 result[i] = w * grad[i] * up * slope
                 result[f + i] = w * grad[i] * acted
         else:
             for i in range(f):
-                acted, slope = _act(activation, _single(row[i]))
+                acted, slope = _act(activation, _read(row[i]))
                 total += grad[i] * acted
                 hidden[i] = w * acted
                 result[i] = w * grad[i] * slope
@@ -575,17 +602,17 @@ def _activate_backward(activation, h, da, weight, a, dh, grad_weight):
 
 
 @_inner
-def _add_inner(rows, bias, out):
+def _add_bias_products(rows, bias, out):
     """The product of each row with the bias, added to out (n,)."""
     for r in range(rows.shape[0]):
         row, total = rows[r], np.float32(0)
         for i in range(row.shape[0]):
-            total += row[i] * _single(bias[i])
+            total += row[i] * _read(bias[i])
         out[r] += total
 
 
 @_inner
-def _sum(rows, weight, total):
+def _add_weighted_rows(rows, weight, total):
     """The rows times their weights added to total (q,), which is in float64."""
     for r in range(rows.shape[0]):
         row, w = rows[r], weight[r]
@@ -594,22 +621,22 @@ def _sum(rows, weight, total):
 
 
 @_inner
-def _copy(total, out):
+def _write_sum(total, out):
     """A sum of rows into out (1, q)."""
     for i in range(total.shape[0]):
         out[0, i] = total[i]
 
 
 @_inner
-def _expert(offsets, triple, e):
-    """Whose triple it is, from expert e on."""
+def _expert_of(offsets, triple, e):
+    """The expert of a triple, which is e or a later one."""
     while offsets[e + 1] <= triple:
         e += 1
     return e
 
 
 @_inner
-def _alone(starts):
+def _one_choice_a_token(starts):
     """Whether no token has two triples."""
     most = 0
     for i in range(starts.shape[0] - 1):
@@ -619,22 +646,22 @@ def _alone(starts):
 
 @_inner
 def _scatter(rows, token, start, weight, weighted, out):
-    """The row of each triple from `start` on, times its weight or not, into that of its token, which has no other."""
+    """Combine, where a token has one triple: each row, times its weight or not, into that of its token."""
     for r in range(rows.shape[0]):
         row, result = rows[r], out[token[start + r]]
         w = weight[r] if weighted else np.float32(1)
         for c in range(row.shape[0]):
-            _put(result, c, w * row[c])
+            _write(result, c, w * row[c])
 
 
 @_inner
-def _combine(t, n, triples, alone, rows, weight, weighted, out):
-    """For the tokens of thread t of n, the sum of their rows, weighted or not, into out; `alone` is done already."""
+def _combine(t, n, triples, single, rows, weight, weighted, out):
+    """Combine: for the tokens of thread t of n the sum of their rows, weighted or not, into out; `single` is done."""
     tokens, d = out.shape
     total = np.empty(d, np.float32)
     for i in range(t * tokens // n, (t + 1) * tokens // n):
         begin, end = triples.starts[i], triples.starts[i + 1]
-        if alone and begin < end:
+        if single and begin < end:
             continue
         total[:] = 0
         for j in range(begin, end):
@@ -644,76 +671,112 @@ def _combine(t, n, triples, alone, rows, weight, weighted, out):
                 total[c] += w * row[c]
         result = out[i]
         for c in range(d):
-            _put(result, c, total[c])
+            _write(result, c, total[c])
 
 
 @_inner
-def _carve(room, block, weights, half):
-    """From flat room a block's gathered rows, pre-activations and hidden states; and matrices, if they get widened."""
+def _carve_block(scratch, block, weights, half):
+    """Of flat scratch a block's gathered rows, pre-activations, hidden states; and matrices, if they are widened."""
     up, down = weights.up, weights.down
     (width, d), f = up.shape[1:], down.shape[2]
-    x_b, at = _take(room, 0, block, d)
-    h_b, at = _take(room, at, block, width)
-    a_b, at = _take(room, at, block, f)
-    up_b, at = _take(room, at, width * half, d)
-    down_b, at = _take(room, at, d * half, f)
+    x_b, at = _carve(scratch, 0, block, d)
+    h_b, at = _carve(scratch, at, block, width)
+    a_b, at = _carve(scratch, at, block, f)
+    up_b, at = _carve(scratch, at, width * half, d)
+    down_b, at = _carve(scratch, at, d * half, f)
     return x_b, h_b, a_b, up_b, down_b, at
 
 
+# ---- the forward
+
+
 @_inner
-def _forward(t, activation, x, triples, alone, weight, begin, end, weights, block, room, h, rows, out):
+def _forward(t, activation, x, triples, single, weight, begin, end, weights, block, scratch, h, rows, out):
+    """The share of thread t: its triples are dispatched, computed and, where each token has one alone, combined.
+
+    Args:
+        t: the thread.
+        activation: of `ACTIVATIONS`.
+        x: (T, d).
+        triples: the routing.
+        single: whether no token has two triples: a row then goes to its token at once.
+        weight: (N,) combine weights.
+        begin, end: the share, in triples.
+        weights: the experts' `Matrices`.
+        block: how many rows are at work at once.
+        scratch: flat, of this thread.
+        h: (N, 2f), filled where it has rows: the pre-activations for the backward.
+        rows: (N, d), filled unless `single`: each triple's output, for `_combine`.
+        out: (T, d), filled if `single`.
+    """
     token, offsets = triples.token, triples.offsets
     up, down, up_bias, down_bias = weights
     keep = h.shape[0] > 0
-    x_b, h_b, a_b, up_b, down_b, _ = _carve(room, block, weights, x.itemsize == 2)
+    x_b, h_b, a_b, up_b, down_b, _ = _carve_block(scratch, block, weights, x.itemsize == 2)
     _threads(1)
     work = np.empty(10, np.int32)
     start, e = begin, 0
     while start < end:
-        e = _expert(offsets, start, e)
+        e = _expert_of(offsets, start, e)
         until = min(offsets[e + 1], end)
-        up_e, down_e = _wide(up[e], up_b), _wide(down[e], down_b)
+        up_e, down_e = _widened(up[e], up_b), _widened(down[e], down_b)
         while start < until:
-            stop = _next(start, until, block)
+            stop = _end_of_block(start, until, block)
             n = stop - start
             x_n, a_n = x_b[:n], a_b[:n]
-            h_n = _where(h[start:stop], h_b[:n], keep)
+            h_n = _place_for(h[start:stop], h_b[:n], keep)
             _gather(x, token, start, x_n)
             _linear(x_n, up_e, up_bias, e, h_n, work)
             if keep:
-                _settle(h_n, h[start:stop], False)
+                _store(h_n, h[start:stop], False)
             following = min(e + 1, up.shape[0] - 1)
             for r in range(n):  # which leaves memory time to fetch what comes next
                 _activate(activation, h_n[r : r + 1], a_n[r : r + 1])
-                _fetch(up[following], r, n)
-                _fetch(down[following], r, n)
-            y_n = x_n if alone else rows[start:stop]
+                _prefetch_part(up[following], r, n)
+                _prefetch_part(down[following], r, n)
+            y_n = x_n if single else rows[start:stop]
             _linear(a_n, down_e, down_bias, e, y_n, work)
-            if alone:
+            if single:
                 _scatter(y_n, token, start, weight[start:stop], True, out)
             start = stop
     _threads(0)
 
 
 @_compiled
-def forward(activation, x, triples, weight, weights, block, room, rows, h, out):
-    """The output (T, d) of the experts; and the pre-activations (N, 2f) of each triple, if h has room.
+def forward(activation, x, triples, weight, weights, block, scratch, rows, h, out):
+    """The output (T, d) of the experts; and the pre-activations (N, 2f) of each triple, if h has rows.
 
-    Room (n, .) and rows (N, d), what the experts give each triple, are scratch in float32; a thread has up to `block`
-    rows at work.
+    Scratch (n, .) and rows (N, d), what the experts give each triple, are float32; a thread has up to `block` rows at
+    work.
     """
-    shares = room.shape[0]
-    of, alone = bounds(triples.offsets, shares), _alone(triples.starts)
+    shares = scratch.shape[0]
+    of, single = bounds(triples.offsets, shares), _one_choice_a_token(triples.starts)
     for t in numba.prange(shares):
         _forward(
-            np.int64(t), activation, x, triples, alone, weight, of[t], of[t + 1], weights, block, room[t], h, rows, out
+            np.int64(t),
+            activation,
+            x,
+            triples,
+            single,
+            weight,
+            of[t],
+            of[t + 1],
+            weights,
+            block,
+            scratch[t],
+            h,
+            rows,
+            out,
         )
     for t in numba.prange(shares):
-        _combine(np.int64(t), shares, triples, alone, rows, weight, True, out)
+        _combine(np.int64(t), shares, triples, single, rows, weight, True, out)
+
+
+# ---- decoding
 
 
 @_inner
-def _add(biases, experts, offsets, rows):
+def _add_biases(biases, experts, offsets, rows):
     """The bias of each expert, if there are any, to its rows."""
     if biases.shape[0] == 0:
         return
@@ -722,53 +785,71 @@ def _add(biases, experts, offsets, rows):
         for r in range(offsets[e], offsets[e + 1]):
             row = rows[r]
             for i in range(row.shape[0]):
-                row[i] += _single(bias[i])
+                row[i] += _read(bias[i])
 
 
 @_inner
-def decode(activation, x, triples, weight, weights, room, h, out):
+def decode(activation, x, triples, weight, weights, scratch, h, out):
     """The output (T, d) of the experts, and the pre-activations (N, 2f) in float32; each matrix in use is read once.
 
-    Room (N (2d + f),) is scratch in float32.
+    Scratch (N (2d + f),) is scratch in float32.
     """
     offsets, n, d, f = triples.offsets, triples.token.shape[0], weights.down.shape[1], weights.down.shape[2]
     experts = np.nonzero(offsets[1:] > offsets[:-1])[0]
-    x_n, at = _take(room, 0, n, d)
-    a, at = _take(room, at, n, f)
-    rows, at = _take(room, at, n, d)
+    x_n, at = _carve(scratch, 0, n, d)
+    a, at = _carve(scratch, at, n, f)
+    rows, at = _carve(scratch, at, n, d)
     _gather(x, triples.token, 0, x_n)
     products(x_n, weights.up, experts, offsets, h)
-    _add(weights.up_bias, experts, offsets, h)
+    _add_biases(weights.up_bias, experts, offsets, h)
     _activate(activation, h, a)
     products(a, weights.down, experts, offsets, rows)
-    _add(weights.down_bias, experts, offsets, rows)
+    _add_biases(weights.down_bias, experts, offsets, rows)
     _combine(0, 1, triples, False, rows, weight, True, out)
 
 
+# ---- the backward
+
+
 @_inner
-def _parts(room, gradients):
-    """From flat room a part for each matrix of one expert that wants a gradient."""
+def _carve_gradients(scratch, gradients):
+    """From flat scratch a part for each matrix of one expert that wants a gradient."""
     up, down, up_bias, down_bias = gradients
-    a, at = _take(room, 0, up.shape[1] * (up.shape[0] > 0), up.shape[2])
-    b, at = _take(room, at, down.shape[1] * (down.shape[0] > 0), down.shape[2])
-    c, at = _take(room, at, up_bias.shape[1] * (up_bias.shape[0] > 0), up_bias.shape[2])
-    d, at = _take(room, at, down_bias.shape[1] * (down_bias.shape[0] > 0), down_bias.shape[2])
+    a, at = _carve(scratch, 0, up.shape[1] * (up.shape[0] > 0), up.shape[2])
+    b, at = _carve(scratch, at, down.shape[1] * (down.shape[0] > 0), down.shape[2])
+    c, at = _carve(scratch, at, up_bias.shape[1] * (up_bias.shape[0] > 0), up_bias.shape[2])
+    d, at = _carve(scratch, at, down_bias.shape[1] * (down_bias.shape[0] > 0), down_bias.shape[2])
     return a, b, c, d
 
 
 @_inner
 def _backward(
-    t, activation, grad, x, triples, alone, weight, begin, end, weights, block, room, h, parts, rows, grad_x,
+    t, activation, grad, x, triples, single, weight, begin, end, weights, block, scratch, h, parts, rows, grad_x,
     grad_weight, gradients,
 ):  # fmt: skip
+    """The share of thread t of the gradients.
+
+    An expert that lies whole in the share has its gradients written at once. One that began in an earlier share, or
+    goes on in a later one, has them in this thread's `parts`, which `_add_up_shared` adds up.
+
+    Args:
+        t, activation, x, triples, single, weight, begin, end, weights, block, scratch: as of `_forward`.
+        grad: (T, d), of the output.
+        h: (N, 2f) pre-activations that were kept; without rows they are computed again.
+        parts: (2n, .) of n threads, in float32: an expert that an earlier thread began, and one that this one began.
+        rows: (N, d), filled unless `single`: each triple's gradient of x, for `_combine`.
+        grad_x: (T, d), filled if `single`; without rows it is not wanted.
+        grad_weight: (N,), filled: <da, a>, and with a bias <dy, bias> besides.
+        gradients: `Matrices`, filled; those with E 0 are not wanted.
+    """
     token, offsets = triples.token, triples.offsets
     up, down, up_bias, down_bias = weights
     (width, d), kept = up.shape[1:], h.shape[0] > 0
-    x_b, h_b, a_b, up_b, down_b, at = _carve(room, block, weights, x.itemsize == 2)
-    dy_b, at = _take(room, at, block, d)
-    dh_b, at = _take(room, at, block, width)
-    da_b, at = _take(room, at, block, down.shape[2])
-    again = room[at:].view(x.dtype)[: block * width * (not kept)].reshape(block * (not kept), width)
+    x_b, h_b, a_b, up_b, down_b, at = _carve_block(scratch, block, weights, x.itemsize == 2)
+    dy_b, at = _carve(scratch, at, block, d)
+    dh_b, at = _carve(scratch, at, block, width)
+    da_b, at = _carve(scratch, at, block, down.shape[2])
+    again = scratch[at:].view(x.dtype)[: block * width * (not kept)].reshape(block * (not kept), width)
     needs_up, needs_down = gradients.up.shape[0] > 0, gradients.down.shape[0] > 0
     needs_up_bias, needs_down_bias = gradients.up_bias.shape[0] > 0, gradients.down_bias.shape[0] > 0
     _threads(1)
@@ -776,22 +857,22 @@ def _backward(
     dh_sum, dy_sum = np.empty(width), np.empty(d)
     start, e = begin, 0
     while start < end:
-        e = _expert(offsets, start, e)
+        e = _expert_of(offsets, start, e)
         until = min(offsets[e + 1], end)
-        up_e, down_e = _wide(up[e], up_b), _wide(down[e], down_b)
+        up_e, down_e = _widened(up[e], up_b), _widened(down[e], down_b)
         begun = offsets[e] < begin
         whole = not begun and offsets[e + 1] <= end
-        part = _parts(parts[2 * t if begun else 2 * t + 1], gradients)
-        streams = _streams(gradients.up[e]), _streams(gradients.down[e]), False, False
-        grad_up = _where(gradients.up[e], part[0], whole and not streams[0])
-        grad_down = _where(gradients.down[e], part[1], whole and not streams[1])
-        grad_up_bias = _where(gradients.up_bias[e], part[2], whole)
-        grad_down_bias = _where(gradients.down_bias[e], part[3], whole)
+        part = _carve_gradients(parts[2 * t if begun else 2 * t + 1], gradients)
+        streams = _fits_cache(gradients.up[e]), _fits_cache(gradients.down[e]), False, False
+        grad_up = _place_for(gradients.up[e], part[0], whole and not streams[0])
+        grad_down = _place_for(gradients.down[e], part[1], whole and not streams[1])
+        grad_up_bias = _place_for(gradients.up_bias[e], part[2], whole)
+        grad_down_bias = _place_for(gradients.down_bias[e], part[3], whole)
         dh_sum[:] = 0
         dy_sum[:] = 0
         add = False
         while start < until:
-            stop = _next(start, until, block)
+            stop = _end_of_block(start, until, block)
             n = stop - start
             x_n, a_n, dy_n, dh_n, da_n = x_b[:n], a_b[:n], dy_b[:n], dh_b[:n], da_b[:n]
             if needs_up or not kept:
@@ -799,44 +880,44 @@ def _backward(
             h_n = h[start:stop]
             if not kept:
                 h_n = again[:n]
-                wide = _where(h_n, h_b[:n], True)
+                wide = _place_for(h_n, h_b[:n], True)
                 _linear(x_n, up_e, up_bias, e, wide, work)
-                _settle(wide, h_n, False)
+                _store(wide, h_n, False)
             _gather(grad, token, start, dy_n)
-            _by_panels(dy_n, down_e, da_n, False, work)
+            _product_by_panels(dy_n, down_e, da_n, False, work)
             _activate_backward(activation, h_n, da_n, weight[start:stop], a_n, dh_n, grad_weight[start:stop])
             if down_bias.shape[0] > 0:
-                _add_inner(dy_n, down_bias[e, 0], grad_weight[start:stop])
+                _add_bias_products(dy_n, down_bias[e, 0], grad_weight[start:stop])
             if needs_down:
                 _product(dy_n.T, a_n, grad_down, add, work)
             if needs_down_bias:
-                _sum(dy_n, weight[start:stop], dy_sum)
+                _add_weighted_rows(dy_n, weight[start:stop], dy_sum)
             if needs_up:
                 _product(dh_n.T, x_n, grad_up, add, work)
             if needs_up_bias:
-                _sum(dh_n, ones, dh_sum)
+                _add_weighted_rows(dh_n, ones, dh_sum)
             if grad_x.shape[0] > 0:
-                dx_n = dy_n if alone else rows[start:stop]
-                _by_panels(dh_n, up_e, dx_n, False, work)
-                if alone:
+                dx_n = dy_n if single else rows[start:stop]
+                _product_by_panels(dh_n, up_e, dx_n, False, work)
+                if single:
                     _scatter(dx_n, token, start, weight[start:stop], False, grad_x)
             add = True
             start = stop
         if needs_up_bias:
-            _copy(dh_sum, grad_up_bias)
+            _write_sum(dh_sum, grad_up_bias)
         if needs_down_bias:
-            _copy(dy_sum, grad_down_bias)
+            _write_sum(dy_sum, grad_down_bias)
         if whole:
             found = grad_up, grad_down, grad_up_bias, grad_down_bias
             for i in range(4):
                 if gradients[i].shape[0] > 0:
-                    _settle(found[i], gradients[i][e], streams[i])
+                    _store(found[i], gradients[i][e], streams[i])
     _fence()
     _threads(0)
 
 
 @_inner
-def _join(t, offsets, of, parts, gradients):
+def _add_up_shared(t, offsets, of, parts, gradients):
     """For the rows of thread t: the gradients of experts that threads share, part by part; zero where there is none."""
     shares = of.shape[0] - 1
     for e in range(offsets.shape[0] - 1):
@@ -856,31 +937,31 @@ def _join(t, offsets, of, parts, gradients):
                 s = share
                 while first < last and of[s] < last:
                     if of[s] < of[s + 1]:
-                        row = _parts(parts[2 * s if of[s] > first else 2 * s + 1], gradients)[i][r]
+                        row = _carve_gradients(parts[2 * s if of[s] > first else 2 * s + 1], gradients)[i][r]
                         for c in range(p):
                             total[c] += row[c]
                     s += 1
                 result = gradients[i][e, r]
                 for c in range(p):
-                    _put(result, c, total[c])
+                    _write(result, c, total[c])
 
 
 @_compiled
 def backward(
-    activation, grad, x, triples, weight, weights, block, room, h, parts, rows, grad_x, grad_weight, gradients
+    activation, grad, x, triples, weight, weights, block, scratch, h, parts, rows, grad_x, grad_weight, gradients
 ):
-    """The gradients of the output's (T, d): of x, of the weights (N,) and of the parameters; not of what has no room.
+    """The gradients of the output's (T, d): of x, of the weights (N,) and of the parameters; not of what has no rows.
 
     Without h (N, 2f) the pre-activations are computed again. Room (n, .), rows (N, d) and parts (2n, .), one for what
     an earlier thread began and one for the others, are scratch in float32.
     """
-    shares = room.shape[0]
-    of, alone = bounds(triples.offsets, shares), _alone(triples.starts)
+    shares = scratch.shape[0]
+    of, single = bounds(triples.offsets, shares), _one_choice_a_token(triples.starts)
     for t in numba.prange(shares):
         _backward(
-            np.int64(t), activation, grad, x, triples, alone, weight, of[t], of[t + 1], weights, block, room[t], h,
+            np.int64(t), activation, grad, x, triples, single, weight, of[t], of[t + 1], weights, block, scratch[t], h,
             parts, rows, grad_x, grad_weight, gradients,
         )  # fmt: skip
     for t in numba.prange(shares):
-        _combine(np.int64(t), shares, triples, alone, rows, weight, False, grad_x)
-        _join(np.int64(t), triples.offsets, of, parts, gradients)
+        _combine(np.int64(t), shares, triples, single, rows, weight, False, grad_x)
+        _add_up_shared(np.int64(t), triples.offsets, of, parts, gradients)

@@ -22,16 +22,12 @@ from . import blocks
 
 __all__ = ["triton"]
 
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 # The first compute capability for which Triton compiles.
 CAPABILITY = (8, 0)
 
-
 INSTALLED = find_spec("triton") is not None
-
 
 # The pointwise function of each gated activation; the others are named after theirs.
 _POINTWISE = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
@@ -154,7 +150,6 @@ def _unsuited(x: Tensor, weights: Weights) -> str | None:
 
 
 triton = differentiable("triton", _Triton())
-
 
 register(
     Backend(

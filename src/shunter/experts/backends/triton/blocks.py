@@ -14,15 +14,12 @@ from ....routing import Routing
 
 __all__ = ["Blocks", "expert_tiles", "product_blocks", "tile_rows"]
 
-
 # The largest tile (rows, columns of all its accumulators, depth of a step) by the bytes of an element. Accumulators of
 # two bytes' tile take half of the registers of 8 warps; wider elements are multiplied without tensor cores.
 LARGEST = {2: (128, 256, 64), 4: (64, 128, 32), 8: (32, 64, 16)}
 
-
 # The least that Triton's dot takes in each direction.
 SMALLEST = 16
-
 
 # An H100's shared memory, for the interpreter, which has none.
 SHARED_MEMORY = 227 * 1024

@@ -1,4 +1,7 @@
-"""The kernels, each beside the function that launches it and says what it computes.
+"""The Triton kernels, dispatch and combine included, each beside the function that launches it.
+
+T tokens of width d; N triples (token, expert, weight), sorted by expert; E experts of width f; h (N, 2f), gate first,
+or (N, f) pre-activations; a (N, f) hidden states; dy, da, dh their gradients. A tile is `rows` triples of one expert.
 
 A program of a product over triples owns a tile of `blocks.expert_tiles`: rows of one expert. A tile's missing rows
 repeat its last one, so that no value of another expert enters, and are never stored. Columns and steps beyond a width
@@ -18,14 +21,11 @@ from .blocks import product_blocks
 
 __all__ = ["INTERPRETED", "down_backward", "hidden", "outer", "products", "sum_by_expert", "sum_by_token"]
 
-
 # Whether the kernels below run in Triton's interpreter: that is settled where they are decorated.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-
 # Neighbouring programs go through so many tiles of rows before the next columns: both operands stay in the L2 cache.
 GROUP = tl.constexpr(8)
-
 
 # Columns of a program that only adds rows up.
 SUM_COLUMNS = 1024
