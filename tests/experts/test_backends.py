@@ -348,14 +348,26 @@ def test_training_goes_on_after_inference_mode(backend):
         get(backend).run(x, weights, random_routing(20, 3, dtype=torch.float32)).sum().backward()
 
 
+@pytest.mark.parametrize("outer", ["sum", "square"])
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("backend", FUSED)
-def test_second_derivatives_are_refused(backend):
-    weights = random_weights(3, 4, 3, dtype=torch.float32)
+def test_second_derivatives_are_those_of_the_reference(backend, bias, outer):
+    """Of the gradient of x, as a penalty on it takes; where the gradient of the output is constant too."""
+    weights = random_weights(3, 4, 3, bias=bias, dtype=torch.float32)
     routing = random_routing(6, 3, dtype=torch.float32)
+    weight = routing.weight.clone().requires_grad_()
+    routing = routing.with_weight(weight)
     x = torch.randn(6, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(get(backend).run(x, weights, routing).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    parts = [p for p in (x, weight, weights.up, weights.down, weights.up_bias) if p is not None]
+
+    def penalty(name):
+        y = get(name).run(x, weights, routing)
+        y = y.sum() if outer == "sum" else y.square().sum()
+        (grad,) = torch.autograd.grad(y, x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), parts)
+
+    for got, expected in zip(penalty(backend), penalty("reference"), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
 def test_autocast_computes_in_the_autocast_dtype():

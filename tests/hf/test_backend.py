@@ -215,3 +215,22 @@ def test_the_page_of_families_is_what_the_command_prints():
     if f"transformers {transformers.__version__}:" not in page:
         pytest.skip("docs/families.md was made with another version of transformers")
     assert page == table(), "run python tools/families.py > docs/families.md"
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeExperts", "GptOssExperts"])
+def test_second_derivatives_are_those_of_its_own_loop(name):
+    """On the backends (Qwen3) and around the module's own code (gpt-oss)."""
+    module = _fill(MODULES[name]).double()
+    x = torch.randn(7, module.gate_up_proj.shape[-2 if module.is_transposed else -1], dtype=torch.float64)
+    index = torch.stack([torch.randperm(module.num_experts)[:2] for _ in range(7)])
+    weight = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
+    x.requires_grad_()
+    parts = [x, weight, *module.parameters()]
+
+    def penalty(way):
+        (grad,) = torch.autograd.grad(_under(way)(module, x, index, weight).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), parts, allow_unused=True)
+
+    for got, expected in zip(penalty("shunter"), penalty("eager"), strict=True):
+        expected = torch.zeros(()) if expected is None else expected
+        assert torch.allclose(torch.zeros_like(expected) if got is None else got, expected, atol=1e-8)

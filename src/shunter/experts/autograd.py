@@ -7,17 +7,17 @@ of a combine weight is <dy W_down, a>, not <dy, y>.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..routing import Routing
-from .choice import Run
+from .choice import Run, get
 from .weights import Weights
 
-__all__ = ["Gradients", "Kernel", "Needs", "Plan", "differentiable"]
+__all__ = ["Gradients", "Kernel", "Needs", "Plan", "differentiable", "gradients_in_graph"]
 
 
 class Needs(NamedTuple):
@@ -75,7 +75,10 @@ _KERNELS: dict[str, Kernel] = {}
 
 
 def differentiable(name: str, kernel: Kernel) -> Run:
-    """The backend of a kernel: once differentiable; to `torch.compile` one operator, in a graph without breaks."""
+    """The backend of a kernel; to `torch.compile` one operator, in a graph without breaks.
+
+    Second derivatives are those of the reference.
+    """
     _KERNELS[name] = kernel
 
     def run(x: Tensor, weights: Weights, routing: Routing, recompute: bool = False) -> Tensor:
@@ -86,6 +89,33 @@ def differentiable(name: str, kernel: Kernel) -> Run:
         if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
             return _Experts.apply(*parts, routing, weights.activation, kernel, recompute)
         return kernel.forward(x, weights, routing, kernel.plan(x, weights, routing), keep=False)[0]
+
+    return run
+
+
+def gradients_in_graph(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of function(*inputs) in a graph of their own, for second derivatives; None where not needed.
+
+    Args:
+        function: in plain autograd.
+        inputs: what it is given.
+        needs: which inputs want a gradient.
+        grad: of its output.
+    """
+    wanted = [value for value, need in zip(inputs, needs, strict=True) if need and value is not None]
+    found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return [next(found) if need and value is not None else None for value, need in zip(inputs, needs, strict=True)]
+
+
+def _reference(places: Sequence[Tensor], size: tuple[int, int], activation: str) -> Callable[..., Tensor]:
+    """The output (T, d) by the definition, as a function of x, the combine weights and the experts' matrices."""
+
+    def run(x: Tensor, weight: Tensor, *matrices: Any) -> Tensor:
+        return get("reference").run(
+            x, Weights(*matrices, activation=activation), Routing.from_indices(places, weight, *size)
+        )
 
     return run
 
@@ -115,10 +145,14 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, up, down, up_bias, down_bias, h, *indices = ctx.saved_tensors
-        routing = Routing.from_indices(indices[: ctx.places], weight, *ctx.size)
+        places = indices[: ctx.places]
+        if torch.is_grad_enabled():  # under create_graph=True
+            parts, needs = (x, weight, up, down, up_bias, down_bias), ctx.needs_input_grad[:6]
+            outer = gradients_in_graph(_reference(places, ctx.size, ctx.activation), parts, needs, grads[0])
+            return (*outer, None, None, None, None)
+        routing = Routing.from_indices(places, weight, *ctx.size)
         plan = Plan(ctx.layout, tuple(indices[ctx.places :]))
         weights = Weights(up, down, up_bias, down_bias, ctx.activation)
         needs = Needs(*ctx.needs_input_grad[:6])

@@ -9,18 +9,20 @@ autograd, so that whatever it computes is what is trained.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from ..experts import Weights, choose
+from ..experts.autograd import gradients_in_graph
 from ..experts.combine import sum_by_token
 from ..routing import Routing
 from .blocks import known_activation
@@ -196,8 +198,10 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, routing.token)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            out = grads[0].new_zeros(ctx.routing.num_tokens, grads[0].shape[1])
+            return out.index_add(0, ctx.routing.token, grads[0]), None
         return sum_by_token(grads[0].contiguous(), ctx.routing, None), None
 
 
@@ -206,7 +210,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, bounds: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        ctx.save_for_backward(rows, weight, bias)
         ctx.bounds = bounds
         out = rows.new_empty(rows.shape[0], weight.shape[1])
         for e, span in _spans(bounds):
@@ -217,9 +221,11 @@ class _Products(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        rows, weight = ctx.saved_tensors
+        rows, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = partial(_plain_products, ctx.bounds)
+            return (*gradients_in_graph(plain, (rows, weight, bias), ctx.needs_input_grad[:3], grads[0]), None)
         grad = grads[0].contiguous()
         need_rows, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_rows = torch.empty_like(rows) if need_rows else None
@@ -244,13 +250,28 @@ class _Combine(torch.autograd.Function):
         return sum_by_token(y, routing, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y, weight, token = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = partial(_plain_combine, token, grads[0].shape)
+            return (*gradients_in_graph(plain, (y, weight), ctx.needs_input_grad[:2], grads[0]), None)
         grad = grads[0].index_select(0, token)
         grad_weight = (grad * y).sum(-1, dtype=weight.dtype) if ctx.needs_input_grad[1] else None
         grad_y = grad.mul_(weight[:, None]) if ctx.needs_input_grad[0] else None
         return grad_y, grad_weight, None
+
+
+def _plain_products(bounds: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `_Products`, in plain autograd."""
+    parts = [F.linear(rows[span], weight[e], None if bias is None else bias[e]) for e, span in _spans(bounds)]
+    tie = weight[:0].sum() if bias is None else weight[:0].sum() + bias[:0].sum()
+    return torch.cat([*parts, rows.new_empty(0, weight.shape[1])]) + tie
+
+
+def _plain_combine(token: Tensor, shape: torch.Size, y: Tensor, weight: Tensor) -> Tensor:
+    """As `_Combine`, in plain autograd."""
+    rows = (y * weight[:, None]).to(y.dtype)
+    return y.new_zeros(shape).index_add(0, token, rows)
 
 
 def _spans(bounds: list[int]) -> list[tuple[int, slice]]:
