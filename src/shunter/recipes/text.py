@@ -20,8 +20,8 @@ from ..analysis.ledger import ledger
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import Metrics
 from ..data.windows import EvalDomain, TextData, prepare
+from ..errors import one_line as line_of
 from ..hf import sparsify
-from ..hf.checkpoints.folders import line_of
 from ..hf.checkpoints.loading import load_folder
 from ..hf.checkpoints.reading import read_json
 from ..routers import Router
