@@ -1,21 +1,23 @@
-"""The routing rules of transformers' own families, as options of the `topk` router."""
+"""Routing rules of transformers' families: a configuration to options of the router `topk`, and a router to fields.
+
+`RULES` is the one table. `router_of` adds what a model of Shunter's needs to go on training; `routing_fields` asks the
+same table what a family can say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig
 
+from ..errors import UserError
 from ..routers import Router
 from ..routers.deepseek import DeepSeek
 from ..routers.switch import Switch
 from ..routers.topk import TopK
 
-if TYPE_CHECKING:
-    from .checkpoints.native import Family
-
-__all__ = ["KNOWN_UP_TO", "NOT_TOP_K", "RULES", "TRAINING_ONLY", "router_of", "routing_fields", "topk_options"]
+__all__ = ["KNOWN_UP_TO", "NOT_TOP_K", "RULES", "left_behind", "router_of", "routing_fields", "topk_options"]
 
 # The newest transformers whose families were all looked at; a later one may have others.
 KNOWN_UP_TO = "5.24.0"
@@ -27,19 +29,18 @@ def _renormalize(config: Any, always: bool = False) -> str:
     return "before_drop" if always or getattr(config, "norm_topk_prob", True) else "no"
 
 
-def _softmax(config: Any) -> Options:
-    """Softmax over all experts, the best k, renormalised always."""
-    return {"renormalize": "before_drop"}
+def _always(**options: Any) -> Callable[[Any], Options]:
+    """A rule that no field of the configuration changes."""
+    return lambda config: dict(options)
+
+
+# The best k logits, a softmax over these.
+_SELECTED: Options = {"score_after": True, "renormalize": "no"}
 
 
 def _softmax_if_asked(config: Any) -> Options:
     """Softmax over all experts, the best k, renormalised where `norm_topk_prob` says so."""
     return {"renormalize": _renormalize(config)}
-
-
-def _raw_softmax(config: Any) -> Options:
-    """Softmax over all experts, the best k, never renormalised."""
-    return {"renormalize": "no"}
 
 
 def _p_norm(config: Any) -> Options:
@@ -48,35 +49,16 @@ def _p_norm(config: Any) -> Options:
     return {"renormalize": "no"} if order is None else {"renormalize": "before_drop", "norm_order": float(order)}
 
 
-def _selected_softmax(config: Any) -> Options:
-    """The best k logits, softmax over these."""
-    return {"score_after": True, "renormalize": "no"}
-
-
-def _biased_selected_softmax(config: Any) -> Options:
-    """The same with a bias in the router's linear map."""
-    return {**_selected_softmax(config), "router_bias": True}
-
-
-def _selected_sigmoid(config: Any) -> Options:
-    """The best k logits, each through a sigmoid."""
-    return {"score_after": True, "score_function": "sigmoid", "renormalize": "no"}
-
-
 def _selected_by_config(config: Any) -> Options:
     """The best k logits, then softmax, or sigmoids that are renormalised where asked."""
     if config.expert_selection_fn == "softmax":
-        return _selected_softmax(config)
+        return _SELECTED
     return {"score_after": True, "score_function": "sigmoid", "renormalize": _renormalize(config)}
 
 
-def _scaled_experts(config: Any) -> Options:
-    """Normalised input, softmax, the best k renormalised, times a learned scale an expert."""
-    return {"renormalize": "before_drop", "input_norm": True, "per_expert_scale": True}
-
-
 def _groups(config: Any, score: str) -> Options:
-    return {"expert_groups": config.n_group, "top_groups": config.topk_group, "group_score": score}
+    groups = config.n_group or 1
+    return {"expert_groups": groups, "top_groups": config.topk_group or groups, "group_score": score}
 
 
 def _group_limited_softmax(config: Any) -> Options:
@@ -150,7 +132,7 @@ def _ernie(config: Any) -> Options:
 
 
 def _privacy_filter(config: Any) -> Options:
-    return {**_biased_selected_softmax(config), "scaling_factor": 1 / config.num_experts_per_tok}
+    return {**_SELECTED, "router_bias": True, "scaling_factor": 1 / config.num_experts_per_tok}
 
 
 def _flint(config: Any) -> Options:
@@ -175,22 +157,25 @@ def _scored_by_config(config: Any) -> Options:
 
 RULES: dict[str, Callable[[Any], Options]] = {
     **dict.fromkeys(
-        ["mixtral", "minimax", "hunyuan_v1_moe", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe"], _softmax
+        ["mixtral", "minimax", "hunyuan_v1_moe", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe"],
+        _always(renormalize="before_drop"),
     ),
-    **dict.fromkeys(["gemma4", "diffusion_gemma"], _scaled_experts),
+    **dict.fromkeys(
+        ["gemma4", "diffusion_gemma"], _always(renormalize="before_drop", input_norm=True, per_expert_scale=True)
+    ),
     **dict.fromkeys(
         ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen4_exp", "olmoe", "flex_olmo", "mellum", "lara_mini"],
         _softmax_if_asked,
     ),
-    "jamba": _raw_softmax,
+    "jamba": _always(renormalize="no"),
     "dbrx": _p_norm,
     **dict.fromkeys(
-        ["granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "aria", "jetmoe"], _selected_softmax
+        ["granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "aria", "jetmoe"], _always(**_SELECTED)
     ),
-    "gpt_oss": _biased_selected_softmax,
+    "gpt_oss": _always(**_SELECTED, router_bias=True),
     "openai_privacy_filter": _privacy_filter,
     "cohere2_moe": _selected_by_config,
-    "llama4": _selected_sigmoid,
+    "llama4": _always(**_SELECTED, score_function="sigmoid"),
     **dict.fromkeys(["deepseek_v2", "deepseek_ocr2", "unlimited_ocr"], _group_limited_softmax),
     "mistral4": _grouped_softmax,
     "mistral_large4": lambda config: {**_grouped_softmax(config), "renormalize": "before_drop"},
@@ -239,7 +224,7 @@ def topk_options(config: Any) -> Options:
         config: of a mixture-of-experts model, or of its text part.
 
     Raises:
-        ValueError: where the family is unknown, or its rule is not a top-k rule.
+        UserError: where the family is unknown, or its rule is not a top-k rule.
 
     >>> from transformers import Qwen3MoeConfig
     >>> topk_options(Qwen3MoeConfig(num_experts_per_tok=4))["top_k"]
@@ -249,156 +234,132 @@ def topk_options(config: Any) -> Options:
     for suffix in ("_text", "_thinker", "_talker", "_language"):
         family = family.removesuffix(suffix)
     if family in NOT_TOP_K:
-        raise ValueError(f"{family} does not route by a top-k rule: {NOT_TOP_K[family]}")
+        raise UserError(f"{family} does not route by a top-k rule: {NOT_TOP_K[family]}")
     if family not in RULES:
-        raise ValueError(f"the routing rule of {family!r} is not known; known: {', '.join(sorted(RULES))}")
+        raise UserError(f"the routing rule of {family!r} is not known; known: {', '.join(sorted(RULES))}")
     top_k = next((getattr(config, name) for name in _TOP_K_FIELDS if getattr(config, name, None)), None)
     if top_k is None:
-        raise ValueError(f"the configuration of {family} has none of the fields {', '.join(_TOP_K_FIELDS)}")
+        raise UserError(f"the configuration of {family} has none of the fields {', '.join(_TOP_K_FIELDS)}")
     return {"top_k": top_k, **RULES[family](config)}
 
 
-TRAINING_ONLY = frozenset(
-    {
-        "balance_choices",
-        "bias_update_rate",
-        "importance_loss",
-        "init_scale",
-        "input_dropout",
-        "policy",
-        "sequence_balance_loss",
-        "z_loss",
-    }
-)
-"""Options of routers that no family has a field for and that leave a model in evaluation as it is."""
-
-_NEGLIGIBLE = 1e-20
-"""What DeepSeek-V3 itself adds to a sum of weights before it divides by it."""
+_TRAINING_ONLY = (
+    "balance_choices", "bias_update_rate", "dropout", "importance_loss", "init_scale", "input_dropout", "jitter",
+    "load_balancing_loss", "policy", "sequence_balance_loss", "z_loss",
+)  # fmt: skip
+"""Options of a layer and its router that leave a model in evaluation as it is."""
 
 
-def router_of(family: Family, config: PreTrainedConfig) -> tuple[str, dict[str, Any]]:
-    """The name and the options of the router that routes as a sparse model's configuration says.
+def router_of(config: Any) -> tuple[str, Options]:
+    """The name and the options of the router that routes, and learns, as a family's configuration says.
 
     Raises:
-        ValueError: where there is none.
+        UserError: where there is none.
     """
-    top_k = config.num_experts_per_tok
-    normalises = config.norm_topk_prob if family.optional_norm else True
-    if normalises and top_k == 1:
-        raise ValueError(
-            f"{family.name} with one expert a token weighs it by the constant 1, through which no router learns: take "
-            "a model with num_experts_per_tok of 2 or more, or norm_topk_prob=false where the family has it"
+    options = topk_options(config)
+    if options["top_k"] == 1 and options["renormalize"] != "no":
+        raise UserError(
+            f"{config.model_type} with one expert a token weighs it by the constant 1, through which no router learns: "
+            "take a model with num_experts_per_tok of 2 or more, or norm_topk_prob=false where the family has it"
         )
-    options: dict[str, Any] = {"top_k": top_k, "renormalize": "before_drop" if normalises else "no"}
-    if family.sigmoid:
-        groups = config.n_group or 1
-        options |= {"expert_groups": groups, "top_groups": config.topk_group or groups}
-        return "deepseek", options | {"scaling_factor": config.routed_scaling_factor}
+    if options.get("selection_bias"):
+        return "deepseek", options
     options["load_balancing_loss"] = config.router_aux_loss_coef
     if getattr(config, "router_jitter_noise", 0.0):
         options["jitter"] = config.router_jitter_noise
     return "topk", options
 
 
-def routing_fields(family: Family, router: Router) -> dict[str, Any]:
-    """The fields of a family's configuration that route as a router does.
+def routing_fields(family: str, router: Router) -> dict[str, Any]:
+    """The fields of a family's configuration that route, and go on learning, as a router does.
+
+    Args:
+        family: its model_type.
+        router: of a layer.
 
     Raises:
-        ValueError: where the family cannot, saying why and what to change.
+        UserError: where the family cannot, saying why and what to change.
     """
     if type(router) not in (TopK, DeepSeek, Switch):
-        raise ValueError(
-            f"{family.name} routes each token to its top k experts, which {type(router).__name__} does not: keep "
-            "Shunter's own format, or train with the router topk"
+        raise UserError(
+            f"{family} routes each token to its top k experts, which {type(router).__name__} does not: keep Shunter's "
+            "own format, or train with the router topk"
         )
     assert isinstance(router, TopK)
-    for holds, why in _RULES:
-        if not holds(router):
-            raise ValueError(f"{family.name} {why(router)}")
-    _check_scores(family, router)
-    fields: dict[str, Any] = {"num_experts_per_tok": router.top_k}
+    config = AutoConfig.for_model(family)
     renormalised = router.renormalize != "no" or (router.score_function == "softmax" and router.score_after)
-    if family.optional_norm:
-        fields["norm_topk_prob"] = renormalised
-    elif not renormalised:
-        raise ValueError(
-            f"{family.name} always divides a token's weights by their sum; the router has renormalize='no': train with "
+    for misfit in _misfits(router, topk_options(config)):
+        raise UserError(f"{family} {misfit}")
+    if not renormalised and not hasattr(config, "norm_topk_prob"):
+        raise UserError(
+            f"{family} always divides a token's weights by their sum; the router has renormalize='no': train with "
             "renormalize='before_drop'"
         )
-    if family.sigmoid:
-        return fields | {
-            "n_group": router.expert_groups,
-            "topk_group": router.top_groups,
-            "routed_scaling_factor": router.scaling_factor,
-        }
-    fields["router_aux_loss_coef"] = router.coefficients["load_balancing_loss"]
-    if family.name == "mixtral":
-        fields["router_jitter_noise"] = router.jitter
-    return fields
+    fields = {
+        "num_experts_per_tok": router.top_k,
+        "norm_topk_prob": renormalised,
+        "n_group": router.expert_groups,
+        "topk_group": router.top_groups,
+        "routed_scaling_factor": router.scaling_factor,
+        "router_aux_loss_coef": router.coefficients["load_balancing_loss"],
+        "router_jitter_noise": router.jitter,
+    }
+    return {name: value for name, value in fields.items() if hasattr(config, name)}
 
 
-def _check_scores(family: Family, router: TopK) -> None:
-    function = "sigmoid" if family.sigmoid else "softmax"
+def left_behind(family: str, options: Options) -> list[str]:
+    """The options of a layer in force that a family's configuration has no field for; all are of training alone."""
+    config = AutoConfig.for_model(family)
+    kept = {"load_balancing_loss": "router_aux_loss_coef", "jitter": "router_jitter_noise"}
+    lost = [name for name in _TRAINING_ONLY if not hasattr(config, kept.get(name, ""))]
+    return [f"{name}={options[name]}" for name in lost if options.get(name)]
+
+
+def _misfits(router: TopK, rule: Options) -> Iterator[str]:
+    """What a router does otherwise than a family, whose rule is given, could say; and what to change."""
+    if router.capacity_factor is not None:
+        yield (
+            f"drops no token; the router has capacity_factor={router.capacity_factor}: set capacity_factor to null in "
+            "the options of every layer of config.shunter, and evaluate the model so before you export it"
+        )
+    if router.bias is not None or router.input_scale is not None:
+        yield "has a plain matrix as its router: train with router_bias=False and input_norm=False"
+    if router.logit_scale != 1 or router.logit_cap is not None:
+        yield "leaves the logits as they are: train with logit_scale=1 and logit_cap=None"
+    if router.expert_scale is not None:
+        yield "has no learned scale for each expert: train with per_expert_scale=False"
+    if router.norm_order != 1 or max(router.norm_eps, router.norm_min) > _NEGLIGIBLE:
+        yield "divides weights by their plain sum: train with norm_order=1, norm_eps=0 and norm_min=0"
+    function, biased = rule.get("score_function", "softmax"), rule.get("selection_bias", False)
     if router.score_function != function:
-        raise ValueError(
-            f"{family.name} scores by {function}, the router by {router.score_function}: train with "
-            f"score_function={function!r}"
+        yield f"scores by {function}, the router by {router.score_function}: train with score_function={function!r}"
+    if (router.selection_bias is not None) != biased:
+        yield (
+            f"{'needs a' if biased else 'has no'} selection bias; the router has selection_bias={not biased}: train "
+            f"with selection_bias={biased}"
         )
-    if (router.selection_bias is not None) != family.sigmoid:
-        raise ValueError(
-            f"{family.name} {'needs a' if family.sigmoid else 'has no'} selection bias; the router has "
-            f"selection_bias={router.selection_bias is not None}: train with selection_bias={family.sigmoid}"
-        )
-    if family.sigmoid:
-        if router.score_after:
-            raise ValueError(f"{family.name} selects by scores, the router by logits: train with score_after=False")
-        small = router.num_experts // router.expert_groups < 2
-        if router.top_groups < router.expert_groups and (router.group_score != "top2_sum" or small):
-            raise ValueError(
-                f"{family.name} ranks groups by the sum of their best two experts: train with group_score='top2_sum' "
-                "and at least two experts a group"
-            )
-        if router.top_groups < router.expert_groups and router.outside_score is not None:
-            raise ValueError(
-                f"{family.name} takes no expert outside a token's groups; the router has outside_score="
-                f"{router.outside_score}: train with outside_score=None"
-            )
-        return
+    # The largest logits have the largest scores, but not when a bias is added to either.
+    if biased and router.score_after:
+        yield "selects by scores, the router by logits: train with score_after=False"
     if router.top_groups < router.expert_groups:
-        raise ValueError(f"{family.name} has no groups of experts: train with expert_groups=1")
-    if router.scaling_factor != 1:
-        raise ValueError(
-            f"{family.name} does not scale a token's weights; the router has scaling_factor={router.scaling_factor}: "
-            "train with scaling_factor=1"
+        if "expert_groups" not in rule:
+            yield "has no groups of experts: train with expert_groups=1"
+        elif router.group_score != rule["group_score"] or router.num_experts // router.expert_groups < 2:
+            yield (
+                "ranks groups by the sum of their best two experts: train with group_score='top2_sum' and at least "
+                "two experts a group"
+            )
+        elif router.outside_score is not None:
+            yield (
+                f"takes no expert outside a token's groups; the router has outside_score={router.outside_score}: train "
+                "with outside_score=None"
+            )
+    if router.scaling_factor != 1 and "scaling_factor" not in rule:
+        yield (
+            f"does not scale a token's weights; the router has scaling_factor={router.scaling_factor}: train with "
+            "scaling_factor=1"
         )
 
 
-_Holds = Callable[[TopK], bool]
-
-_Why = Callable[[TopK], str]
-
-_RULES: list[tuple[_Holds, _Why]] = [
-    (
-        lambda r: r.capacity_factor is None,
-        lambda r: (
-            f"drops no token; the router has capacity_factor={r.capacity_factor}: set capacity_factor to null in "
-            "config.shunter, and evaluate the model so before you export it"
-        ),
-    ),
-    (
-        lambda r: r.bias is None and r.input_scale is None,
-        lambda r: "has a plain matrix as its router: train with router_bias=False and input_norm=False",
-    ),
-    (
-        lambda r: r.logit_scale == 1 and r.logit_cap is None,
-        lambda r: "leaves the logits as they are: train with logit_scale=1 and logit_cap=None",
-    ),
-    (
-        lambda r: r.expert_scale is None,
-        lambda r: "has no learned scale for each expert: train with per_expert_scale=False",
-    ),
-    (
-        lambda r: r.norm_order == 1 and r.norm_eps <= _NEGLIGIBLE and r.norm_min <= _NEGLIGIBLE,
-        lambda r: "divides weights by their plain sum: train with norm_order=1, norm_eps=0 and norm_min=0",
-    ),
-]
+_NEGLIGIBLE = 1e-20
+"""What DeepSeek-V3 itself adds to a sum of weights before it divides by it."""

@@ -1,8 +1,9 @@
-"""Make a dense Hugging Face model sparse."""
+"""A dense Hugging Face model made sparse: its feed-forward blocks replaced by `MoE` layers, which its config names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,13 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import routers
+from ..errors import UserError
 from ..experts.weights import STACKED
-from ..moe import MoE
+from ..moe import MoE, moe_layers
 from ..routers import Router
 from .blocks import FeedForward, find_feed_forwards
 from .hooks import install
 
-__all__ = ["choose_blocks", "sparsify"]
+__all__ = ["choose_blocks", "describe_layers", "make_layers", "options_of", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -66,58 +68,123 @@ def sparsify(
 
     Source: Fedus et al. 2022, section 2.1 and figure 1; `every`: section 3.3.
     """
-    name = router if isinstance(router, str) else next((n for n in routers.names() if routers.find(n) is router), None)
-    if name is None:
-        raise ValueError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
+    name = router if isinstance(router, str) else _name_of(router)
     if init not in ("scratch", "copy"):
-        raise ValueError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
+        raise UserError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
     if init == "copy" and num_shared_experts:
-        raise ValueError("sparsify: copies beside a shared expert would not compute what the dense block does")
+        raise UserError("sparsify: copies beside a shared expert would not compute what the dense block does")
     known = routers.options(name)
     if "vocab_size" in known and options.get("vocab_size") is None:
         options["vocab_size"] = model.config.get_text_config().vocab_size
-    chosen = choose_blocks(find_feed_forwards(model), every, layers)
     made = []
-    for block in chosen:
+    for block in choose_blocks(find_feed_forwards(model), every, layers):
         width = block.hidden if hidden is None else hidden
         if init == "copy" and width != block.hidden:
-            raise ValueError(f"sparsify: init='copy' keeps the dense width {block.hidden}; leave hidden out")
-        moe = MoE(
-            block.dim,
-            width,
-            num_experts,
-            name,
-            backend,
+            raise UserError(f"sparsify: init='copy' keeps the dense width {block.hidden}; leave hidden out")
+        moe = _make(
+            block,
+            hidden=width,
+            num_experts=num_experts,
+            router=name,
+            backend=backend,
             activation=block.activation,
             bias=block.up_bias is not None or block.down_bias is not None,
             num_shared_experts=num_shared_experts,
             dropout=block.dropout,
             causal=_is_causal(model, block) and not allow_leak,
-            device=block.up.device,
-            dtype=block.up.dtype,
-            **options,
+            options=options,
         )
         _initialise(moe, block, init)
-        made.append(moe.train(model.training))
-    for block, moe in zip(chosen, made, strict=True):
-        model.set_submodule(block.path, moe)
+        made.append((block, moe))
+    _put(model, made)
+    return model
+
+
+def make_layers(model: PreTrainedModel, layers: Iterable[dict[str, Any]]) -> None:
+    """Replace blocks of a dense model as `describe_layers` said that its sparse form is, in place; nothing is drawn.
+
+    Raises:
+        UserError: where an entry names no block of the model.
+        KeyError, TypeError, ValueError: where it describes no layer.
+    """
+    blocks = {block.path: block for stack in find_feed_forwards(model) for block in stack}
+    made = []
+    for entry in layers:
+        block = blocks.pop(entry["name"], None)
+        if block is None:
+            raise UserError(f"{type(model).__name__} has no feed-forward block {entry['name']!r}")
+        made.append((block, _make(block, **{key: value for key, value in entry.items() if key != "name"})))
+    _put(model, made)
+
+
+def _make(block: FeedForward, *, options: dict[str, Any], **sizes: Any) -> MoE:
+    moe = MoE(block.dim, **sizes, device=block.up.device, dtype=block.up.dtype, **options)
+    saved = {key: value for key, value in options.items() if key not in moe.router.unsaved_options}
+    vars(moe.router).setdefault("options", saved)
+    return moe
+
+
+def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]]) -> None:
+    for block, moe in made:
+        model.set_submodule(block.path, moe.train(model.training))
         if block.second is not None:
             model.set_submodule(block.second, nn.Identity())
-    unsaved = routers.find(name).unsaved_options
-    model.config.shunter = {
-        "num_experts": num_experts,
-        "router": name,
-        "every": every,
-        "hidden": hidden,
-        "backend": backend,
-        "num_shared_experts": num_shared_experts,
-        "allow_leak": allow_leak,
-        **({} if layers is None else {"layers": list(layers)}),
-        "layout": STACKED,
-        **{key: value for key, value in options.items() if key not in unsaved},
-    }
+    model.config.shunter = describe_layers(model)
+    vars(model)["save_pretrained"] = partial(_save, model)  # of the instance: what is copied or pickled keeps it
     install(model)
-    return model
+
+
+def _save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """Save as transformers does, with the layers as they are now in the configuration."""
+    model.config.shunter = describe_layers(model)
+    type(model).save_pretrained(model, *args, **kwargs)
+
+
+def describe_layers(model: nn.Module) -> dict[str, Any]:
+    """What config.json says of a model's sparse layers, as they are: the layout, and a layer's sizes and router each.
+
+    Raises:
+        UserError: for a layer that these words do not describe.
+    """
+    entries = []
+    for name, layer in moe_layers(model).items():
+        if not isinstance(layer, MoE):
+            raise UserError(f"{name} is a {type(layer).__name__}; only layers of MoE can be saved within a model")
+        experts, shared = layer.experts, layer.shared_experts
+        entry = {
+            "name": name,
+            "num_experts": layer.num_experts,
+            "hidden": experts.hidden,
+            "activation": experts.activation,
+            "bias": experts.weights.up_bias is not None,
+            "num_shared_experts": 0 if shared is None else shared.hidden // experts.hidden,
+            "dropout": layer.dropout.p,
+            "backend": experts.backend,
+            "recompute": experts.recompute,
+            "router": _name_of(type(layer.router)),
+            "options": options_of(layer),
+        }
+        entries.append(entry)
+    return {"layout": STACKED, "layers": entries}
+
+
+def options_of(layer: MoE) -> dict[str, Any]:
+    """The options that a layer's router was made with, but for those whose effect is in the state dict.
+
+    Raises:
+        UserError: where it does not tell.
+    """
+    options: dict[str, Any] | None = vars(layer.router).get("options")
+    if options is None:
+        raise UserError(f"the options of a {type(layer.router).__name__} are not known; make its layer by sparsify")
+    return options
+
+
+def _name_of(router: type[Router]) -> str:
+    for name in routers.names():
+        if routers.find(name) is router:
+            return name
+    raise UserError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
 
 
 def choose_blocks(
@@ -129,17 +196,17 @@ def choose_blocks(
         ValueError: where that leaves none, or a stack has no such block.
     """
     if every < 1:
-        raise ValueError(f"sparsify: every={every} must be at least 1")
+        raise UserError(f"sparsify: every={every} must be at least 1")
     if layers is None:
         chosen = [block for stack in stacks for block in stack[every - 1 :: every]]
         if not chosen:
-            raise ValueError(f"sparsify: every={every} leaves no block to replace")
+            raise UserError(f"sparsify: every={every} leaves no block to replace")
         return chosen
     shortest = min(map(len, stacks))
     if every != 1:
-        raise ValueError("sparsify: layers and every both say which blocks are replaced; give one")
+        raise UserError("sparsify: layers and every both say which blocks are replaced; give one")
     if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0 or layers[-1] >= shortest:
-        raise ValueError(f"sparsify: layers={list(layers)} must be increasing numbers from 0 to {shortest - 1}")
+        raise UserError(f"sparsify: layers={list(layers)} must be increasing numbers from 0 to {shortest - 1}")
     return [stack[i] for stack in stacks for i in layers]
 
 

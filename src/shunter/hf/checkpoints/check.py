@@ -1,4 +1,4 @@
-"""Whether two folders hold models that compute the same, measured on logits."""
+"""Two model folders to the difference of their logits, beside what rounding alone does."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...errors import UserError
 from .loading import load_folder
 
 __all__ = ["compare_logits", "probe"]
-
-_WIDER = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float64,
-    torch.float64: torch.float64,
-}
 
 TOLERANCE = 8
 """How many times the dense model's own rounding error the difference may be (root mean square)."""
@@ -29,7 +23,7 @@ def probe(model: PreTrainedModel, length: int = 32) -> dict[str, Tensor]:
     """Random input for a model: token ids, also for the decoder, or an image.
 
     Raises:
-        ValueError: for a model that takes something else.
+        UserError: for a model that takes something else.
     """
     config: PreTrainedConfig = model.config
     generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
@@ -38,7 +32,7 @@ def probe(model: PreTrainedModel, length: int = 32) -> dict[str, Tensor]:
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(1, config.num_channels, height, width, generator=generator)}
     if model.main_input_name != "input_ids":
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} takes {model.main_input_name}, for which there is no check; leave the check out"
         )
     ids = torch.randint(config.get_text_config().vocab_size, (2, length), generator=generator)
@@ -66,14 +60,14 @@ def compare_logits(reference: Path, other: Path, dtype: torch.dtype, *, exact: b
         max_difference and rms_difference of the logits, max_rounding and rms_rounding of the first model, rms_logits.
 
     Raises:
-        ValueError: where `exact` and the difference is beyond rounding.
+        UserError: where `exact` and the difference is beyond rounding.
     """
     model: Any = load_folder(reference, dtype=dtype)
     inputs = probe(model)
     ours = _logits(model, inputs)
     if hasattr(model, "set_experts_implementation") and getattr(model.config, "shunter", None) is None:
         model.set_experts_implementation("eager")  # torch's grouped product does not know float64
-    wide = _logits(model.to(_WIDER[dtype]), inputs)
+    wide = _logits(model.to(torch.float32 if dtype.itemsize < 4 else torch.float64), inputs)
     del model
     gc.collect()
     theirs = _logits(load_folder(other, dtype=dtype), inputs)
@@ -88,7 +82,7 @@ def compare_logits(reference: Path, other: Path, dtype: torch.dtype, *, exact: b
     # A float64 model has nothing wider; a tiny one can round to the same logits.
     floor = torch.finfo(dtype).eps * found["rms_logits"]
     if exact and not found["rms_difference"] <= TOLERANCE * max(found["rms_rounding"], floor):
-        raise ValueError(
+        raise UserError(
             f"the logits differ by {found['rms_difference']:.3g} (root mean square), and rounding in {dtype} explains "
             f"{found['rms_rounding']:.3g}: the function was not kept"
         )

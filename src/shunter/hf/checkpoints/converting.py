@@ -1,81 +1,105 @@
-"""One model folder made of another, tensor by tensor, with a receipt of what became of each."""
+"""One model folder made of another: a plan of its tensors, carried out one by one, checked, and kept account of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...environment import Memory
+from ...environment import VERSION, Memory
+from .check import compare_logits
 from .reading import Checkpoint, Stored
-from .writing import Writer
+from .writing import Writer, copy_companions, new_folder
 
-__all__ = ["Transfer", "describe_check", "megabytes"]
+__all__ = ["Plan", "convert", "describe", "loader_of", "megabytes"]
 
 
-class Transfer:
-    """Writes a new folder's tensors and keeps account of the old one's.
+@dataclass(frozen=True)
+class Plan:
+    """What a new folder will hold, and what becomes of each tensor of the old one.
 
     Args:
-        source: the tensors of the old folder, each of which must be accounted for.
-        unused: names there that the model has no use for.
-        folder: the new folder.
-        specs: name in the new folder -> dtype and shape.
-        max_shard_bytes: of a file.
-        memory: notes the peak with every tensor.
-
-    Attributes:
+        source: the old folder's tensors.
+        config: the new folder's configuration.
+        tensors: name in the new folder -> dtype and shape.
         became: name in the old folder -> {"how": in words, "to": names in the new folder}.
         new: name of a tensor that comes from none of the old ones -> in words.
+        values: a tensor's name, how many of its elements come before these, and these; made when they are asked for.
+        facts: further entries of the receipt.
+        check_dtype: what both models are compared in.
+        exact: whether the new model must compute what the old one does.
     """
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        unused: Sequence[str],
-        folder: Path,
-        specs: Mapping[str, Stored],
-        max_shard_bytes: int,
-        memory: Memory,
-    ) -> None:
-        self._source = source
-        self._writer = Writer(folder, specs, max_shard_bytes)
-        self._memory = memory
-        self.became: dict[str, dict[str, Any]] = {name: {"how": "unused by the model", "to": []} for name in unused}
-        self.new: dict[str, str] = {}
+    source: Checkpoint
+    config: Any
+    tensors: dict[str, Stored]
+    became: dict[str, dict[str, Any]]
+    new: dict[str, str]
+    values: Iterable[tuple[str, int, Tensor]]
+    facts: dict[str, Any]
+    check_dtype: torch.dtype
+    exact: bool
 
-    def write(self, name: str, tensor: Tensor, offset: int = 0) -> None:
-        """Put the elements of a tensor into the new tensor `name`, from element `offset` on."""
-        self._memory.note()
-        self._writer.write(name, tensor, offset)
 
-    def write_new(self, name: str, tensor: Tensor, words: str) -> None:
-        """Write a tensor that comes from none of the old ones."""
-        self.write(name, tensor)
-        self.new[name] = words
+def convert(verb: str, plan: Plan, out: Path, memory: Memory, check: bool, max_shard_bytes: int) -> dict[str, Any]:
+    """Carry out a plan: `out` appears when it is whole and its receipt.json is written, or not at all.
 
-    def account(self, name: str, how: str, to: Sequence[str]) -> None:
-        """Note what became of a tensor of the old folder."""
-        self.became[name] = {"how": how, "to": list(dict.fromkeys(to))}
+    Args:
+        verb: of the command line, for the receipt.
+        plan: what is to be done.
+        out: the new folder.
+        memory: notes the peak with every tensor.
+        check: whether to load both models and compare their logits.
+        max_shard_bytes: of a file.
 
-    def finish(self) -> None:
-        """Make sure that every byte was written once, and that no tensor of the old folder is left over."""
-        self._writer.finish()
-        left_over = set(self._source.tensors) - set(self.became)
-        if left_over:
-            raise RuntimeError(f"{len(left_over)} tensors were left over, the first is {min(left_over)!r}; report this")
+    Returns:
+        The receipt.
+
+    Raises:
+        UserError: where `out` exists, the disk is full, a tensor cannot be read, or the models compute differently.
+    """
+    left_over = set(plan.source.tensors) - set(plan.became)
+    if left_over:
+        raise RuntimeError(f"{len(left_over)} tensors were left over, the first is {min(left_over)!r}; report this")
+    with new_folder(out) as folder:
+        writer = Writer(folder, plan.tensors, max_shard_bytes)
+        for name, offset, tensor in plan.values:
+            memory.note()
+            writer.write(name, tensor, offset)
+        writer.finish()
+        plan.config.save_pretrained(folder)
+        copy_companions(plan.source.folder, folder)
+        receipt = {"made_by": f"shunter {VERSION} {verb}", **plan.facts, "peak_bytes": memory.peak, "check": None}
+        if check:
+            receipt["check"] = compare_logits(plan.source.folder, folder, plan.check_dtype, exact=plan.exact)
+        receipt |= {"tensors": plan.became, "new": plan.new}
+        (folder / "receipt.json").write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+    return receipt
+
+
+def describe(receipt: Mapping[str, Any], lines: Iterable[str], other: str) -> str:
+    """A receipt in words: lines of the verb's own, and what was measured against the other model."""
+    check = receipt["check"]
+    if not check:
+        return "\n".join(lines)
+    measured = (
+        f"Logits against the {other} model: largest difference {check['max_difference']:.2g}, root mean square "
+        f"{check['rms_difference']:.2g}; rounding alone moves the first model by {check['rms_rounding']:.2g}, and its "
+        f"logits are {check['rms_logits']:.2g}."
+    )
+    return "\n".join([*lines, measured])
+
+
+def loader_of(receipt: Mapping[str, Any]) -> str:
+    """What loads the new folder."""
+    return "shunter.from_pretrained" if receipt["format"] == "shunter" else "plain transformers"
 
 
 def megabytes(size: int) -> str:
     """A number of bytes in words."""
     return f"{size / 1e6:,.1f} MB"
-
-
-def describe_check(check: Mapping[str, float]) -> str:
-    """What `compare_logits` measured, in words."""
-    return (
-        f"largest difference {check['max_difference']:.2g}, root mean square {check['rms_difference']:.2g}; rounding "
-        f"alone moves the first model by {check['rms_rounding']:.2g}, and its logits are {check['rms_logits']:.2g}."
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ...errors import UserError
 from ..blocks import FeedForward, find_feed_forwards
 from .folders import match_names, model_class, on_meta, read_config
 from .reading import Checkpoint
@@ -48,39 +50,42 @@ class Dense:
         """Read everything but the weights, and check that it fits together.
 
         Raises:
-            ValueError: naming the folder or file and what is wrong with it.
+            UserError: naming the folder or file and what is wrong with it.
         """
         checkpoint = Checkpoint(folder)
         config = read_config(folder, len(checkpoint.tensors))
         if getattr(config, "shunter", None) is not None:
-            raise ValueError(f"{folder}: is sparse already; Shunter made it")
+            raise UserError(f"{folder}: is sparse already; Shunter made it")
         kind = model_class(config, str(folder))
         model = on_meta(kind, config, folder)
         names, unused = match_names(folder, model, checkpoint.tensors)
         try:
             stacks = find_feed_forwards(model)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+            raise UserError(f"{folder}: {error}") from None
         on_disk = {name: disk for disk, name in names.items()}
         modules = {id(module): name for name, module in model.named_modules()}
         return cls(folder, checkpoint, config, model, names, unused, stacks, on_disk, modules)
 
-    def disk_names(self, block: FeedForward) -> dict[str, str]:
-        """A block's tensors on disk, by what they are: gate, up, down, gate_bias, up_bias, down_bias."""
-        found = {}
-        for part, module in zip(_part_names(block), block.linears, strict=True):
+    def _linears(self, block: FeedForward) -> Iterator[tuple[str, str, bool]]:
+        """A block's tensors: what each is, its name on disk, and whether it lies there transposed."""
+        parts = ("gate", "up", "down")[-len(block.linears) :]
+        for part, module in zip(parts, block.linears, strict=True):
             for ending, attribute in (("", "weight"), ("_bias", "bias")):
                 if getattr(module, attribute, None) is not None:
-                    found[part + ending] = self.on_disk[f"{self.modules[id(module)]}.{attribute}"]
-        return found
+                    disk = self.on_disk[f"{self.modules[id(module)]}.{attribute}"]
+                    yield part + ending, disk, isinstance(module, Conv1D) and not ending
+
+    def disk_names(self, block: FeedForward) -> dict[str, str]:
+        """A block's tensors on disk, by what they are: gate, up, down, gate_bias, up_bias, down_bias."""
+        return {part: disk for part, disk, _ in self._linears(block)}
 
     def parts(self, block: FeedForward) -> dict[str, Tensor]:
         """A block's tensors: gate and up (f, d), down (d, f), biases where it has them."""
         found = {}
-        for part, disk in self.disk_names(block).items():
+        for part, disk, transposed in self._linears(block):
             tensor = self.checkpoint.read(disk)
-            module = dict(zip(_part_names(block), block.linears, strict=True))[part.removesuffix("_bias")]
-            found[part] = tensor.T if tensor.dim() == 2 and isinstance(module, Conv1D) else tensor
+            found[part] = tensor.T if transposed else tensor
         return found
 
     def read(self, name: str) -> Tensor:
@@ -95,34 +100,30 @@ class Dense:
         """The one floating dtype of the blocks' tensors.
 
         Raises:
-            ValueError: where there are several, or one that is not floating.
+            UserError: where there are several, or one that is not floating.
         """
         found = {self.checkpoint.tensors[disk].dtype for block in blocks for disk in self.disk_names(block).values()}
         if len(found) > 1 or not next(iter(found)).is_floating_point:
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: the feed-forward blocks have dtype {kinds}; they must share a floating one"
             )
         return next(iter(found))
 
     def must_match(self, other: Dense) -> None:
-        """Raises ValueError where this is not a sibling: the same architecture, names and shapes."""
+        """Raises UserError where this is not a sibling: the same architecture, names and shapes."""
         if type(self.model) is not type(other.model):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} is a {type(self.model).__name__}, {other.folder} a {type(other.model).__name__}; "
                 "siblings have one architecture"
             )
         ours = {name: self.checkpoint.tensors[disk] for disk, name in self.names.items()}
         theirs = {name: other.checkpoint.tensors[disk] for disk, name in other.names.items()}
         for name in sorted(ours.keys() ^ theirs.keys()):
-            raise ValueError(f"{self.folder} and {other.folder}: only one of them has {name!r}; siblings have the same")
+            raise UserError(f"{self.folder} and {other.folder}: only one of them has {name!r}; siblings have the same")
         for name, stored in ours.items():
             if (stored.shape, stored.dtype) != (theirs[name].shape, theirs[name].dtype):
-                raise ValueError(
+                raise UserError(
                     f"{self.folder}: {name!r} is {list(stored.shape)} {stored.dtype}, in {other.folder} "
                     f"{list(theirs[name].shape)} {theirs[name].dtype}; siblings have the same"
                 )
-
-
-def _part_names(block: FeedForward) -> tuple[str, ...]:
-    return ("gate", "up", "down") if len(block.linears) == 3 else ("up", "down")

@@ -1,4 +1,4 @@
-"""Between Shunter's own format and the sparse families that transformers itself loads, bit for bit, both ways.
+"""A sparse model in one format to the same in another, bit for bit: Shunter's own, and those of transformers' families.
 
 Tensors pass one by one. Where each expert's matrices lie is named by a layout, which the receipt tags; nothing is
 guessed from shapes.
@@ -6,56 +6,25 @@ guessed from shapes.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...environment import VERSION, Memory
-from ...experts.weights import STACKED
-from ...moe import MoE, RoutedLayer, moe_layers
-from ..rules import TRAINING_ONLY, router_of
-from ..sparsifying import sparsify
-from .check import compare_logits
-from .converting import Transfer, describe_check, megabytes
-from .folders import local_folder, match_names, model_class, on_meta, read_config
-from .layouts import SPLIT, Key, Piece, Sizes, split_pieces, stacked_pieces
-from .loading import make_dense, skeleton, split_layers
-from .native import FAMILIES, Family, family_for
+from ...environment import Memory
+from ...errors import UserError
+from . import converting
+from .converting import Plan, convert, loader_of, megabytes
+from .folders import local_folder, match_names, model_class, read_config
+from .formats import OWN, Format, find, made_here
+from .layouts import Form, layers_of
+from .native import FAMILIES, family_for
 from .reading import Checkpoint, Stored
-from .writing import copy_companions, new_folder
 
 __all__ = ["describe", "export"]
-
-Pieces = list[dict[Key, Piece]]
-"""Of each sparse layer, where its matrices and vectors lie."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be written.
-
-    Args:
-        model: the model in Shunter's form, without memory.
-        format: of the result, and with it `layout`.
-        source_format: likewise of the source.
-        config: of the result.
-        source, target: where the pieces lie, layer by layer.
-        left_behind: options of the router that the result has no field for; none of them changes the function.
-    """
-
-    model: PreTrainedModel
-    source_format: str
-    source_layout: str
-    format: str
-    layout: str
-    config: PreTrainedConfig
-    source: Pieces
-    target: Pieces
-    left_behind: list[str]
 
 
 def export(
@@ -85,215 +54,124 @@ def export(
         measured difference.
 
     Raises:
-        ValueError: where the family cannot express the routing or the experts (saying why and what to change), for
+        UserError: where the family cannot express the routing or the experts (saying why and what to change), for
             damaged folders and an `out` that exists; nothing is left behind.
     """
     memory = Memory()
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
     config = read_config(folder, len(checkpoint.tensors))
-    if to not in ("auto", "shunter", *FAMILIES):
-        raise ValueError(f"export: to={to!r} is unknown; choose from auto, shunter, {', '.join(FAMILIES)}")
-    made_here = getattr(config, "shunter", None) is not None
-    plan = (_to_family if made_here else _to_shunter)(folder, checkpoint, config, to)
-    names, unused = _match(folder, checkpoint, plan)
-    specs = {name: checkpoint.tensors[disk] for disk, name in names.items()} | _specs(checkpoint, plan)
-    with new_folder(Path(out)) as partial:
-        transfer = Transfer(checkpoint, unused, partial, specs, max_shard_bytes, memory)
-        for disk, name in names.items():
-            transfer.write(name, checkpoint.read(disk))
-            transfer.account(disk, "copied", [name])
-        for source, target in zip(plan.source, plan.target, strict=True):
-            _move(checkpoint, transfer, source, target)
-        transfer.finish()
-        plan.config.save_pretrained(partial)
-        copy_companions(folder, partial)
-        receipt: dict[str, Any] = {
-            "made_by": f"shunter {VERSION} export",
-            "from": plan.source_format,
-            "from_layout": plan.source_layout,
-            "format": plan.format,
-            "layout": plan.layout,
-            "left_behind": plan.left_behind,
-            "bytes": sum(stored.nbytes for stored in specs.values()),
-            "peak_bytes": memory.peak,
-            "check": None,
-            "tensors": transfer.became,
-            "new": transfer.new,
-        }
-        if check:
-            widest = max((s.dtype for s in specs.values() if s.dtype.is_floating_point), key=lambda d: d.itemsize)
-            dtype = torch.promote_types(widest, torch.float32)
-            receipt["check"] = compare_logits(folder, partial, dtype, exact=True)
-        (partial / "receipt.json").write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
-    return receipt
+    source = _format_of(config, folder)
+    target = _target(source, config, folder, to)
+    sparse, here = source.read(checkpoint, config)
+    try:
+        there = target.write(sparse)
+    except ValueError as error:
+        raise UserError(f"export: cannot write {target.name}: {error}") from None
+    plan = _plan(checkpoint, sparse, here, there)
+    return convert("export", plan, Path(out), memory, check, max_shard_bytes)
 
 
 def describe(receipt: dict[str, Any]) -> str:
     """A receipt of `export` in words."""
-    loader = "shunter.from_pretrained" if receipt["format"] == "shunter" else "plain transformers"
     lines = [
-        f"{receipt['from']} as {receipt['format']}; {loader} loads it.",
+        f"{receipt['from']} as {receipt['format']}; {loader_of(receipt)} loads it.",
         f"Tensors: {len(receipt['tensors'])} accounted for, bit for bit (receipt.json); {megabytes(receipt['bytes'])}, "
         f"peak memory of the conversion {megabytes(receipt['peak_bytes'])}.",
     ]
     if receipt["left_behind"]:
         lines.append(f"Of training alone, and without a field there: {', '.join(receipt['left_behind'])}.")
-    if receipt["check"]:
-        lines.append(f"Logits against the first model: {describe_check(receipt['check'])}")
-    return "\n".join(lines)
+    return converting.describe(receipt, lines, "first")
 
 
-def _to_family(folder: Path, checkpoint: Checkpoint, config: PreTrainedConfig, to: str) -> _Plan:
-    if to == "shunter":
-        raise ValueError(f"export: {folder} is in Shunter's format already; leave `to` out, or name a family")
-    model = skeleton(config, folder)
-    try:
-        family = family_for(config, type(model).__name__)
-    except ValueError as error:
-        raise ValueError(f"export: {folder} stays in Shunter's format: {error}") from None
-    if to not in ("auto", family.name):
-        raise ValueError(f"export: a {config.model_type} model continues as {family.name}, not as {to}")
-    layers = moe_layers(model)
-    numbers, first = [int(path.split(".")[-2]) for path in layers], next(iter(layers.values()))
-    sizes = _sizes(first)
-    try:
-        if sizes.bias:
-            raise ValueError(f"{family.name} has experts without biases; this model's have them: keep Shunter's format")
-        if any(_sizes(layer) != sizes for layer in layers.values()):
-            raise ValueError(f"{family.name} has layers of one size; give every layer the same hidden=")
-        shared = sizes.shared // sizes.hidden
-        target = family.sparse_config(config, sizes.experts, sizes.hidden, numbers, first.router, shared)
-    except ValueError as error:
-        raise ValueError(f"export: cannot write {family.name}: {error}") from None
-    target.architectures = [family.architecture]
-    target.dtype = config.dtype
-    target.shunter_dense = config.model_type
-    split, _ = split_layers(model, checkpoint)
-    lie = split_pieces if split else stacked_pieces
-    given = {**config.shunter, "jitter": config.shunter.get("jitter", 0)}
-    lost = TRAINING_ONLY | ({"jitter"} if family.name != "mixtral" else set())
-    lost |= {"load_balancing_loss"} if family.sigmoid else set()
-    return _Plan(
-        model,
-        "shunter",
-        SPLIT if split else STACKED,
-        family.name,
-        family.layout,
-        target,
-        [lie(path, sizes) for path in layers],
-        [family.pieces(number, sizes) for number in numbers],
-        [f"{name}={given[name]}" for name in sorted(lost & set(given)) if given[name]],
-    )
-
-
-def _to_shunter(folder: Path, checkpoint: Checkpoint, config: PreTrainedConfig, to: str) -> _Plan:
+def _format_of(config: PreTrainedConfig, folder: Path) -> Format:
+    if made_here(config):
+        return OWN
     family = FAMILIES.get(config.model_type)
     if family is None or model_class(config, str(folder)).__name__ != family.architecture:
         known = ", ".join(f.architecture for f in FAMILIES.values())
-        raise ValueError(
+        raise UserError(
             f"export: {folder} holds {(config.architectures or ['?'])[0]}, which is neither of shunter.sparsify nor of "
             f"{known}; a dense model becomes sparse with shunter upcycle"
         )
-    if to not in ("auto", "shunter"):
-        raise ValueError(f"export: {folder} is {family.name} already and goes to shunter, not to {to}")
-    layers = family.sparse_layers(config)
-    if not layers:
-        raise ValueError(f"export: {folder}: config.json leaves no layer with experts")
-    sizes = family.sizes(config)
+    return family
+
+
+def _target(source: Format, config: PreTrainedConfig, folder: Path, to: str) -> Format:
+    wanted = find(to, "export")
+    if source is not OWN:
+        if wanted not in (None, OWN):
+            raise UserError(f"export: {folder} is {source.name} already and goes to shunter, not to {to}")
+        return OWN
+    if wanted is OWN:
+        raise UserError(f"export: {folder} is in Shunter's format already; leave `to` out, or name a family")
+    architecture = model_class(config, str(folder)).__name__
     try:
-        router, options = router_of(family, config)
-        dense = family.dense_config(config)
-        kind = model_class(_with_architecture(dense, family), str(folder))
-        model = on_meta(kind, dense, folder)
-        make_dense(model)
-        some = None if len(layers) == config.num_hidden_layers else layers
-        shared = sizes.shared // sizes.hidden
-        # On the meta device: nothing is drawn.
-        with torch.device("meta"):
-            sparsify(
-                model,
-                sizes.experts,
-                router,
-                layers=some,
-                hidden=sizes.hidden,
-                num_shared_experts=shared,
-                **options,
-            )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"export: {folder} cannot be brought into Shunter's format: {error}") from None
-    model.config.architectures = [kind.__name__]
-    model.config.dtype = config.dtype
-    pieces = [stacked_pieces(path, sizes) for path in moe_layers(model)]
-    theirs = [family.pieces(number, sizes) for number in layers]
-    return _Plan(model, family.name, family.layout, "shunter", STACKED, model.config, theirs, pieces, [])
+        family = family_for(config, architecture)
+    except UserError as error:
+        raise UserError(f"export: {folder} stays in Shunter's format: {error}") from None
+    if wanted not in (None, family):
+        raise UserError(f"export: a {config.model_type} model continues as {family.name}, not as {to}")
+    return family
 
 
-def _with_architecture(dense: PreTrainedConfig, family: Family) -> PreTrainedConfig:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    dense.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[dense.model_type]]
-    return dense
+_EMPTY = "empty: there is no shared expert"
 
 
-def _sizes(layer: RoutedLayer) -> Sizes:
-    assert isinstance(layer, MoE)
-    experts, shared = layer.experts, layer.shared_experts
-    return Sizes.of(
-        layer.num_experts,
-        layer.dim,
-        experts.hidden,
-        experts.activation,
-        bias=experts.weights.up_bias is not None or experts.weights.down_bias is not None,
-        shared=0 if shared is None else shared.hidden,
-        selection_bias=getattr(layer.router, "selection_bias", None) is not None,
-    )
-
-
-def _match(folder: Path, checkpoint: Checkpoint, plan: _Plan) -> tuple[dict[str, str], list[str]]:
-    """The tensors outside the sparse layers: name on disk -> name in the model; and what the model has no use for."""
-    lying = {piece.name: piece.tensor for pieces in plan.source for piece in pieces.values()}
-    for name, shape in lying.items():
-        checkpoint.must_hold(name, shape)
-    placed = {
-        name
-        for path, layer in moe_layers(plan.model).items()
-        for name in (f"{path}.{inner}" for inner in layer.state_dict())
-    }
-    rest = {name: stored for name, stored in checkpoint.tensors.items() if name not in lying}
-    return match_names(folder, plan.model, rest, placed)
-
-
-def _specs(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Stored]:
-    """What the sparse layers' tensors will be."""
-    found: dict[str, Stored] = {}
-    for source, target in zip(plan.source, plan.target, strict=True):
+def _plan(checkpoint: Checkpoint, sparse: PreTrainedModel, here: Form, there: Form) -> Plan:
+    names, unused = _match(checkpoint, sparse, here)
+    tensors = {name: checkpoint.tensors[disk] for disk, name in names.items()}
+    became: dict[str, dict[str, Any]] = {disk: {"how": "unused by the model", "to": []} for disk in unused}
+    became |= {disk: {"how": "copied", "to": [name]} for disk, name in names.items()}
+    new = {}
+    for path, source in here.pieces.items():
+        target = there.pieces[path]
         for key, piece in target.items():
             # A width of 0 is a tensor without elements in one format and no tensor in the other.
-            dtype = checkpoint.tensors[source.get(key, source["up", 0]).name].dtype
-            spec = Stored(dtype, piece.tensor)
-            if found.setdefault(piece.name, spec) != spec:
-                raise ValueError(
+            spec = Stored(checkpoint.tensors[source.get(key, source["up", 0]).name].dtype, piece.tensor)
+            if tensors.setdefault(piece.name, spec) != spec:
+                raise UserError(
                     f"export: {piece.name} would be made of tensors of different dtypes; save the model in one"
                 )
-    return found
+            if key not in source:
+                new[piece.name] = _EMPTY
+        for key, piece in source.items():
+            entry = became.setdefault(piece.name, {"how": _EMPTY, "to": []})
+            if key in target and target[key].name not in entry["to"]:
+                entry["how"] = "moved"
+                entry["to"].append(target[key].name)
+    facts = {
+        "from": here.format,
+        "from_layout": here.layout,
+        "format": there.format,
+        "layout": there.layout,
+        "left_behind": list(there.left_behind),
+        "bytes": sum(stored.nbytes for stored in tensors.values()),
+    }
+    widest = max((s.dtype for s in tensors.values() if s.dtype.is_floating_point), key=lambda d: d.itemsize)
+    values = _values(checkpoint, names, here, there)
+    dtype = torch.promote_types(widest, torch.float32)
+    return Plan(checkpoint, there.config, tensors, became, new, values, facts, dtype, exact=True)
 
 
-def _move(checkpoint: Checkpoint, transfer: Transfer, source: dict[Key, Piece], target: dict[Key, Piece]) -> None:
-    """One layer's pieces, each read by itself."""
-    to: dict[str, list[str]] = {}
-    for key, piece in source.items():
-        names = to.setdefault(piece.name, [])
-        if key not in target:
-            continue
-        there = target[key]
-        assert there.shape == piece.shape
-        transfer.write(there.name, checkpoint.read(piece.name, piece.offset, piece.shape), there.offset)
-        names.append(there.name)
-    for name, names in to.items():
-        transfer.account(name, "moved" if names else "empty: there is no shared expert", names)
-    for key, piece in target.items():
-        if key not in source:
-            empty = torch.zeros(piece.shape, dtype=checkpoint.tensors[source["up", 0].name].dtype)
-            assert not empty.numel()
-            transfer.write_new(piece.name, empty, "empty: there is no shared expert")
+def _match(checkpoint: Checkpoint, sparse: PreTrainedModel, here: Form) -> tuple[dict[str, str], list[str]]:
+    """The tensors outside the sparse layers: name on disk -> name in the model; and what the model has no use for."""
+    lying = {piece.name: piece.tensor for pieces in here.pieces.values() for piece in pieces.values()}
+    for name, shape in lying.items():
+        checkpoint.must_hold(name, shape)
+    placed = {f"{path}.{name}" for path, layer in layers_of(sparse).items() for name in layer.state_dict()}
+    rest = {name: stored for name, stored in checkpoint.tensors.items() if name not in lying}
+    return match_names(checkpoint.folder, sparse, rest, placed)
+
+
+def _values(
+    checkpoint: Checkpoint, names: dict[str, str], here: Form, there: Form
+) -> Iterator[tuple[str, int, Tensor]]:
+    for disk, name in names.items():
+        yield name, 0, checkpoint.read(disk)
+    for path, source in here.pieces.items():
+        for key, piece in there.pieces[path].items():
+            if key in source:
+                old = source[key]
+                assert old.shape == piece.shape
+                yield piece.name, piece.offset, checkpoint.read(old.name, old.offset, old.shape)

@@ -1,4 +1,4 @@
-"""What may be believed of a model folder: its configuration, its class, which tensor is which. No code in it is run."""
+"""A model folder to what may be believed of it: configuration, class, which tensor is which. No code in it is run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from ...errors import UserError, one_line
 from .reading import Stored, read_json
 
-__all__ = ["COMPUTED", "line_of", "local_folder", "match_names", "model_class", "on_meta", "read_config"]
+__all__ = ["COMPUTED", "local_folder", "match_names", "model_class", "on_meta", "read_config"]
 
-_MOST = 2**31
-
-_MOST_LAYERS = 1000
+_MOST, _MOST_LAYERS = 2**31, 1000
 
 COMPUTED = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.attn\.(masked_)?bias$")
 """Buffers of old checkpoints that models compute themselves today."""
@@ -29,7 +28,7 @@ def local_folder(model: str | Path) -> Path:
     """The folder of a model that is given by its path, or by its name on the Hugging Face Hub.
 
     Raises:
-        ValueError: where there is neither.
+        UserError: where there is neither.
     """
     path = Path(model)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)):
@@ -40,7 +39,7 @@ def local_folder(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=wanted))
     except Exception as error:  # no network, no such model, no access
-        raise ValueError(f"{model}: no such folder, and not a model that can be downloaded: {line_of(error)}") from None
+        raise UserError(f"{model}: no such folder, and not a model that can be downloaded: {one_line(error)}") from None
 
 
 def read_config(folder: Path, num_tensors: int, quantised: bool = False) -> PreTrainedConfig:
@@ -52,19 +51,19 @@ def read_config(folder: Path, num_tensors: int, quantised: bool = False) -> PreT
         quantised: whether a model may be quantised.
 
     Raises:
-        ValueError: where it is missing, damaged, absurd, or of a model that transformers does not have.
+        UserError: where it is missing, damaged, absurd, or of a model that transformers does not have.
     """
     file = folder / "config.json"
     raw = read_json(file)
     _plausible(file, raw, num_tensors)
     if "quantization_config" in raw and not quantised:
-        raise ValueError(f"{folder}: the weights are quantised; dequantise them first")
+        raise UserError(f"{folder}: the weights are quantised; dequantise them first")
     if "transformers_weights" in raw:
-        raise ValueError(f"{file}: names other weights by transformers_weights; put them under their usual name")
+        raise UserError(f"{file}: names other weights by transformers_weights; put them under their usual name")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a hostile configuration fails in as many ways as there are fields
-        raise ValueError(f"{file}: transformers cannot use it: {line_of(error)}") from None
+        raise UserError(f"{file}: transformers cannot use it: {one_line(error)}") from None
     # Where the model's code lies, for models that transformers has itself: it is not run, and not handed on.
     vars(config).pop("auto_map", None)
     return config
@@ -74,32 +73,30 @@ def _plausible(file: Path, values: dict[str, Any], num_tensors: int) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             _plausible(file, value, num_tensors)
+        elif isinstance(value, list):
+            for entry in value:
+                _plausible(file, entry if isinstance(entry, dict) else {}, num_tensors)
         elif isinstance(value, int) and not -_MOST < value < _MOST:
-            raise ValueError(f"{file}: {name}={value} is absurd")
+            raise UserError(f"{file}: {name}={value} is absurd")
         elif isinstance(value, int) and "layer" in name and value > max(num_tensors, _MOST_LAYERS):
-            raise ValueError(f"{file}: {name}={value}, but the folder holds {num_tensors} tensors in all")
+            raise UserError(f"{file}: {name}={value}, but the folder holds {num_tensors} tensors in all")
         elif name == "num_labels" and isinstance(value, int) and value > 10**6:
-            raise ValueError(f"{file}: {name}={value} is absurd")
-
-
-def line_of(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"{file}: {name}={value} is absurd")
 
 
 def model_class(config: PreTrainedConfig, path: str) -> type[PreTrainedModel]:
     """The class of transformers that a configuration names.
 
     Raises:
-        ValueError: where there is none.
+        UserError: where there is none.
     """
     given = config.architectures
     if not isinstance(given, list) or not given or not isinstance(given[0], str):
-        raise ValueError(f"{path}: config.json names no architecture; give its class of transformers in architectures")
+        raise UserError(f"{path}: config.json names no architecture; give its class of transformers in architectures")
     name = given[0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ValueError(f"{path}: names the architecture {name!r}, which transformers does not have")
+        raise UserError(f"{path}: names the architecture {name!r}, which transformers does not have")
     return found
 
 
@@ -109,13 +106,13 @@ def on_meta(
     """The modules of a model without memory.
 
     Raises:
-        ValueError: where the configuration does not describe one.
+        UserError: where the configuration does not describe one.
     """
     try:
         with torch.device("meta"):
             return kind(config)
     except Exception as error:  # as many ways to fail as there are fields
-        raise ValueError(f"{folder}: config.json does not describe a model: {line_of(error)}") from None
+        raise UserError(f"{folder}: config.json does not describe a model: {one_line(error)}") from None
 
 
 def match_names(
@@ -130,7 +127,7 @@ def match_names(
         placed: names in the model that are accounted for otherwise.
 
     Raises:
-        ValueError: for a tensor too many, one too few and a wrong shape.
+        UserError: for a tensor too many, one too few and a wrong shape.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in placed}
     transforms = get_model_conversion_mapping(model)
@@ -142,26 +139,26 @@ def match_names(
     for disk, stored in tensors.items():
         name, converted = rename_source_key(disk, renamings, converters, model.base_model_prefix, state)
         if converted is not None:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {disk!r} is stored in a layout that transformers converts; load the model with "
                 "transformers 5, save_pretrained it and take that folder"
             )
         if name in state:
             if tuple(state[name].shape) != stored.shape:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {disk!r} has shape {list(stored.shape)}; config.json asks for {list(state[name].shape)}"
                 )
             names[disk] = name
         elif any(re.search(pattern, name) for pattern in ignored):
             unused.append(disk)
         else:
-            raise ValueError(f"{folder}: {type(model).__name__} has no place for the tensor {disk!r}; it is left over")
+            raise UserError(f"{folder}: {type(model).__name__} has no place for the tensor {disk!r}; it is left over")
     taken = set(names.values())
     if len(taken) < len(names):
-        raise ValueError(f"{folder}: two tensors stand for the same parameter of {type(model).__name__}")
+        raise UserError(f"{folder}: two tensors stand for the same parameter of {type(model).__name__}")
     tied: dict[str, str] = model.all_tied_weights_keys
     optional = [*COMPUTED, *(model._keys_to_ignore_on_load_missing or ())]
     for name in state:
         if name not in taken and tied.get(name) not in taken and not any(re.search(p, name) for p in optional):
-            raise ValueError(f"{folder}: lacks the tensor {name!r} of {type(model).__name__}")
+            raise UserError(f"{folder}: lacks the tensor {name!r} of {type(model).__name__}")
     return names, unused

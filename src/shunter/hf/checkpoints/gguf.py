@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
-from .folders import line_of
+from ...errors import UserError, one_line
 from .reading import Stored
 from .writing import Writer, new_folder
 
@@ -43,7 +43,7 @@ def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_0
         max_shard_bytes: of a file.
 
     Raises:
-        ValueError: for a damaged file, one that holds anything else, an `out` that exists, and where the package gguf
+        UserError: for a damaged file, one that holds anything else, an `out` that exists, and where the package gguf
             is not installed.
     """
     file = Path(file)
@@ -60,7 +60,7 @@ def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_0
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         except Exception as error:  # a vocabulary of a kind that transformers does not read
-            raise ValueError(f"{file}: transformers cannot read its tokenizer: {line_of(error)}") from None
+            raise UserError(f"{file}: transformers cannot read its tokenizer: {one_line(error)}") from None
         tokenizer.save_pretrained(folder)
 
 
@@ -77,40 +77,40 @@ def unpacked(file: Path, beside: Path) -> Iterator[Path]:
 
 def _open(file: Path) -> Any:
     if not file.is_file():
-        raise ValueError(f"{file}: no such file")
+        raise UserError(f"{file}: no such file")
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ValueError(f"{file}: reading GGUF needs the package gguf; pip install gguf") from None
+        raise UserError(f"{file}: reading GGUF needs the package gguf; pip install gguf") from None
     try:
         return GGUFReader(file)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
-        raise ValueError(f"{file}: is damaged or not a GGUF file: {line_of(error)}") from None
+        raise UserError(f"{file}: is damaged or not a GGUF file: {one_line(error)}") from None
 
 
 def _config(file: Path, reader: Any) -> LlamaConfig:
     def value(name: str, default: Any = None) -> Any:
         field = reader.fields.get(name)
         if field is None and default is None:
-            raise ValueError(f"{file}: lacks the field {name}")
+            raise UserError(f"{file}: lacks the field {name}")
         found = default if field is None else field.contents()
         # Its floats are float32: the shortest decimal number that is the same.
         return float(str(np.float32(found))) if isinstance(found, float) else found
 
     architecture = value("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"{file}: is a {architecture} model; only llama is read. Convert it with transformers")
+        raise UserError(f"{file}: is a {architecture} model; only llama is read. Convert it with transformers")
     if value("llama.expert_count", 0):
-        raise ValueError(f"{file}: is sparse already")
+        raise UserError(f"{file}: is sparse already")
     if value("llama.rope.scaling.type", "none") != "none":
-        raise ValueError(f"{file}: scales its rotary embeddings, which is not read; convert it with transformers")
+        raise UserError(f"{file}: scales its rotary embeddings, which is not read; convert it with transformers")
     heads, dim = value("llama.attention.head_count"), value("llama.embedding_length")
     names = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in names:
-        raise ValueError(f"{file}: lacks the tensor token_embd.weight")
+        raise UserError(f"{file}: lacks the tensor token_embd.weight")
     width = value("llama.attention.key_length", dim // heads)
     if value("llama.rope.dimension_count", width) != width:
-        raise ValueError(f"{file}: rotates a part of each head only, which is not read; convert it with transformers")
+        raise UserError(f"{file}: rotates a part of each head only, which is not read; convert it with transformers")
     begin, end = (value(f"tokenizer.ggml.{which}_token_id", -1) for which in ("bos", "eos"))
     try:
         return LlamaConfig(
@@ -131,7 +131,7 @@ def _config(file: Path, reader: Any) -> LlamaConfig:
             eos_token_id=None if end == -1 else end,
         )
     except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{file}: does not describe a model: {line_of(error)}") from None
+        raise UserError(f"{file}: does not describe a model: {one_line(error)}") from None
 
 
 def _name(file: Path, name: str) -> str:
@@ -139,7 +139,7 @@ def _name(file: Path, name: str) -> str:
         found = re.fullmatch(pattern, name)
         if found:
             return ours.format(*found.groups())
-    raise ValueError(f"{file}: has the tensor {name!r}, which a Llama model has no place for; it is left over")
+    raise UserError(f"{file}: has the tensor {name!r}, which a Llama model has no place for; it is left over")
 
 
 def _values(file: Path, name: str, tensor: Any, config: LlamaConfig) -> torch.Tensor:
@@ -148,7 +148,7 @@ def _values(file: Path, name: str, tensor: Any, config: LlamaConfig) -> torch.Te
     try:
         values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     except NotImplementedError as error:
-        raise ValueError(f"{file}: {name}: {line_of(error)}") from None
+        raise UserError(f"{file}: {name}: {one_line(error)}") from None
     found = torch.from_numpy(values).reshape(tuple(map(int, tensor.shape[::-1])))
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None:

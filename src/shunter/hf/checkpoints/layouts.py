@@ -1,16 +1,25 @@
-"""Where the matrices of a layer's router and experts are in stored tensors, as pieces, for each layout."""
+"""Where the matrices of a layer's router and experts lie in stored tensors: pieces, the middle between two formats.
+
+A format of sparse models says where each piece of a layer is. Pieces are found by their names alone, never by shapes,
+so that square matrices cannot be mistaken for their transposes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...experts import ACTIVATIONS
+from ...moe import MoE, moe_layers
 
-__all__ = ["SPLIT", "Key", "Piece", "Sizes", "split_pieces", "stacked_pieces"]
+__all__ = ["SPLIT", "Form", "Key", "Piece", "Sizes", "layers_of", "split_pieces", "stacked_pieces", "whole"]
 
 SPLIT = "experts.{e}: gate_proj.weight (f, d), up_proj.weight (f, d), down_proj.weight (d, f)"
-"""The tag of the same with each expert by itself."""
+"""The tag of `stacked_pieces` with each expert by itself."""
+
+PROJECTIONS = ("gate", "up", "down")
 
 Key = tuple[str, int]
 """What a piece is: "router", "selection_bias", "gate", "up", "down", …, and the number of the expert (0 where one)."""
@@ -39,9 +48,18 @@ class Sizes:
     selection_bias: bool = False
 
     @classmethod
-    def of(cls, experts: int, dim: int, hidden: int, activation: str, **options: Any) -> Sizes:
-        """Sizes with `gated` read off an activation's name."""
-        return cls(experts, dim, hidden, ACTIVATIONS[activation][1], **options)
+    def of(cls, layer: MoE) -> Sizes:
+        """Those of a layer."""
+        experts, shared = layer.experts, layer.shared_experts
+        return cls(
+            layer.num_experts,
+            layer.dim,
+            experts.hidden,
+            ACTIVATIONS[experts.activation][1],
+            bias=experts.weights.up_bias is not None,
+            shared=0 if shared is None else shared.hidden,
+            selection_bias=getattr(layer.router, "selection_bias", None) is not None,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,11 +79,39 @@ class Piece:
     shape: tuple[int, ...]
 
 
+Pieces = dict[str, dict[Key, Piece]]
+"""Qualified name of a sparse layer in Shunter's form of the model -> where its matrices and vectors lie."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A sparse model as a format has it.
+
+    Args:
+        format: its name.
+        layout: the tag of how its experts lie.
+        config: its configuration.
+        pieces: where its layers lie.
+        left_behind: options of its routers that the format has no field for; none of them changes the function.
+    """
+
+    format: str
+    layout: str
+    config: PreTrainedConfig
+    pieces: Pieces
+    left_behind: tuple[str, ...] = ()
+
+
+def layers_of(model: PreTrainedModel) -> dict[str, MoE]:
+    """The sparse layers of a model in Shunter's form, by their qualified names, in order."""
+    return {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
+
+
 def stacked_pieces(path: str, sizes: Sizes) -> dict[Key, Piece]:
     """Shunter's own layout of the layer at `path`: all experts in one tensor, the gate's rows before the up's."""
-    found = {("router", 0): _whole(f"{path}.router.weight", sizes.experts, sizes.dim)}
+    found = {("router", 0): whole(f"{path}.router.weight", sizes.experts, sizes.dim)}
     if sizes.selection_bias:
-        found["selection_bias", 0] = _whole(f"{path}.router.selection_bias", sizes.experts)
+        found["selection_bias", 0] = whole(f"{path}.router.selection_bias", sizes.experts)
     found |= _stack(f"{path}.experts", "", sizes.experts, sizes.hidden, sizes)
     if sizes.shared:
         found |= _stack(f"{path}.shared_experts", "shared_", 1, sizes.shared, sizes)
@@ -77,37 +123,37 @@ def split_pieces(path: str, sizes: Sizes) -> dict[Key, Piece]:
 
     So transformers saves stacked experts in models of the families for which it converts their names.
     """
-    found = {key: piece for key, piece in stacked_pieces(path, sizes).items() if key[0] not in ("gate", "up", "down")}
-    for e in range(sizes.experts):
-        for part, shape in (
-            ("gate", (sizes.hidden, sizes.dim)),
-            ("up", (sizes.hidden, sizes.dim)),
-            ("down", (sizes.dim, sizes.hidden)),
-        ):
-            found[part, e] = _whole(f"{path}.experts.{e}.{part}_proj.weight", *shape)
-    return found
+    found = {key: piece for key, piece in stacked_pieces(path, sizes).items() if key[0] not in PROJECTIONS}
+    paths = [f"{path}.experts.{e}" for e in range(sizes.experts)]
+    return found | projections(paths, ("gate_proj", "up_proj", "down_proj"), sizes.hidden, sizes.dim)
+
+
+def projections(paths: Sequence[str], names: Sequence[str], hidden: int, dim: int) -> dict[Key, Piece]:
+    """The gate, up and down projection of the expert at each path, each a tensor by itself."""
+    shapes = [(hidden, dim), (hidden, dim), (dim, hidden)]
+    return {
+        (part, e): whole(f"{path}.{name}.weight", *shape)
+        for e, path in enumerate(paths)
+        for part, name, shape in zip(PROJECTIONS, names, shapes, strict=True)
+    }
 
 
 def _stack(path: str, prefix: str, experts: int, hidden: int, sizes: Sizes) -> dict[Key, Piece]:
-    up_name = "gate_up_proj" if sizes.gated else "up_proj"
-    ups = ["gate", "up"] if sizes.gated else ["up"]
-    found = {}
-    for ending, inner in [("", (sizes.dim,)), ("_bias", ())] if sizes.bias else [("", (sizes.dim,))]:
-        rows = len(ups) * hidden
-        width = sizes.dim if inner else 1
-        for e in range(experts):
-            for i, part in enumerate(ups):
-                place = (e * rows + i * hidden) * width
-                key = (f"{prefix}{part}{ending}", e)
-                found[key] = Piece(f"{path}.{up_name}{ending}", (experts, rows, *inner), place, (hidden, *inner))
+    ups, name = (("gate", "up"), "gate_up_proj") if sizes.gated else (("up",), "up_proj")
+    dim, rows, found = sizes.dim, len(ups) * hidden, {}
     for e in range(experts):
-        down = (experts, sizes.dim, hidden)
-        found[f"{prefix}down", e] = Piece(f"{path}.down_proj", down, e * sizes.dim * hidden, (sizes.dim, hidden))
+        for i, part in enumerate(ups):
+            row = e * rows + i * hidden
+            found[f"{prefix}{part}", e] = Piece(f"{path}.{name}", (experts, rows, dim), row * dim, (hidden, dim))
+            if sizes.bias:
+                found[f"{prefix}{part}_bias", e] = Piece(f"{path}.{name}_bias", (experts, rows), row, (hidden,))
+        down = (experts, dim, hidden)
+        found[f"{prefix}down", e] = Piece(f"{path}.down_proj", down, e * dim * hidden, (dim, hidden))
         if sizes.bias:
-            name = f"{path}.down_proj_bias"
-            found[f"{prefix}down_bias", e] = Piece(name, (experts, sizes.dim), e * sizes.dim, (sizes.dim,))
+            found[f"{prefix}down_bias", e] = Piece(f"{path}.down_proj_bias", (experts, dim), e * dim, (dim,))
     return found
 
 
-def _whole(name: str, *shape: int) -> Piece:
+def whole(name: str, *shape: int) -> Piece:
+    """All of a tensor."""
     return Piece(name, shape, 0, shape)

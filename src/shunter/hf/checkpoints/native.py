@@ -1,58 +1,63 @@
-"""How sparse layers lie in a folder: in Shunter's own format, and in the families that transformers itself loads.
-
-A layout names where each piece of a layer is: the router, and of each expert the gate, up and down projections. Pieces
-are found by these names alone, never by shapes, so that square matrices cannot be mistaken for their transposes.
-"""
+"""The sparse families of transformers as formats: how each stores its layers, which layers it has, its fields."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ...routers import Router
-from ..rules import routing_fields
-from .layouts import Key, Piece, Sizes, _whole
+from ...errors import UserError
+from ..blocks import known_activation
+from ..rules import left_behind, router_of, routing_fields
+from ..sparsifying import options_of, sparsify
+from .folders import model_class, on_meta
+from .layouts import Form, Key, Piece, Sizes, layers_of, projections, whole
+from .reading import Checkpoint
 
-__all__ = ["FAMILIES", "Family", "carry", "family_for"]
+__all__ = ["FAMILIES", "Family", "family_for", "make_dense"]
+
+_SPARSE = frozenset(
+    {"num_experts", "num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"}
+)
 
 
-@dataclass(frozen=True)
 class Family:
-    """Sparse models that transformers has: which dense models they continue, how they store layers, how they route.
+    """A sparse family of transformers: which dense models it continues, and how it stores layers.
 
-    Args:
+    Attributes:
         name: its model_type.
-        architecture: its class for causal language models.
-        dense: the model_type of the dense models whose attention, norms and embeddings are the same, best first; a
-            family without a dense one has itself here, and `sparse_only` is set.
+        dense: the model_types of the dense models whose attention, norms and embeddings are the same, best first.
+        sparse_only: whether no dense model of transformers has its attention and norms; `dense` is then itself.
         block: what a sparse block is called in a folder.
         names: the projections of one expert in a folder: gate, up, down.
-        experts_field: the configuration's E.
-        width_field: the configuration's f.
-        sparse_fields: further fields that speak of experts.
+        experts_field, width_field, shared_field: the configuration's E, f and number of shared experts (None: it has
+            none).
+        sparse_fields: the fields that speak of experts.
         extra_fields: fields that its configuration does not declare but its layers read.
-        optional_norm: whether it can leave the top-k weights as they are (norm_topk_prob), or always normalises.
-        sigmoid: whether it routes as DeepSeek-V3: sigmoid scores, a bias for the selection, shared experts.
         float32_router: whether it computes the router's logits in float32 whatever its weights are.
-        sparse_only: no dense model of transformers has its attention and norms.
     """
 
-    name: str
-    architecture: str
-    dense: tuple[str, ...]
-    block: str = "mlp"
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    experts_field: str = "num_experts"
-    width_field: str = "intermediate_size"
-    sparse_fields: frozenset[str] = frozenset()
-    extra_fields: frozenset[str] = frozenset()
-    optional_norm: bool = True
-    sigmoid: bool = False
-    float32_router: bool = False
-    sparse_only: bool = False
+    name: ClassVar[str]
+    dense: ClassVar[tuple[str, ...]]
+    sparse_only: ClassVar[bool] = False
+    block: ClassVar[str] = "mlp"
+    names: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    experts_field: ClassVar[str] = "num_experts"
+    width_field: ClassVar[str] = "intermediate_size"
+    shared_field: ClassVar[str | None] = None
+    sparse_fields: ClassVar[frozenset[str]] = _SPARSE | {"norm_topk_prob"}
+    extra_fields: ClassVar[frozenset[str]] = frozenset()
+    float32_router: ClassVar[bool] = False
+
+    @property
+    def architecture(self) -> str:
+        """Its class for causal language models."""
+        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.name]
 
     @property
     def layout(self) -> str:
@@ -60,226 +65,257 @@ class Family:
         gate, up, down = self.names
         return f"{self.block}.experts.{{e}}: {gate}.weight (f, d), {up}.weight (f, d), {down}.weight (d, f)"
 
-    def path(self, layer: int) -> str:
-        """Where a sparse layer is in a folder."""
-        return f"model.layers.{layer}.{self.block}"
-
     def pieces(self, layer: int, sizes: Sizes) -> dict[Key, Piece]:
-        """Where each piece of a sparse layer is in a folder."""
-        path = self.path(layer)
-        found = {("router", 0): _whole(f"{path}.gate.weight", sizes.experts, sizes.dim)}
+        """Where each piece of a sparse layer is in a folder; shared experts of width 0 are tensors of no elements."""
+        path = f"model.layers.{layer}.{self.block}"
+        found = {("router", 0): whole(f"{path}.gate.weight", sizes.experts, sizes.dim)}
         if sizes.selection_bias:
-            found["selection_bias", 0] = _whole(f"{path}.gate.e_score_correction_bias", sizes.experts)
-        shapes = [(sizes.hidden, sizes.dim), (sizes.hidden, sizes.dim), (sizes.dim, sizes.hidden)]
-        for e in range(sizes.experts):
-            for part, name, shape in zip(("gate", "up", "down"), self.names, shapes, strict=True):
-                found[part, e] = _whole(f"{path}.experts.{e}.{name}.weight", *shape)
-        for part, rows, columns in (
-            [("gate", sizes.shared, sizes.dim), ("up", sizes.shared, sizes.dim), ("down", sizes.dim, sizes.shared)]
-            if self.sigmoid
-            else []
-        ):
-            found[f"shared_{part}", 0] = _whole(f"{path}.shared_experts.{part}_proj.weight", rows, columns)
+            found["selection_bias", 0] = whole(f"{path}.gate.e_score_correction_bias", sizes.experts)
+        found |= projections([f"{path}.experts.{e}" for e in range(sizes.experts)], self.names, sizes.hidden, sizes.dim)
+        if self.shared_field:
+            shared = projections([f"{path}.shared_experts"], Family.names, sizes.shared, sizes.dim)
+            found |= {(f"shared_{part}", e): piece for (part, e), piece in shared.items()}
         return found
 
-    def sparse_layers(self, config: PreTrainedConfig) -> list[int]:
-        """Which layers of a sparse model have experts."""
-        layers = range(config.num_hidden_layers)
-        if self.name == "qwen3_moe":
-            step, dense = config.decoder_sparse_step, config.mlp_only_layers
-            return [i for i in layers if i not in dense and (i + 1) % step == 0]
-        if self.name == "deepseek_v3":
-            return [i for i in layers if i >= config.first_k_dense_replace]
-        return list(layers)
+    def new_router(self) -> dict[str, Any]:
+        """Options of the router topk of a new model: a token's weights sum to 1, the balance loss is the family's."""
+        return {"load_balancing_loss": AutoConfig.for_model(self.name).router_aux_loss_coef}
 
-    def sizes(self, config: PreTrainedConfig) -> Sizes:
-        """The sizes of a sparse model's layers."""
-        hidden = getattr(config, self.width_field)
-        shared = hidden * config.n_shared_experts if self.sigmoid else 0
-        experts = getattr(config, self.experts_field)
-        return Sizes(experts, config.hidden_size, hidden, shared=shared, selection_bias=self.sigmoid)
-
-    def sparse_config(
-        self,
-        dense: PreTrainedConfig,
-        experts: int,
-        hidden: int,
-        layers: list[int],
-        router: Router,
-        shared: int = 0,
-    ) -> PreTrainedConfig:
-        """The configuration of the sparse model.
-
-        Args:
-            dense: the configuration of the dense model.
-            experts: E.
-            hidden: f.
-            layers: which layers are sparse.
-            router: of the layers.
-            shared: how many shared experts of width f.
+    def read(self, checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[PreTrainedModel, Form]:
+        """The sparse model of a folder, its modules in Shunter's form, without memory; and how it lies there.
 
         Raises:
-            ValueError: where the family has no field for what the dense configuration or the router says.
+            UserError: where a layer or a field of the family has no counterpart there.
         """
-        values = {
-            self.experts_field: experts,
-            self.width_field: hidden,
-            **routing_fields(self, router),
-        }
-        if self.sigmoid:
-            values["n_shared_experts"] = shared
+        folder, numbers = checkpoint.folder, self._sparse_layers(config)
+        if not numbers:
+            raise UserError(f"export: {folder}: config.json leaves no layer with experts")
+        try:
+            router, options = router_of(config)
+            dense = self._dense_config(config)
+            dense.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[dense.model_type]]
+            model = on_meta(model_class(dense, str(folder)), dense, folder)
+            make_dense(model)
+            with torch.device("meta"):  # nothing is drawn
+                sparsify(
+                    model,
+                    getattr(config, self.experts_field),
+                    router,
+                    layers=numbers,
+                    hidden=getattr(config, self.width_field),
+                    num_shared_experts=getattr(config, self.shared_field) if self.shared_field else 0,
+                    **options,
+                )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"export: {folder} cannot be brought into Shunter's format: {error}") from None
+        model.config.dtype = config.dtype
+        return model, self._form(model, config, numbers)
+
+    def write(self, model: PreTrainedModel) -> Form:
+        """How a sparse model, in Shunter's form, would lie in a folder.
+
+        Raises:
+            UserError: where the family has no field for what the layers or the dense configuration say.
+        """
+        layers, dense = layers_of(model), model.config
+        sizes, *others = dict.fromkeys(Sizes.of(layer) for layer in layers.values())
+        if any(each.bias for each in (sizes, *others)):
+            raise UserError(f"{self.name} has experts without biases; this model's have them: keep Shunter's format")
+        if others:
+            raise UserError(f"{self.name} has layers of one size; give every layer the same hidden=")
+        fields, *rules = [routing_fields(self.name, layer.router) for layer in layers.values()]
+        if any(rule != fields for rule in rules):
+            raise UserError(f"{self.name} has one routing rule for all layers; give every layer the same router")
+        activation = known_activation(dense.hidden_act, gated=True)
+        if {layer.experts.activation for layer in layers.values()} != {activation}:
+            raise UserError(f"{self.name} has the activation of config.json, {activation}; give every layer that one")
+        shared = sizes.shared // sizes.hidden
+        if self.shared_field:
+            fields[self.shared_field] = shared
         elif shared:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} has no shared experts; the layers have {shared}: train with num_shared_experts=0"
             )
-        every_layer = list(range(dense.num_hidden_layers))
-        if self.name == "qwen3_moe":
-            values |= {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in every_layer if i not in layers]}
-        elif self.name == "deepseek_v3":
-            first = len(every_layer) - len(layers)
-            if layers != every_layer[first:]:
-                raise ValueError(f"{self.name} can only keep its first layers dense, not layer {layers[0] + 1}")
-            values["first_k_dense_replace"] = first
-        elif layers != every_layer:
-            raise ValueError(f"{self.name} has experts in every layer; it cannot keep some dense")
-        return carry(dense, self.name, self.extra_fields, values, self.sparse_fields)
+        numbers = [int(path.split(".")[-2]) for path in layers]
+        fields |= {self.experts_field: sizes.experts, self.width_field: sizes.hidden}
+        fields |= self._layer_fields(numbers, dense.num_hidden_layers)
+        config = _carry(dense, self.name, self.extra_fields, fields, self.sparse_fields)
+        config.architectures = [self.architecture]
+        config.dtype = dense.dtype
+        config.shunter_dense = dense.model_type
+        given = [{**options_of(layer), "dropout": layer.dropout.p} for layer in layers.values()]
+        lost = dict.fromkeys(option for options in given for option in left_behind(self.name, options))
+        return self._form(model, config, numbers, tuple(lost))
 
-    def dense_config(self, sparse: PreTrainedConfig) -> PreTrainedConfig:
-        """The configuration of the dense model that a sparse one continues, all of whose layers are dense.
+    def make_dense(self, model: PreTrainedModel) -> None:
+        """Give a model of the family's own class dense blocks, where it has experts in spite of its configuration."""
 
-        Raises:
-            ValueError: where the dense model has no field for what the sparse configuration says.
-        """
-        values = {"first_k_dense_replace": sparse.num_hidden_layers} if self.sigmoid else {}
+    def _form(
+        self, model: PreTrainedModel, config: PreTrainedConfig, numbers: Sequence[int], lost: tuple[str, ...] = ()
+    ) -> Form:
+        layers = zip(numbers, layers_of(model).items(), strict=True)
+        pieces = {path: self.pieces(number, Sizes.of(layer)) for number, (path, layer) in layers}
+        return Form(self.name, self.layout, config, pieces, lost)
+
+    def _sparse_layers(self, config: PreTrainedConfig) -> list[int]:
+        """Which layers of a sparse model have experts."""
+        return list(range(config.num_hidden_layers))
+
+    def _layer_fields(self, layers: Sequence[int], total: int) -> dict[str, Any]:
+        """The fields that say which layers are sparse."""
+        if len(layers) < total:
+            raise UserError(f"{self.name} has experts in every layer; it cannot keep some dense")
+        return {}
+
+    def _dense_fields(self, sparse: PreTrainedConfig) -> dict[str, Any]:
+        """The fields that the dense model needs besides those that both have."""
         if "head_dim" in self.extra_fields and getattr(sparse, "head_dim", None) is None:
-            values["head_dim"] = sparse.hidden_size // sparse.num_attention_heads
+            return {"head_dim": sparse.hidden_size // sparse.num_attention_heads}
+        return {}
+
+    def _dense_config(self, sparse: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration of the dense model that a sparse one continues, all of whose layers are dense."""
+        values = self._dense_fields(sparse)
         known = getattr(sparse, "shunter_dense", None)
-        candidates = [known] if known in self.dense else list(self.dense)
-        for last, model_type in enumerate(candidates, 1 - len(candidates)):
-            try:
-                return carry(sparse, model_type, self.extra_fields, values, self.sparse_fields)
-            except ValueError:
-                if not last:
-                    raise
-        raise AssertionError
+        *better, last = [known] if known in self.dense else self.dense
+        for model_type in better:
+            with suppress(UserError):
+                return _carry(sparse, model_type, self.extra_fields, values, self.sparse_fields)
+        return _carry(sparse, last, self.extra_fields, values, self.sparse_fields)
 
 
-_SPARSE = frozenset(
-    {"num_experts", "num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"}
-)
+class Mixtral(Family):
+    """Mixtral: experts in every layer."""
+
+    name = "mixtral"
+    dense = ("mistral", "llama")
+    block = "block_sparse_moe"
+    names = ("w1", "w3", "w2")
+    experts_field = "num_local_experts"
+    sparse_fields = _SPARSE | {"router_jitter_noise"}
+
+
+class Qwen3Moe(Family):
+    """Qwen3-MoE: any layers may be dense."""
+
+    name = "qwen3_moe"
+    dense = ("qwen3",)
+    width_field = "moe_intermediate_size"
+    sparse_fields = Family.sparse_fields | {"moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
+    extra_fields = frozenset({"head_dim"})
+
+    def _sparse_layers(self, config: PreTrainedConfig) -> list[int]:
+        step, dense = config.decoder_sparse_step, config.mlp_only_layers
+        return [i for i in range(config.num_hidden_layers) if i not in dense and (i + 1) % step == 0]
+
+    def _layer_fields(self, layers: Sequence[int], total: int) -> dict[str, Any]:
+        return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(total) if i not in layers]}
+
+
+class FlexOlmo(Family):
+    """FlexOlmo: experts in every layer of an OLMo 2."""
+
+    name = "flex_olmo"
+    dense = ("olmo2",)
+    extra_fields = frozenset({"head_dim"})
+
+
+class Olmoe(Family):
+    """OLMoE: its dense form is its own class with dense blocks."""
+
+    name = "olmoe"
+    dense = ("olmoe",)
+    sparse_only = True
+
+    def make_dense(self, model: PreTrainedModel) -> None:
+        """Give every layer a dense block."""
+        from transformers.models.olmoe.modeling_olmoe import OlmoeMLP
+
+        for layer in model.get_decoder().layers:
+            layer.mlp = OlmoeMLP(model.config)
+
+
+class DeepSeekV3(Family):
+    """DeepSeek-V3: sigmoid scores, a selection bias, shared experts; its first layers may be dense."""
+
+    name = "deepseek_v3"
+    dense = ("deepseek_v3",)
+    experts_field = "n_routed_experts"
+    width_field = "moe_intermediate_size"
+    shared_field = "n_shared_experts"
+    sparse_fields = Family.sparse_fields.union(
+        (experts_field, width_field, shared_field),
+        ("n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace"),
+    )
+    float32_router = True
+
+    def new_router(self) -> dict[str, Any]:
+        """Options of the router topk of a new model: a token's weights sum to 1."""
+        return {"score_function": "sigmoid", "selection_bias": True}
+
+    def _sparse_layers(self, config: PreTrainedConfig) -> list[int]:
+        return list(range(config.first_k_dense_replace, config.num_hidden_layers))
+
+    def _layer_fields(self, layers: Sequence[int], total: int) -> dict[str, Any]:
+        first = total - len(layers)
+        if list(layers) != list(range(first, total)):
+            raise UserError(f"{self.name} can only keep its first layers dense, not layer {layers[0] + 1}")
+        return {"first_k_dense_replace": first}
+
+    def _dense_fields(self, sparse: PreTrainedConfig) -> dict[str, Any]:
+        return {"first_k_dense_replace": sparse.num_hidden_layers}
+
 
 FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family(
-            "mixtral",
-            "MixtralForCausalLM",
-            ("mistral", "llama"),
-            block="block_sparse_moe",
-            names=("w1", "w3", "w2"),
-            experts_field="num_local_experts",
-            sparse_fields=_SPARSE | {"router_jitter_noise"},
-            optional_norm=False,
-        ),
-        Family(
-            "qwen3_moe",
-            "Qwen3MoeForCausalLM",
-            ("qwen3",),
-            width_field="moe_intermediate_size",
-            experts_field="num_experts",
-            sparse_fields=_SPARSE
-            | {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
-            extra_fields=frozenset({"head_dim"}),
-        ),
-        Family(
-            "flex_olmo",
-            "FlexOlmoForCausalLM",
-            ("olmo2",),
-            sparse_fields=_SPARSE | {"norm_topk_prob"},
-            extra_fields=frozenset({"head_dim"}),
-        ),
-        Family(
-            "olmoe",
-            "OlmoeForCausalLM",
-            ("olmoe",),
-            sparse_fields=_SPARSE | {"norm_topk_prob"},
-            sparse_only=True,
-        ),
-        Family(
-            "deepseek_v3",
-            "DeepseekV3ForCausalLM",
-            ("deepseek_v3",),
-            experts_field="n_routed_experts",
-            width_field="moe_intermediate_size",
-            sparse_fields=_SPARSE
-            | {
-                "n_routed_experts",
-                "moe_intermediate_size",
-                "n_shared_experts",
-                "norm_topk_prob",
-                "n_group",
-                "topk_group",
-                "routed_scaling_factor",
-                "first_k_dense_replace",
-            },
-            sigmoid=True,
-            float32_router=True,
-        ),
-    )
+    family.name: family for family in (Mixtral(), Qwen3Moe(), FlexOlmo(), Olmoe(), DeepSeekV3())
 }
+
+
+def make_dense(model: PreTrainedModel) -> None:
+    """Give a model whose architecture has experts in every layer dense blocks in their place, for `sparsify`."""
+    if model.config.model_type in FAMILIES:
+        FAMILIES[model.config.model_type].make_dense(model)
 
 
 def family_for(config: PreTrainedConfig, architecture: str) -> Family:
     """The native family that continues a dense model.
 
     Raises:
-        ValueError: saying why there is none.
+        UserError: saying why there is none.
     """
     # Only sparsify makes a model without experts of a family that has no dense one.
     made_here = getattr(config, "shunter", None) is not None
     known = [f for f in FAMILIES.values() if config.model_type in f.dense and (made_here or not f.sparse_only)]
     family = next(iter(known), None)
     if family is None:
-        raise ValueError(
+        raise UserError(
             f"no sparse family of transformers has the attention and norms of {config.model_type!r}; there is one for "
             + ", ".join(f"{dense} ({f.name})" for f in FAMILIES.values() for dense in f.dense if not f.sparse_only)
         )
     if not architecture.endswith("ForCausalLM"):
-        raise ValueError(f"{architecture} is not a causal language model, as {family.architecture} is")
+        raise UserError(f"{architecture} is not a causal language model, as {family.architecture} is")
     return family
 
 
 _FREE = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type", "use_cache"}
 
 
-def carry(
-    config: PreTrainedConfig,
-    model_type: str,
-    extra: frozenset[str],
-    values: dict[str, Any],
-    without: frozenset[str],
+def _carry(
+    config: PreTrainedConfig, model_type: str, extra: frozenset[str], values: dict[str, Any], without: frozenset[str]
 ) -> PreTrainedConfig:
-    """A configuration of another model_type with every field that both have, and the given values.
+    """A configuration of another model_type with the fields that both have, but those `without`, and the values.
 
-    Args:
-        config: what is carried over.
-        model_type: of the result.
-        extra: fields of the result that its class does not declare.
-        values: fields that are set.
-        without: fields that are not carried over.
-
-    Raises:
-        ValueError: where the other has no field for something that is not as by default.
+    Fields that its class does not declare are in `extra`. An error where it has none for what is not as by default.
     """
     target = CONFIG_MAPPING[model_type]
     known = set(AutoConfig.for_model(model_type).to_dict()) | extra
     default = type(config)().to_dict()
     given = {name: value for name, value in config.to_dict().items() if name not in without | _FREE}
     if given.get("use_sliding_window"):
-        raise ValueError(f"{config.model_type} and {model_type} give sliding windows to different layers")
+        raise UserError(f"{config.model_type} and {model_type} give sliding windows to different layers")
     lost = [name for name in given if name not in known and name in default and _matters(name, given, default)]
     if lost:
-        raise ValueError(f"{model_type} has no field for " + ", ".join(f"{name}={given[name]!r}" for name in lost))
+        raise UserError(f"{model_type} has no field for " + ", ".join(f"{name}={given[name]!r}" for name in lost))
     kept = {name: value for name, value in given.items() if name in known and name not in values}
     return target(**kept, **values)
 

@@ -1,7 +1,7 @@
-"""Folders of safetensors, read and written a piece at a time.
+"""A folder of safetensors to its tensors, whole or in pieces; and its JSON files.
 
 Nothing in a folder is trusted: names stay inside it, headers are checked before anything is allocated, pickles are not
-opened. What is written appears under its name only when it is whole.
+opened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Checkpoint", "Stored", "inside", "read_json", "read_texts"]
+from ...errors import UserError
+
+__all__ = ["CODES", "INDEX", "SINGLE", "Checkpoint", "Stored", "inside", "read_json", "read_texts"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,12 +32,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes, as the safetensors library allows
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Checkpoint:
         tensors: name -> `Stored`.
 
     Raises:
-        ValueError: for a folder without safetensors, and for files that are damaged or reach outside the folder; the
+        UserError: for a folder without safetensors, and for files that are damaged or reach outside the folder; the
             message names the file and what is wrong.
     """
 
@@ -83,16 +82,16 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
+            raise UserError(f"{folder}: no such folder")
         # As transformers does, the single file goes first.
-        if (folder / _SINGLE).exists():
-            self.tensors = _header(inside(folder / _SINGLE))
-        elif (folder / _INDEX).exists():
-            self._read_index(folder / _INDEX)
+        if (folder / SINGLE).exists():
+            self.tensors = _header(inside(folder / SINGLE))
+        elif (folder / INDEX).exists():
+            self._read_index(folder / INDEX)
         else:
             pickles = sorted(f.name for f in folder.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-            raise ValueError(
-                f"{folder}: holds no {_SINGLE} and no {_INDEX}"
+            raise UserError(
+                f"{folder}: holds no {SINGLE} and no {INDEX}"
                 + (
                     f"; {pickles[0]} is a pickle, which can run code and is not opened: load it where you trust it and "
                     "save_pretrained the model"
@@ -101,32 +100,32 @@ class Checkpoint:
                 )
             )
         if not self.tensors:
-            raise ValueError(f"{folder}: holds no tensors")
+            raise UserError(f"{folder}: holds no tensors")
 
     def _read_index(self, file: Path) -> None:
         weight_map = read_json(file).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError(f"{file}: has no weight_map from tensor names to file names")
+            raise UserError(f"{file}: has no weight_map from tensor names to file names")
         for shard in sorted(set(weight_map.values())):
             if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
-                raise ValueError(f"{file}: names the file {shard!r}; a shard is a .safetensors file in the same folder")
+                raise UserError(f"{file}: names the file {shard!r}; a shard is a .safetensors file in the same folder")
             if not (file.parent / shard).is_file():
-                raise ValueError(f"{file}: names {shard}, which is missing; the folder is incomplete")
+                raise UserError(f"{file}: names {shard}, which is missing; the folder is incomplete")
             found = _header(inside(file.parent / shard))
             for name in found:
                 if weight_map.get(name) != shard:
-                    raise ValueError(f"{file.parent / shard}: holds {name!r}, which the index does not place there")
+                    raise UserError(f"{file.parent / shard}: holds {name!r}, which the index does not place there")
             self.tensors |= found
         for name, shard in weight_map.items():
             if name not in self.tensors:
-                raise ValueError(f"{file}: places {name!r} in {shard}, which does not hold it")
+                raise UserError(f"{file}: places {name!r} in {shard}, which does not hold it")
 
     def must_hold(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises ValueError where the folder lacks a tensor, or holds it in another shape."""
+        """Raises UserError where the folder lacks a tensor, or holds it in another shape."""
         if name not in self.tensors:
-            raise ValueError(f"{self.folder}: lacks the tensor {name!r}")
+            raise UserError(f"{self.folder}: lacks the tensor {name!r}")
         if self.tensors[name].shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: {name!r} has shape {list(self.tensors[name].shape)}; config.json asks for "
                 f"{list(shape)}"
             )
@@ -140,7 +139,7 @@ class Checkpoint:
         """A tensor, or the elements of it from `offset` on that fill a shape.
 
         Raises:
-            ValueError: where the file has become shorter, and where a value is not finite.
+            UserError: where the file has become shorter, and where a value is not finite.
         """
         stored = self.tensors[name]
         assert stored.file is not None
@@ -154,10 +153,10 @@ class Checkpoint:
         with stored.file.open("rb") as file:
             file.seek(stored.start + offset * stored.dtype.itemsize)
             if file.readinto(data.numpy().data) != size:
-                raise ValueError(f"{stored.file}: ends within {name!r}")
+                raise UserError(f"{stored.file}: ends within {name!r}")
         tensor = data.view(stored.dtype).reshape(shape)
         if stored.dtype.is_floating_point and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{stored.file}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
+            raise UserError(f"{stored.file}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
         return tensor
 
 
@@ -165,12 +164,12 @@ def inside(file: Path) -> Path:
     """The file, where it is not a link to somewhere outside its folder (or the blobs of the Hub's cache).
 
     Raises:
-        ValueError: where it is.
+        UserError: where it is.
     """
     real, folder = file.resolve(), file.parent.resolve()
     cached = folder.parent.name == "snapshots" and folder.parents[1] / "blobs" == real.parent
     if real.parent != folder and not cached:
-        raise ValueError(f"{file}: is a link to {real}, outside its folder; put the file itself there")
+        raise UserError(f"{file}: is a link to {real}, outside its folder; put the file itself there")
     return file
 
 
@@ -178,11 +177,11 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: naming the file, where there is none.
+        UserError: naming the file, where there is none.
     """
     found = _json(file)
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: must hold a JSON object, not a {type(found).__name__}")
+        raise UserError(f"{file}: must hold a JSON object, not a {type(found).__name__}")
     return found
 
 
@@ -190,12 +189,12 @@ def read_texts(file: Path) -> list[list[str]]:
     """The lists of texts in a JSON file.
 
     Raises:
-        ValueError: naming the file, where there are none.
+        UserError: naming the file, where there are none.
     """
     found = _json(file)
     lists = isinstance(found, list) and all(isinstance(texts, list) for texts in found)
     if not lists or not all(isinstance(text, str) for texts in found for text in texts):
-        raise ValueError(f"{file}: must hold a list of lists of texts")
+        raise UserError(f"{file}: must hold a list of lists of texts")
     return list(found)
 
 
@@ -203,9 +202,9 @@ def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
+        raise UserError(f"{file}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error})") from None
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
 
 
 def _header(file: Path) -> dict[str, Stored]:
@@ -214,40 +213,40 @@ def _header(file: Path) -> dict[str, Stored]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError(f"{file}: is truncated or not a safetensors file ({size} bytes)")
+            raise UserError(f"{file}: is truncated or not a safetensors file ({size} bytes)")
         raw = stream.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
         if not isinstance(header, dict):
-            raise ValueError("it is not an object")
+            raise UserError("it is not an object")
         header.pop("__metadata__", None)
         tensors = {name: _entry(name, entry) for name, entry in header.items()}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: its header is damaged: {str(error)[:200]}") from None
+        raise UserError(f"{file}: its header is damaged: {str(error)[:200]}") from None
     found, end = {}, 0
     for name, (dtype, shape, start, stop) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         stored = Stored(dtype, shape, file, 8 + length + start)
         if start != end or stop - start != stored.nbytes:
-            raise ValueError(f"{file}: its header is damaged: the bytes of {name!r} overlap, leave a gap or do not fit")
+            raise UserError(f"{file}: its header is damaged: the bytes of {name!r} overlap, leave a gap or do not fit")
         found[name], end = stored, stop
     if 8 + length + end != size:
-        raise ValueError(f"{file}: is truncated or damaged: its tensors need {8 + length + end} bytes, it has {size}")
+        raise UserError(f"{file}: is truncated or damaged: its tensors need {8 + length + end} bytes, it has {size}")
     return found
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name appears twice")
+        raise UserError("a name appears twice")
     return found
 
 
 def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     if not isinstance(entry, dict):
-        raise ValueError(f"{name!r} is not described by an object")
+        raise UserError(f"{name!r} is not described by an object")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if code not in DTYPES:
-        raise ValueError(f"{name!r} has the dtype {code!r}; this reads {', '.join(DTYPES)}, no quantised tensors")
+        raise UserError(f"{name!r} has the dtype {code!r}; this reads {', '.join(DTYPES)}, no quantised tensors")
     sizes, (start, stop) = _sizes(name, shape, 16), (*_sizes(name, offsets, 2), 0, 0)[:2]
     return DTYPES[code], sizes, start, stop
 
@@ -255,5 +254,5 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, in
 def _sizes(name: str, numbers: Any, most: int) -> tuple[int, ...]:
     valid = isinstance(numbers, list) and len(numbers) <= most
     if not valid or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise ValueError(f"{name!r} has a shape or offsets that are not sizes: {str(numbers)[:80]}")
+        raise UserError(f"{name!r} has a shape or offsets that are not sizes: {str(numbers)[:80]}")
     return tuple(numbers)

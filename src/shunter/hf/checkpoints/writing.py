@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reading import _CODES, _INDEX, _SINGLE, Stored, inside
+from ...errors import UserError
+from .reading import CODES, INDEX, SINGLE, Stored, inside
 
 __all__ = ["Writer", "copy_companions", "new_folder"]
 
@@ -29,14 +30,14 @@ class Writer:
         max_shard_bytes: a shard is closed before it outgrows this.
 
     Raises:
-        ValueError: where the disk has no room for them.
+        UserError: where the disk has no room for them.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, Stored], max_shard_bytes: int = 5_000_000_000) -> None:
         total = sum(stored.nbytes for stored in tensors.values())
         free = shutil.disk_usage(folder).free
         if total > free:
-            raise ValueError(f"the model takes {total:,} bytes, and {folder.parent} has {free:,} bytes free")
+            raise UserError(f"the model takes {total:,} bytes, and {folder.parent} has {free:,} bytes free")
         shards: list[dict[str, Stored]] = [{}]
         for name, stored in tensors.items():
             if shards[-1] and sum(s.nbytes for s in shards[-1].values()) + stored.nbytes > max_shard_bytes:
@@ -46,12 +47,12 @@ class Writer:
         self._missing = {name: stored.nbytes for name, stored in tensors.items()}
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
-            name = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             self.tensors |= _allocate(folder / name, shard)
             weight_map |= dict.fromkeys(shard, name)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def write(self, name: str, tensor: Tensor, offset: int = 0) -> None:
         """Put the elements of a tensor into the tensor `name`, from element `offset` on."""
@@ -80,7 +81,7 @@ def _allocate(file: Path, tensors: dict[str, Stored]) -> dict[str, Stored]:
         starts[name] = end
         shape = list(stored.shape)
         offsets = [end, end + stored.nbytes]
-        header[name] = {"dtype": _CODES[stored.dtype], "shape": shape, "data_offsets": offsets}
+        header[name] = {"dtype": CODES[stored.dtype], "shape": shape, "data_offsets": offsets}
         end += stored.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
@@ -96,17 +97,17 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into, which becomes `out` at the end, or disappears with an error.
 
     Raises:
-        ValueError: where `out` exists, or the folder above it does not.
+        UserError: where `out` exists, or the folder above it does not.
     """
     if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists already; choose a new folder, nothing is overwritten")
+        raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     partial.mkdir()
     try:
         yield partial
         if out.exists():
-            raise ValueError(f"{out} has appeared meanwhile; choose a new folder, nothing is overwritten")
+            raise UserError(f"{out} has appeared meanwhile; choose a new folder, nothing is overwritten")
         partial.rename(out)
     finally:
         if partial.exists():
@@ -115,12 +116,10 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what stands beside a model's weights (tokenizer, generation settings, licence), no code and no pickles."""
+    written_anew = {"config.json", "receipt.json", INDEX}
     for file in sorted(source.iterdir()):
         known = file.suffix in _COMPANIONS or file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-        if known and file.is_file() and not (target / file.name).exists() and not _is_ours(file.name):
+        if file.name in written_anew or file.name.endswith(".bin.index.json"):
+            continue
+        if known and file.is_file() and not (target / file.name).exists():
             shutil.copyfile(inside(file), target / file.name)
-
-
-def _is_ours(name: str) -> bool:
-    """What belongs to the weights themselves and is written anew."""
-    return name in {"config.json", "receipt.json", _INDEX} or name.endswith((".bin.index.json",))
