@@ -90,9 +90,10 @@ def test_the_plan_is_the_entropic_optimum():
 @pytest.mark.parametrize("training", [True, False])
 def test_no_token_exceeds_the_cap_and_experts_stay_full(training):
     router = create("expert_choice", 6, 8, max_experts=2).train(training)
+    plain = create("expert_choice", 6, 8)
     logits = 2 * torch.randn(64, 8)
-    plain = create("expert_choice", 6, 8).assign(logits)
-    assert torch.bincount(plain.token, minlength=64).max() > 2, "without the cap some token has more"
+    while torch.bincount(plain.assign(logits).token).max() <= 2:  # without the cap some token has more
+        logits = 2 * torch.randn(64, 8)
     routing = router.assign(logits)
     assert torch.bincount(routing.token, minlength=64).max() <= 2
     assert routing.counts.max() <= 16 and routing.token.numel() >= 0.95 * 128
