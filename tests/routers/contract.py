@@ -99,7 +99,8 @@ def gradients_are_right(name, options, context):
 
     def choices(h):
         routing = seeded(router.assign, h, known)
-        return [(r.token.tolist(), r.expert.tolist(), r.choice.tolist()) for r in (routing, routing.dropped) if r]
+        parts = [(r.token, r.expert, r.choice) for r in (routing, routing.dropped) if r is not None]
+        return [None if value is None else value.tolist() for part in parts for value in part]
 
     def near_a_switch(h):
         if h.sort(-1).values.diff().abs().lt(1e-5).any():
