@@ -153,7 +153,7 @@ def test_experts_may_be_permuted():
 
 def test_padding_takes_no_part_in_the_capped_plan():
     mask = torch.rand(40) < 0.6
-    logits = torch.randn(40, 6)
+    logits = torch.randn(40, 6, dtype=torch.float64)
     logits[~mask] = float("nan")
     router = create("expert_choice", 6, 6, max_experts=2)
     whole = router.assign(logits, Context(mask=mask)).dense()
