@@ -71,6 +71,14 @@ def by_tokens(x, weights, matrix):
     return torch.stack(rows) if rows else x[:0]
 
 
+def deviation(draws, numbers=1, width=1.0):
+    """How far a mean of independent draws from an interval of this width may lie from its expectation.
+
+    The chance that one of so many means lies further is below 1e-13: Hoeffding's inequality and the union bound.
+    """
+    return width * math.sqrt(math.log(2 * numbers / 1e-13) / (2 * draws))
+
+
 def relative_error(value, exact):
     """Frobenius norm of the difference over that of the exact value, both in float64."""
     exact = exact.double()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
@@ -17,7 +17,7 @@ from shunter.experts.backends import triton
 from shunter.experts.backends.triton import blocks
 from shunter.experts.choice import get
 
-from ..helpers import by_tokens, random_routing, random_weights, relative_error
+from ..helpers import TIME_LIMIT, by_tokens, random_routing, random_weights, relative_error
 from .test_backends import _leaves, _run, _to
 
 pytestmark = pytest.mark.skipif(not triton.INSTALLED, reason="needs triton")
@@ -133,6 +133,7 @@ def test_gradcheck(activation, bias):
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
+@settings(deadline=None)
 @given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=9), rows=st.sampled_from([16, 32, 64]))
 def test_tiles_hold_every_triple_once(counts, rows):
     expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
@@ -223,7 +224,12 @@ def test_the_kernels_compile_for_an_h100():
     script = Path(__file__).with_name("compile_for_gpu.py")
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "HOME": str(Path.home())}
     done = subprocess.run(
-        [sys.executable, script, "90", "bfloat16"], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, script, "90", "bfloat16"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=TIME_LIMIT,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

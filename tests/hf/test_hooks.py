@@ -22,7 +22,7 @@ def test_padding_changes_nothing(architecture, router, build, inputs):
     if router in ("thor", "bernoulli"):
         pytest.skip("draws in evaluation too")
     try:
-        model = shunter.sparsify(build(architecture), 4, router, allow_leak=True)
+        model = shunter.sparsify(build(architecture), 4, router, allow_leak=True).double()  # nearer than any two scores
     except ValueError as error:
         pytest.skip(str(error))
     batch = {k: v[:1] for k, v in inputs(architecture).items() if k != "labels"}
@@ -31,7 +31,7 @@ def test_padding_changes_nothing(architecture, router, build, inputs):
     loads = [layer.routing.counts for layer in shunter.moe_layers(model).values()]
     padded = {k: torch.nn.functional.pad(v, (0, 5)) for k, v in batch.items()}
     long = model(**padded).logits
-    assert torch.allclose(short, long[:, : short.shape[1]], atol=1e-5)
+    assert torch.allclose(short, long[:, : short.shape[1]], atol=1e-6)
     for before, layer in zip(loads, shunter.moe_layers(model).values(), strict=True):
         assert torch.equal(before, layer.routing.counts)
 
@@ -55,7 +55,7 @@ def test_ids_of_an_earlier_forward_are_not_used(build):
 
 
 def test_generation_from_a_cache_routes_the_new_token(build):
-    model = shunter.sparsify(build("llama"), 4, "hash")
+    model = shunter.sparsify(build("llama"), 4, "hash").double()  # in which no two words are as good as equal
     ids = torch.randint(1, 50, (2, 5))
     mask = torch.ones_like(ids)
     mask[0, :2] = 0

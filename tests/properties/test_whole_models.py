@@ -12,8 +12,9 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import shunter.hf
 from shunter.benchmarks.finetune import finetune
+from shunter.hf.observe.taps import taps
 from shunter.hf.rules import KNOWN_UP_TO, NOT_TOP_K, RULES
-from tests.hf.families import FAMILIES, VOCAB, build, build_around
+from tests.hf.families import FAMILIES, VOCAB, build, build_around, steady
 
 CLASSES = [*(experts for found in experts_classes().values() for experts in found), Llama4TextExperts]
 # They cannot run in float64.
@@ -50,6 +51,8 @@ def test_a_model_computes_and_learns_as_under_eager(experts):
     for dtype in [torch.float32] if family in SINGLE else [torch.float64, torch.float32]:
         model = copy.deepcopy(built).to(dtype)  # Llama 4 does not go back to its own loop
         inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+        if dtype == torch.float32 and taps(model) and "input_ids" in inputs:
+            inputs = steady(model, lambda: {"input_ids": torch.randint(3, VOCAB, (2, 9))})
         expected, found = (_outcome(model, name, inputs, grad) for name in ("eager", "shunter"))
         assert any("experts" in name for name in expected)
         assert found.keys() == expected.keys()
@@ -64,12 +67,17 @@ def test_a_model_computes_and_learns_as_under_eager(experts):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_generates_as_under_eager(family):
     model = build(family)
-    ids = torch.randint(3, VOCAB, (1, 5))
-    texts = []
-    for name in ("eager", "shunter"):
-        _use(model, name)
-        texts.append(model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0))
-    assert texts[0].shape[1] == 9 and torch.equal(*texts)
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    _use(model, "eager")
+    nearest = 0.0
+    while nearest < 0.03:  # of the logits' deviation: each word is the best by far
+        ids = torch.randint(3, VOCAB, (1, 5))
+        eager = model.generate(ids, **how, output_logits=True, return_dict_in_generate=True)
+        best = [logits[0, 3:].topk(2).values for logits in eager.logits]
+        nearest = min(float((a - b) / logits.std()) for (a, b), logits in zip(best, eager.logits, strict=True))
+    _use(model, "shunter")
+    text = model.generate(ids, **how)
+    assert text.shape[1] == 9 and torch.equal(text, eager.sequences)
 
 
 def test_only_the_rows_that_llama4_chose_are_computed(monkeypatch):

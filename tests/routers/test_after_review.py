@@ -45,6 +45,9 @@ def test_contract(name, options, context, check):
 def test_null_choices_weigh_the_token_itself():
     layer = MoE(6, 8, 4, "null_experts", top_k=2, num_null=3, activation="relu").double()
     x = torch.randn(20, 6, dtype=torch.float64)
+    with torch.no_grad():
+        layer.router.weight /= layer.router.weight.norm(dim=1, keepdim=True)
+        x[0] = layer.router.weight[4]  # of rows of one length the nearest is itself: a null choice
     logits = layer.router.score(x)
     weight, index = logits.softmax(-1).topk(2)
     weight = weight / weight.sum(-1, keepdim=True)

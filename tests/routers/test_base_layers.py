@@ -93,14 +93,14 @@ def test_a_score_that_is_not_finite_is_the_smallest():
 
 def test_padding_is_not_assigned():
     mask = torch.rand(33) < 0.7
-    logits = torch.randn(33, 5)
+    logits = torch.randn(33, 5, dtype=torch.float64)
     for name in ("base", "sinkhorn"):
         router = create(name, 6, 5)
         routing = router.assign(logits, Context(mask=mask))
         alone = router.assign(logits[mask])
         found, expected = routing.dense()[mask], alone.dense()
         assert torch.equal(found != 0, expected != 0)
-        assert torch.allclose(found, expected, rtol=1e-6, atol=0)  # where a vector ends, its last bits differ
+        assert torch.allclose(found, expected, rtol=1e-12, atol=0)  # where a vector ends, its last bits differ
         assert not routing.dense()[~mask].any()
 
 

@@ -90,9 +90,10 @@ def test_the_plan_is_the_entropic_optimum():
 @pytest.mark.parametrize("training", [True, False])
 def test_no_token_exceeds_the_cap_and_experts_stay_full(training):
     router = create("expert_choice", 6, 8, max_experts=2).train(training)
+    plain = create("expert_choice", 6, 8)
     logits = 2 * torch.randn(64, 8)
-    plain = create("expert_choice", 6, 8).assign(logits)
-    assert torch.bincount(plain.token, minlength=64).max() > 2, "without the cap some token has more"
+    while torch.bincount(plain.assign(logits).token).max() <= 2:  # without the cap some token has more
+        logits = 2 * torch.randn(64, 8)
     routing = router.assign(logits)
     assert torch.bincount(routing.token, minlength=64).max() <= 2
     assert routing.counts.max() <= 16 and routing.token.numel() >= 0.95 * 128
@@ -152,7 +153,7 @@ def test_experts_may_be_permuted():
 
 def test_padding_takes_no_part_in_the_capped_plan():
     mask = torch.rand(40) < 0.6
-    logits = torch.randn(40, 6)
+    logits = torch.randn(40, 6, dtype=torch.float64)
     logits[~mask] = float("nan")
     router = create("expert_choice", 6, 6, max_experts=2)
     whole = router.assign(logits, Context(mask=mask)).dense()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from scipy.stats import chisquare
 from transformers import NllbMoeConfig
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 
@@ -10,6 +9,7 @@ from shunter.context import Context
 from shunter.losses import load_balancing_loss
 from shunter.routers.registry import create
 
+from ..helpers import deviation
 from ..test_capacity import LOGITS
 from . import contract
 
@@ -57,7 +57,7 @@ def test_the_paper_is_the_preset():
 @pytest.mark.parametrize("threshold", [0.2, 0.5])
 def test_random_second_expert_is_kept_in_proportion(threshold):
     router = _gshard(second_policy="random", second_threshold=threshold)
-    draws = 4000
+    draws = 40_000
     logits = torch.randn(5, 4).repeat(draws, 1)
     share = logits[:5].softmax(-1).topk(2).values
     share = share[:, 1] / share.sum(1)
@@ -65,7 +65,7 @@ def test_random_second_expert_is_kept_in_proportion(threshold):
     second = torch.bincount(routing.token[routing.choice == 1] % 5, minlength=5) / draws
     assert torch.equal(torch.bincount(routing.token[routing.choice == 0] % 5), torch.full((5,), draws))
     expected = (share / threshold).clamp(max=1)
-    assert ((second - expected).abs() <= 4.5 * (expected * (1 - expected) / draws).sqrt() + 1e-6).all()
+    assert (second - expected).abs().max() < deviation(draws, 5)
     alone = torch.bincount(routing.token, minlength=len(logits))[routing.token] == 1
     first = routing.weight[alone]
     assert torch.allclose(first, (1 - share)[routing.token[alone] % 5]), "before_drop: the first keeps its share"
@@ -74,13 +74,12 @@ def test_random_second_expert_is_kept_in_proportion(threshold):
 def test_sampled_second_expert_follows_the_softmax_without_the_first():
     router = _gshard(second_policy="sampling")
     logits = torch.tensor([[2.0, 1.0, 0.0, 0.5]])
-    draws = 6000
+    draws = 50_000
     routing = router.assign(logits.repeat(draws, 1))
     second = routing.expert[routing.choice == 1]
     assert (routing.expert[routing.choice == 0] == 0).all() and (second != 0).all()
-    expected = logits[0, 1:].softmax(0).double() * draws
-    observed = torch.bincount(second, minlength=4)[1:]
-    assert chisquare(observed.numpy(), (expected / expected.sum() * draws).numpy()).pvalue > 1e-5
+    share = torch.bincount(second, minlength=4)[1:] / draws
+    assert (share - logits[0, 1:].softmax(0)).abs().max() < deviation(draws, 3)
     p = logits[0].softmax(0)
     drawn = routing.token[(routing.expert == 3)]
     weight = routing.dense()[drawn[0]]
@@ -101,9 +100,12 @@ def test_fairseqs_router_agrees(batch_prioritized, before):
         moe_eval_capacity_token_fraction=-1.0,
     )
     theirs = NllbMoeTop2Router(config)
-    # A skewed batch, so that capacity 2 * ceil(T / E) drops.
+    # A skewed batch: capacity 2 * ceil(T / E) = 12 drops one of the 13 tokens that ask first for expert 0, and their
+    # probabilities there, their priorities, are apart, as their sort is not stable.
     logits = torch.randn(tokens, experts) + torch.tensor([2.0, 1.0, 0.0, -1.0])
-    # Their argsort of priorities is not stable; random logits have no ties.
+    logits[:13, 0] = logits[:13, 1:].amax(1) + 0.1
+    while logits.softmax(-1).amax(-1).sort().values.diff().min() < 1e-5:
+        logits[:, 0] += 0.1 * torch.rand(tokens)
     _, weights = theirs.route_tokens(logits.clone())
     router = _gshard(
         capacity_factor=1.0,
@@ -133,7 +135,12 @@ def test_a_group_is_a_batch_of_its_own():
     loss = whole.losses(logits, routing, context)["load_balancing_loss"]
     assert torch.allclose(loss, torch.stack(losses).mean())
     joint = alone.losses(logits, alone.assign(logits, context), context)["load_balancing_loss"]
-    assert not torch.allclose(loss, joint), "a whole batch is not numerically equal"
+    assert loss.shape == joint.shape == ()
+    # Groups that have each an expert of their own: a loss of E in each, and of less where they are one batch.
+    skew = torch.eye(4)[torch.arange(13) // 5] * 50
+    loss = whole.losses(skew, whole.assign(skew))["load_balancing_loss"]
+    joint = alone.losses(skew, alone.assign(skew))["load_balancing_loss"]
+    assert loss == pytest.approx(4) and joint == pytest.approx(4 * (5**2 + 5**2 + 3**2) / 13**2)
 
 
 @pytest.mark.parametrize("choices", ["first", "all", "mean"])
@@ -156,11 +163,11 @@ def test_balance_of_groups_written_out(choices):
 
 
 def test_order_matters_only_where_capacity_binds():
+    """Reversed: some expert is the first choice of 5 of 20 tokens or more, and keeps other 4 of them."""
     logits = torch.randn(20, 4)
-    order = torch.randperm(20)
     for factor, equal in ((None, True), (4.0, True), (0.4, False)):
         router = _gshard(capacity_factor=factor, capacity_formula="review")
-        same = torch.equal(router.assign(logits[order]).dense(), router.assign(logits).dense()[order])
+        same = torch.equal(router.assign(logits.flip(0)).dense(), router.assign(logits).dense().flip(0))
         assert same == equal
 
 

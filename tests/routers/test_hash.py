@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
-from scipy.stats import chi2
 
 from shunter import MoE
 from shunter.context import Context
 from shunter.routers.registry import create
 
-from ..helpers import by_tokens
+from ..helpers import by_tokens, deviation
 from . import contract
 
 VOCAB, POSITIONS = 40, 50
@@ -109,8 +108,7 @@ def test_every_hash_of_a_balanced_multi_hash_is_balanced_and_another(hashes):
 
 def test_random_tables_are_uniform():
     table = create("hash", 6, 8, vocab_size=20000, seed=int(torch.randint(2**31, ()))).table
-    counts = torch.bincount(table, minlength=8)
-    assert ((counts - 2500) ** 2 / 2500).sum() < chi2.isf(1e-8, 7)
+    assert (torch.bincount(table, minlength=8) / 20000 - 1 / 8).abs().max() < deviation(20000, 8)
 
 
 def test_multi_hash_is_a_feed_forward_layer_whose_hidden_segments_are_hashed():
@@ -186,8 +184,7 @@ def test_bigrams_are_pairwise_independent_over_tables():
         sequence = torch.arange(len(pairs) * 2).repeat_interleave(2)
         chosen = router.experts_of(Context(token_ids=ids, sequence=sequence)).flatten()[1::2]
         meet += chosen[::2] == chosen[1::2]
-    # Six standard deviations of a binomial share.
-    assert (meet / draws - 1 / experts).abs().max() < 6 * math.sqrt(0.25 * 0.75 / draws)
+    assert (meet / draws - 1 / experts).abs().max() < deviation(draws, len(pairs))
 
 
 def test_a_bigram_decides_and_nothing_else():

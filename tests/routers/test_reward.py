@@ -11,6 +11,7 @@ from shunter.context import Context
 from shunter.routers.policy_gradient import Decision
 from shunter.routers.registry import create
 
+from ..helpers import deviation
 from . import contract
 
 SORTS = [
@@ -64,8 +65,7 @@ def test_draws_are_from_the_policy_and_evaluation_takes_the_best():
     n = 40_000
     counts = router.train().assign(logits.expand(n, 4)).counts
     probs = logits.softmax(-1)[0]
-    # Chance of a false alarm below 1e-8: six standard deviations for each of four counts.
-    assert ((counts / n - probs).abs() < 6 * (probs * (1 - probs) / n).sqrt()).all()
+    assert (counts / n - probs).abs().max() < deviation(n, 4)
     assert int(router.eval().assign(logits).expert) == int(logits.argmax())
 
 

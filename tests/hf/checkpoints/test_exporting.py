@@ -18,7 +18,7 @@ from tests.helpers import TIME_LIMIT
 from tests.hf.checkpoints.test_upcycling import BUILD, lively
 from tests.hf.checkpoints.test_upcycling import NATIVE as UPCYCLED
 from tests.hf.conftest import _LM, VOCAB
-from tests.hf.families import build
+from tests.hf.families import build, steady
 
 NATIVE = {
     "mixtral": {"router_jitter_noise": 0.1, "router_aux_loss_coef": 0.03},
@@ -103,9 +103,9 @@ def test_a_native_model_comes_back_bit_for_bit(family, dtype, tmp_path):
     model.save_pretrained(tmp_path / "native")
     receipt = shunter.export(tmp_path / "native", tmp_path / "ours")
     assert receipt["from"] == family and receipt["format"] == "shunter" and receipt["check"]["rms_logits"] > 0.1
-    ids = torch.randint(VOCAB, (2, 9))
     loaded = shunter.from_pretrained(str(tmp_path / "ours"), dtype=torch.float32)
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.float32)
+    ids = steady(wide, lambda: {"input_ids": torch.randint(VOCAB, (2, 9))})["input_ids"]
     torch.testing.assert_close(logits(loaded, ids), logits(wide, ids), rtol=1e-4, atol=1e-4)
     back = shunter.export(tmp_path / "ours", tmp_path / "back")
     assert back["format"] == family and back["from"] == "shunter"
@@ -120,7 +120,7 @@ def test_a_model_of_shunters_comes_back_bit_for_bit(family, square, tmp_path):
     model = sparsified(family, hidden=16 if square else 32)
     model.save_pretrained(tmp_path / "ours")
     receipt = shunter.export(tmp_path / "ours", tmp_path / "native", check=False)
-    ids = torch.randint(VOCAB, (2, 9))
+    ids = steady(model, lambda: {"input_ids": torch.randint(VOCAB, (2, 9))})["input_ids"]
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "native", output_loading_info=True)
     assert type(loaded).__name__ == FAMILIES[family].architecture
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -139,19 +139,20 @@ def test_a_model_of_shunters_comes_back_bit_for_bit(family, square, tmp_path):
 
 
 def test_native_models_load_where_shunter_is_not_installed(tmp_path):
-    ids = torch.randint(50, (2, 9))
-    torch.save(ids, tmp_path / "ids.pt")
-    expected = {}
+    expected, ids = {}, {}
     for family in FAMILIES:
         model = sparsified(family)
         model.save_pretrained(tmp_path / f"{family}-ours")
         shunter.export(tmp_path / f"{family}-ours", tmp_path / family, check=False)
-        expected[family] = logits(model, ids)
+        ids[family] = steady(model, lambda model=model: {"input_ids": torch.randint(50, (2, 9))})["input_ids"]
+        expected[family] = logits(model, ids[family])
     for name in UPCYCLED:
         model = lively(name)
         model.save_pretrained(tmp_path / f"{name}-dense")
         shunter.upcycle(tmp_path / f"{name}-dense", tmp_path / f"{name}-sparse", 4, check=False)
-        expected[f"{name}-sparse"] = logits(model, ids)
+        ids[f"{name}-sparse"] = torch.randint(50, (2, 9))  # its experts are alike
+        expected[f"{name}-sparse"] = logits(model, ids[f"{name}-sparse"])
+    torch.save(ids, tmp_path / "ids.pt")
     code = """
 import sys
 sys.modules["shunter"] = None  # importing it fails
@@ -164,7 +165,7 @@ for name in names:
     model, info = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     with torch.no_grad():
-        found[name] = model.eval()(ids).logits
+        found[name] = model.eval()(ids[name]).logits
 torch.save(found, folder + "/logits.pt")
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
