@@ -112,10 +112,11 @@ def gradients_in_graph(
 def _reference(places: Sequence[Tensor], size: tuple[int, int], activation: str) -> Callable[..., Tensor]:
     """The output (T, d) by the definition, as a function of x, the combine weights and the experts' matrices."""
 
-    def run(x: Tensor, weight: Tensor, *matrices: Any) -> Tensor:
-        return get("reference").run(
-            x, Weights(*matrices, activation=activation), Routing.from_indices(places, weight, *size)
-        )
+    def run(
+        x: Tensor, weight: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
+    ) -> Tensor:
+        weights = Weights(up, down, up_bias, down_bias, activation)
+        return get("reference").run(x, weights, Routing.from_indices(places, weight, *size))
 
     return run
 

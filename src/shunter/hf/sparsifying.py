@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from ..experts.weights import STACKED
 from ..moe import MoE, moe_layers
 from ..routers import Router
 from .blocks import FeedForward, find_feed_forwards
-from .hooks import install
+from .hooks import check_batch, install
 
 __all__ = ["choose_blocks", "describe_layers", "make_layers", "options_of", "sparsify"]
 
@@ -35,6 +35,7 @@ def sparsify(
     backend: str = "auto",
     num_shared_experts: int = 0,
     allow_leak: bool = False,
+    batch: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Model:
     """Replace the feed-forward blocks of a dense Hugging Face model by `MoE` layers, in place.
@@ -57,6 +58,8 @@ def sparsify(
         backend: of the experts.
         num_shared_experts: see `MoE`.
         allow_leak: insist on a router that lets later tokens change earlier ones, in a causal model.
+        batch: what a batch knows of its tokens besides, by which the routers may go: {"task": "task_ids"} takes the
+            keyword `task_ids` of the model's forward, (B,) or (B, S), for the `task` of `shunter.routers.Context`.
         **options: of the router. A hash router's vocab_size is the model's unless given.
 
     Returns:
@@ -68,7 +71,7 @@ def sparsify(
 
     Source: Fedus et al. 2022, section 2.1 and figure 1; `every`: section 3.3.
     """
-    name = router if isinstance(router, str) else _name_of(router)
+    name, told = router if isinstance(router, str) else _name_of(router), check_batch(batch)
     if init not in ("scratch", "copy"):
         raise UserError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
     if init == "copy" and num_shared_experts:
@@ -96,12 +99,16 @@ def sparsify(
         )
         _initialise(moe, block, init)
         made.append((block, moe))
-    _put(model, made)
+    _put(model, made, told)
     return model
 
 
-def make_layers(model: PreTrainedModel, layers: Iterable[dict[str, Any]]) -> None:
+def make_layers(
+    model: PreTrainedModel, layers: Iterable[dict[str, Any]], batch: Mapping[str, str] | None = None
+) -> None:
     """Replace blocks of a dense model as `describe_layers` said that its sparse form is, in place; nothing is drawn.
+
+    `batch` is as of `sparsify`.
 
     Raises:
         UserError: where an entry names no block of the model.
@@ -114,7 +121,7 @@ def make_layers(model: PreTrainedModel, layers: Iterable[dict[str, Any]]) -> Non
         if block is None:
             raise UserError(f"{type(model).__name__} has no feed-forward block {entry['name']!r}")
         made.append((block, _make(block, **{key: value for key, value in entry.items() if key != "name"})))
-    _put(model, made)
+    _put(model, made, check_batch(batch))
 
 
 def _make(block: FeedForward, *, options: dict[str, Any], **sizes: Any) -> MoE:
@@ -124,19 +131,19 @@ def _make(block: FeedForward, *, options: dict[str, Any], **sizes: Any) -> MoE:
     return moe
 
 
-def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]]) -> None:
+def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dict[str, str]) -> None:
     for block, moe in made:
         model.set_submodule(block.path, moe.train(model.training))
         if block.second is not None:
             model.set_submodule(block.second, nn.Identity())
-    model.config.shunter = describe_layers(model)
+    model.config.shunter = describe_layers(model) | {"batch": batch}
     vars(model)["save_pretrained"] = partial(_save, model)  # of the instance: what is copied or pickled keeps it
-    install(model)
+    install(model, batch)
 
 
 def _save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     """Save as transformers does, with the layers as they are now in the configuration."""
-    model.config.shunter = describe_layers(model)
+    model.config.shunter |= describe_layers(model)
     type(model).save_pretrained(model, *args, **kwargs)
 
 
