@@ -174,11 +174,11 @@ class _Forwards:
         self._reset()
 
     @property
-    def _before(self) -> list[tuple[nn.Module, tuple[Scope, ...]]]:
-        """The modules under way in this thread, and the scopes before each."""
-        if not hasattr(self._here, "before"):
-            self._here.before, self._here.marks = [], []
-        found: list[tuple[nn.Module, tuple[Scope, ...]]] = self._here.before
+    def _entered(self) -> list[tuple[nn.Module, tuple[Scope, ...], int]]:
+        """The modules under way in this thread, the scopes before each, and for the model the mark of its beginning."""
+        if not hasattr(self._here, "entered"):
+            self._here.entered = []
+        found: list[tuple[nn.Module, tuple[Scope, ...], int]] = self._here.entered
         return found
 
     def begin(
@@ -195,15 +195,14 @@ class _Forwards:
                     f"its tokens; its keys are {', '.join(kwargs)}. (A Trainer keeps it with "
                     "remove_unused_columns=False)"
                 )
-        self._before.append((module, contexts.enter((*contexts.present(), Scope(told=values)))))
-        self._here.marks.append(mark())
+        self._entered.append((module, contexts.enter((*contexts.present(), Scope(told=values))), mark()))
         foreign = set(self.keywords.values()) - set(inspect.signature(module.forward).parameters)
         return args, {key: value for key, value in kwargs.items() if key not in foreign}
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the layers of a model what its own arguments say of its tokens."""
         scope = Scope(tokens_of(module, args, kwargs))
-        self._before.append((module, contexts.enter((*contexts.present(), scope))))
+        self._entered.append((module, contexts.enter((*contexts.present(), scope)), -1))
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let a module, which may be recomputed, have the scopes of its forward then."""
@@ -218,17 +217,25 @@ class _Forwards:
         if not recomputing():
             self._known[given] = contexts.present()
         elif given in self._known:
-            self._before.append((module, contexts.enter(self._known[given])))
+            self._entered.append((module, contexts.enter(self._known[given]), -1))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the scope that the module entered, if it did."""
-        if self._before and self._before[-1][0] is module:
-            contexts.enter(self._before.pop()[1])
+        self._leave(module)
+
+    def _leave(self, module: nn.Module) -> int:
+        """The mark of the module's beginning; -1 where it has none, or entered nothing."""
+        if not self._entered or self._entered[-1][0] is not module:
+            return -1
+        _, before, since = self._entered.pop()
+        contexts.enter(before)
+        return since
 
     def end(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """End the model's forward: its losses join its output's; those of a forward that raised are forgotten."""
-        self.leave(module, args, output)
-        since = self._here.marks.pop()
+        since = self._leave(module)
+        if since < 0:  # its batch was refused
+            return None
         if output is None:
             for layer in moe_layers(module).values():
                 layer.forget(since)
