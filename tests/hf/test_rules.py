@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from shunter.hf.rules import KNOWN_UP_TO, NOT_TOP_K, RULES, topk_options
+from shunter.hf.rules import KNOWN_UP_TO, NOT_TOP_K, RULES, router_of, routing_fields, topk_options
 from shunter.routers.registry import create
 
 DIM, EXPERTS, TOP_K = 16, 8, 3
@@ -154,3 +154,25 @@ def test_options_of_real_configurations():
         topk_options(types.SimpleNamespace(model_type="phimoe"))
     with pytest.raises(ValueError, match="'llama' is not known"):
         topk_options(types.SimpleNamespace(model_type="llama"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "flex_olmo", "olmoe", "deepseek_v3"])
+def test_from_fields_to_a_router_and_back(family):
+    """Whatever a configuration says of routing, the router that it leads to says too."""
+    groups = int(torch.randint(1, 4, ()))
+    said = {
+        "num_experts_per_tok": int(torch.randint(2, 4, ())),
+        "norm_topk_prob": bool(torch.randint(2, ())),
+        "n_group": 4,
+        "topk_group": groups,
+        "routed_scaling_factor": float(torch.rand(())) + 0.5,
+        "router_aux_loss_coef": float(torch.rand(())),
+        "router_jitter_noise": float(torch.rand(())) / 2,
+    }
+    default = transformers.AutoConfig.for_model(family)
+    said = {name: value for name, value in said.items() if hasattr(default, name)}
+    config = transformers.AutoConfig.for_model(family, **said)
+    name, options = router_of(config)
+    assert routing_fields(family, create(name, DIM, EXPERTS, **options)) == said
+    shared = {key: value for key, value in options.items() if key not in ("load_balancing_loss", "jitter")}
+    assert shared == topk_options(config)

@@ -2,12 +2,28 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import shunter
+from shunter.errors import UserError
+
+OLD = {
+    "allow_leak": False,
+    "backend": "auto",
+    "every": 2,
+    "hidden": 20,
+    "layout": "gate_up_proj (E, 2f, d), gate first; down_proj (E, d, f)",
+    "num_experts": 4,
+    "num_shared_experts": 1,
+    "renormalize": "no",
+    "router": "topk",
+    "top_k": 2,
+}
+"""config.shunter as it was before it named each layer."""
 
 
 def _logits(model, batch):
@@ -66,11 +82,96 @@ def test_balanced_hash_tables_survive_without_their_frequencies(build, tmp_path)
     frequencies = torch.rand(50)
     model = shunter.sparsify(build("llama"), 4, "hash", frequencies=frequencies)
     model.save_pretrained(tmp_path)
-    assert "frequencies" not in json.loads((tmp_path / "config.json").read_text())["shunter"]
+    saved = json.loads((tmp_path / "config.json").read_text())["shunter"]["layers"]
+    assert [layer["options"] for layer in saved] == [{"vocab_size": 50}] * 2
     tables = [
         next(iter(shunter.moe_layers(m).values())).router.table for m in (model, shunter.from_pretrained(str(tmp_path)))
     ]
     assert torch.equal(*tables)
+
+
+def _entries(folder):
+    return json.loads((folder / "config.json").read_text())["shunter"]["layers"]
+
+
+def _exchange(model, other, number):
+    """Put a layer of another sparsified model in the place of a model's own."""
+    name = list(shunter.moe_layers(model))[number]
+    model.set_submodule(name, shunter.moe_layers(other)[name])
+
+
+WAYS = {"itself": lambda model: model, "copied": copy.deepcopy, "pickled": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_layers_that_differ_are_saved_as_they_are(way, build, inputs, tmp_path):
+    """Sizes, router and options of each layer come back, though it changed after sparsify."""
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2, layers=[1])
+    model = WAYS[way](model)
+    other = shunter.sparsify(build("llama"), 6, "deepseek", top_k=3, hidden=20, num_shared_experts=2)
+    _exchange(model, other, 0)
+    layer = shunter.moe_layers(model)["model.layers.1.mlp"]
+    layer.experts.recompute = True
+    model.save_pretrained(tmp_path)
+    assert _entries(tmp_path) == [
+        {
+            "name": "model.layers.1.mlp",
+            "num_experts": 6,
+            "hidden": 20,
+            "activation": "swiglu",
+            "bias": False,
+            "num_shared_experts": 2,
+            "dropout": 0.0,
+            "backend": "auto",
+            "recompute": True,
+            "router": "deepseek",
+            "options": {"top_k": 3},
+        }
+    ]
+    loaded = shunter.from_pretrained(str(tmp_path)).eval()
+    before, after = model.state_dict(), loaded.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    batch = inputs("llama")
+    assert torch.equal(_logits(model, batch), _logits(loaded, batch))
+    assert shunter.moe_layers(loaded)["model.layers.1.mlp"].experts.recompute
+
+
+def test_layers_of_two_sizes_and_routers(architecture, build, inputs, tmp_path):
+    model = shunter.sparsify(build(architecture), 4, "topk", top_k=2)
+    _exchange(model, shunter.sparsify(build(architecture), 3, "switch", hidden=20, capacity_factor=None), 1)
+    model.save_pretrained(tmp_path)
+    assert [(e["num_experts"], e["router"]) for e in _entries(tmp_path)][:2] == [(4, "topk"), (3, "switch")]
+    loaded = shunter.from_pretrained(str(tmp_path)).eval()
+    batch = inputs(architecture)
+    assert torch.equal(_logits(model, batch), _logits(loaded, batch))
+
+
+def test_a_layer_that_cannot_be_described_is_refused(build, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "topk")
+    layer = shunter.moe_layers(model)["model.layers.1.mlp"]
+
+    class Mine(type(layer.router)):
+        """Not registered."""
+
+    layer.router = Mine(32, 4)
+    with pytest.raises(UserError) as caught:
+        model.save_pretrained(tmp_path)
+    assert "register" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_folders_that_say_how_sparsify_was_called_still_load(build, inputs, tmp_path):
+    options = {"num_shared_experts": 1, "renormalize": "no", "top_k": 2}
+    model = shunter.sparsify(build("llama"), 4, "topk", every=2, hidden=20, **options)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    new = config["shunter"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"shunter": OLD}))
+    loaded = shunter.from_pretrained(str(tmp_path)).eval()
+    batch = inputs("llama")
+    assert torch.equal(_logits(model, batch), _logits(loaded, batch))
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again/config.json").read_text())["shunter"]
+    assert again == new and [layer["name"] for layer in again["layers"]] == ["model.layers.1.mlp"]
 
 
 @pytest.mark.parametrize("every, expected", [(1, [0, 1]), (2, [1])])

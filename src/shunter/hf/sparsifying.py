@@ -42,8 +42,8 @@ def sparsify(
 
     Padding (attention_mask) and token ids (input_ids) reach the routers, and in training the auxiliary losses are part
     of `output.loss`, right under gradient accumulation. (A Trainer with label smoothing or a compute_loss_func makes
-    its own loss: add `shunter.aux_loss(model)` there.) `save_pretrained` works as before; `shunter.from_pretrained`
-    loads.
+    its own loss: add `shunter.aux_loss(model)` there.) `save_pretrained` works as before, with each layer as it
+    then is named in the configuration; `shunter.from_pretrained` loads.
 
     Args:
         model: any model whose blocks `shunter.hf.blocks` knows: Llama, Qwen, Mistral, Gemma, GPT-2, BERT, T5,
@@ -200,7 +200,7 @@ def choose_blocks(
     """Every n-th block of each stack, or those that `layers` counts from 0.
 
     Raises:
-        ValueError: where that leaves none, or a stack has no such block.
+        UserError: where that leaves none, or a stack has no such block.
     """
     if every < 1:
         raise UserError(f"sparsify: every={every} must be at least 1")

@@ -15,8 +15,8 @@ from shunter.cli import main
 from shunter.hf.checkpoints.exporting import describe
 from shunter.hf.checkpoints.native import FAMILIES, make_dense
 from tests.helpers import TIME_LIMIT
-from tests.hf.checkpoints.test_upcycling import BUILD, lively
-from tests.hf.checkpoints.test_upcycling import NATIVE as UPCYCLED
+from tests.hf.checkpoints.models import BUILD, lively
+from tests.hf.checkpoints.models import NATIVE as UPCYCLED
 from tests.hf.conftest import _LM, VOCAB
 from tests.hf.families import build, steady
 
@@ -247,6 +247,27 @@ def test_what_a_family_cannot_say(family, options, message, tmp_path, capsys):
     assert main(["export", str(tmp_path / "ours"), "--out", str(tmp_path / "out")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+@pytest.mark.parametrize(
+    "config, options, message",
+    [
+        ({}, {"num_experts": 6}, "mixtral has layers of one size"),
+        ({}, {"hidden": 24}, "mixtral has layers of one size"),
+        ({}, {"top_k": 2}, "mixtral has one routing rule for all layers"),
+        ({"hidden_act": "gelu"}, {}, "mixtral has the activation of config.json, swiglu"),
+    ],
+)
+def test_a_family_has_layers_of_one_kind(config, options, message, tmp_path):
+    model, other = sparsified("mixtral"), lively("llama", **config)
+    options = {"num_experts": 8, "router": "topk", "top_k": 3, "hidden": 16, **options}
+    shunter.sparsify(other, **options)
+    name = "model.layers.1.mlp"
+    model.set_submodule(name, shunter.moe_layers(other)[name])
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=message) as caught:
+        shunter.export(tmp_path / "ours", tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_other_models_are_told_where_to_go(tmp_path):

@@ -5,97 +5,22 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 import shunter
 from shunter.cli import main
 from shunter.hf.checkpoints.upcycling import describe
-from tests.hf.conftest import _LM, BUILD, VOCAB
-
-BUILD = {
-    **BUILD,
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_LM, num_key_value_heads=2, sliding_window=4)),
-    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_LM, num_key_value_heads=2, eos_token_id=2)),
-    "deepseek_v3": lambda: DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **_LM,
-            kv_lora_rank=8,
-            q_lora_rank=8,
-            qk_rope_head_dim=4,
-            v_head_dim=8,
-            qk_nope_head_dim=4,
-            first_k_dense_replace=2,
-        )  # fmt: skip
-    ),
-}
-NATIVE = {
-    "llama": "mixtral",
-    "mistral": "mixtral",
-    "qwen3": "qwen3_moe",
-    "olmo2": "flex_olmo",
-    "deepseek_v3": "deepseek_v3",
-}
-
-
-def lively(name, **config):
-    """A dense model in which every tensor matters: no zeros, no ones, feed-forward blocks as strong as attention."""
-    model = LlamaForCausalLM(LlamaConfig(**_LM, num_key_value_heads=2, **config)) if config else BUILD[name]()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model.eval()
-
-
-@pytest.fixture
-def dense(tmp_path):
-    """(name, …) -> the folder of a lively dense model, and the model."""
-
-    def make(name="llama", folder="dense", dtype=torch.float32, **options):
-        model = lively(name, **options.pop("config", {})).to(dtype)
-        model.save_pretrained(tmp_path / folder, **options)
-        return tmp_path / folder, model
-
-    return make
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
-
-
-def batch_for(inputs, name):
-    batch = inputs("llama" if name in NATIVE else name)
-    return {key: value for key, value in batch.items() if key != "attention_mask"}
-
-
-def relative(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def load(folder):
-    config = json.loads((folder / "config.json").read_text())
-    loaded = (
-        shunter.from_pretrained(str(folder)) if "shunter" in config else AutoModelForCausalLM.from_pretrained(folder)
-    )
-    return loaded.eval()
+from tests.hf.checkpoints.models import (
+    BUILD,
+    NATIVE,
+    batch_for,
+    load,
+    logits,
+    relative,
+)
 
 
 @pytest.mark.parametrize("method", ["copy", "split"])
@@ -198,17 +123,6 @@ def test_checkpoints_without_the_models_prefix_and_with_old_buffers(dense, input
     assert relative(logits(load(tmp_path / "out"), batch), logits(model, batch)) < 1e-5
 
 
-def test_shards_in_and_out(dense, inputs, tmp_path):
-    folder, model = dense(max_shard_size="20kB")
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    shunter.upcycle(folder, tmp_path / "out", max_shard_bytes=30_000)
-    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) > 3 and set(index["weight_map"].values()) == {file.name for file in files}
-    batch = batch_for(inputs, "llama")
-    assert relative(logits(load(tmp_path / "out"), batch), logits(model, batch)) < 1e-5
-
-
 def test_conversion_needs_less_memory_than_the_dense_model(tmp_path):
     config = LlamaConfig(
         vocab_size=64, hidden_size=384, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=4
@@ -220,158 +134,11 @@ def test_conversion_needs_less_memory_than_the_dense_model(tmp_path):
         assert receipt["peak_bytes"] < receipt["dense_bytes"] / 2 + receipt["layer_bytes"]
 
 
-def experts_of(folder, layer=0):
-    """(gate, up, down) of each expert of a Mixtral's layer."""
-    tensors = load_file(folder / "model.safetensors")
-    count = len({name for name in tensors if f"layers.{layer}." in name and "w1" in name})
-    path = f"model.layers.{layer}.block_sparse_moe"
-    return [[tensors[f"{path}.experts.{e}.{w}.weight"] for w in ("w1", "w3", "w2")] for e in range(count)], tensors
-
-
-def block_of(model, layer=0):
-    mlp = model.model.layers[layer].mlp
-    return [linear.weight.detach() for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-
-
-def test_split_parts_make_up_the_block(dense, tmp_path):
-    folder, model = dense()
-    shunter.upcycle(folder, tmp_path / "out", 6, 3, method="split", granularity=3)
-    experts, tensors = experts_of(tmp_path / "out")
-    gate, up, down = block_of(model)
-    for copy in (0, 3):
-        parts = experts[copy : copy + 3]
-        assert torch.equal(torch.cat([part[0] for part in parts]), gate)
-        assert torch.equal(torch.cat([part[1] for part in parts]), up)
-        assert torch.equal(torch.cat([part[2] for part in parts], 1), down * 3)
-    rows = tensors["model.layers.0.block_sparse_moe.gate.weight"]
-    assert torch.equal(rows[0], rows[2]) and torch.equal(rows[3], rows[5]) and not torch.equal(rows[0], rows[3])
-
-
-def test_dropped_units_are_drawn_anew_and_the_others_kept(tmp_path):
-    config = LlamaConfig(
-        vocab_size=9, hidden_size=64, intermediate_size=400, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight += 0.05  # a mean that must come back
-    model.save_pretrained(tmp_path / "dense")
-    receipt = shunter.upcycle(tmp_path / "dense", tmp_path / "out", 3, method="drop", drop=0.25)
-    assert receipt["check"]["rms_difference"] > receipt["check"]["rms_rounding"]
-    dense_parts = block_of(model)
-    dropped = []
-    for expert in experts_of(tmp_path / "out")[0]:
-        changed = [(new != old).any(axis) for new, old, axis in zip(expert, dense_parts, (1, 1, 0), strict=True)]
-        assert changed[0].sum() == 100 and torch.equal(changed[0], changed[1]) and torch.equal(changed[0], changed[2])
-        dropped.append(changed[0])
-        for new, old, units in zip(expert, dense_parts, (0, 0, 1), strict=True):
-            new, old = (
-                new.index_select(units, changed[0].nonzero()[:, 0]),
-                old.index_select(units, changed[0].nonzero()[:, 0]),
-            )
-            # 6,400 draws: six standard errors of the mean and of the spread.
-            assert abs(new.mean() - old.mean()) < 6 * old.std() / 80
-            assert abs(new.std() / old.std() - 1) < 6 / (2 * 6400) ** 0.5
-    assert not torch.equal(dropped[0], dropped[1])
-
-
-def test_noise_has_the_spread_asked_for(dense, tmp_path):
-    folder, model = dense()
-    shunter.upcycle(folder, tmp_path / "out", 4, method="noise", noise=0.1)
-    experts, _ = experts_of(tmp_path / "out")
-    for expert in experts:
-        for new, old in zip(expert, block_of(model), strict=True):
-            assert abs((new - old).std() / (0.1 * old.std()) - 1) < 6 / (2 * new.numel()) ** 0.5
-    assert not torch.equal(experts[0][0], experts[1][0])
-
-
-def test_what_is_drawn_depends_on_the_seed_alone(dense, tmp_path):
-    folder, _ = dense()
-    for number, seed in enumerate((3, 3, 4)):
-        shunter.upcycle(folder, tmp_path / str(number), 4, method="drop", seed=seed, check=False)
-    first, again, other = [(tmp_path / str(n) / "model.safetensors").read_bytes() for n in range(3)]
-    assert first == again != other
-
-
-def save_tokenizer(folder):
-    words = {f"w{i}": i for i in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-
-
-def test_siblings_become_the_experts_and_the_rest_their_mean(dense, tmp_path):
-    base, _ = dense()
-    folders, siblings = zip(*(dense(folder=f"s{i}") for i in range(3)), strict=True)
-    receipt = shunter.upcycle(base, tmp_path / "out", method="siblings", siblings=folders)
-    assert receipt["options"]["num_experts"] == 3
-    experts, tensors = experts_of(tmp_path / "out", layer=1)
-    for expert, sibling in zip(experts, siblings, strict=True):
-        assert all(torch.equal(new, old) for new, old in zip(expert, block_of(sibling, 1), strict=True))
-    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"):
-        mean = sum(sibling.state_dict()[name].double() for sibling in siblings) / 3
-        assert torch.equal(tensors[name], mean.float())
-
-
 def test_equal_siblings_keep_the_function(dense, inputs, tmp_path):
     folder, model = dense()
     shunter.upcycle(folder, tmp_path / "out", method="siblings", siblings=[folder] * 4)
     batch = batch_for(inputs, "llama")
     assert relative(logits(load(tmp_path / "out"), batch), logits(model, batch)) < 1e-5
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_prompts_make_gates_that_find_the_sibling(apart, dense, tmp_path):
-    """The gate's rows are the directions of hidden states, recomputed here.
-
-    Where prompts are apart their tokens go to their own sibling: with embeddings 100 e_i + n of prompt i, |n| < 1, that
-    no layer changes, hidden states are within 0.02 of sqrt(d) e_i in direction, and a gate's row is within 0.1 of the
-    direction of e_i less the mean, which is (1, -1/2, -1/2) times 0.8 to those of the three prompts.
-    """
-    base, model = dense()
-    if apart:
-        with torch.no_grad():
-            embeddings = torch.nn.functional.normalize(torch.randn(VOCAB, 32))
-            embeddings[1:46] += 100 * torch.eye(32)[torch.arange(45) // 15]
-            model.model.embed_tokens.weight.copy_(embeddings)
-            for layer in model.model.layers:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
-                layer.post_attention_layernorm.weight.fill_(1)
-        model.save_pretrained(base)
-    save_tokenizer(base)
-    folders = [dense(folder=f"s{i}")[0] for i in range(3)]
-    ids = torch.arange(3)[:, None] * 15 + torch.arange(1, 16)
-    prompts = [
-        [" ".join(f"w{i}" for i in row[:8].tolist()), " ".join(f"w{i}" for i in row[8:].tolist())] for row in ids
-    ]
-    shunter.upcycle(base, tmp_path / "out", method="siblings", siblings=folders, prompts=prompts, check=False)
-    _, tensors = experts_of(tmp_path / "out")
-    seen = {}
-    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: seen.update(x=args[0][0]))
-    means = []
-    for row in ids:
-        states = []
-        for part in (row[:8], row[8:]):
-            logits(model, {"input_ids": part[None]})
-            states.append(seen["x"])
-        means.append(torch.cat(states).double().mean(0))
-    expected = torch.stack(means) - torch.stack(means).mean(0)
-    expected = expected / expected.norm(dim=1, keepdim=True)
-    gate = tensors["model.layers.1.block_sparse_moe.gate.weight"]
-    assert torch.allclose(gate.double(), expected, atol=1e-5)
-    if apart:
-        assert torch.equal((torch.stack(means) @ gate.double().T).argmax(1), torch.arange(3))
-
-
-def test_what_stands_beside_the_weights_comes_along_but_no_code(dense, tmp_path):
-    folder, _ = dense()
-    save_tokenizer(folder)
-    for name in ("LICENSE", "modeling_evil.py", "training_args.bin", "optimizer.pt"):
-        (folder / name).write_text("x")
-    shunter.upcycle(folder, tmp_path / "out", check=False)
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"} < names
-    assert not names & {"modeling_evil.py", "training_args.bin", "optimizer.pt"}
 
 
 @pytest.mark.parametrize(
