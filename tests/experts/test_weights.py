@@ -38,15 +38,16 @@ class OnDisk(ExpertWeights):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_backends_ask_for_the_experts_that_have_tokens_alone(activation, bias, tmp_path):
-    weights = random_weights(6, 5, 4, activation, bias, dtype=torch.float32)
-    routing, x = random_routing(9, 3, dtype=torch.float32), torch.randn(9, 5)
+    weights = random_weights(6, 5, 4, activation, bias)
+    routing, x = random_routing(9, 3), torch.randn(9, 5, dtype=torch.float64)
     routing = type(routing)(routing.token, 2 * routing.expert, routing.weight, 9, 6)
     lazy = OnDisk(weights, tmp_path)
     with torch.no_grad():
         expected = get("reference").run(x, weights, routing)
-        assert torch.equal(get("reference").run(x, lazy, routing), expected)
+        # Not to the bit: products may go another way through memory that begins elsewhere.
+        assert torch.allclose(get("reference").run(x, lazy, routing), expected, atol=1e-12)
         assert lazy.read == routing.counts.nonzero().flatten().tolist()
-        assert torch.allclose(get("decode").run(x, lazy, routing), expected, atol=1e-5)
+        assert torch.allclose(get("decode").run(x, lazy, routing), expected, atol=1e-12)
         backend, why = choose("auto", x, lazy)
     assert backend.name == "decode" and "one expert at a time" in why
 

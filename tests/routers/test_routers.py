@@ -24,54 +24,6 @@ def _context(tokens, **more):
     return Context(token_ids=torch.randint(VOCAB, (tokens,)), **more)
 
 
-@pytest.mark.parametrize("name, options", FOUR)
-@pytest.mark.parametrize("tokens", [0, 1, 7, 33])
-@pytest.mark.parametrize("training", [True, False])
-def test_assignments_are_valid(name, options, tokens, training):
-    router = _make(name, options).train(training)
-    context = _context(tokens, mask=torch.rand(tokens) < 0.8)
-    logits = router.score(torch.randn(tokens, 6), context)
-    assert logits.shape == (tokens, 5) and logits.dtype == torch.float32
-    routing = router.assign(logits, context)
-    routing.check_values()
-    assert context.mask[routing.token].all(), "padding takes no slot"
-    slots = router.capacity(context.num_real(tokens))
-    assert slots is None or int(routing.counts.max()) <= slots
-    for value in router.losses(logits, routing, context).values():
-        assert value.isfinite()
-
-
-@pytest.mark.parametrize("name, options", FOUR)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_decisions_are_in_float32_under_any_dtype_and_autocast(name, options, dtype):
-    router = _make(name, options).to(dtype).eval()
-    x = torch.randn(9, 6).to(dtype)
-    context = _context(9)
-    expected = torch.float64 if dtype == torch.float64 else torch.float32
-    logits = router.score(x, context)
-    assert logits.dtype == expected
-    with torch.autocast("cpu", torch.bfloat16):
-        again = router.score(x, context)
-    assert torch.equal(again, logits)
-    assert router.assign(logits, context).weight.dtype == expected
-
-
-@pytest.mark.parametrize("name, options", FOUR)
-def test_scores_to_weights_have_right_gradients(name, options):
-    router = _make(name, {**options, "jitter": 0.0} if name == "switch" else options).double()
-    context = _context(8)
-    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
-    logits = router.score(x, context).detach().requires_grad_(name != "hash")
-    if name == "hash":
-        assert router.assign(logits, context).weight.eq(1).all()
-        return
-    assert torch.autograd.gradcheck(lambda h: router.assign(h, context).dense(), logits)
-    assert torch.autograd.gradcheck(
-        lambda h: sum(router.losses(h, router.assign(h, context)).values(), h.sum() * 0), logits
-    )
-    assert torch.autograd.gradcheck(router.score, x)
-
-
 def test_ties_go_to_the_lowest_expert():
     for value in (0.0, -3.0, float("inf"), -float("inf"), float("nan")):
         assert largest(torch.full((3, 64), value), 8).tolist() == [list(range(8))] * 3

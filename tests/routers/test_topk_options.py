@@ -10,6 +10,7 @@ from shunter.routers.registry import create
 from . import contract
 
 SORTS = [
+    {"top_k": 2},
     {"top_k": 3, "expert_groups": 4, "top_groups": 2, "group_score": "top2_sum", "score_function": "sigmoid"},
     {"top_k": 2, "expert_groups": 4, "top_groups": 1, "scaling_factor": 2.5, "renormalize": "no"},
     {"top_k": 2, "score_function": "sqrt_softplus", "norm_eps": 0.1, "selection_bias": True},
