@@ -120,6 +120,7 @@ def test_options_are_the_routers_own(small):
         ("domain", "needs domain"),
         ("expert_choice", "in evaluation too"),
         ("topk:top_k=99", "top_k 99"),
+        ("topk:capacity_factor=many", "an option cannot be used"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(spec, message, small, tmp_path):
@@ -136,6 +137,27 @@ def test_a_leak_can_be_insisted_on(small):
 def test_lists_of_routers_are_checked(text):
     with pytest.raises(UserError, match="--routers"):
         parse_routers(text)
+
+
+@pytest.mark.parametrize("content", ["{", "5", "[5]", "[]", '"hash"'])
+def test_a_damaged_list_of_routers_is_named(content, done, tmp_path):
+    for name in ("config.yaml", "recipe.json"):
+        (tmp_path / name).write_bytes((done[0] / name).read_bytes())
+    (tmp_path / "routers.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="no comparison|must hold a list of routers|--routers"):
+        resumed(tmp_path)
+
+
+def test_a_comparison_is_not_resumed_as_a_run(done, capsys):
+    assert main(["train", "text", "--resume", "--run", str(done[0])]) == 2
+    assert "holds a comparison; go on with shunter compare text --resume" in capsys.readouterr().err
+    assert not (done[0] / "sparse").exists()
+
+
+def test_a_router_that_cannot_run_fails_before_any_training(small, tmp_path):
+    with pytest.raises(ValueError, match="leaves no block"):
+        compare(RECIPE, small("sparse.every=9"), ["hash"], tmp_path / "run", as_json=True)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_bad_commands_are_one_line(capsys, tmp_path, monkeypatch):

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from transformers.modeling_outputs import ModelOutput
 
-from shunter import MoE, recipes
+from shunter import MoE, aux_loss, recipes
 from shunter.analysis.ledger import Ledger
 from shunter.analysis.runs import Words, read_run
 from shunter.cli import main
 from shunter.errors import UserError
-from shunter.recipes import registry, run
+from shunter.recipes import registry
 from shunter.recipes.recipe import Recipe
 from shunter.recipes.sections import RunConfig
 
@@ -45,7 +45,8 @@ class Sums(PreTrainedModel):
 
     def forward(self, vectors, labels=None):
         guess = self.head(self.block(vectors)).squeeze(-1)
-        return ModelOutput(loss=None if labels is None else (guess - labels).square().mean(), logits=guess)
+        loss = None if labels is None else (guess - labels).square().mean() + aux_loss(self)
+        return ModelOutput(loss=loss, logits=guess)
 
 
 class Vectors(torch.utils.data.Dataset):
@@ -81,6 +82,9 @@ class SumsRecipe(Recipe):
         set_seed(config.seed)
         return Sums(SumsConfig(sparse=sparse))
 
+    def load(self, folder):
+        return Sums.from_pretrained(folder).eval()
+
     @torch.no_grad()
     def evaluate(self, model, data):
         held_out = Vectors(32, 12345)
@@ -102,7 +106,6 @@ class SumsRecipe(Recipe):
 @pytest.fixture
 def sums(monkeypatch):
     monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))
-    monkeypatch.setattr(run, "load_folder", lambda folder: Sums.from_pretrained(folder))
     recipes.register(SumsRecipe())
 
 
@@ -144,10 +147,32 @@ def test_routers_are_compared_on_what_the_recipe_knows(sums, tmp_path, capsys):
     assert table.splitlines()[0].startswith("| router | loss | gain | of 100 more than 1 off | balance |")
 
 
+def test_a_model_that_cannot_run_fails_before_any_training(sums, tmp_path, monkeypatch, capsys):
+    def build(self, config, data, sparse):
+        model = whole(self, config, data, sparse)
+        if sparse:
+            model.head = nn.Linear(5, 1)
+        return model
+
+    whole = SumsRecipe.build
+    run = tmp_path / "run"
+    with monkeypatch.context() as broken:
+        broken.setattr(SumsRecipe, "build", build)
+        with pytest.raises(RuntimeError, match="shapes"):
+            main(["train", "sums", "--run", str(run), *SMALL])
+    assert not (run / "metrics.jsonl").exists() and not (run / "dense").exists()
+    assert main(["train", "sums", "--run", str(run), "sparse.router=hash", *SMALL]) == 2
+    assert "router 'hash' needs token_ids of each token" in capsys.readouterr().err
+    assert main(["train", "sums", "--run", str(run), *SMALL]) == 0, "nothing was trained, so the folder is free"
+
+
 def test_recipes_are_found_by_name(sums):
     assert recipes.find("sums").name == "sums" and "text" in recipes.names()
     with pytest.raises(UserError, match="recipe 'sum' is unknown; did you mean sums"):
         recipes.find("sum")
+    for nothing in (5, [], None):  # what a damaged recipe.json may say
+        with pytest.raises(UserError, match="is unknown"):
+            recipes.find(nothing)
     with pytest.raises(ValueError, match="is there already"):
         recipes.register(SumsRecipe())
 

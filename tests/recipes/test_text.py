@@ -15,6 +15,7 @@ import torch
 import shunter
 from shunter.analysis.runs import Metrics
 from shunter.cli import main
+from shunter.errors import UserError
 from shunter.recipes.config import load_config
 from shunter.recipes.run import expert_width
 from shunter.recipes.run import train as run_recipe
@@ -211,6 +212,59 @@ def test_bad_commands_are_one_line_and_exit_code_2(args, message, capsys, tmp_pa
 def test_a_folder_with_a_run_is_not_overwritten(run, capsys):
     assert main(["train", "text", "--run", str(run[0])]) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_own_data_alone(run, corpus, small, tmp_path):
+    """Else the sparse model would learn from other text than the dense one it is compared with."""
+    folder = run[0]
+    dense = (folder / "dense/model.safetensors").read_bytes()
+    (folder / "sparse/training.json").unlink()
+    (corpus / "letters" / "0.txt").write_text("zyx " * 60, encoding="utf-8")
+    with pytest.raises(UserError, match="the text has changed since this run"):
+        train(small("training.steps=8"), folder, resume=True)
+    assert not (folder / "sparse/training.json").exists()
+    assert (folder / "dense/model.safetensors").read_bytes() == dense
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("dense/training.json", "{", "dense/training.json: cannot be read as JSON"),
+        ("dense/training.json", "{}", "dense/training.json lacks what the training cost"),
+        ("metrics.jsonl", "", "has lost the evaluations of dense"),
+    ],
+)
+def test_damage_to_a_run_is_named(run, small, file, content, message):
+    (run[0] / file).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        train(small("training.steps=8"), run[0], resume=True)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (["--temperature", "1e-40"], "temperature 1e-40 must be 0, or between 0.001 and 1000"),
+        (["--temperature", "nan"], "temperature nan must be"),
+        (["--temperature", "-1"], "temperature -1.0 must be"),
+        (["--prompt", "a\udcff"], "the prompt is not UTF-8 text"),
+        (["--prompt", ""], "the prompt is empty"),
+    ],
+)
+def test_what_cannot_be_continued_is_one_line(run, option, message, capsys):
+    assert main(["generate", str(run[0]), *option]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_windows_go_to_where_the_model_is(small):
+    class Elsewhere(torch.nn.Module):
+        device = torch.device("meta")
+
+        def forward(self, input_ids):
+            raise LookupError(input_ids.device)
+
+    with pytest.raises(LookupError, match="meta"):
+        evaluate(Elsewhere(), RECIPE.prepare(small()).eval)
 
 
 def test_json_lines_are_the_metrics(small, tmp_path, capsys):

@@ -19,7 +19,7 @@ from ..environment import run_versions
 from ..errors import UserError, one_line
 from .config import parse_value
 from .recipe import Recipe
-from .run import account, begin, configuration_of, train_one
+from .run import account, begin, check_router, configuration_of, rehearse, train_one
 from .sections import RunConfig
 
 __all__ = ["compare", "parse_routers", "table", "with_router"]
@@ -39,7 +39,9 @@ def parse_routers(text: str) -> list[str]:
         raise UserError(f"--routers: name at least one of {', '.join(routers.names())}")
     folders = [folder_of(spec) for spec in specs]
     for spec, folder in zip(specs, folders, strict=True):
-        if folders.count(folder) > 1 or folder == "dense":
+        if folder == "dense":
+            raise UserError("--routers: the dense model is there anyway; leave 'dense' out")
+        if folders.count(folder) > 1:
             raise UserError(f"--routers: {spec!r} is there more than once; each router has one row")
     return specs
 
@@ -71,11 +73,7 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"router {spec!r}: {setting} is not a YAML value ({one_line(error)})") from None
     if name in routers.names():
-        lacking = [need for need in routers.find(name).needs if need not in recipe.knows]
-        if lacking:
-            raise UserError(
-                f"router {name!r} needs {', '.join(lacking)} of each token, which plain {recipe.name} has not"
-            )
+        check_router(recipe, name)
     sparse = config.sparse.model_dump() | {"router": name, "options": options, "top_k": options.pop("top_k", None)}
     try:
         insisting = type(config).model_validate(config.model_dump() | {"sparse": sparse | {"allow_leak": True}})
@@ -85,7 +83,7 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
     leak = insisting.sparse.build_router(8, 257).eval().leak
     if leak and not config.sparse.allow_leak:
         raise UserError(
-            f"router {spec!r}: {leak}, in evaluation too, so its loss would be no language model's; leave it out, give "
+            f"router {spec!r}: {leak}, in evaluation too, so its loss would be no causal model's; leave it out, give "
             "it other options (as :capacity_factor=null), or set sparse.allow_leak=true"
         )
     return insisting
@@ -121,7 +119,9 @@ def compare(
         Interrupted: after Ctrl-C, when the checkpoint is written.
     """
     configs = {"dense": config} | {spec: with_router(recipe, config, spec) for spec in specs}
-    data, metrics = begin(recipe, config, run, as_json)
+    data, metrics = begin(recipe, config, run, as_json, resume=resume)
+    for spec, own in configs.items():
+        rehearse(recipe, folder_of(spec), own, data)
     (run / "routers.json").write_text(json.dumps(specs), encoding="utf-8")
     rows = []
     for spec, own in configs.items():
@@ -153,7 +153,9 @@ def resumed(run: Path) -> tuple[Recipe[Any, Any], Any, list[str]]:
         specs = json.loads((run / "routers.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{run} holds no comparison to resume") from None
-    return (*configuration_of(run), specs)
+    if not isinstance(specs, list) or not all(isinstance(spec, str) for spec in specs):
+        raise UserError(f"{run / 'routers.json'} must hold a list of routers")
+    return (*configuration_of(run), parse_routers(",".join(specs)))
 
 
 def _routing(metrics: Metrics, name: str) -> dict[str, float]:

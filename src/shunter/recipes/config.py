@@ -31,7 +31,7 @@ def load_config(cls: type[C], file: Path | None, overrides: list[str]) -> C:
     tree = {} if file is None else _read(file)
     for text in overrides:
         key, equals, value = text.lstrip("-").partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise UserError(one_line(f"override {text!r} must be key=value, as in training.steps=500"))
         try:
             parsed = parse_value(value)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..analysis.ledger import Ledger
 from ..analysis.runs import Words
+from ..hf.checkpoints.loading import load_folder
 from .sections import RunConfig
 
 __all__ = ["Prepared", "Recipe"]
@@ -25,14 +26,14 @@ class Prepared(Protocol):
 
     @property
     def domains(self) -> list[dict[str, Any]]:
-        """A record of each kind of data: name, license, source, train_bytes, …"""
+        """A record of each kind of data: name, license, source; train_bytes, eval_bytes, train_tokens, eval_tokens."""
 
     @property
     def fingerprint(self) -> str:
         """A hash over all that is trained and evaluated on."""
 
     def describe(self) -> dict[str, Any]:
-        """What data.json holds; `fingerprint` is in it."""
+        """What data.json holds: domains, fingerprint, vocab_size, tokenizer (the latter two may be None)."""
 
     def save_pretrained(self, folder: Path) -> None:
         """Write beside a model what it needs to read new data: a tokenizer, a feature extractor; or nothing."""
@@ -67,11 +68,26 @@ class Recipe(ABC, Generic[C, D]):
 
     @abstractmethod
     def build(self, config: C, data: D, sparse: bool) -> PreTrainedModel:
-        """The dense model, or its sparse twin at equal FLOPs with the same initial weights outside of the experts."""
+        """The dense model, or its sparse twin at equal FLOPs with the same initial weights outside of the experts.
+
+        A function of its arguments: both are built once more to see that they run. In training, the `loss` of a
+        forward has `shunter.aux_loss` in it (`shunter.sparsify` sees to that).
+        """
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """A model that `save_pretrained` wrote, in evaluation mode; by default of any class that transformers finds.
+
+        Raises:
+            ValueError: where the folder is damaged.
+        """
+        return load_folder(folder)
 
     @abstractmethod
     def evaluate(self, model: PreTrainedModel, data: D) -> dict[str, Any]:
-        """`loss`, a number by each key of `words.shown`, and the same by domain in `domains`; the mode is kept."""
+        """`loss`, a number by each key of `words.shown`, and the same by domain in `domains`.
+
+        The model is where it is trained, a GPU perhaps, and keeps its mode.
+        """
 
     @abstractmethod
     def ledger(self, model: PreTrainedModel, config: C) -> Ledger:

@@ -38,9 +38,9 @@ def find(name: str) -> Recipe[Any, Any]:
     Raises:
         UserError: for an unknown name.
     """
-    found = _RECIPES.get(name)
+    found = _RECIPES.get(name) if isinstance(name, str) else None  # a run folder may say anything
     if found is None:
-        near = difflib.get_close_matches(name, _RECIPES, n=1)
+        near = difflib.get_close_matches(str(name), _RECIPES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_RECIPES)}"
         raise UserError(f"recipe {name!r} is unknown; {hint}")
     if isinstance(found, str):

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, default_data_collator
 from transformers.utils import logging as hf_logging
 
+from .. import routers
 from ..analysis import runs
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import MODELS, Metrics, ModelSummary
 from ..environment import run_versions
 from ..errors import UserError
-from ..hf.checkpoints.loading import load_folder
 from ..hf.checkpoints.reading import read_json
-from ..routers import Router
 from ..training.loop import train_model
 from .config import load_config, save_config
 from .recipe import Prepared, Recipe
@@ -29,17 +28,19 @@ from .sections import RunConfig
 __all__ = [
     "account",
     "begin",
+    "check_router",
     "configuration_of",
     "evaluate_run",
     "expert_width",
     "load_model",
     "recipe_of",
+    "rehearse",
     "train",
     "train_one",
 ]
 
 
-def expert_width(hidden: int, router: Router, sequence_length: int) -> int:
+def expert_width(hidden: int, router: routers.Router, sequence_length: int) -> int:
     """The width f of one expert at which k experts and the router cost what one dense gated block does.
 
     6 d f k + router FLOPs = 6 d hidden, rounded to the nearest whole unit; k is the mean number of experts a token
@@ -65,9 +66,15 @@ def train(
         The summary.
 
     Raises:
+        UserError: before anything is trained, for models that cannot run, and for a run to resume whose data changed.
         Interrupted: after Ctrl-C, when the checkpoint is written.
     """
-    data, metrics = begin(recipe, config, run, as_json)
+    if (run / "routers.json").exists():
+        raise UserError(f"{run} holds a comparison; go on with shunter compare {recipe.name} --resume --run {run}")
+    check_router(recipe, config.sparse.router)
+    data, metrics = begin(recipe, config, run, as_json, resume=resume)
+    for which in MODELS:
+        rehearse(recipe, which, config, data)
     costs = {which: train_one(recipe, which, config, run, data, metrics, resume=resume) for which in MODELS}
     accounts = {which: account(recipe, which, config, run, metrics, costs[which]) for which in MODELS}
     summary = runs.summarise(accounts, metrics, config.training.steps, config.seed, data.domains, run_versions())
@@ -81,8 +88,34 @@ def train(
     return summary
 
 
-def begin(recipe: Recipe[Any, Any], config: RunConfig, run: Path, as_json: bool) -> tuple[Any, Metrics]:
-    """Make the run folder, or find it again: recipe, configuration, data and its licences, metrics."""
+def check_router(recipe: Recipe[Any, Any], router: str) -> None:
+    """See that the recipe's batches tell what the router needs.
+
+    Raises:
+        UserError: naming what they lack.
+    """
+    if lacking := [need for need in routers.find(router).needs if need not in recipe.knows]:
+        raise UserError(
+            f"router {router!r} needs {', '.join(lacking)} of each token, which plain {recipe.name} has not"
+        )
+
+
+def rehearse(recipe: Recipe[Any, Any], name: str, config: RunConfig, data: Any) -> None:
+    """Show an item, twice in a batch, to a model that is then dropped: what cannot run fails before any training."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = recipe.build(config, data, sparse=name != "dense")
+    batch = default_data_collator([data.train[0]] * 2)
+    model.to(device)(**{key: value.to(device) for key, value in batch.items()})
+
+
+def begin(
+    recipe: Recipe[Any, Any], config: RunConfig, run: Path, as_json: bool, *, resume: bool
+) -> tuple[Any, Metrics]:
+    """Make the run folder, or find it again: recipe, configuration, data and its licences, metrics.
+
+    Raises:
+        UserError: where a run to resume was begun with other data.
+    """
     hf_logging.disable_progress_bar()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
@@ -90,6 +123,8 @@ def begin(recipe: Recipe[Any, Any], config: RunConfig, run: Path, as_json: bool)
     save_config(config, run / "config.yaml")
     recipe.words.save(run)
     data: Prepared = recipe.prepare(config)
+    if resume and (run / "metrics.jsonl").exists():
+        _check_data(recipe, data, run)
     if not as_json:
         for d in data.domains:
             line = f"{d['name']}: {d['train_bytes']:,} bytes to train on, {d['source']}; {d['license']}"
@@ -117,7 +152,9 @@ def train_one(
     """
     receipt = run / name / "training.json"
     if resume and receipt.exists():
-        found: dict[str, float] = json.loads(receipt.read_text())
+        found: dict[str, float] = read_json(receipt)
+        if not {"seconds", "peak_rss_bytes"} <= set(found):
+            raise UserError(f"{receipt} lacks what the training cost; remove it to train the last steps again")
         return found
     t = config.training
     model = recipe.build(config, data, sparse=name != "dense")
@@ -156,7 +193,10 @@ def account(
 ) -> ModelSummary:
     """What one trained model of a run reached and cost."""
     found = recipe.ledger(load_model(run, name), config)
-    last = [m for m in metrics.lines() if m["kind"] == "eval" and m["model"] == name][-1]
+    evals = [m for m in metrics.lines() if m["kind"] == "eval" and m["model"] == name]
+    if not evals:
+        raise UserError(f"{metrics.path} has lost the evaluations of {name}; remove {run / name} to train it again")
+    last = evals[-1]
     return ModelSummary(
         eval_loss=last["loss"],
         shown={key: last[key] for key in recipe.words.shown},
@@ -196,7 +236,7 @@ def load_model(run: Path, which: str) -> PreTrainedModel:
     folder = run / which
     if not folder.is_dir():
         raise UserError(f"{folder} holds no trained model; `shunter train` leaves one in its run folder")
-    return load_folder(folder)
+    return recipe_of(run).load(folder)
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:
@@ -208,10 +248,14 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     recipe, config = configuration_of(run)
     models = {which: load_model(run, which) for which in MODELS}
     data: Prepared = recipe.prepare(config)
+    _check_data(recipe, data, run)
+    return {which: recipe.evaluate(model, data) for which, model in models.items()}
+
+
+def _check_data(recipe: Recipe[Any, Any], data: Prepared, run: Path) -> None:
     recorded = str(read_json(run / "data.json").get("fingerprint"))
     if data.fingerprint != recorded:
         raise UserError(
             f"the {recipe.name} has changed since this run: its fingerprint is {data.fingerprint[:12]}, the run's "
-            f"{recorded[:12]}. Install the versions that the run's summary.json names"
+            f"{recorded[:12]}. Bring back the data, and the versions that the run's summary.json names"
         )
-    return {which: recipe.evaluate(model, data) for which, model in models.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -21,7 +21,9 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """What to read and how to cut it."""
 
-    source: list[str] | None = Field(None, description="files, folders or one datasets name; none: the built-in text")
+    source: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, min_length=1, description="files, folders or one datasets name; none: the built-in text"
+    )
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     vocab_size: int = Field(1024, ge=257, le=65536, description="of the BPE")
     sequence_length: int = Field(128, ge=8, le=8192, description="tokens")
@@ -69,7 +71,10 @@ class SparseConfig(_Section):
         for key in self.options:
             if key not in known:
                 raise ValueError(f"router {self.router!r} has no option {key!r}; {nearest(key, known)}")
-        router = self.build_router(8, 257)
+        try:
+            router = self.build_router(8, 257)
+        except TypeError as error:  # an option of another type
+            raise ValueError(f"router {self.router!r}: an option cannot be used: {error}") from None
         if router.leak and not self.allow_leak:
             raise ValueError(f"router {self.router!r}: {router.leak}; set sparse.allow_leak=true if you insist")
         return self

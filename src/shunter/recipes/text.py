@@ -111,7 +111,7 @@ def evaluate(model: PreTrainedModel, domains: list[EvalDomain], batch_size: int 
     for domain in domains:
         total, count = 0.0, 0
         for start in range(0, len(domain.input_ids), batch_size):
-            ids = domain.input_ids[start : start + batch_size]
+            ids = domain.input_ids[start : start + batch_size].to(model.device)
             logits = model(input_ids=ids).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(
                 logits.reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1), reduction="sum"
@@ -127,8 +127,13 @@ def generate(folder: Path, which: str, prompt: str, max_new_tokens: int, tempera
     """Continue a prompt with one of a run's models; temperature 0 takes the likeliest token each time.
 
     Raises:
-        UserError: for an empty prompt, a run of another recipe, and a tokenizer that cannot be loaded.
+        UserError: for a prompt that is empty or no text, a temperature out of range, a run of another recipe, and a
+            tokenizer that cannot be loaded.
     """
+    if temperature and not 1e-3 <= temperature <= 1e3:
+        raise UserError(f"temperature {temperature} must be 0, or between 0.001 and 1000")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UserError("the prompt is not UTF-8 text")
     if (recipe := run.recipe_of(folder)) is not RECIPE:
         raise UserError(f"{folder} is a run of {recipe.name}, which does not continue text")
     model: Any = run.load_model(folder, which)
