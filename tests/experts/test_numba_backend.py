@@ -19,8 +19,8 @@ from .conftest import needs_loops
 
 
 def _bounds(counts, shares):
-    with numba.ready() as kernels:
-        return kernels.bounds(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), shares).tolist()
+    with numba.ready() as loops:
+        return loops.bounds(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), shares).tolist()
 
 
 @needs_loops
@@ -55,8 +55,8 @@ def test_products_of_any_layout(turned_a, turned_b, m, k, n):
     a, b = torch.randn(m, k), torch.randn(k, n)
     given_a = a.T.contiguous().numpy().T if turned_a else a.numpy()
     given_b = b.T.contiguous().numpy().T if turned_b else b.numpy()
-    with numba.ready() as kernels:
-        found = torch.from_numpy(kernels.product(given_a, given_b))
+    with numba.ready() as loops:
+        found = torch.from_numpy(loops.product(given_a, given_b))
     # The bound of any order of k products and sums in float32.
     assert ((found - a.double() @ b.double()).abs() <= (k + 1) * 2.0**-24 * (a.abs().double() @ b.abs().double())).all()
 
@@ -72,8 +72,8 @@ def test_rounding_is_torchs(dtype):
     values = torch.cat([exact, middle, random, special])
     values = torch.cat([values, values.nextafter(torch.tensor(math.inf)), values.nextafter(torch.tensor(-math.inf))])
     found = torch.empty(1, values.numel(), dtype=dtype)
-    with numba.ready() as kernels:
-        kernels._store_rounded(numba.array(values[None]), numba.array(found))
+    with numba.ready() as loops:
+        loops._store_rounded(numba.array(values[None]), numba.array(found))
     expected = values.to(dtype)
     assert torch.equal(found[0].isnan(), expected.isnan())
     number = ~expected.isnan()
@@ -84,10 +84,10 @@ def _passes(activation, h, da, weight):
     """The hidden state, the same times the weight, and the gradients of pre-activations and weight."""
     n, f = da.shape
     hidden, a, dh, inner = torch.empty(n, f), torch.empty(n, f), torch.empty(h.shape), torch.empty(n)
-    with numba.ready() as kernels:
-        kind = kernels.ACTIVATIONS[activation]
-        kernels._activate(kind, numba.array(h.float()), numba.array(hidden))
-        kernels._activate_backward(kind, *map(numba.array, (h, da, weight, a, dh, inner)))
+    with numba.ready() as loops:
+        kind = loops.ACTIVATIONS[activation]
+        loops._activate(kind, numba.array(h.float()), numba.array(hidden))
+        loops._activate_backward(kind, *map(numba.array, (h, da, weight, a, dh, inner)))
     return hidden, a, dh, inner
 
 
@@ -205,8 +205,8 @@ def test_strided_matrices_and_other_dtypes_are_refused(strided):
 @needs_loops
 def test_a_broken_product_is_noticed(monkeypatch):
     """As that of an MKL with integers of 64 bits would be."""
-    with numba.ready() as kernels:
-        monkeypatch.setattr(kernels, "product", lambda a, b: a @ b + 1)
+    with numba.ready() as loops:
+        monkeypatch.setattr(loops, "product", lambda a, b: a @ b + 1)
     numba._right.cache_clear()
     try:
         assert "came out wrong" in numba.lacks()

@@ -24,9 +24,9 @@ def _products(x, index, matrices, counts):
     """The rows of x at an index, sorted by expert, times their experts' matrices, in float32."""
     out, counts = torch.empty(len(index), matrices.shape[1]), torch.tensor(counts)
     offsets = F.pad(counts.cumsum(0), (1, 0))
-    with numba.ready() as kernels:
+    with numba.ready() as loops:
         parts = (x.float()[index], matrices, counts.nonzero().view(-1), offsets, out)
-        kernels.products(*map(numba.array, parts))
+        loops.products(*map(numba.array, parts))
     return out
 
 
@@ -191,13 +191,13 @@ def test_a_numba_that_does_not_import_costs_a_warning_and_no_result(monkeypatch)
     monkeypatch.setitem(sys.modules, "numba", None)  # importing it raises
     monkeypatch.delitem(sys.modules, "shunter.experts.backends.numba.loops", raising=False)
     monkeypatch.delattr("shunter.experts.backends.numba.loops", raising=False)
-    numba._kernels.cache_clear()
+    numba._loops.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as told, torch.no_grad():
             warnings.simplefilter("always")
             found = [choose(name, x, weights)[0].run(x, weights, routing) for name in ("decode", "auto", "decode")]
     finally:
-        numba._kernels.cache_clear()
+        numba._loops.cache_clear()
     assert [str(w.message) for w in told if "numba" in str(w.message)] == [str(told[0].message)]
     assert "installed but cannot be used" in str(told[0].message)
     for y in found:

@@ -75,13 +75,13 @@ def _in_loops(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Te
     n, (d, f) = routing.token.numel(), weights.down.shape[1:]
     h = scratch("decode h", SINGLE, n, weights.up.shape[1])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    with bridge.ready() as kernels:
-        kernels.decode(
-            kernels.ACTIVATIONS[weights.activation],
+    with bridge.ready() as loops:
+        loops.decode(
+            loops.ACTIVATIONS[weights.activation],
             bridge.array(x.contiguous()),
-            bridge.triples(kernels, routing),
+            bridge.triples(loops, routing),
             bridge.array(routing.weight.float()),
-            bridge.matrices(kernels, x.dtype, weights.up, weights.down, *biases),
+            bridge.matrices(loops, x.dtype, weights.up, weights.down, *biases),
             bridge.array(scratch("decode", SINGLE, n * (2 * d + f))),
             bridge.array(h),
             bridge.array(out),

@@ -42,13 +42,13 @@ class _Numba:
         h = with_huge_pages(torch.empty(n if keep else 0, width, dtype=x.dtype, device=x.device))
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         block = min(n, BLOCK_ROWS)
-        with bridge.ready() as kernels:
-            kernels.forward(
-                kernels.ACTIVATIONS[weights.activation],
+        with bridge.ready() as loops:
+            loops.forward(
+                loops.ACTIVATIONS[weights.activation],
                 bridge.array(x.contiguous()),
-                bridge.triples(kernels, routing),
+                bridge.triples(loops, routing),
                 bridge.array(routing.weight.float()),
-                bridge.matrices(kernels, x.dtype, *own),
+                bridge.matrices(loops, x.dtype, *own),
                 block,
                 _scratch_of_shares(x, weights, plan.layout, block),
                 bridge.array(_single("rows", n, x.shape[1])),
@@ -70,14 +70,14 @@ class _Numba:
         grad_weight = torch.empty(n, dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x if needs.x else x[:0], memory_format=torch.contiguous_format)
         block = min(n, BLOCK_ROWS)
-        with bridge.ready() as kernels:
-            kernels.backward(
-                kernels.ACTIVATIONS[weights.activation],
+        with bridge.ready() as loops:
+            loops.backward(
+                loops.ACTIVATIONS[weights.activation],
                 bridge.array(grad),
                 bridge.array(x.contiguous()),
-                bridge.triples(kernels, routing),
+                bridge.triples(loops, routing),
                 bridge.array(routing.weight.float()),
-                bridge.matrices(kernels, x.dtype, *own),
+                bridge.matrices(loops, x.dtype, *own),
                 block,
                 _scratch_of_shares(x, weights, plan.layout, block),
                 bridge.array(x[:0, :0] if h is None else h),
@@ -85,7 +85,7 @@ class _Numba:
                 bridge.array(_single("rows", n if needs.x else 0, d)),
                 bridge.array(grad_x),
                 bridge.array(grad_weight),
-                bridge.matrices(kernels, x.dtype, *parameters),
+                bridge.matrices(loops, x.dtype, *parameters),
             )
         weight = grad_weight.to(routing.weight.dtype) if needs.weight else None
         return Gradients(grad_x if needs.x else None, weight, *parameters)

@@ -80,16 +80,16 @@ def array(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
-def triples(kernels: Any, routing: Routing) -> Any:
+def triples(loops: Any, routing: Routing) -> Any:
     """Where a routing's triples are, as the loops take it."""
-    return kernels.Triples(*map(array, (routing.token, routing.offsets, *routing.by_token)))
+    return loops.Triples(*map(array, (routing.token, routing.offsets, *routing.by_token)))
 
 
-def matrices(kernels: Any, dtype: torch.dtype, *parts: Tensor | None) -> Any:
+def matrices(loops: Any, dtype: torch.dtype, *parts: Tensor | None) -> Any:
     """Matrices (E, q, p), and biases (E, q) as (E, 1, q), of one dtype; none for None."""
     none = _none(dtype)
     arrays = [none if part is None else array(part if part.ndim == 3 else part[:, None]) for part in parts]
-    return kernels.Matrices(*arrays)
+    return loops.Matrices(*arrays)
 
 
 @cache
@@ -99,7 +99,7 @@ def _none(dtype: torch.dtype) -> Any:
 
 @contextmanager
 def ready() -> Iterator[Any]:
-    """The kernels, for one caller at a time, on as many threads as torch uses."""
+    """The compiled loops, for one caller at a time, on as many threads as torch uses."""
     import numba
 
     own = torch.get_num_threads()
@@ -107,25 +107,25 @@ def ready() -> Iterator[Any]:
         numba.set_num_threads(threads())
         if torch.get_num_threads() != own:  # Numba's first launch sets OpenMP's number, which is torch's too
             torch.set_num_threads(own)
-        yield _kernels()[0]
+        yield _loops()[0]
 
 
 @cache
 def _right() -> bool:
     """Whether a product called from a loop is right: another MKL may take its arguments otherwise."""
     a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
-    with ready() as kernels:
-        return bool((kernels.product(array(a), array(b)) == array(a @ b)).all())
+    with ready() as loops:
+        return bool((loops.product(array(a), array(b)) == array(a @ b)).all())
 
 
 def _running() -> bool:
     """Whether the loops run in this process; Numba's threads do not outlive a fork."""
-    kernels, process = _kernels()
-    return kernels is not None and process == os.getpid()
+    loops, process = _loops()
+    return loops is not None and process == os.getpid()
 
 
 @cache
-def _kernels() -> tuple[ModuleType | None, int]:
+def _loops() -> tuple[ModuleType | None, int]:
     """The compiled loops, and the process that has their threads; with a warning None where numba does not work."""
     try:
         from . import loops

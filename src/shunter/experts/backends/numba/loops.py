@@ -6,6 +6,9 @@ Sizes and suffixes, here and in `bridge.py`:
     E experts, f their width          2f where the activation gates, gate first; f where it does not
     a thread has a share: a run of triples, begin to end; it goes through it in blocks of n rows of one expert
 
+    up (E, 2f, d), down (E, d, f)     the experts' matrices, gate and up in one; biases (E, 1, 2f) and (E, 1, d)
+    weight (N,)                       the combine weights
+
     x (T, d) hidden states            rows (N, d) what the experts give each triple, before they are combined
     h (N, 2f) pre-activations         a (N, f) hidden states of an expert, after the activation
     dy (N, d), da (N, f), dh (N, 2f)  gradients of the output, of a and of h
@@ -147,6 +150,7 @@ def _exp(t):
 
 @_exact
 def _sigmoid(x):
+    """1 / (1 + exp(-x))."""
     return np.float32(1) / (np.float32(1) + _exp(-x))
 
 
@@ -437,6 +441,7 @@ def _fits_cache(matrix):
 
 @_inner
 def _store_past_cache(rows, out):
+    """Rows of float32 into out, of the same size and contiguous, past the cache."""
     for i in range(0, out.size * out.itemsize, 32):
         _store_32_bytes_past_cache(rows.ctypes.data + i, out.ctypes.data + i)
 
@@ -744,10 +749,19 @@ def _forward(t, activation, x, triples, single, weight, begin, end, weights, blo
 
 @_compiled
 def forward(activation, x, triples, weight, weights, block, scratch, rows, h, out):
-    """The output (T, d) of the experts; and the pre-activations (N, 2f) of each triple, if h has rows.
+    """Dispatch, experts and combine: the output (T, d), and the pre-activations of each triple, if h has rows.
 
-    Scratch (n, .) and rows (N, d), what the experts give each triple, are float32; a thread has up to `block` rows at
-    work.
+    Args:
+        activation: of `ACTIVATIONS`.
+        x: (T, d).
+        triples: `Triples`, N of them.
+        weight: (N,), float32, combine weights.
+        weights: `Matrices` of the experts, in the dtype of x.
+        block: how many rows a thread has at work at once.
+        scratch: (shares, .), float32.
+        rows: (N, d), float32, scratch for what the experts give each triple.
+        h: (N, 2f) or (N, f) in the dtype of x, filled; without rows nothing is kept for a backward.
+        out: (T, d) in the dtype of x, filled.
     """
     shares = scratch.shape[0]
     of, single = bounds(triples.offsets, shares), _one_choice_a_token(triples.starts)
@@ -790,9 +804,17 @@ def _add_biases(biases, experts, offsets, rows):
 
 @_inner
 def decode(activation, x, triples, weight, weights, scratch, h, out):
-    """The output (T, d) of the experts, and the pre-activations (N, 2f) in float32; each matrix in use is read once.
+    """The output and the pre-activations of few triples; each matrix in use is read once.
 
-    Scratch (N (2d + f),) is scratch in float32.
+    Args:
+        activation: of `ACTIVATIONS`.
+        x: (T, d).
+        triples: `Triples`, N of them.
+        weight: (N,), float32, combine weights.
+        weights: `Matrices` of the experts.
+        scratch: (N (2d + f),), float32.
+        h: (N, 2f) or (N, f), float32, filled.
+        out: (T, d), filled.
     """
     offsets, n, d, f = triples.offsets, triples.token.shape[0], weights.down.shape[1], weights.down.shape[2]
     experts = np.nonzero(offsets[1:] > offsets[:-1])[0]
@@ -813,13 +835,13 @@ def decode(activation, x, triples, weight, weights, scratch, h, out):
 
 @_inner
 def _carve_gradients(scratch, gradients):
-    """From flat scratch a part for each matrix of one expert that wants a gradient."""
+    """Of flat scratch a part for each of one expert's matrices and biases that wants a gradient; else of no rows."""
     up, down, up_bias, down_bias = gradients
-    a, at = _carve(scratch, 0, up.shape[1] * (up.shape[0] > 0), up.shape[2])
-    b, at = _carve(scratch, at, down.shape[1] * (down.shape[0] > 0), down.shape[2])
-    c, at = _carve(scratch, at, up_bias.shape[1] * (up_bias.shape[0] > 0), up_bias.shape[2])
-    d, at = _carve(scratch, at, down_bias.shape[1] * (down_bias.shape[0] > 0), down_bias.shape[2])
-    return a, b, c, d
+    of_up, at = _carve(scratch, 0, up.shape[1] * (up.shape[0] > 0), up.shape[2])
+    of_down, at = _carve(scratch, at, down.shape[1] * (down.shape[0] > 0), down.shape[2])
+    of_up_bias, at = _carve(scratch, at, up_bias.shape[1] * (up_bias.shape[0] > 0), up_bias.shape[2])
+    of_down_bias, at = _carve(scratch, at, down_bias.shape[1] * (down_bias.shape[0] > 0), down_bias.shape[2])
+    return of_up, of_down, of_up_bias, of_down_bias
 
 
 @_inner
@@ -918,7 +940,14 @@ def _backward(
 
 @_inner
 def _add_up_shared(t, offsets, of, parts, gradients):
-    """For the rows of thread t: the gradients of experts that threads share, part by part; zero where there is none."""
+    """The gradients of experts that threads share, from their parts in order; zeros for experts without triples.
+
+    Args:
+        t: the thread, which adds up its share of the rows of each matrix.
+        offsets: (E + 1,), where each expert's triples begin.
+        of: (shares + 1,), where each share begins.
+        parts, gradients: as of `_backward`.
+    """
     shares = of.shape[0] - 1
     for e in range(offsets.shape[0] - 1):
         first, last = offsets[e], offsets[e + 1]
@@ -950,10 +979,19 @@ def _add_up_shared(t, offsets, of, parts, gradients):
 def backward(
     activation, grad, x, triples, weight, weights, block, scratch, h, parts, rows, grad_x, grad_weight, gradients
 ):
-    """The gradients of the output's (T, d): of x, of the weights (N,) and of the parameters; not of what has no rows.
+    """The gradients of x, of the combine weights and of the experts' matrices and biases, from that of the output.
 
-    Without h (N, 2f) the pre-activations are computed again. Room (n, .), rows (N, d) and parts (2n, .), one for what
-    an earlier thread began and one for the others, are scratch in float32.
+    Args:
+        activation, x, triples, weight, weights, block: as of `forward`.
+        grad: (T, d), of the output, in the dtype of x.
+        scratch: (shares, .), float32.
+        h: (N, 2f) or (N, f), the pre-activations that `forward` kept; without rows they are computed again.
+        parts: (2 shares, .), float32, scratch for the gradients of experts that threads share: of the one that an
+            earlier thread began, and of the one that this thread began.
+        rows: (N, d), float32, scratch for each triple's gradient of x.
+        grad_x: (T, d), filled; without rows it is not wanted.
+        grad_weight: (N,), float32, filled.
+        gradients: `Matrices`, filled; those with E 0 are not wanted.
     """
     shares = scratch.shape[0]
     of, single = bounds(triples.offsets, shares), _one_choice_a_token(triples.starts)

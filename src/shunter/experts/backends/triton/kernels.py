@@ -71,6 +71,10 @@ def _hidden_kernel(
     ACT: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Dispatch and first product of `hidden`: a program has BLOCK_M triples of one expert, BLOCK_N of the f columns.
+
+    It goes through d in steps of BLOCK_K. `x_t` and the like are strides: of x along the tokens.
+    """
     expert, start, end, column = _expert_tile(tiles, num_tiles, num_columns)
     if start >= end:
         return
@@ -122,9 +126,11 @@ def hidden(
     h: Tensor | None,
     a: Tensor | None,
 ) -> None:
-    """Into h the pre-activations (N, 2f) or (N, f), and into a the hidden states (N, f), of tokens x (T, d).
+    """Dispatch and first product: of x (T, d) and up (E, 2f, d) or (E, f, d) the pre-activations and hidden states.
 
-    Either may be None. `pointwise` is "silu", "gelu", "gelu_tanh" or "relu".
+    Into h the pre-activations (N, 2f) or (N, f), into a the hidden states (N, f); either may be None. `bias` is (E, 2f)
+    or (E, f), or None; `tiles` and `block_m`, their rows, are of `blocks.expert_tiles`; `pointwise` is "silu", "gelu",
+    "gelu_tanh" or "relu", and the second half of h multiplies it if `gated`.
     """
     d, f = x.shape[1], up.shape[1] // (1 + gated)
     blocks = product_blocks(block_m, f, x, accumulators=1 + gated)
@@ -141,6 +147,7 @@ def _product_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """The product of `products`: a program has BLOCK_M triples of one expert and BLOCK_N of the q columns, p in steps."""
     expert, start, end, column = _expert_tile(tiles, num_tiles, num_columns)
     if start >= end:
         return
@@ -207,6 +214,10 @@ def _down_backward_kernel(
     ACT: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """The product and the epilogue of `down_backward`: a program has BLOCK_M triples and BLOCK_N of the f columns.
+
+    `inner` (columns, N) takes each tile of columns' part of <da, a>.
+    """
     expert, start, end, column = _expert_tile(tiles, num_tiles, num_columns)
     if start >= end:
         return
@@ -272,6 +283,7 @@ def _outer_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """The sums of `outer`: a program has one expert and a tile BLOCK_M x BLOCK_N of its (p, q), triples in steps."""
     expert = (tl.program_id(0) // (num_rows * num_columns)).to(tl.int64)
     i, j = _swizzled(tl.program_id(0) % (num_rows * num_columns), num_rows, num_columns)
     start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
@@ -311,6 +323,7 @@ def _sum_by_expert_kernel(
     rows, index, weight, offsets, out, width, out_e, out_w,
     ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """The sums of `sum_by_expert`: a program has one expert and BLOCK_N columns, triples in steps of BLOCK_K."""
     expert = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
@@ -342,6 +355,7 @@ def sum_by_expert(rows: Tensor, index: Tensor | None, weight: Tensor | None, rou
 def _sum_by_token_kernel(
     rows, order, weight, offsets, out, width, out_t, out_d, ACC: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
+    """The sums of `sum_by_token`: a program has one token and BLOCK_N columns, its triples one after the other."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     sums = tl.full((BLOCK_N,), 0, ACC)
@@ -353,7 +367,7 @@ def _sum_by_token_kernel(
 
 
 def sum_by_token(rows: Tensor, weight: Tensor | None, routing: Routing, out: Tensor) -> None:
-    """Into out (T, d) the sum over each token's rows (N, d), contiguous, in a fixed order, without atomics.
+    """Combine: into out (T, d) the sum over each token's rows (N, d), contiguous, in a fixed order, without atomics.
 
     Each is multiplied by its triple's weight (N,), if there is one.
     """
@@ -365,6 +379,7 @@ def sum_by_token(rows: Tensor, weight: Tensor | None, routing: Routing, out: Ten
 
 
 def _accumulator(like: Tensor) -> tl.dtype:
+    """The dtype that sums of such numbers run in."""
     return tl.float64 if like.dtype == torch.float64 else tl.float32
 
 
@@ -375,4 +390,5 @@ def _arithmetic(like: Tensor) -> dict[str, object]:
 
 
 def _strides(bias: Tensor | None) -> tuple[int, ...]:
+    """Of a bias (E, q); zeros where there is none."""
     return (0, 0) if bias is None else bias.stride()
