@@ -147,7 +147,7 @@ def _product_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The product of `products`: a program has BLOCK_M triples of an expert and BLOCK_N of the q columns, p in steps."""
+    """The product of `products`: a program has BLOCK_M triples of an expert, BLOCK_N of the q columns, p in steps."""
     expert, start, end, column = _expert_tile(tiles, num_tiles, num_columns)
     if start >= end:
         return
