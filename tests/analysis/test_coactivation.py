@@ -18,7 +18,7 @@ def test_coactivation_against_brute_force(monkeypatch, chunk):
 
 
 def test_affinity_is_one_without_preference_and_names_planted_pairs():
-    free = affinity(coactivation(torch.rand(40_000, 6).argsort(1)[:, :2], 6))
+    free = affinity(coactivation(torch.rand(100_000, 6).argsort(1)[:, :2], 6))
     off = ~torch.eye(6, dtype=torch.bool)
     assert (free[off] - 1).abs().max() < 0.15
     assert free.diagonal().isnan().all()
