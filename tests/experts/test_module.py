@@ -47,4 +47,4 @@ def test_a_layer_asks_a_wrapper_for_what_is_stated_alone(activation, bias, share
     assert layer.flops_per_token(7)["experts"] == pytest.approx(2 * products)
     vars(plain.router)["options"] = {"top_k": 2}
     assert describe_layers(torch.nn.Sequential(layer)) == describe_layers(torch.nn.Sequential(plain))
-    assert Sizes.of(layer) == Sizes.of(plain)
+    assert Sizes.of(layer) == Sizes.of(plain) and Sizes.of(layer).bias is bias
