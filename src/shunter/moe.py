@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import context as contexts
 from . import routers
 from .context import Context
-from .experts import Experts, choose
+from .experts import Experts, RoutedExperts
 from .routers import Router
 from .routers.policy_gradient import Decision, PolicyRouter
 from .routing import Routing
@@ -172,7 +172,7 @@ class MoE(RoutedLayer):
         recompute: whether the experts' backward computes their pre-activations again instead of keeping them.
         dropout: in training, the probability of dropping an entry of the layer's output.
         causal: whether the layer is in a causal model: a router that lets later tokens change earlier ones is refused.
-        ready_experts: experts to take, to which `hidden`, `activation`, `bias`, `backend` and `recompute` do not apply.
+        ready_experts: `RoutedExperts` to take, to which `hidden`, `activation`, `bias` … `recompute` do not apply.
         device, dtype: of the parameters.
         **options: of the router: `top_k=`, `capacity_factor=`, … (`shunter.routers.options(name)` lists them).
 
@@ -189,7 +189,7 @@ class MoE(RoutedLayer):
     >>> loss = y.square().mean() + aux_loss(moe)
     """
 
-    experts: Experts
+    experts: RoutedExperts
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class MoE(RoutedLayer):
         recompute: bool = False,
         dropout: float = 0.0,
         causal: bool = False,
-        ready_experts: Experts | None = None,
+        ready_experts: RoutedExperts | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -265,18 +265,14 @@ class MoE(RoutedLayer):
 
     def flops_per_token(self, sequence_length: int) -> dict[str, float]:
         """As in any layer, with the shared experts, which every token takes."""
-        flops = super().flops_per_token(sequence_length)
+        products = self.share_used(sequence_length) * self.num_experts * self.experts.matrix_numbers
         if self.shared_experts is not None:
-            weights = self.shared_experts.weights
-            flops["experts"] += 2 * (weights.up.numel() + weights.down.numel())
-        return flops
+            products += self.shared_experts.matrix_numbers
+        return {"routers": self.router.flops_per_token, "experts": 2 * products}
 
     def explain(self, num_tokens: int = 1024) -> str:
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
         router, experts = self.router, self.experts
-        weights = experts.weights
-        probe = torch.empty(num_tokens, self.dim, dtype=weights.dtype, device=weights.device)
-        backend, why = choose(experts.backend, probe, weights)
         slots = router.capacity(num_tokens)
         mode = "training" if self.training else "evaluation"
         losses = ", ".join(f"{name} x {c}" for name, c in router.coefficients.items() if c) or "none"
@@ -299,7 +295,7 @@ class MoE(RoutedLayer):
             f"Causal-safe: {'no, ' + router.leak if router.leak else 'yes'}.",
             f"Experts: {experts.activation}, d={self.dim}, f={experts.hidden}; shared experts: "
             + ("none." if self.shared_experts is None else f"width {self.shared_experts.hidden} in all."),
-            f"Backend {backend.name}: {backend.summary}; chosen because {why}.",
+            experts.explain(num_tokens),
         ]
         if router.learns_by_reward:
             lines.insert(3, "Learns by reward: call shunter.give_reward(model, reward) after each training forward.")

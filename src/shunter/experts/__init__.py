@@ -3,7 +3,7 @@
 from . import backends  # noqa: F401 (each registers itself)
 from .activations import ACTIVATIONS, activate
 from .choice import Backend, backend_names, choose, register
-from .module import Experts
+from .module import Experts, RoutedExperts
 from .weights import ExpertWeights, Weights
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Backend",
     "ExpertWeights",
     "Experts",
+    "RoutedExperts",
     "Weights",
     "activate",
     "backend_names",

@@ -1,4 +1,4 @@
-"""The experts as a module: stacked parameters and the choice of a backend."""
+"""The experts as a module: what a layer asks of them, and those with stacked parameters and a choice of backends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,47 @@ from . import choice as backends
 from .activations import ACTIVATIONS
 from .weights import ExpertWeights, Weights
 
-__all__ = ["Experts"]
+__all__ = ["Experts", "RoutedExperts"]
 
 
-class Experts(nn.Module):
+class RoutedExperts(nn.Module):
+    """What `MoE(ready_experts=…)`, `explain` and saving ask of experts: all that a wrapper has to provide.
+
+    A subclass computes `forward` where and how it likes (on other ranks, from quantised or offloaded weights) and
+    describes it in `explain`. Where only the place of the matrices is another, a subclass of `Experts` with its own
+    `weights`, an `ExpertWeights`, is enough. A model is saved with the state dict that its modules give: to be loaded
+    again, that of a wrapper has the names and shapes of `Experts`.
+
+    Attributes:
+        num_experts, dim, hidden: E, d and f.
+        activation: a key of `ACTIVATIONS`.
+        bias: whether both projections have a bias.
+        backend, recompute: with what `Experts` a saved model is loaded.
+    """
+
+    num_experts: int
+    dim: int
+    hidden: int
+    activation: str
+    bias: bool
+    backend: str = "auto"
+    recompute: bool = False
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Sum over each token's experts of weight times expert output: x (T, d) -> (T, d)."""
+        raise NotImplementedError
+
+    def explain(self, num_tokens: int) -> str:
+        """One sentence on how a forward of T = num_tokens would be computed, and why so."""
+        raise NotImplementedError
+
+    @property
+    def matrix_numbers(self) -> int:
+        """How many numbers the matrices of one expert have: 3 d f where the activation gates, else 2 d f."""
+        return (3 if ACTIVATIONS[self.activation][1] else 2) * self.dim * self.hidden
+
+
+class Experts(RoutedExperts):
     """E feed-forward networks with stacked parameters, applied to the rows that a routing gives each.
 
     Args:
@@ -57,7 +94,7 @@ class Experts(nn.Module):
         if backend != "auto":
             backends.get(backend)
         self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
-        self.activation, self.backend, self.recompute = activation, backend, recompute
+        self.activation, self.bias, self.backend, self.recompute = activation, bias, backend, recompute
         self.gated = ACTIVATIONS[activation][1]
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -119,6 +156,13 @@ class Experts(nn.Module):
             )
         backend, _ = backends.choose(self.backend, x, weights)
         return backend.run(x, weights, routing, recompute=self.recompute)
+
+    def explain(self, num_tokens: int) -> str:
+        """The backend that a forward of T = num_tokens would run, how it works, and why it is chosen."""
+        weights: ExpertWeights = self.weights
+        probe = torch.empty(num_tokens, self.dim, dtype=weights.dtype, device=weights.device)
+        backend, why = backends.choose(self.backend, probe, weights)
+        return f"Backend {backend.name}: {backend.summary}; chosen because {why}."
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

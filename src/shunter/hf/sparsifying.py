@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import routers
 from ..errors import UserError
+from ..experts import Experts
 from ..experts.weights import STACKED
 from ..moe import MoE, moe_layers
 from ..routers import Router
@@ -163,7 +164,7 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "num_experts": layer.num_experts,
             "hidden": experts.hidden,
             "activation": experts.activation,
-            "bias": experts.weights.up_bias is not None,
+            "bias": experts.bias,
             "num_shared_experts": 0 if shared is None else shared.hidden // experts.hidden,
             "dropout": layer.dropout.p,
             "backend": experts.backend,
@@ -228,14 +229,15 @@ def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
 
 @torch.no_grad()
 def _initialise(moe: MoE, block: FeedForward, init: str) -> None:
-    if moe.experts.weights.up.is_meta or block.up.is_meta:
+    assert isinstance(moe.experts, Experts)
+    weights = moe.experts.weights
+    if weights.up.is_meta or block.up.is_meta:
         return  # about to be loaded
     if init == "scratch":
         for experts in (moe.experts, moe.shared_experts):
             if experts is not None:
                 experts.reset_parameters(float(block.up.float().std()), float(block.down.float().std()))
         return
-    weights = moe.experts.weights
     for ours, dense in (
         (weights.up, block.up),
         (weights.down, block.down),

@@ -56,7 +56,7 @@ class Sizes:
             layer.dim,
             experts.hidden,
             ACTIVATIONS[experts.activation][1],
-            bias=experts.weights.up_bias is not None,
+            bias=experts.bias,
             shared=0 if shared is None else shared.hidden,
             selection_bias=getattr(layer.router, "selection_bias", None) is not None,
         )
