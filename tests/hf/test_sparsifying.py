@@ -136,6 +136,20 @@ def test_layers_that_differ_are_saved_as_they_are(way, build, inputs, tmp_path):
     assert shunter.moe_layers(loaded)["model.layers.1.mlp"].experts.recompute
 
 
+@pytest.mark.parametrize(
+    "router, options",
+    [("switch", {"capacity_factor": None}), ("topk", {"top_k": 3, "router_bias": True}), ("cosine", {"top_k": 1})],
+)
+def test_a_layer_that_was_put_in_by_hand_is_saved(router, options, build, inputs, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
+    layer = shunter.MoE(32, 20, 5, router, activation="reglu", bias=True, **options)
+    model.set_submodule("model.layers.0.mlp", layer.eval())
+    model.save_pretrained(tmp_path)
+    assert _entries(tmp_path)[0]["options"] == options
+    loaded, batch = shunter.from_pretrained(str(tmp_path)).eval(), inputs("llama")
+    assert torch.equal(_logits(model, batch), _logits(loaded, batch))
+
+
 def test_layers_of_two_sizes_and_routers(architecture, build, inputs, tmp_path):
     model = shunter.sparsify(build(architecture), 4, "topk", top_k=2)
     _exchange(model, shunter.sparsify(build(architecture), 3, "switch", hidden=20, capacity_factor=None), 1)

@@ -19,7 +19,7 @@ from ..routers import Router
 from .blocks import FeedForward, find_feed_forwards
 from .hooks import check_batch, install
 
-__all__ = ["choose_blocks", "describe_layers", "make_layers", "options_of", "sparsify"]
+__all__ = ["choose_blocks", "describe_layers", "make_layers", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -126,10 +126,7 @@ def make_layers(
 
 
 def _make(block: FeedForward, *, options: dict[str, Any], **sizes: Any) -> MoE:
-    moe = MoE(block.dim, **sizes, device=block.up.device, dtype=block.up.dtype, **options)
-    saved = {key: value for key, value in options.items() if key not in moe.router.unsaved_options}
-    vars(moe.router).setdefault("options", saved)
-    return moe
+    return MoE(block.dim, **sizes, device=block.up.device, dtype=block.up.dtype, **options)
 
 
 def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dict[str, str]) -> None:
@@ -170,22 +167,10 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "backend": experts.backend,
             "recompute": experts.recompute,
             "router": _name_of(type(layer.router)),
-            "options": options_of(layer),
+            "options": layer.router.options,
         }
         entries.append(entry)
     return {"layout": STACKED, "layers": entries}
-
-
-def options_of(layer: MoE) -> dict[str, Any]:
-    """The options that a layer's router was made with, but for those whose effect is in the state dict.
-
-    Raises:
-        UserError: where it does not tell.
-    """
-    options: dict[str, Any] | None = vars(layer.router).get("options")
-    if options is None:
-        raise UserError(f"the options of a {type(layer.router).__name__} are not known; make its layer by sparsify")
-    return options
 
 
 def _name_of(router: type[Router]) -> str:

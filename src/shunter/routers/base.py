@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,16 @@ class Router(nn.Module):
     """The ranks whose tokens are others than this one's, over which `update` sums its counts; None for all."""
     unsaved_options: ClassVar[tuple[str, ...]] = ()
     """Options whose effect is in the state dict, so that a saved configuration leaves them out."""
+
+    options: dict[str, Any]
+    """What the router was made with by name, but for `unsaved_options`: with E and d enough to make it again."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Keep the options: what saves a model writes them."""
+        router = super().__new__(cls)
+        left_out = {*cls.unsaved_options, "dim", "num_experts", "device", "dtype"}
+        vars(router)["options"] = {name: value for name, value in options.items() if name not in left_out}
+        return router
 
     def __init__(
         self,

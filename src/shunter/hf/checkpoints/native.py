@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ...errors import UserError
 from ..blocks import known_activation
 from ..rules import left_behind, router_of, routing_fields
-from ..sparsifying import options_of, sparsify
+from ..sparsifying import sparsify
 from .folders import model_class, on_meta
 from .layouts import Form, Key, Piece, Sizes, layers_of, projections, whole
 from .reading import Checkpoint
@@ -143,7 +143,7 @@ class Family:
         config.architectures = [self.architecture]
         config.dtype = dense.dtype
         config.shunter_dense = dense.model_type
-        given = [{**options_of(layer), "dropout": layer.dropout.p} for layer in layers.values()]
+        given = [{**layer.router.options, "dropout": layer.dropout.p} for layer in layers.values()]
         lost = dict.fromkeys(option for options in given for option in left_behind(self.name, options))
         return self._form(model, config, numbers, tuple(lost))
 
