@@ -16,11 +16,13 @@ import shunter
 from shunter.analysis.runs import Metrics
 from shunter.cli import main
 from shunter.errors import UserError
+from shunter.recipes import registry
 from shunter.recipes.config import load_config
 from shunter.recipes.run import expert_width
 from shunter.recipes.run import train as run_recipe
 from shunter.recipes.sections import TextConfig
 from shunter.recipes.text import RECIPE, evaluate
+from shunter.training import loop as training
 from tests.helpers import TIME_LIMIT
 
 from .conftest import SMALL
@@ -123,7 +125,6 @@ ROUTERS = [
 )
 def test_stopped_and_resumed_runs_end_with_the_same_bits(router, stops, small, tmp_path, monkeypatch):
     """Weights, optimizer, data order, random state, router state and metrics: all as if never stopped."""
-    from shunter.training import loop as training
 
     config = small("training.steps=8", *router)
     straight = tmp_path / "straight"
@@ -283,3 +284,33 @@ def test_custom_routers_train(small, tmp_path):
         train(load_config(TextConfig, None, []) and small("sparse.router=mine", "training.steps=2"), tmp_path / "mine")
     finally:
         shunter.routers.registry._ROUTERS.pop("mine")
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(small, tmp_path, monkeypatch):
+    """The older whole one is taken, and the run ends with the bits of one that was never stopped."""
+    config = small("training.steps=8", "training.save_every=2")
+    train(config, tmp_path / "straight")
+
+    def stop_at(watch, *args, **kwargs):
+        watch.began = time.perf_counter()
+        watch.stop = watch.stop or args[1].global_step == 5
+
+    broken = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Watch, "on_step_begin", stop_at)
+        with pytest.raises(training.Interrupted):
+            train(config, broken)
+    newest, older = sorted((broken / "checkpoints" / "dense").glob("checkpoint-*"), reverse=True)
+    assert (newest.name, older.name) == ("checkpoint-6", "checkpoint-4")
+    for name in ("watch.json", "optimizer.pt", "model.safetensors"):
+        (newest / name).unlink()
+    train(config, broken, resume=True)
+    assert _weights(broken) == _weights(tmp_path / "straight")
+
+
+def test_a_run_is_resumed_by_its_own_recipe(run, capsys, monkeypatch):
+    folder, _ = run
+    (folder / "recipe.json").write_text(json.dumps({"recipe": "text", "intro": "", "loss": "nats/token"}))
+    monkeypatch.setattr(registry, "_RECIPES", {**registry._RECIPES, "other": RECIPE})
+    assert main(["train", "other", "--resume", "--run", str(folder)]) == 2
+    assert f"{folder} is a run of text, not of other" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         return verb(args)
     except Interrupted as where:
         print(
-            f"\nStopped at the {where}. Go on with: shunter {args.name} {args.recipe} --resume --run {args.run}",
+            f"\nStopped at the {where}. "
+            f"Go on with: shunter {args.name} {args.recipe} --resume --run {shlex.quote(str(args.run))}",
             file=sys.stderr,
         )
         return 130

@@ -80,6 +80,8 @@ def _train(args: argparse.Namespace) -> int:
             raise UserError("--resume goes on with the run's own configuration; leave the other options out")
         args.run = args.run or Path("runs") / args.recipe
         recipe, config = configuration_of(args.run)
+        if recipe.name != args.recipe:
+            raise UserError(f"{args.run} is a run of {recipe.name}, not of {args.recipe}")
     else:
         recipe = find(args.recipe)
         sources = [f"data.source={json.dumps(args.data)}"] if args.data else []
@@ -114,6 +116,8 @@ def _compare(args: argparse.Namespace) -> int:
         if args.config or args.routers or args.overrides:
             raise UserError("--resume goes on with the comparison's own settings; leave the other options out")
         recipe, config, specs = resumed(args.run)
+        if recipe.name != args.recipe:
+            raise UserError(f"{args.run} is a comparison of {recipe.name}, not of {args.recipe}")
     else:
         specs, recipe = parse_routers(args.routers or ""), find(args.recipe)
         config = load_config(recipe.config, args.config, args.overrides)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis.runs import Metrics
 from ..environment import _reset_peak_rss, peak_rss_bytes
@@ -100,7 +99,9 @@ class _Watch(TrainerCallback):
             "load": {name: load.tolist() for name, load in self.load.items()},
         }
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / "watch.json").write_text(json.dumps(memory), encoding="utf-8")
+        part = folder / "watch.json.part"
+        part.write_text(json.dumps(memory), encoding="utf-8")
+        part.replace(folder / "watch.json")  # written last and at once: with it the checkpoint is whole
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint's memory."""
@@ -218,17 +219,23 @@ def train_model(
     )
     trainer.watch = watch
     trainer.remove_callback(_printer())
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    checkpoint = _last_checkpoint(folder) if resume else None
     if checkpoint is not None:
-        watch.restore(Path(checkpoint))
+        watch.restore(checkpoint)
     else:
         metrics.forget_after(name, -1)
     _reset_peak_rss()
     with _interruptible(watch):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.stop and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"{name} model, step {trainer.state.global_step} of {trainer.state.max_steps}")
     return {"seconds": watch.seconds, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; a kill amid saving leaves one without `watch.json`."""
+    whole = [file.parent for file in folder.glob("checkpoint-*/watch.json")]
+    return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
 
 
 def _printer() -> type[TrainerCallback]:
