@@ -125,11 +125,16 @@ class RoutedLayer(nn.Module):
         return None if self._last is None else self._last.decision
 
     def calls(self, since: int = -1) -> list[_Call]:
-        """What the training forwards from one on left that no backward has gone through, oldest first."""
+        """What the training forwards from one on left that no backward has gone through, oldest first.
+
+        Of compiled ones, which note neither their order nor a backward, the last counts.
+        """
+        if torch.compiler.is_compiling():
+            return [] if self._last is None else [self._last]
         known = [call for ref in self._calls if (call := ref()) is not None]
         if self._last is not None and self._last not in known:
             known.append(self._last)
-        return [call for call in known if not call.used and call.order >= since]
+        return [call for call in known if not call.used and (call.order >= since or call.order < 0)]
 
     def forget(self, since: int) -> None:
         """Forget the training forwards from one on, as those of a model whose forward raised."""

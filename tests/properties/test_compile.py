@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import shunter
 from shunter import MoE, aux_loss
 from shunter.experts import Experts, autograd
 from shunter.experts.choice import get
@@ -101,3 +103,35 @@ def test_the_operator_is_what_it_says_to_the_compiler(backend, recompute):
 
 def test_every_kernel_has_a_backend_of_its_name():
     assert all(get(name).name == name for name in autograd._KERNELS)
+
+
+@pytest.mark.parametrize("router", ["topk", "hash"])
+@pytest.mark.parametrize("way", ["the model", "each block"])
+def test_a_compiled_model_trains_as_the_model(way, router):
+    """Padding and ids reach its routers, and its auxiliary losses its loss, step after step."""
+    torch._dynamo.reset()
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 50}
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_attention_heads=2, **shape))
+    options = {"top_k": 2, "load_balancing_loss": 1.0} if router == "topk" else {}
+    model = shunter.sparsify(dense, 4, router, **options).train()
+    twin = copy.deepcopy(model)
+    run = twin
+    if way == "the model":
+        run = torch.compile(twin, backend="aot_eager")
+    else:
+        for block in twin.model.layers:
+            block.compile(backend="aot_eager")
+    for _ in range(2):
+        ids, mask = torch.randint(1, 50, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+        mask[1, 3:] = 0
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
+        losses = []
+        for one, call in ((model, model), (twin, run)):
+            one.zero_grad()
+            losses.append(call(**batch).loss)
+            losses[-1].backward()
+        assert torch.allclose(*losses)
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, atol=1e-6), name
+        for one, other in zip(shunter.moe_layers(model).values(), shunter.moe_layers(twin).values(), strict=True):
+            assert torch.equal(one.routing.counts, other.routing.counts)
