@@ -99,7 +99,8 @@ class Scope:
 class _Present(threading.local):
     """The scopes of the forwards that run in this thread, outermost first."""
 
-    scopes: tuple[Scope, ...] = ()
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
 
 
 _PRESENT = _Present()
@@ -107,7 +108,7 @@ _PRESENT = _Present()
 
 def present() -> tuple[Scope, ...]:
     """The scopes of the forwards that run in this thread, outermost first."""
-    return _PRESENT.scopes
+    return tuple(_PRESENT.scopes)
 
 
 @contextmanager
@@ -122,8 +123,10 @@ def within(scopes: tuple[Scope, ...]) -> Iterator[None]:
 
 def enter(scopes: tuple[Scope, ...]) -> tuple[Scope, ...]:
     """Make these the scopes of this thread; returns those before, to be entered again at the end."""
-    before = _PRESENT.scopes
-    _PRESENT.scopes = scopes
+    before = tuple(_PRESENT.scopes)
+    # In place: torch.compile loses an attribute of a thread that is set and set back around a break of its graph.
+    _PRESENT.scopes.clear()
+    _PRESENT.scopes.extend(scopes)
     return before
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import shunter
 from shunter import MoE, aux_loss
+from shunter.context import present
 from shunter.experts import Experts, autograd
 from shunter.experts.choice import get
 from tests.helpers import random_routing, relative_error
@@ -135,3 +136,14 @@ def test_a_compiled_model_trains_as_the_model(way, router):
             assert torch.allclose(p.grad, q.grad, atol=1e-6), name
         for one, other in zip(shunter.moe_layers(model).values(), shunter.moe_layers(twin).values(), strict=True):
             assert torch.equal(one.routing.counts, other.routing.counts)
+        assert not present(), "a compiled forward leaves its scopes too"
+
+
+def test_a_sparsified_model_compiles_in_one_graph():
+    torch._dynamo.reset()
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 50}
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_attention_heads=2, **shape))
+    model = shunter.sparsify(dense, 4, "topk", top_k=2).eval()
+    ids = torch.randint(1, 50, (2, 6))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(input_ids=ids, use_cache=False).logits, model(ids).logits, atol=1e-5)
