@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KNOWN", "NO_CONTEXT", "Context", "Scope", "enter", "known_in", "of_tokens", "present", "within"]
+__all__ = [
+    "KNOWN",
+    "NO_CONTEXT",
+    "Context",
+    "Scope",
+    "enter",
+    "known_in",
+    "of_tokens",
+    "places_in",
+    "present",
+    "within",
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Context:
         """(T,) int64 which sequence each token is in, as told or as its input (B, ..., d) has them; None if unknown."""
         if self.sequence is not None or self.shape is None or len(self.shape) < 2:
             return self.sequence
-        return _numbers(self.shape, device)[0].reshape(-1)
+        return _rows(self.shape, device)
 
 
 NO_CONTEXT = Context()
@@ -176,10 +187,29 @@ def of_tokens(x: Tensor, told: Mapping[str, Tensor | None], around: Context, req
                         f"what it is here by shunter.tell(model, {name}=…)"
                     )
                 value = None
-            if value is None and name in required and shape and name in ("sequence", "position"):
-                value = _numbers(shape, x.device)[name == "position"]
         values[name] = None if value is None else _spread(name, value, shape)
+    if shape and values["sequence"] is None and {"sequence", "position"} & set(required):
+        values["sequence"] = _rows(shape, x.device)
+    if shape and values["position"] is None and "position" in required:
+        assert values["sequence"] is not None
+        values["position"] = places_in(values["sequence"], values["mask"])
     return Context(**values, shape=shape)
+
+
+def places_in(sequence: Tensor, mask: Tensor | None) -> Tensor:
+    """The place (T,) of each token among the real ones of its sequence, from 0; that of padding is not defined.
+
+    Args:
+        sequence: (T,) int64 numbers of sequences.
+        mask: (T,) bool, True at real tokens; None for everywhere.
+    """
+    order = sequence.argsort(stable=True)
+    number = sequence[order]
+    real = torch.ones_like(number) if mask is None else mask[order].to(torch.int64)
+    before = real.cumsum(0) - real
+    first = torch.ones_like(number, dtype=torch.bool)
+    first[1:] = number[1:] != number[:-1]
+    return torch.empty_like(before).index_copy(0, order, before - torch.where(first, before, 0).cummax(0).values)
 
 
 def _leading(name: str, value: Tensor) -> int:
@@ -206,9 +236,7 @@ def _spread(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value.to(torch.bool) if name in ("mask", "free") else value
 
 
-def _numbers(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(...) int64 the sequence of each token and its place in it; one leading size alone is one sequence."""
-    rows, places = (shape[0], shape[1:]) if len(shape) > 1 else (1, shape)
-    sequence = torch.arange(rows, device=device)[:, None].expand(rows, places.numel())
-    position = torch.arange(places.numel(), device=device).expand(rows, places.numel())
-    return sequence.reshape(shape), position.reshape(shape)
+def _rows(shape: torch.Size, device: torch.device) -> Tensor:
+    """(T,) int64 the sequence of each token by its leading sizes; one leading size alone is one sequence."""
+    rows, places = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape.numel())
+    return torch.arange(rows, device=device)[:, None].expand(rows, places).reshape(-1)

@@ -80,7 +80,8 @@ def test_an_encoders_tokens_share_the_reward_of_their_sequence(build, inputs):
     batch = inputs("t5")
     batch["labels"] = batch["labels"][:, :4].clone()
     batch["labels"][1, 2:] = -100
-    decoder = model._shift_right(batch["labels"])
+    real = (batch["labels"] != -100).long()
+    decoder = {"decoder_input_ids": model._shift_right(batch["labels"]), "decoder_attention_mask": real}
 
     def rewards(output):
         reward, real = _token_rewards(output.logits.detach(), batch["labels"], 0)
@@ -88,7 +89,7 @@ def test_an_encoders_tokens_share_the_reward_of_their_sequence(build, inputs):
         return [mean if name.startswith("encoder") else (reward, real) for name in shunter.moe_layers(model)]
 
     with torch.no_grad():
-        extra = _expected(model, {**batch, "decoder_input_ids": decoder}, rewards)
+        extra = _expected(model, batch | decoder, rewards)
     output = _loss(model, batch)
     nats = F.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
     assert torch.allclose(output.loss, nats + extra, rtol=1e-6)

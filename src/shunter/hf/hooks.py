@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,12 +21,9 @@ from .. import context as contexts
 from ..context import KNOWN, Context, Scope
 from ..errors import UserError
 from ..moe import aux_loss, give_reward, mark, moe_layers, recomputing
+from .tokens import arguments, decoder_padding, has_tokens, tokens_of
 
-__all__ = ["add_to_loss", "check_batch", "install", "takes_tokens", "tokens_of"]
-
-_MASKS = ("pixel_attention_mask", "pixel_mask", "attention_mask", "padding_mask")
-# A model that takes these has a grid of tokens of its own: patches of images, frames of sound.
-_GRIDS = ("pixel_values", "input_features", "input_values")
+__all__ = ["add_to_loss", "check_batch", "install"]
 
 
 def install(model: PreTrainedModel, batch: Mapping[str, str] | None = None) -> None:
@@ -42,7 +40,7 @@ def install(model: PreTrainedModel, batch: Mapping[str, str] | None = None) -> N
     """
     forwards = _Forwards(check_batch(batch))
     model.register_forward_pre_hook(forwards.begin, with_kwargs=True)
-    scopes = [m for m in model.modules() if isinstance(m, PreTrainedModel) and (takes_tokens(m) or _has_own_grid(m))]
+    scopes = [m for m in model.modules() if isinstance(m, PreTrainedModel) and has_tokens(m)]
     for module in scopes:
         module.register_forward_pre_hook(forwards.enter, with_kwargs=True)
     for name in _around_layers(model):
@@ -73,58 +71,6 @@ def check_batch(batch: Mapping[str, str] | None) -> dict[str, str]:
     if unknown:
         raise UserError(f"batch: {', '.join(unknown)} is not known of tokens; the names are {', '.join(KNOWN)}")
     return dict(batch or {})
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-
-
-def takes_tokens(module: nn.Module) -> bool:
-    """Whether a module's forward takes token ids or an attention mask."""
-    return bool({"input_ids", "attention_mask"} & set(inspect.signature(module.forward).parameters))
-
-
-def _has_own_grid(module: nn.Module) -> bool:
-    return bool(set(_GRIDS) & set(inspect.signature(module.forward).parameters))
-
-
-def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
-    """What the arguments of a model's forward say of its tokens (B, S): padding (None for none), ids, sequences.
-
-    A mask of sound (B, frames) becomes one of tokens by the model's own rule, where it has one. What does not fit the
-    tokens of a layer is refused there: padding is never dropped.
-    """
-    given = {name: value for name, value in _arguments(module, args, kwargs).items() if isinstance(value, Tensor)}
-    ids = given.get("input_ids")
-    known = ids if ids is not None else given.get("inputs_embeds")
-    if known is not None:
-        mask = given.get("attention_mask")
-        # While generating from a cache the mask covers the past too; the present tokens are its last columns.
-        mask = mask[:, -known.shape[1] :] if mask is not None and mask.dim() == 2 else None
-    else:
-        grid = any(name in given for name in _GRIDS)
-        mask = next((given[name] for name in _MASKS if name in given), None) if grid else None
-    if mask is not None:
-        mask = mask.to(torch.bool)
-        mask = None if bool(mask.all()) else mask
-    if mask is not None and known is None:
-        mask = _of_frames(module, mask)
-    sequence = None
-    if known is not None:
-        sequence = torch.arange(known.shape[0], device=known.device)[:, None].expand(known.shape[:2])
-    return Context(mask=mask, token_ids=ids, sequence=sequence)
-
-
-def _of_frames(module: Any, mask: Tensor) -> Tensor:
-    """The mask (B, S) of the tokens that convolutions make of sound, of that (B, frames) of the sound."""
-    lengths = getattr(module, "_get_feat_extract_output_lengths", None)
-    if lengths is None or mask.dim() != 2:
-        return mask
-    # What comes after the encoder shortens its output further, not its tokens.
-    rest = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
-    real = lengths(mask.sum(-1), **rest).to(mask.device)
-    longest = int(lengths(torch.tensor(mask.shape[1]), **rest))
-    return torch.arange(longest, device=mask.device) < real[:, None]
 
 
 class _InScopesOfForward:
@@ -182,7 +128,7 @@ class _Forwards:
         return found
 
     def begin(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Take from the model's keywords what a batch says of its tokens; what its forward does not know ends here."""
         values: dict[str, Any] = {}
@@ -195,13 +141,18 @@ class _Forwards:
                     f"its tokens; its keys are {', '.join(kwargs)}. (A Trainer keeps it with "
                     "remove_unused_columns=False)"
                 )
-        self._entered.append((module, contexts.enter((*contexts.present(), Scope(told=values))), mark()))
+        self._here.values = values
+        scopes = [Scope(Context(**values))]
+        padding = decoder_padding(module, args, kwargs)
+        if padding is not None:
+            scopes.append(Scope(told={"mask": padding}, layers=frozenset(moe_layers(module.get_decoder()).values())))
+        self._entered.append((module, contexts.enter((*contexts.present(), *scopes)), mark()))
         foreign = set(self.keywords.values()) - set(inspect.signature(module.forward).parameters)
         return args, {key: value for key, value in kwargs.items() if key not in foreign}
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell the layers of a model what its own arguments say of its tokens."""
-        scope = Scope(tokens_of(module, args, kwargs))
+        """Tell the layers of a model what its own arguments say of its tokens, and what the batch says of any."""
+        scope = Scope(replace(tokens_of(module, args, kwargs), **getattr(self._here, "values", {})))
         self._entered.append((module, contexts.enter((*contexts.present(), scope)), -1))
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -242,7 +193,7 @@ class _Forwards:
             return None
 
         def losses() -> Tensor:
-            _give_rewards(module, _arguments(module, args, kwargs)["labels"], output)
+            _give_rewards(module, arguments(module, args, kwargs)["labels"], output)
             return aux_loss(module, since=since)
 
         return add_to_loss(module, args, kwargs, output, losses) if module.training else None
@@ -255,7 +206,7 @@ def add_to_loss(
 
     None where the forward had no labels and so no loss; the losses are then not computed.
     """
-    given = _arguments(module, args, kwargs)
+    given = arguments(module, args, kwargs)
     labels = given.get("labels")
     if labels is None:
         return None

@@ -137,10 +137,13 @@ class Hash(Fixed):
 class PreviousTokenHash(Hash):
     """Hash layer by the token before; the first of a sequence has an expert of its own. Padding is no token.
 
-    It reads earlier ids of the sequence: decode without a cache, which would hide them.
+    It reads earlier ids of the sequence: decode with use_cache=False, as a cache would hide them.
 
     Args:
         **options: of `Hash`; the table is of the id of the token before.
+
+    Raises:
+        ValueError: where a cache hides the token before.
 
     Source: Roller et al. 2021, section 3 (previous token hash).
     """
@@ -160,6 +163,14 @@ class PreviousTokenHash(Hash):
     def of_previous(self, table: Tensor, context: Context) -> Tensor:
         """The entries (T, N) of a table for the token before each token, `first` where there is none."""
         previous = _previous(self.require(context, "token_ids", self.vocab_size), context)
+        if context.position is not None and not torch.compiler.is_compiling():
+            numbers, sequence = self.require(context, "sequence").unique(return_inverse=True)
+            begin = context.position.new_zeros(numbers.numel())
+            begin = begin.scatter_reduce(0, sequence, context.position, "amin", include_self=False)
+            if bool((begin > 0).any()):
+                raise ValueError(
+                    f"{type(self).__name__} goes by the token before, which a cache hides: pass use_cache=False"
+                )
         return torch.where(previous[:, None] < 0, self.first, self.look_up(table, previous.clamp_min(0)))
 
 

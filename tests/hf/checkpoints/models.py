@@ -67,7 +67,10 @@ def logits(model, batch):
 
 
 def batch_for(inputs, name):
+    """Arguments of a forward without padding."""
     batch = inputs("llama" if name in NATIVE else name)
+    if "input_ids" in batch:
+        batch["labels"] = batch["input_ids"]
     return {key: value for key, value in batch.items() if key != "attention_mask"}
 
 

@@ -23,7 +23,7 @@ from ...context import NO_CONTEXT, Context
 from ...metrics import margins, routing_entropy
 from ...moe import RoutedLayer, recomputing
 from ...routing import Routing
-from ..hooks import takes_tokens, tokens_of
+from ..tokens import takes_tokens, tokens_of
 from .selection import EachForward, Selection
 from .taps import SCORE_FUNCTIONS, OwnHook, Tap, require_taps
 

@@ -1,0 +1,250 @@
+"""From the arguments of a model's forward to the `Context` of its tokens: ids, padding, sequences, places in them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..context import Context, places_in, present
+from ..errors import UserError
+from ..moe import moe_layers
+
+__all__ = ["arguments", "decoder_padding", "has_tokens", "takes_tokens", "tokens_of"]
+
+_MASKS = ("pixel_attention_mask", "pixel_mask", "attention_mask", "padding_mask")
+# A model that takes these has a grid of tokens of its own: patches of images, frames of sound.
+_GRIDS = ("pixel_values", "input_features", "input_values")
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward by name."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether a module's forward takes token ids or an attention mask."""
+    return bool({"input_ids", "attention_mask"} & set(inspect.signature(module.forward).parameters))
+
+
+def has_tokens(module: nn.Module) -> bool:
+    """Whether a module's forward takes tokens, or what it makes tokens of: patches of images, frames of sound."""
+    return takes_tokens(module) or bool(set(_GRIDS) & set(inspect.signature(module.forward).parameters))
+
+
+def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
+    """What the arguments of a model's forward say of its tokens (B, S): ids, padding (None: none), sequences, places.
+
+    Sequences packed in a row are told apart by `seq_idx`, `cu_seq_lens_q`, `position_ids` that start again, or a mask
+    of queries and keys that is block diagonal. After a cache of earlier tokens the places go on from there. A mask of
+    sound (B, frames) becomes one of tokens by the model's own rule, where it has one. What does not fit the tokens of
+    a layer is refused there: padding is never dropped.
+
+    Raises:
+        UserError: for a mask of which padding cannot be read.
+    """
+    given = arguments(module, args, kwargs)
+    ids = _tensor(given, "input_ids")
+    known = ids if ids is not None else _tensor(given, "inputs_embeds")
+    if known is None:
+        return Context(mask=_of_grid(module, given))
+    if known.dim() != (2 if known is ids else 3):
+        return Context(token_ids=ids)  # a model that cuts its tokens itself, for a model inside of it
+    batch, length = known.shape[:2]
+    past = _past(given)
+    real, starts = _read_mask(module, given.get("attention_mask"), batch, length, past)
+    if real is None and ids is not None and _tensor(given, "encoder_hidden_states") is not None:
+        real = _until_padding(ids, module, started=not _is_zero(past))
+    real = _unless_all(real)
+    starts = _packed_starts(given, real, batch, length, starts)
+    first = torch.zeros(batch, length, dtype=torch.bool, device=known.device)
+    first[:, :1] = True
+    if starts is not None:
+        first = first | starts
+    sequence = first.reshape(-1).cumsum(0).reshape(batch, length) - 1
+    position = None
+    if not _is_zero(past):
+        position = _tensor(given, "position_ids")
+        if position is None or position.shape != known.shape[:2]:
+            flat = None if real is None else real.reshape(-1)
+            position = places_in(sequence.reshape(-1), flat).reshape(batch, length) + _earlier(given, length, past)
+    return Context(mask=real, token_ids=ids, sequence=sequence, position=position)
+
+
+def decoder_padding(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Where the decoder of an encoder-decoder model has tokens (B, S), by the labels that it is trained on.
+
+    None where the labels do not tell, as where a mask for it is given.
+    """
+    given = arguments(module, args, kwargs)
+    labels = _tensor(given, "labels")
+    if not getattr(module.config, "is_encoder_decoder", False) or _tensor(given, "decoder_attention_mask") is not None:
+        return None
+    ids = _tensor(given, "decoder_input_ids")
+    if (
+        labels is None
+        or labels.dim() != 2
+        or labels.is_floating_point()
+        or (ids is not None and ids.shape != labels.shape)
+    ):
+        return None
+    return _unless_all(_up_to_last(labels != -100))
+
+
+def _tensor(given: Mapping[str, Any], name: str) -> Tensor | None:
+    value = given.get(name)
+    return value if isinstance(value, Tensor) else None
+
+
+def _unless_all(real: Tensor | None) -> Tensor | None:
+    """None where all are real; a compiled graph does not ask."""
+    return None if real is None or (not torch.compiler.is_compiling() and bool(real.all())) else real
+
+
+def _up_to_last(marked: Tensor) -> Tensor:
+    """(B, S) True up to the last True of each row."""
+    return marked.flip(1).cumsum(1).flip(1) > 0
+
+
+def _past(given: Mapping[str, Any]) -> int | Tensor:
+    """How many earlier tokens a cache holds."""
+    cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+    length = getattr(cache, "get_seq_length", None)
+    return 0 if length is None else length()
+
+
+def _earlier(given: Mapping[str, Any], length: int, past: int | Tensor) -> Tensor | int:
+    """How many of the earlier tokens are real: (B, 1), or of all rows alike."""
+    mask = _tensor(given, "attention_mask")
+    if mask is not None and mask.dim() == 2 and mask.shape[1] > length:
+        return (mask[:, :-length] != 0).sum(1, keepdim=True)
+    return past
+
+
+def _is_zero(past: int | Tensor) -> bool:
+    return isinstance(past, int) and past == 0
+
+
+def _read_mask(
+    module: nn.Module, mask: Any, batch: int, length: int, past: int | Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where the present tokens are real (B, S), and where sequences start; each None where the mask does not say."""
+    if isinstance(mask, Mapping):  # one for each kind of attention
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3, 4):
+        return _unreadable(module, mask)
+    if mask.dim() == 2:
+        # While generating from a cache the mask covers the past too; the present tokens are its last columns.
+        return mask[:, -length:] != 0, None
+    additive = mask.is_floating_point() and mask.dim() == 4
+    allowed = mask > torch.finfo(mask.dtype).min / 2 if additive else mask != 0
+    if allowed.dim() == 4:
+        allowed = allowed.any(1)
+    allowed = allowed[:, :, int(past) : int(past) + length].expand(batch, -1, -1)
+    if allowed.shape[1] == 1 and length > 1:
+        return allowed[:, 0], None
+    if allowed.shape[1:] != (length, length):
+        return _unreadable(module, mask)
+    # A row of padding sees nothing, or, where kernels cannot have such rows, everything: later tokens too, although no
+    # other row sees it.
+    everything = allowed.all(-1)
+    seen = (allowed & ~everything[:, :, None]).any(1)
+    blind = everything & ~seen & ~everything.all(1, keepdim=True)
+    blind[:, -1] = False  # in a causal mask the last token sees everything
+    return allowed.diagonal(dim1=1, dim2=2) & ~blind, ~allowed.tril(-1).any(-1)
+
+
+def _unreadable(module: nn.Module, mask: Any) -> tuple[None, None]:
+    """Nothing, where the layers inside are told of their padding otherwise."""
+    layers = set(moe_layers(module).values())
+    if any("mask" in scope.told and (scope.layers is None or layers <= scope.layers) for scope in present()):
+        return None, None
+    raise UserError(
+        f"{type(module).__name__}: padding cannot be read of an attention_mask that is "
+        f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}; give one of tokens, (B, S), or say "
+        "which are real by shunter.tell(model, mask=…)"
+    )
+
+
+def _until_padding(ids: Tensor, module: Any, started: bool) -> Tensor | None:
+    """Where a decoder's ids (B, S) are tokens: up to the padding at their end; the first, which may be padding, starts.
+
+    None where the model's padding is a word, too.
+    """
+    config = module.config.get_text_config(decoder=True)
+    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    if pad is None or pad in (end if isinstance(end, list) else [end]):
+        return None
+    real = ids != pad
+    if not started:
+        real[:, :1] = True
+    return _up_to_last(real)
+
+
+def _packed_starts(
+    given: Mapping[str, Any], real: Tensor | None, batch: int, length: int, seen: Tensor | None
+) -> Tensor | None:
+    """Where another sequence starts within a row (B, S); None where nothing says that one does.
+
+    Args:
+        given: the arguments of the forward.
+        real: (B, S) where tokens are real; None for everywhere.
+        seen: (B, S) True at tokens that see no earlier one; None where it is not known.
+    """
+    numbers, ends, places = _tensor(given, "seq_idx"), given.get("cu_seq_lens_q"), _tensor(given, "position_ids")
+    if places is not None and places.dim() == 3 and places.shape[0] == 4:
+        places = places[0]  # of text, before those of time, height and width
+    size = (batch, length)
+    if numbers is not None and numbers.shape == size:
+        starts = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))
+    elif ends is not None and batch == 1:
+        ends = torch.as_tensor(ends)
+        starts = torch.zeros(1, length + 1, dtype=torch.bool, device=ends.device)
+        starts[0, ends.to(torch.int64).clamp(0, length)] = True
+        starts = starts[:, :length]
+    elif places is not None and places.shape in (size, (1, length)):
+        starts = _start_again(places.expand(size), real)
+    elif seen is not None:
+        starts = seen
+    else:
+        return None
+    if real is None:
+        return starts
+    starts = starts.to(real.device)
+    return starts & real & (real.cumsum(1) > 1)  # a row's first token starts no other sequence than the row's
+
+
+def _start_again(places: Tensor, real: Tensor | None) -> Tensor:
+    """(B, S) True where a token's place is not behind that of the real token before."""
+    if real is None:
+        return F.pad(places[:, 1:] <= places[:, :-1], (1, 0))
+    own = torch.arange(places.shape[1], device=places.device).expand_as(places)
+    last = F.pad(torch.where(real, own, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+    return (last >= 0) & (places <= places.gather(1, last.clamp_min(0)))
+
+
+def _of_grid(module: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
+    """Where the patches or frames of a model that has those are real, (B, S); None where all are."""
+    if not any(name in given for name in _GRIDS):
+        return None
+    mask = next((given[name] for name in _MASKS if _tensor(given, name) is not None), None)
+    real = _unless_all(None if mask is None else mask != 0)
+    return None if real is None else _of_frames(module, real)
+
+
+def _of_frames(module: Any, mask: Tensor) -> Tensor:
+    """The mask (B, S) of the tokens that convolutions make of sound, of that (B, frames) of the sound."""
+    lengths = getattr(module, "_get_feat_extract_output_lengths", None)
+    if lengths is None or mask.dim() != 2:
+        return mask
+    # What comes after the encoder shortens its output further, not its tokens.
+    rest = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
+    real = lengths(mask.sum(-1), **rest).to(mask.device)
+    longest = int(lengths(torch.tensor(mask.shape[1]), **rest))
+    return torch.arange(longest, device=mask.device) < real[:, None]
