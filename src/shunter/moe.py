@@ -71,7 +71,7 @@ class RoutedLayer(nn.Module):
         routing: the last forward's `Routing` (T, E), outside the graph; None before the first.
     """
 
-    router: Router
+    router: nn.Module
     experts: nn.Module
 
     def __init__(self, router: Router, experts: nn.Module) -> None:
@@ -94,17 +94,17 @@ class RoutedLayer(nn.Module):
             raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
         tokens = x.reshape(-1, self.dim)
         around, by_scope = contexts.known_in(self)
-        context = contexts.of_tokens(x, {**by_scope, **told}, around, self.router.required)
+        context = contexts.of_tokens(x, {**by_scope, **told}, around, self.decider.required)
         logits, routing = self.router(tokens, context)
         return tokens, logits, routing, context
 
     def finish(self, out: Tensor, tokens: Tensor, logits: Tensor, routing: Routing, context: Context) -> Tensor:
         """The layer's output, after noting what its forward decided: its routing and, in training, its losses."""
         if self.training:
-            losses = self.router.losses(logits, routing, context)
+            losses = self.decider.losses(logits, routing, context)
             if not recomputing():
-                self.router.observe(logits.detach(), routing, context)
-                learns = self.router.learns_by_reward
+                self.decider.observe(logits.detach(), routing, context)
+                learns = self.decider.learns_by_reward
                 call = _Call(losses, Decision(tokens, logits, routing, context) if learns else None)
                 if not torch.compiler.is_compiling():
                     call.follow(out)
@@ -113,6 +113,17 @@ class RoutedLayer(nn.Module):
         if not recomputing():
             self.routing = routing.detach()
         return out
+
+    @property
+    def decider(self) -> Router:
+        """The `Router` in `router`, whose module may wrap it: an adapter, a compiled module, a copy to be trained.
+
+        It is asked what it needs and told to update; to decide, the layer calls `router`.
+        """
+        if isinstance(self.router, Router):
+            return self.router
+        found = getattr(self.router, "itself", None)  # a wrapper that hands on attributes knows which one it calls
+        return found or next(module for module in self.router.modules() if isinstance(module, Router))
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -145,17 +156,17 @@ class RoutedLayer(nn.Module):
     def flops_per_token(self, sequence_length: int) -> dict[str, float]:
         """Forward FLOPs of a token's products by part, "routers" and "experts"; a multiply-add counts as 2."""
         products = sum(p.numel() for p in self.experts.parameters() if p.dim() == 3)
-        return {"routers": self.router.flops_per_token, "experts": 2 * self.share_used(sequence_length) * products}
+        return {"routers": self.decider.flops_per_token, "experts": 2 * self.share_used(sequence_length) * products}
 
     def inactive_parameters(self, sequence_length: int) -> float:
         """How many parameters of the experts a token of sequences of this length does not use, in the mean."""
         # Every token hears from all slots, however few rows the experts compute.
-        used = 1.0 if self.router.chooses == "slots" else self.share_used(sequence_length)
+        used = 1.0 if self.decider.chooses == "slots" else self.share_used(sequence_length)
         return (1 - used) * sum(p.numel() for p in self.experts.parameters())
 
     def share_used(self, sequence_length: int) -> float:
         """The share of the experts' rows that a token of sequences of this length asks for."""
-        return self.router.experts_for(sequence_length) / self.num_experts
+        return self.decider.experts_for(sequence_length) / self.num_experts
 
     def __getstate__(self) -> dict[str, Any]:
         # The last forward belongs to a graph, which can be neither copied nor pickled.
@@ -263,7 +274,7 @@ class MoE(RoutedLayer):
             TypeError: for a name that is not a field of `Context`.
         """
         tokens, logits, routing, context = self.route(x, known)
-        out = self.router.compute(tokens, logits, routing, context, self.experts)
+        out = self.decider.compute(tokens, logits, routing, context, self.experts)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens, _everyone(tokens))
         return self.finish(self.dropout(out).reshape(x.shape), tokens, logits, routing, context)
@@ -273,11 +284,11 @@ class MoE(RoutedLayer):
         products = self.share_used(sequence_length) * self.num_experts * self.experts.matrix_numbers
         if self.shared_experts is not None:
             products += self.shared_experts.matrix_numbers
-        return {"routers": self.router.flops_per_token, "experts": 2 * products}
+        return {"routers": self.decider.flops_per_token, "experts": 2 * products}
 
     def explain(self, num_tokens: int = 1024) -> str:
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
-        router, experts = self.router, self.experts
+        router, experts = self.decider, self.experts
         slots = router.capacity(num_tokens)
         mode = "training" if self.training else "evaluation"
         losses = ", ".join(f"{name} x {c}" for name, c in router.coefficients.items() if c) or "none"
@@ -384,8 +395,8 @@ def aux_loss(model: nn.Module, *, since: int = -1) -> Tensor:
     if not waiting and since < 0:
         terms = [value.detach() for layer in layers.values() for value in layer.losses.values()]
     if not terms:
-        parameter = next(model.parameters(), torch.zeros(()))
-        return torch.zeros((), device=parameter.device)
+        device = next(model.parameters(), torch.zeros(())).device
+        return torch.zeros((), device="cpu" if device.type == "meta" else device)  # offloaded parameters are elsewhere
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
@@ -412,7 +423,7 @@ def give_reward(model: nn.Module, reward: Tensor, mask: Tensor | None = None) ->
         ValueError: where reward or mask do not fit a layer's tokens.
     """
     waiting = [
-        (layer.router, call)
+        (layer.decider, call)
         for layer in moe_layers(model).values()
         for call in (layer.calls() or ([] if layer._last is None else [layer._last]))
         if call.decision is not None
@@ -459,4 +470,4 @@ def _for_tokens(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 def update_routers(model: nn.Module) -> None:
     """Advance the state of every router of a model that no gradient moves; call it once after each optimizer step."""
     for layer in moe_layers(model).values():
-        layer.router.update()
+        layer.decider.update()

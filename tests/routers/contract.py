@@ -7,9 +7,10 @@ of T tokens.
 import copy
 import io
 
+import accelerate
 import torch
 
-from shunter import MoE, give_reward
+from shunter import MoE, give_reward, update_routers
 from shunter.context import Context
 from shunter.routers.registry import create
 
@@ -174,6 +175,45 @@ def state_is_saved_and_exact(name, options, context):
     assert torch.equal(*results)
 
 
+class Around(torch.nn.Module):
+    """What an adapter, a compiler or a shard is: it calls the router, and hides its attributes."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, *args):
+        return self.base_layer(*args)
+
+
+def modules_around_it_change_nothing(name, options, context):
+    """A module around the router, and weights that are there only while it is called."""
+    moe = MoE(DIM, 4, EXPERTS, router=make(name, options)).train()
+    known = {key: value for key, value in vars(context(10)).items() if value is not None}
+    x = torch.randn(10, DIM)
+
+    def run(layer):
+        layer.routing = layer._last = None
+        out = seeded(lambda: layer(x, **known))
+        if layer.decider.learns_by_reward:
+            give_reward(layer, x[:, 0])
+        return [out, *(layer.losses[key] for key in sorted(layer.losses))]
+
+    wrapped, offloaded = copy.deepcopy(moe), copy.deepcopy(moe)
+    wrapped.router = Around(wrapped.router)
+    if moe.router.state_dict():
+        accelerate.cpu_offload(offloaded.router, torch.device("cpu"))
+        assert all(p.is_meta for p in offloaded.router.parameters())
+    for one, *others in zip(run(moe), run(wrapped), run(offloaded), strict=True):
+        for other in others:
+            assert torch.equal(one, other)
+    wrapped.explain()
+    update_routers(wrapped)
+    update_routers(moe)
+    for (key, value), other in zip(moe.router.named_buffers(), wrapped.decider.buffers(), strict=True):
+        assert torch.equal(value, other), key
+
+
 def state_moves_by_update_alone(name, options, context):
     """Evaluation and recomputation move nothing; `update` moves state once."""
     moe = MoE(DIM, 4, EXPERTS, router=name, **options)
@@ -223,6 +263,7 @@ CHECKS = [
     rows_of_nan_stay_in_range,
     evaluation_is_deterministic,
     state_is_saved_and_exact,
+    modules_around_it_change_nothing,
     state_moves_by_update_alone,
     the_layer_trains,
 ]

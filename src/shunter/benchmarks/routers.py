@@ -52,7 +52,7 @@ class _Layer:
 
     def decide(self) -> Tensor:
         """Score and assign, as in training."""
-        router = self.moe.router
+        router = self.moe.decider
         return router.assign(router.score(self.x, self.context), self.context).weight
 
     def step(self) -> tuple[Tensor, ...]:

@@ -39,6 +39,7 @@ class Backend:
         summary: how it works, for `explain`.
         unsuited: why "auto" passes over it on (x, weights) although it could run, or None.
         reason: why "auto" takes it, in words.
+        no_backward: whether it is for inputs alone of which nothing learns.
         one_by_one: whether it asks for one expert's matrices at a time and so runs on any `ExpertWeights`; else its
             functions are given `Weights` alone.
     """
@@ -49,10 +50,15 @@ class Backend:
     summary: str
     unsuited: Callable[[Tensor, Any], str | None] = _always
     reason: Callable[[Tensor, Any], str] = lambda x, weights: "nothing before it can run"
+    no_backward: bool = False
     one_by_one: bool = False
 
-    def lacks(self, x: Tensor, weights: ExpertWeights) -> str | None:
-        """Why it cannot run on (x, weights), in words; None where it can."""
+    def lacks(self, x: Tensor, weights: ExpertWeights, routing: Routing | None = None) -> str | None:
+        """Why it cannot run on (x, weights, routing), in words; None where it can."""
+        if self.no_backward and torch.is_grad_enabled():
+            weight = [] if routing is None else [routing.weight]
+            if any(part.requires_grad for part in (x, *weight, *weights.learned())):
+                return "it has no backward; call it under torch.no_grad()"
         if not self.one_by_one and not isinstance(weights, Weights):
             return f"it reads all experts from one tensor; {type(weights).__name__} gives one expert at a time"
         return self.refuses(x, weights)
@@ -87,15 +93,17 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def choose(name: str, x: Tensor, weights: ExpertWeights) -> tuple[Backend, str]:
+def choose(name: str, x: Tensor, weights: ExpertWeights, routing: Routing | None = None) -> tuple[Backend, str]:
     """The backend that runs x (T, d) under a name or "auto", and why, in words.
+
+    Without a routing it is one whose weights do not learn.
 
     Raises:
         ValueError: where the named backend cannot run this input.
     """
     if name != "auto":
         backend = get(name)
-        if refusal := backend.lacks(x, weights):
+        if refusal := backend.lacks(x, weights, routing):
             raise ValueError(f"backend {name!r} cannot run this: {refusal}")
         return backend, "you asked for it"
     if torch.is_grad_enabled() and _wants_higher_order(x):
@@ -103,7 +111,7 @@ def choose(name: str, x: Tensor, weights: ExpertWeights) -> tuple[Backend, str]:
     passed = ""
     for candidate in _ON_CPU if x.is_cpu else _ON_CUDA if x.is_cuda else _ELSEWHERE:
         backend = get(candidate)
-        unfit = backend.lacks(x, weights) or backend.unsuited(x, weights)
+        unfit = backend.lacks(x, weights, routing) or backend.unsuited(x, weights)
         if unfit is None:
             return backend, backend.reason(x, weights) + passed
         if candidate != "decode":  # which is for a few tokens without gradients alone

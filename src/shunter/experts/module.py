@@ -144,6 +144,8 @@ class Experts(RoutedExperts):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weights = x.to(dtype), weights.to(dtype)
+        if weights.device.type == "meta":
+            raise ValueError("Experts: the weights are on the meta device, without values; load or draw them first")
         if x.dtype != weights.dtype or x.device != weights.device:
             raise ValueError(
                 f"Experts: x is {x.dtype} on {x.device}, the parameters are {weights.dtype} on {weights.device}; "
@@ -154,7 +156,7 @@ class Experts(RoutedExperts):
                 f"Experts: the parameters are of type {type(weights.up).__name__}, in which the backends cannot look. "
                 "Sharded ones are gathered by the module that shards them: call that one"
             )
-        backend, _ = backends.choose(self.backend, x, weights)
+        backend, _ = backends.choose(self.backend, x, weights, routing)
         return backend.run(x, weights, routing, recompute=self.recompute)
 
     def explain(self, num_tokens: int) -> str:

@@ -96,7 +96,7 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
         out = _around_own_code(self, x, parameters, routing)
     else:
         weights = Weights(*parameters, activation)
-        out = choose("auto", x, weights)[0].run(x, weights, routing)
+        out = choose("auto", x, weights, routing)[0].run(x, weights, routing)
     return out.to(hidden_states.dtype)
 
 

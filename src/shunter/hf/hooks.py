@@ -135,7 +135,7 @@ class _Forwards:
         for name, keyword in self.keywords.items():
             if isinstance(kwargs.get(keyword), Tensor):
                 values[name] = kwargs[keyword]
-            elif any(name in layer.router.required for layer in moe_layers(module).values()):
+            elif any(name in layer.decider.required for layer in moe_layers(module).values()):
                 raise UserError(
                     f"{type(module).__name__}: the batch has no {keyword!r}, by which the routers know the {name} of "
                     f"its tokens; its keys are {', '.join(kwargs)}. (A Trainer keeps it with "

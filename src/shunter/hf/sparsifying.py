@@ -166,8 +166,8 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "dropout": layer.dropout.p,
             "backend": experts.backend,
             "recompute": experts.recompute,
-            "router": _name_of(type(layer.router)),
-            "options": layer.router.options,
+            "router": _name_of(type(layer.decider)),
+            "options": layer.decider.options,
         }
         entries.append(entry)
     return {"layout": STACKED, "layers": entries}

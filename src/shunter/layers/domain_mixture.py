@@ -165,7 +165,7 @@ def by_domain(model: nn.Module) -> Predict:
     Raises:
         ValueError: where no layer of the model asks for a domain.
     """
-    if not any("domain" in layer.router.required for layer in moe_layers(model).values()):
+    if not any("domain" in layer.decider.required for layer in moe_layers(model).values()):
         raise ValueError('by_domain: no layer of this model has a router that needs domain; use router="domain"')
 
     def predict(domain: int, **inputs: Any) -> Tensor:

@@ -109,11 +109,25 @@ class Router(nn.Module):
     learns_by_reward: ClassVar[bool] = False
     """Whether a training forward leaves a decision, of which `shunter.give_reward` makes losses."""
 
+    @property
+    def itself(self) -> Router:
+        """The router, where a module around it hands on its attributes."""
+        return self
+
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Routing]:
         """The logits of hidden states x (T, d) and the routing that they lead to: `score`, then `assign`.
 
         A layer calls its router as a module, so that hooks, offloading and sharding see each decision and its inputs.
+
+        Raises:
+            ValueError: where a weight has no values, being on the meta device.
         """
+        missing = [name for name, value in (*self.named_parameters(), *self.named_buffers()) if value.is_meta]
+        if missing or x.is_meta:
+            raise ValueError(
+                f"{type(self).__name__}: {', '.join(missing) or 'x'} is on the meta device, without values to decide "
+                "by; load or draw the weights first (module.to_empty(device=…), then reset_parameters or a state dict)"
+            )
         logits = self.score(x, context)
         return logits, self.assign(logits, context)
 

@@ -5,14 +5,14 @@ A forward leaves a `Decision` on its layer; when the reward is known, `shunter.g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..context import Context
+from ..context import NO_CONTEXT, Context
 from ..routing import Routing
 from .linear import LinearRouter
 
@@ -41,6 +41,22 @@ class Decision:
     def shape(self) -> torch.Size:
         """The leading sizes of the layer's input, whose product is T."""
         return self.x.shape[:1] if self.context.shape is None else self.context.shape
+
+
+@dataclass(frozen=True, eq=False)
+class Actions(Routing):
+    """The routing of a policy, with the baseline b (T,) of the tokens' rewards; None where there is none.
+
+    A router's weights may be elsewhere once its forward is over (offloaded, sharded), so the forward computes it.
+    """
+
+    baseline: Tensor | None = None
+
+    def detach(self) -> Routing:
+        """As of any routing; the baseline is for the reward of this forward alone."""
+        outside = super().detach()
+        assert isinstance(outside, Actions)
+        return replace(outside, baseline=None)
 
 
 class PolicyRouter(LinearRouter):
@@ -88,6 +104,14 @@ class PolicyRouter(LinearRouter):
         self.value_bias = None if baseline == "none" else nn.Parameter(torch.zeros(1, **place))
         self.value_weight = nn.Parameter(torch.zeros(dim, **place)) if baseline == "head" else None
 
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Routing]:
+        """The logits and the actions, in training with the baseline of their rewards."""
+        logits, routing = super().forward(x, context)
+        if not self.training or self.baseline == "none":
+            return logits, routing
+        decided = {field.name: getattr(routing, field.name) for field in fields(Routing)}
+        return logits, Actions(**decided | {"check": False}, baseline=self.value(x))
+
     def log_prob(self, logits: Tensor, routing: Routing) -> Tensor:
         """log pi (T,) of the actions of a routing, under logits (T, E)."""
         raise NotImplementedError
@@ -125,7 +149,8 @@ class PolicyRouter(LinearRouter):
         Source: Williams 1992 (Simple statistical gradient-following algorithms), theorem 1.
         """
         reward = reward.detach().to(decision.logits.dtype)
-        value = self.value(decision.x)
+        value = getattr(decision.routing, "baseline", None)
+        value = self.value(decision.x) if value is None else value
         log_prob = self.log_prob(decision.logits, decision.routing)
         terms = {"policy_loss": -log_prob * (reward - value.detach())}
         if self.baseline != "none":

@@ -123,7 +123,10 @@ class TopK(LinearRouter):
         self.register_buffer("selection_bias", bias)
         self.bias_update_rate = bias_update_rate
         self.observed: Tensor | None
-        self.register_buffer("observed", None if bias is None else torch.zeros_like(bias), persistent=False)
+        if bias is None:
+            self.observed = None  # a plain one: accelerate refuses a buffer without a value that no file holds
+        else:
+            self.register_buffer("observed", torch.zeros_like(bias), persistent=False)
 
     def probs(self, logits: Tensor) -> Tensor:
         """The scores, divided by their sum where they are not a softmax."""

@@ -152,7 +152,7 @@ class Balance:
             self._attached = None
 
     def _take_over(self, layer: RoutedLayer, stack: ExitStack) -> None:
-        own = layer.router.coefficients
+        own = layer.decider.coefficients
         for name, coefficient in self.coefficients.items():
             if coefficient and own.get(name):
                 stack.callback(own.__setitem__, name, own[name])
@@ -218,7 +218,7 @@ class Balance:
             own = self._taps[name].own
             if own is not None:
                 context = Context(mask=heard.mask)
-                terms["z_loss"] = own.router.loss_terms(logits, heard.routing, context)["z_loss"]()
+                terms["z_loss"] = own.decider.loss_terms(logits, heard.routing, context)["z_loss"]()
             else:
                 terms["z_loss"] = losses.z_loss(logits.to(probs.dtype), heard.mask)
         return terms

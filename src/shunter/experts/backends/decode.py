@@ -128,12 +128,6 @@ def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
         torch.mm(rows, matrix.T, out=out)
 
 
-def _refuses(x: Tensor, weights: ExpertWeights) -> str | None:
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (x, *weights.learned())):
-        return "it has no backward; call it under torch.no_grad()"
-    return None
-
-
 _stacked = differentiable("decode", _Decode())
 
 
@@ -148,7 +142,7 @@ register(
     Backend(
         "decode",
         decode,
-        _refuses,
+        lambda x, weights: None,
         "a product for each expert that a token chose, and no other weights read",
         lambda x, weights: None if x.shape[0] <= FEW_TOKENS else f"it is for {FEW_TOKENS} tokens or fewer",
         lambda x, weights: (
@@ -159,6 +153,7 @@ register(
                 else "the matrices come one expert at a time"
             )
         ),
+        no_backward=True,
         one_by_one=True,
     )
 )

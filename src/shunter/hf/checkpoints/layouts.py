@@ -58,7 +58,7 @@ class Sizes:
             ACTIVATIONS[experts.activation][1],
             bias=experts.bias,
             shared=0 if shared is None else shared.hidden,
-            selection_bias=getattr(layer.router, "selection_bias", None) is not None,
+            selection_bias=getattr(layer.decider, "selection_bias", None) is not None,
         )
 
 

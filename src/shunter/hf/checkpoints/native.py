@@ -123,7 +123,7 @@ class Family:
             raise UserError(f"{self.name} has experts without biases; this model's have them: keep Shunter's format")
         if others:
             raise UserError(f"{self.name} has layers of one size; give every layer the same hidden=")
-        fields, *rules = [routing_fields(self.name, layer.router) for layer in layers.values()]
+        fields, *rules = [routing_fields(self.name, layer.decider) for layer in layers.values()]
         if any(rule != fields for rule in rules):
             raise UserError(f"{self.name} has one routing rule for all layers; give every layer the same router")
         activation = known_activation(dense.hidden_act, gated=True)
@@ -143,7 +143,7 @@ class Family:
         config.architectures = [self.architecture]
         config.dtype = dense.dtype
         config.shunter_dense = dense.model_type
-        given = [{**layer.router.options, "dropout": layer.dropout.p} for layer in layers.values()]
+        given = [{**layer.decider.options, "dropout": layer.dropout.p} for layer in layers.values()]
         lost = dict.fromkeys(option for options in given for option in left_behind(self.name, options))
         return self._form(model, config, numbers, tuple(lost))
 

@@ -52,7 +52,7 @@ def record(model: nn.Module) -> Iterator[RoutingRecord]:
         if not recomputing():
             forwards.begin(tap, hidden)
             return None
-        follows = tap.own is None or tap.own.router.replays
+        follows = tap.own is None or tap.own.decider.replays
         return forwards.find(tap, hidden) if follows else None
 
     def hear(name: str, seen: Observation) -> None:
@@ -164,7 +164,7 @@ def _mark(hidden: Tensor) -> Tensor:
 def _ranked(tap: Tap, seen: Observation, selection: Selection | None) -> Tensor | None:
     """What the choice went by (T, E): the logits where they order the experts as the router does."""
     ranked = None if selection is None else selection.scores
-    router = tap.router
+    router = tap.router if tap.own is None else tap.own.decider
     if seen.logits is None:
         return ranked
     logits = seen.logits.detach()
@@ -210,7 +210,7 @@ class _Track:
         self.missing = count == 0
         width = int(count.max()) if count.numel() else 0
         if tap.own is not None:
-            self._check_own(tap.own.router, width)
+            self._check_own(tap.own.decider, width)
         elif bool(((count != width) & ~self.missing).any()) or bool(chosen[:, width:].any()):
             raise ValueError(f"replay: {self.name} takes {width} experts a token; the record has fewer for some tokens")
         self.experts = experts[:, : max(width, 1)].to(torch.int64)
