@@ -1,6 +1,7 @@
 """Auxiliary losses of a routing: what keeps experts balanced and logits small. Pure functions, float32 or float64.
 
-Each takes values over real tokens only: a padded row must have been left out by `mask`.
+Each takes values over real tokens only: what stands in a row that `mask` leaves out, NaN too, reaches neither the loss
+nor a gradient.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ __all__ = [
 Choices = Literal["first", "all", "mean"]
 
 
+def _real(values: Tensor, mask: Tensor | None, instead: float = 0.0) -> Tensor:
+    """Values (..., n) with another number in the rows that mask (...) leaves out."""
+    return values if mask is None else torch.where(mask[..., None], values, instead)
+
+
 def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of values (T, ...) over the tokens where mask (T,) is True; zero where there is none."""
     if mask is None:
@@ -44,6 +50,7 @@ def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def variance_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """The population variance of values (T, ...) over the tokens where mask (T,) is True; zero where there is none."""
+    values = _real(values, mask)
     return mean_over_tokens((values - mean_over_tokens(values, mask)).square(), mask)
 
 
@@ -99,9 +106,7 @@ def _mean_over_groups(probs: Tensor, routing: Routing, mask: Tensor | None, choi
         asked.index_put_((group[token], expert), asked.new_ones(()), accumulate=True)
     real = probs.new_ones(probs.shape[0]) if mask is None else mask.to(probs.dtype)
     size = real.new_zeros(num_groups).index_add(0, group, real)
-    if mask is not None:
-        probs = torch.where(mask[:, None], probs, 0)
-    mean = torch.zeros_like(asked).index_add(0, group, probs) / size.clamp_min(1)[:, None]
+    mean = torch.zeros_like(asked).index_add(0, group, _real(probs, mask)) / size.clamp_min(1)[:, None]
     share = asked / (size if choices == "all" else asked.sum(1)).clamp_min(1)[:, None]
     return routing.num_experts * (share * mean).sum() / (size > 0).sum().clamp_min(1)
 
@@ -159,6 +164,9 @@ def load_loss(
 
     Source: Shazeer et al. 2017, equations 10 and 11.
     """
+    clean, noisy = _real(clean, mask), _real(noisy, mask)
+    if isinstance(std, Tensor):
+        std = _real(std, mask, 1.0)
     return cv_squared(mean_over_tokens(selection_probability(clean, noisy, std, top_k, leave_one_out), mask))
 
 
@@ -172,7 +180,7 @@ def local_entropy_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: Mustafa et al. 2022 (LIMoE), section 2.2, the local loss.
     """
-    return mean_over_tokens(entropy(probs), mask)
+    return mean_over_tokens(entropy(_real(probs, mask)), mask)
 
 
 def global_entropy_loss(probs: Tensor, mask: Tensor | None = None, minimum: float = 1.0) -> Tensor:
@@ -190,6 +198,7 @@ def sparsity_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: You et al. 2021 (SpeechMoE), the sparsity L1 loss.
     """
+    probs = _real(probs, mask)
     norm = probs.square().sum(-1).clamp_min(torch.finfo(probs.dtype).tiny).sqrt()
     return mean_over_tokens(probs.sum(-1) / norm, mask)
 
@@ -215,7 +224,7 @@ def consistency_loss(logits: Tensor, other: Tensor, mask: Tensor | None = None) 
     Source: Zuo et al. 2021 (Taming Sparsely Activated Transformer with Stochastic Experts), section 3.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    p, q = (values.to(dtype).log_softmax(-1) for values in (logits, other))
+    p, q = (_real(values.to(dtype), mask).log_softmax(-1) for values in (logits, other))
     # An entry that both passes rule out has the logits -inf, whose difference is no number.
     gap = torch.where(p == q, 0, p - q)
     divergence = 0.5 * ((p.exp() - q.exp()) * gap).sum(-1)
@@ -227,4 +236,4 @@ def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: Zoph et al. 2022 (ST-MoE), equation 5.
     """
-    return mean_over_tokens(torch.logsumexp(logits, dim=-1) ** 2, mask)
+    return mean_over_tokens(torch.logsumexp(_real(logits, mask), dim=-1) ** 2, mask)

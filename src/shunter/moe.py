@@ -86,15 +86,17 @@ class RoutedLayer(nn.Module):
     def route(self, x: Tensor, told: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Routing, Context]:
         """What is decided for x (..., d): its rows (T, d), their logits (T, E), their routing, what is known of them.
 
+        Rows of padding come back as zeros.
+
         Raises:
             ValueError: where x is not d wide, or a value does not fit x, or the router lacks what it needs.
             TypeError: for a name that is not a field of `Context`.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
-        tokens = x.reshape(-1, self.dim)
         around, by_scope = contexts.known_in(self)
         context = contexts.of_tokens(x, {**by_scope, **told}, around, self.router.required)
+        tokens = context.real(x.reshape(-1, self.dim))
         logits, routing = self.router(tokens, context)
         return tokens, logits, routing, context
 

@@ -114,7 +114,7 @@ class Router(nn.Module):
 
         A layer calls its router as a module, so that hooks, offloading and sharding see each decision and its inputs.
         """
-        logits = self.score(x, context)
+        logits = self.score(context.real(x), context)
         return logits, self.assign(logits, context)
 
     def score(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
@@ -129,7 +129,8 @@ class Router(nn.Module):
     def require(self, context: Context, name: str, size: int | None = None) -> Tensor:
         """What the context knows of the tokens under a name of `Context`; ids are checked to be in 0..size-1.
 
-        What stands at padding is not checked: with a size it comes back as 0. A compiled graph checks no values.
+        What stands at padding is not checked: with a size, and of floating point, it comes back as 0. A compiled graph
+        checks no values.
 
         Raises:
             ValueError: where the context lacks it, or an id is out of range.
@@ -137,8 +138,9 @@ class Router(nn.Module):
         value = getattr(context, name)
         if value is None:
             raise ValueError(f"{type(self).__name__} needs {name}; pass {name}= to the layer")
-        if size is not None and context.mask is not None and value.shape == context.mask.shape:
-            value = value.masked_fill(~context.mask, 0)
+        blank = size is not None or value.is_floating_point()
+        if blank and context.mask is not None and value.shape[:1] == context.mask.shape:
+            value = context.real(value)
         if size is None or torch.compiler.is_compiling():
             return value
         if value.numel() and (int(value.min()) < 0 or int(value.max()) >= size):
