@@ -184,6 +184,30 @@ def test_deepseek_balances_within_sequences_and_by_its_bias():
     assert router.assign(skewed, _sequences(400)).counts.max() < 120 < start
 
 
+def test_deepseeks_sequence_loss_counts_the_bare_scores():
+    """DeepSeek-V3, equations 17 to 20, written out: f counts the top k of s, which neither bias nor groups move."""
+    tokens, experts, k = 14, 8, 2
+    options = {"expert_groups": 4, "top_groups": 1, "sequence_balance_loss": 0.3}
+    router = create("deepseek", 6, experts, top_k=k, **options).train()
+    router.selection_bias.copy_(torch.randn(experts) * 3)
+    logits = torch.randn(tokens, experts, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([True] * 5 + [False] * 2 + [True] * 7)
+    known = Context(sequence=torch.arange(tokens) // 7, mask=mask)
+    routing = router.assign(logits, known)
+    s = logits.sigmoid()
+    expected = 0
+    for rows in (range(5), range(7, 14)):
+        f = torch.zeros(experts, dtype=torch.float64)
+        for t in rows:
+            f[s[t].argsort(descending=True)[:k]] += experts / (k * len(rows))
+        p = sum(s[t] / s[t].sum() for t in rows) / len(rows)
+        expected = expected + 0.3 * (f * p).sum() / 2
+    found = router.losses(logits, routing, known)["sequence_balance_loss"]
+    assert torch.allclose(found, expected)
+    slopes = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (found, expected)]
+    assert torch.allclose(*slopes)
+
+
 def test_a_layer_knows_its_sequences():
     layer = MoE(6, 8, 4, "deepseek", top_k=2, sequence_balance_loss=1.0)
     x = torch.randn(3, 5, 6)
