@@ -280,7 +280,7 @@ class Router(nn.Module):
             "load_balancing_loss": lambda: losses.load_balancing_loss(
                 self.probs(logits), routing, context.mask, self.balance_choices, self.groups(logits)
             ),
-            "importance_loss": lambda: losses.importance_loss(self.probs(logits), context.mask),
+            "importance_loss": lambda: losses.importance_loss(self.probs(logits), context.mask, self.groups(logits)),
             "z_loss": lambda: losses.z_loss(logits, context.mask),
         }
 

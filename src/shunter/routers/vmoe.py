@@ -30,7 +30,7 @@ class VMoE(TopK):
         capacity_factor, capacity_formula: of `Router`; the paper's 1.05, and its code's rounding.
         importance_loss: coefficient of the importance loss, on the clean probabilities; the paper's 0.005.
         load_loss: coefficient of the load loss; the paper's 0.005. Its threshold is the k-th largest noisy logit, the
-            expert's own included, unlike Shazeer's.
+            expert's own included, unlike Shazeer's. With `group_size` both are means over the groups, as the paper's.
         load_balancing_loss: of `Router`; the paper has none.
         **options: of `TopK`, `LinearRouter` and `Router`.
 
@@ -86,9 +86,9 @@ class VMoE(TopK):
         clean, noisy = logits.chunk(2, dim=-1)
         return {
             **super().loss_terms(logits, routing, context),
-            "importance_loss": lambda: losses.importance_loss(clean.softmax(-1), context.mask),
+            "importance_loss": lambda: losses.importance_loss(clean.softmax(-1), context.mask, self.groups(logits)),
             "load_loss": lambda: losses.load_loss(
-                clean, noisy, self.noise_std, self.top_k, context.mask, leave_one_out=False
+                clean, noisy, self.noise_std, self.top_k, context.mask, False, self.groups(logits)
             ),
             "z_loss": lambda: losses.z_loss(clean, context.mask),
         }
