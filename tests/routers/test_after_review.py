@@ -81,6 +81,33 @@ def test_null_columns_count_in_the_losses_and_the_bias():
     assert router.selection_bias.shape == (6,)
 
 
+@pytest.mark.parametrize("formula", ["review", "deepspeed"])
+def test_null_choices_cost_nothing(formula):
+    """What a token costs counts the experts that compute; an even share of E + Z columns is what a slot is of."""
+    options = {"capacity_factor": 1.0, "capacity_formula": formula}
+    layer = MoE(6, 8, 4, "null_experts", top_k=3, num_null=8, num_shared_experts=1, **options).train()
+    assert layer.router.experts_per_token == pytest.approx(3 * 4 / 12), "before the first step an even share"
+    assert layer.router.capacity(120) == {"review": 10, "deepspeed": 30}[formula]
+    mask = torch.rand(5, 20) < 0.7
+    mask[0, 0] = True
+    for _ in range(2):
+        x = torch.randn(5, 20, 6)
+        layer(x, mask=mask)
+    logits = layer.router.score(x[mask])
+    index = logits.topk(3).indices
+    layer.router.uses.zero_()
+    layer(x, mask=mask)
+    layer.router.update()
+    computed = float((index < 4).sum()) / int(mask.sum())
+    assert layer.router.experts_per_token == pytest.approx(computed)
+    one = 2 * 3 * 6 * 8  # FLOPs of a token in one expert
+    assert layer.flops_per_token(20)["experts"] == pytest.approx(one * (computed + 1))
+    everything = sum(p.numel() for p in layer.experts.parameters())
+    assert layer.inactive_parameters(20) == pytest.approx(everything * (1 - computed / 4))
+    layer.router.update()
+    assert layer.router.experts_per_token == pytest.approx(computed), "nothing was seen"
+
+
 def test_cosine_ignores_lengths_and_learns_its_temperature():
     router = create("cosine", 6, 4)
     x = torch.randn(10, 6)

@@ -309,6 +309,15 @@ class Router(nn.Module):
             return "the first choices of later tokens take capacity from the second choices of earlier ones"
         return None
 
+    def reset_unsaved(self) -> None:
+        """Set the buffers that a state dict leaves out as in a new router: loaders may leave them unfilled."""
+        unsaved = [name for name in self._non_persistent_buffers_set if self._buffers.get(name) is not None]
+        if unsaved:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                new = type(self)(self.dim, self.num_experts, **self.options)
+            for name in unsaved:
+                setattr(self, name, getattr(new, name).to(getattr(self, name).device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move and cast as any module, except that buffers keep their precision: they are state, not weights."""
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
