@@ -24,6 +24,7 @@ __all__ = [
     "MoE",
     "RoutedLayer",
     "aux_loss",
+    "expect_steps",
     "give_reward",
     "mark",
     "moe_layers",
@@ -462,3 +463,12 @@ def update_routers(model: nn.Module) -> None:
     """Advance the state of every router of a model that no gradient moves; call it once after each optimizer step."""
     for layer in moe_layers(model).values():
         layer.router.update()
+
+
+def expect_steps(model: nn.Module, steps: int) -> None:
+    """Tell every router of a model how many optimizer steps a training will have in all, before it begins or goes on.
+
+    Schedules that are given no length of their own, as the temperature of `dense_to_sparse`, go by it.
+    """
+    for layer in moe_layers(model).values():
+        layer.router.expect_steps(steps)

@@ -264,6 +264,9 @@ class Router(nn.Module):
     def update(self) -> None:
         """Advance the state that no gradient moves (selection biases, annealing, baselines) by one optimizer step."""
 
+    def expect_steps(self, steps: int) -> None:
+        """Learn how often `update` will have been called at the end of the training that begins: schedules go by it."""
+
     @property
     def score_width(self) -> int:
         """The number of columns of the logits: E, unless the router scores more than experts."""

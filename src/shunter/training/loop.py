@@ -22,7 +22,7 @@ from ..analysis.runs import Metrics
 from ..environment import _reset_peak_rss, peak_rss_bytes
 from ..errors import Interrupted
 from ..metrics import balance
-from ..moe import aux_loss, moe_layers, update_routers
+from ..moe import aux_loss, expect_steps, moe_layers, update_routers
 
 __all__ = ["train_model"]
 
@@ -62,6 +62,7 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: PreTrainedModel = kwargs["model"]
+        expect_steps(model, state.max_steps)
         if state.global_step == 0:
             self._evaluate(model, 0)
         if self.metrics.echo is None:
