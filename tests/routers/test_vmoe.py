@@ -115,6 +115,15 @@ def test_the_threshold_includes_the_expert_itself():
     assert not torch.allclose(p, selection_probability(clean, noisy, 0.2, 2))
 
 
+@pytest.mark.parametrize("name", ["vmoe", "limoe"])
+def test_the_router_starts_at_one_over_the_root_of_the_width(name):
+    """A truncated normal of standard deviation 1 / sqrt(d), cut at two of them, which leaves 0.8796 of it."""
+    weight = create(name, 256, 512).weight
+    assert weight.std().item() == pytest.approx(0.8796 / 16, rel=0.02)
+    assert weight.abs().max() <= 2 / 16
+    assert create(name, 256, 64, init_scale=0.1).weight.abs().max() <= 2 / 16 * 0.1**0.5
+
+
 def test_noise_has_standard_deviation_one_over_experts():
     router = create("vmoe", 6, 5).train()
     clean, noisy = router.score(torch.randn(20000, 6)).chunk(2, 1)
