@@ -48,6 +48,8 @@ class Router(nn.Module):
     """Whether the router follows the `experts` of a context."""
     source: ClassVar[str]
     """The paper that the router comes from."""
+    passes: ClassVar[int] = 1
+    """How many forwards, each with decisions of its own, make a training step."""
     example_options: ClassVar[dict[str, Any]] = {}
     """Small values of the options that have no default, with which tables and benchmarks make the router."""
     top_k: int = 1
