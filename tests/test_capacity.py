@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shunter import MoE
 from shunter.capacity import FORMULAS, capacity, limit
 from shunter.routing import Routing
 
@@ -30,6 +31,24 @@ LOGITS = torch.tensor(
 def test_formulas_give_what_the_code_bases_give(formula, expected):
     found = [capacity(t, 64, k, f, formula) for t, f in ((1000, 1.25), (1024, 1.05)) for k in (1, 2)]
     assert tuple(found) == expected
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_an_expert_always_has_a_slot(formula):
+    """However short the input is, as in decoding a token at a time."""
+    for tokens in range(1, 40):
+        for experts in (1, 8, 24, 64):
+            for k in (1, 2):
+                for factor in (0.1, 0.5, 1.0, 2.0):
+                    assert capacity(tokens, experts, k, factor, formula) >= 1
+    moe = MoE(8, 4, 64, "topk", top_k=1, capacity_factor=0.5, capacity_formula=formula).eval()
+    assert (moe(torch.randn(1, 1, 8)) != 0).any(), "a decoding step has an expert"
+
+
+def test_short_inputs_of_gshard_reach_their_experts():
+    moe = MoE(8, 4, 64, "gshard").eval()
+    routing = moe.router.assign(moe.router.score(torch.randn(4, 8)))
+    assert routing.token.numel() == 8, "4 slots each, at most 4 ask"
 
 
 def test_factors_are_decimal():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shunter import losses
 from shunter.losses import cv_squared, importance_loss, load_balancing_loss, z_loss
 from shunter.routing import Routing
 
@@ -74,3 +75,35 @@ def test_a_shift_moves_the_z_loss_and_not_the_softmax():
     shifted = LOGITS + 3
     assert torch.allclose(shifted.softmax(-1), LOGITS.softmax(-1))
     assert z_loss(shifted) > z_loss(LOGITS)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        z_loss,
+        lambda h, mask: importance_loss(h, mask),
+        lambda h, mask: losses.load_loss(h, h.flip(1), h + 0.5, 2, mask),
+        lambda h, mask: losses.load_loss(h, h.flip(1), 0.3, 2, mask, leave_one_out=False),
+        losses.local_entropy_loss,
+        lambda h, mask: losses.global_entropy_loss(h / 20, mask, 4.0),
+        losses.sparsity_loss,
+        losses.mean_importance_loss,
+        lambda h, mask: losses.variance_over_tokens(h, mask).sum(),
+        lambda h, mask: losses.consistency_loss(h, h.flip(1), mask),
+        lambda h, mask: load_balancing_loss(h, _top(torch.arange(24.0).reshape(6, 4), 2), mask),
+        lambda h, mask: load_balancing_loss(
+            h, _top(torch.arange(24.0).reshape(6, 4), 2), mask, group=torch.tensor([0, 0, 0, 1, 1, 1])
+        ),
+    ],
+)
+def test_rows_that_the_mask_leaves_out_reach_neither_the_loss_nor_a_gradient(loss):
+    mask = torch.tensor([True, False, True, True, False, True])
+    rows = torch.rand(6, 4, dtype=torch.float64)
+    found = []
+    for padding in (0.3, torch.nan, torch.inf):
+        h = torch.where(mask[:, None], rows, padding).requires_grad_()
+        value = loss(h, mask)
+        found.append([value, *torch.autograd.grad(value, h)])
+    for other in found[1:]:
+        assert torch.equal(other[0], found[0][0])
+        assert torch.equal(other[1], found[0][1]) and (other[1][~mask] == 0).all()

@@ -49,12 +49,13 @@ def _up_to_multiple_of_4(n: int) -> int:
 
 
 # What the code bases compute from T tokens, E experts, k choices and the capacity factor F. They differ in whether k
-# counts, in rounding and in the least number of slots, and so in what they drop.
+# counts, in rounding and in the least number of slots, and so in what they drop. Where a code base gives short inputs
+# no slot, which would leave a decoding step without experts, `capacity` gives one.
 FORMULAS: dict[str, Callable[[int, int, int, _Share], int]] = {
-    "review": lambda t, e, k, f: max(1, f.times(t).over(e).ceil()),
+    "review": lambda t, e, k, f: f.times(t).over(e).ceil(),
     "mesh": lambda t, e, k, f: max(4, min(t, f.times(t).over(e).floor())),
     "flaxformer": lambda t, e, k, f: max(4, f.times(t).over(e).round()),
-    "gshard": lambda t, e, k, f: _up_to_multiple_of_4(f.times(t).over(e).floor()),
+    "gshard": lambda t, e, k, f: _up_to_multiple_of_4(max(1, f.times(t).over(e).floor())),
     "vmoe": lambda t, e, k, f: _up_to_multiple_of_4(f.times(t * k).over(e).ceil()),
     "deepspeed": lambda t, e, k, f: max(4, f.times(k * t).over(e).ceil()),
     "fairseq": lambda t, e, k, f: f.times(-(-t // e)).floor() if k == 1 else 2 * -(-t // e),
@@ -66,7 +67,7 @@ ORDERS = ("position", "random", "batch", "probability")
 
 
 def capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, formula: str = "review") -> int:
-    """The number of slots C of one expert for T tokens.
+    """The number of slots C of one expert for T tokens, at least 1.
 
     Args:
         num_tokens: T, without padding.
@@ -84,7 +85,7 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: flo
         raise ValueError(f"capacity: formula {formula!r} is unknown; choose from {', '.join(FORMULAS)}")
     if not (math.isfinite(capacity_factor) and capacity_factor > 0):
         raise ValueError(f"capacity: capacity_factor {capacity_factor} must be a positive number, or None for dropless")
-    return FORMULAS[formula](num_tokens, num_experts, top_k, _share(float(capacity_factor)))
+    return max(1, FORMULAS[formula](num_tokens, num_experts, top_k, _share(float(capacity_factor))))
 
 
 @torch.compiler.assume_constant_result

@@ -62,6 +62,12 @@ class Context:
         """T without padding."""
         return num_tokens if self.mask is None else int(self.mask.sum())
 
+    def real(self, values: Tensor) -> Tensor:
+        """Values (T, ...) with zeros at padding: what stands there, NaN too, reaches no result and no gradient."""
+        if self.mask is None:
+            return values
+        return torch.where(self.mask.reshape(-1, *[1] * (values.dim() - 1)), values, 0)
+
     def forced(self, num_experts: int) -> tuple[Tensor, Tensor]:
         """The forced experts (T, k), 0 in place of -1, and the mask (T, k) of those that there are.
 

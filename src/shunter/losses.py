@@ -1,6 +1,7 @@
 """Auxiliary losses of a routing: what keeps experts balanced and logits small. Pure functions, float32 or float64.
 
-Each takes values over real tokens only: a padded row must have been left out by `mask`.
+Each takes values over real tokens only: what stands in a row that `mask` leaves out, NaN too, reaches neither the loss
+nor a gradient.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ __all__ = [
 Choices = Literal["first", "all", "mean"]
 
 
+def _real(values: Tensor, mask: Tensor | None, instead: float = 0.0) -> Tensor:
+    """Values (..., n) with another number in the rows that mask (...) leaves out."""
+    return values if mask is None else torch.where(mask[..., None], values, instead)
+
+
 def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of values (T, ...) over the tokens where mask (T,) is True; zero where there is none."""
     if mask is None:
@@ -44,6 +50,7 @@ def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def variance_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """The population variance of values (T, ...) over the tokens where mask (T,) is True; zero where there is none."""
+    values = _real(values, mask)
     return mean_over_tokens((values - mean_over_tokens(values, mask)).square(), mask)
 
 
@@ -97,27 +104,49 @@ def _mean_over_groups(probs: Tensor, routing: Routing, mask: Tensor | None, choi
         counted = slice(None) if choices != "first" or part.choice is None else part.choice == 0
         token, expert = part.token[counted], part.expert[counted]
         asked.index_put_((group[token], expert), asked.new_ones(()), accumulate=True)
-    real = probs.new_ones(probs.shape[0]) if mask is None else mask.to(probs.dtype)
-    size = real.new_zeros(num_groups).index_add(0, group, real)
-    if mask is not None:
-        probs = torch.where(mask[:, None], probs, 0)
-    mean = torch.zeros_like(asked).index_add(0, group, probs) / size.clamp_min(1)[:, None]
+    mean, size = _means(probs, mask, group)
     share = asked / (size if choices == "all" else asked.sum(1)).clamp_min(1)[:, None]
-    return routing.num_experts * (share * mean).sum() / (size > 0).sum().clamp_min(1)
+    return routing.num_experts * _over_groups((share * mean).sum(1), size)
+
+
+def _means(values: Tensor, mask: Tensor | None, group: Tensor) -> tuple[Tensor, Tensor]:
+    """The means (G, n) of values (T, n) over the real tokens of each group, and how many there are (G,)."""
+    num_groups = int(group.max()) + 1 if group.numel() else 1
+    real = values.new_ones(values.shape[0]) if mask is None else mask.to(values.dtype)
+    size = real.new_zeros(num_groups).index_add(0, group, real)
+    total = values.new_zeros(num_groups, values.shape[1]).index_add(0, group, _real(values, mask))
+    return total / size.clamp_min(1)[:, None], size
+
+
+def _over_groups(values: Tensor, size: Tensor) -> Tensor:
+    """The mean of values (G,) over the groups with real tokens, of which each has size (G,)."""
+    return torch.where(size > 0, values, 0).sum() / (size > 0).sum().clamp_min(1)
 
 
 def cv_squared(values: Tensor) -> Tensor:
-    """The squared coefficient of variation of values (E,): population variance over squared mean; 0 if all are 0."""
-    mean = values.mean()
-    return ((values - mean) ** 2).mean() / (mean**2).clamp_min(torch.finfo(values.dtype).tiny)
+    """The squared coefficient of variation (...) of values (..., E): population variance over squared mean.
+
+    It is 0 where all are 0.
+    """
+    mean = values.mean(-1, keepdim=True)
+    return ((values - mean) ** 2).mean(-1) / (mean[..., 0] ** 2).clamp_min(torch.finfo(values.dtype).tiny)
 
 
-def importance_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
+def importance_loss(weights: Tensor, mask: Tensor | None = None, group: Tensor | None = None) -> Tensor:
     """CV(importance)^2, where the importance of an expert is the sum over tokens of its gate weights (T, E).
+
+    Args:
+        weights: (T, E).
+        mask: (T,) bool, True at real tokens.
+        group: (T,) int64, the group of each token: the loss is then the mean of those of the groups with real tokens,
+            as V-MoE's. None takes all tokens as one group.
 
     Source: Shazeer et al. 2017 (Outrageously Large Neural Networks), equations 6 and 7.
     """
-    return cv_squared(mean_over_tokens(weights, mask))
+    if group is None:
+        return cv_squared(mean_over_tokens(weights, mask))
+    mean, size = _means(weights, mask, group)
+    return _over_groups(cv_squared(mean), size)
 
 
 def selection_probability(
@@ -154,12 +183,18 @@ def load_loss(
     top_k: int,
     mask: Tensor | None = None,
     leave_one_out: bool = True,
+    group: Tensor | None = None,
 ) -> Tensor:
     """CV(load)^2, where the load of an expert is the sum over tokens of its `selection_probability`.
 
+    Mask and group are those of `importance_loss`, the others those of `selection_probability`.
+
     Source: Shazeer et al. 2017, equations 10 and 11.
     """
-    return cv_squared(mean_over_tokens(selection_probability(clean, noisy, std, top_k, leave_one_out), mask))
+    clean, noisy = _real(clean, mask), _real(noisy, mask)
+    if isinstance(std, Tensor):
+        std = _real(std, mask, 1.0)
+    return importance_loss(selection_probability(clean, noisy, std, top_k, leave_one_out), mask, group)
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -172,7 +207,7 @@ def local_entropy_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: Mustafa et al. 2022 (LIMoE), section 2.2, the local loss.
     """
-    return mean_over_tokens(entropy(probs), mask)
+    return mean_over_tokens(entropy(_real(probs, mask)), mask)
 
 
 def global_entropy_loss(probs: Tensor, mask: Tensor | None = None, minimum: float = 1.0) -> Tensor:
@@ -190,16 +225,22 @@ def sparsity_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: You et al. 2021 (SpeechMoE), the sparsity L1 loss.
     """
+    probs = _real(probs, mask)
     norm = probs.square().sum(-1).clamp_min(torch.finfo(probs.dtype).tiny).sqrt()
     return mean_over_tokens(probs.sum(-1) / norm, mask)
 
 
-def mean_importance_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor:
+def mean_importance_loss(probs: Tensor, mask: Tensor | None = None, group: Tensor | None = None) -> Tensor:
     """E * sum_i (mean over tokens of p_i)^2, from 1 (balanced) to E; 1 more than the importance loss.
+
+    Mask and group are those of `importance_loss`.
 
     Source: You et al. 2021 (SpeechMoE), the mean importance loss.
     """
-    return probs.shape[-1] * mean_over_tokens(probs, mask).square().sum()
+    if group is None:
+        return probs.shape[-1] * mean_over_tokens(probs, mask).square().sum()
+    mean, size = _means(probs, mask, group)
+    return probs.shape[-1] * _over_groups(mean.square().sum(1), size)
 
 
 def consistency_loss(logits: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -215,7 +256,7 @@ def consistency_loss(logits: Tensor, other: Tensor, mask: Tensor | None = None) 
     Source: Zuo et al. 2021 (Taming Sparsely Activated Transformer with Stochastic Experts), section 3.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    p, q = (values.to(dtype).log_softmax(-1) for values in (logits, other))
+    p, q = (_real(values.to(dtype), mask).log_softmax(-1) for values in (logits, other))
     # An entry that both passes rule out has the logits -inf, whose difference is no number.
     gap = torch.where(p == q, 0, p - q)
     divergence = 0.5 * ((p.exp() - q.exp()) * gap).sum(-1)
@@ -227,4 +268,4 @@ def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: Zoph et al. 2022 (ST-MoE), equation 5.
     """
-    return mean_over_tokens(torch.logsumexp(logits, dim=-1) ** 2, mask)
+    return mean_over_tokens(torch.logsumexp(_real(logits, mask), dim=-1) ** 2, mask)

@@ -24,6 +24,7 @@ __all__ = [
     "MoE",
     "RoutedLayer",
     "aux_loss",
+    "expect_steps",
     "give_reward",
     "mark",
     "moe_layers",
@@ -86,15 +87,17 @@ class RoutedLayer(nn.Module):
     def route(self, x: Tensor, told: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Routing, Context]:
         """What is decided for x (..., d): its rows (T, d), their logits (T, E), their routing, what is known of them.
 
+        Rows of padding come back as zeros.
+
         Raises:
             ValueError: where x is not d wide, or a value does not fit x, or the router lacks what it needs.
             TypeError: for a name that is not a field of `Context`.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
-        tokens = x.reshape(-1, self.dim)
         around, by_scope = contexts.known_in(self)
         context = contexts.of_tokens(x, {**by_scope, **told}, around, self.decider.required)
+        tokens = context.real(x.reshape(-1, self.dim))
         logits, routing = self.router(tokens, context)
         return tokens, logits, routing, context
 
@@ -471,3 +474,12 @@ def update_routers(model: nn.Module) -> None:
     """Advance the state of every router of a model that no gradient moves; call it once after each optimizer step."""
     for layer in moe_layers(model).values():
         layer.decider.update()
+
+
+def expect_steps(model: nn.Module, steps: int) -> None:
+    """Tell every router of a model how many optimizer steps a training will have in all, before it begins or goes on.
+
+    Schedules that are given no length of their own, as the temperature of `dense_to_sparse`, go by it.
+    """
+    for layer in moe_layers(model).values():
+        layer.decider.expect_steps(steps)

@@ -20,6 +20,7 @@ STATEFUL = {
     "soft": {"margin": 1.0},
     "dense_to_sparse": {"anneal_steps": 5},
     "routing_networks": {"num_tasks": 2, "usage_decay": 0.5},
+    "null_experts": {"selection_bias": True, "bias_update_rate": 0.5},
 }
 STEPS, TOKENS, EXPERTS = 2, 12, 4
 # In the second step rank 1 has no token.

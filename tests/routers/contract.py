@@ -6,6 +6,7 @@ of T tokens.
 
 import copy
 import io
+from functools import partial
 
 import accelerate
 import torch
@@ -76,6 +77,29 @@ def padding_changes_nothing(name, options, context):
     half = len(rows) // 2
     for one, other in zip(rows[:half], rows[half:], strict=True):
         assert torch.equal(one, other), "what stands in padded rows reached a decision or a loss"
+
+
+def padding_reaches_no_gradient(name, options, context):
+    """Whatever stands in padded rows, NaN too, the real rows' outputs and all gradients are the same."""
+    real = torch.rand(12) < 0.7
+    real[:2] = torch.tensor([True, False])
+    moe = MoE(DIM, 4, EXPERTS, router=name, num_shared_experts=1, **options).train()
+    for parameter in moe.router.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    known = {key: value for key, value in vars(context(12)).items() if value is not None}
+    x, upstream, reward = torch.randn(12, DIM), torch.randn(12, DIM), torch.randn(12)
+    found = []
+    for padding in (7.0, torch.nan):
+        hidden = torch.where(real[:, None], x, padding).requires_grad_()
+        at_padding = {k: torch.where(real[:, None], v, padding) for k, v in known.items() if v.is_floating_point()}
+        out = seeded(partial(moe, mask=real, **(known | at_padding)), hidden)
+        if moe.decision is not None:
+            give_reward(moe, torch.where(real, reward, padding))
+        loss = (out * upstream).sum() + sum(moe.losses.values(), out.sum() * 0)
+        found.append([out, *torch.autograd.grad(loss, [hidden, *moe.parameters()], materialize_grads=True)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other) and one.isfinite().all(), "what stands in padded rows reached a gradient"
+    assert (found[0][1][~real] == 0).all()
 
 
 def decisions_are_in_float32(name, options, context):
@@ -257,6 +281,7 @@ def the_layer_trains(name, options, context):
 CHECKS = [
     assignments_are_valid,
     padding_changes_nothing,
+    padding_reaches_no_gradient,
     decisions_are_in_float32,
     gradients_are_right,
     ties_go_to_the_lowest_expert,

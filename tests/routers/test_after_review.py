@@ -81,6 +81,33 @@ def test_null_columns_count_in_the_losses_and_the_bias():
     assert router.selection_bias.shape == (6,)
 
 
+@pytest.mark.parametrize("formula", ["review", "deepspeed"])
+def test_null_choices_cost_nothing(formula):
+    """What a token costs counts the experts that compute; an even share of E + Z columns is what a slot is of."""
+    options = {"capacity_factor": 1.0, "capacity_formula": formula}
+    layer = MoE(6, 8, 4, "null_experts", top_k=3, num_null=8, num_shared_experts=1, **options).train()
+    assert layer.router.experts_per_token == pytest.approx(3 * 4 / 12), "before the first step an even share"
+    assert layer.router.capacity(120) == {"review": 10, "deepspeed": 30}[formula]
+    mask = torch.rand(5, 20) < 0.7
+    mask[0, 0] = True
+    for _ in range(2):
+        x = torch.randn(5, 20, 6)
+        layer(x, mask=mask)
+    logits = layer.router.score(x[mask])
+    index = logits.topk(3).indices
+    layer.router.uses.zero_()
+    layer(x, mask=mask)
+    layer.router.update()
+    computed = float((index < 4).sum()) / int(mask.sum())
+    assert layer.router.experts_per_token == pytest.approx(computed)
+    one = 2 * 3 * 6 * 8  # FLOPs of a token in one expert
+    assert layer.flops_per_token(20)["experts"] == pytest.approx(one * (computed + 1))
+    everything = sum(p.numel() for p in layer.experts.parameters())
+    assert layer.inactive_parameters(20) == pytest.approx(everything * (1 - computed / 4))
+    layer.router.update()
+    assert layer.router.experts_per_token == pytest.approx(computed), "nothing was seen"
+
+
 def test_cosine_ignores_lengths_and_learns_its_temperature():
     router = create("cosine", 6, 4)
     x = torch.randn(10, 6)
@@ -182,6 +209,30 @@ def test_deepseek_balances_within_sequences_and_by_its_bias():
         router.observe(skewed, router.assign(skewed, _sequences(400)), _sequences(400))
         router.update()
     assert router.assign(skewed, _sequences(400)).counts.max() < 120 < start
+
+
+def test_deepseeks_sequence_loss_counts_the_bare_scores():
+    """DeepSeek-V3, equations 17 to 20, written out: f counts the top k of s, which neither bias nor groups move."""
+    tokens, experts, k = 14, 8, 2
+    options = {"expert_groups": 4, "top_groups": 1, "sequence_balance_loss": 0.3}
+    router = create("deepseek", 6, experts, top_k=k, **options).train()
+    router.selection_bias.copy_(torch.randn(experts) * 3)
+    logits = torch.randn(tokens, experts, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([True] * 5 + [False] * 2 + [True] * 7)
+    known = Context(sequence=torch.arange(tokens) // 7, mask=mask)
+    routing = router.assign(logits, known)
+    s = logits.sigmoid()
+    expected = 0
+    for rows in (range(5), range(7, 14)):
+        f = torch.zeros(experts, dtype=torch.float64)
+        for t in rows:
+            f[s[t].argsort(descending=True)[:k]] += experts / (k * len(rows))
+        p = sum(s[t] / s[t].sum() for t in rows) / len(rows)
+        expected = expected + 0.3 * (f * p).sum() / 2
+    found = router.losses(logits, routing, known)["sequence_balance_loss"]
+    assert torch.allclose(found, expected)
+    slopes = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (found, expected)]
+    assert torch.allclose(*slopes)
 
 
 def test_a_layer_knows_its_sequences():

@@ -14,7 +14,7 @@ from shunter.routers.registry import create
 from ..helpers import deviation
 from . import contract
 
-QUIET = {"batch_rate_loss": 0.0, "token_rate_loss": 0.0, "variance_bonus": 0.0}
+QUIET = {"batch_rate_loss": 0.0, "token_rate_loss": 0.0, "variance_bonus": 0.0, "token_variance_bonus": 0.0}
 DRAWN = ("evaluation_is_deterministic", "ties_go_to_the_lowest_expert", "state_is_saved_and_exact")
 
 
@@ -90,8 +90,8 @@ def test_log_probability_and_entropy_are_those_of_the_coins():
 
 
 def test_penalties_written_out():
-    options = {"batch_rate_loss": 2.0, "token_rate_loss": 3.0, "variance_bonus": 5.0, "activation_rate": 0.3}
-    router = create("bernoulli", 6, 4, **options)
+    options = {"batch_rate_loss": 2.0, "token_rate_loss": 3.0, "variance_bonus": 5.0, "token_variance_bonus": 7.0}
+    router = create("bernoulli", 6, 4, activation_rate=0.3, **options)
     logits = torch.randn(10, 4, dtype=torch.float64)
     mask = torch.rand(10) < 0.7
     mask[0] = True
@@ -103,10 +103,26 @@ def test_penalties_written_out():
     batch = sum((m - 0.3) ** 2 for m in means)
     token = sum((sum(r) / 4 - 0.3) ** 2 for r in rows) / len(rows)
     spread = sum(sum((v - m) ** 2 for v in c) / len(c) for c, m in zip(columns, means, strict=True))
+    within = sum(sum((v - sum(r) / 4) ** 2 for v in r) / 4 for r in rows) / len(rows)
     expected = {"batch_rate_loss": 2 * batch, "token_rate_loss": 3 * token, "variance_bonus": -5 * spread}
+    expected["token_variance_bonus"] = -7 * within
     assert set(losses) == set(expected)
     for key, value in expected.items():
         assert losses[key].item() == pytest.approx(value, rel=1e-4), key
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.7])
+def test_the_policy_starts_at_its_rate(rate):
+    """The bias is the logit of the rate; the weights' small start moves the mean over tokens little."""
+    router = create("bernoulli", 16, 24, activation_rate=rate)
+    on = router.score(torch.zeros(1, 16)).sigmoid()
+    assert torch.allclose(on, torch.full_like(on, rate))
+    tokens = 4000
+    x = torch.randn(tokens, 16)
+    taken = router.train().assign(router.score(x)).demand.sum().item() / tokens / 24
+    assert abs(taken - router.score(x).sigmoid().mean().item()) < deviation(24 * tokens)
+    assert taken == pytest.approx(rate, abs=0.03)
+    assert sum(c != 0 for key, c in router.coefficients.items() if key.endswith(("rate_loss", "variance_bonus"))) == 4
 
 
 def test_the_penalties_lead_to_the_rate_and_to_tokens_that_differ():

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from shunter import MoE, update_routers
+from shunter import BalanceCallback, MoE, sparsify, update_routers
+from shunter.moe import expect_steps
 from shunter.routers.registry import create
 
 from ..helpers import deviation
@@ -72,6 +74,38 @@ def test_the_schedule(schedule):
     other = create("dense_to_sparse", 6, 4, **options)
     other.load_state_dict(router.state_dict())
     assert torch.equal(other.temperature, router.temperature) and int(other.steps) == 6
+
+
+def test_without_a_length_of_its_own_the_fall_takes_the_training():
+    moe = MoE(6, 4, 8, "dense_to_sparse")
+    expect_steps(moe, 6)
+    seen = []
+    for _ in range(8):
+        update_routers(moe)
+        seen.append(float(moe.router.temperature))
+    assert seen == pytest.approx([2.0 - 1.7 * min(i, 6) / 6 for i in range(1, 9)])
+    own = create("dense_to_sparse", 6, 8, anneal_steps=3)
+    own.expect_steps(1000)
+    for _ in range(3):
+        own.update()
+    assert float(own.temperature) == pytest.approx(0.3)
+    # Trained again, by a longer training or one that says nothing, it stays sparse.
+    again = create("dense_to_sparse", 6, 8)
+    again.load_state_dict(moe.router.state_dict())
+    again.update()
+    again.expect_steps(100_000)
+    again.update()
+    assert float(again.temperature) == pytest.approx(0.3)
+
+
+def test_a_trainer_tells_the_length_of_its_training(tmp_path):
+    config = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = sparsify(LlamaForCausalLM(config), 4, "dense_to_sparse")
+    rows = [{"input_ids": torch.randint(20, (5,))} for _ in range(4)]
+    data = [row | {"labels": row["input_ids"]} for row in rows]
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to="none", disable_tqdm=True, use_cpu=True)
+    Trainer(model, arguments, train_dataset=data, callbacks=[BalanceCallback()]).train()
+    assert float(model.model.layers[0].mlp.router.temperature) == pytest.approx(0.3)
 
 
 def test_hard_after():

@@ -101,7 +101,7 @@ def test_the_entropy_loss_leads_to_exact_selectors(per_example):
 
 def test_losses_written_out():
     router = create("dselect_k", 6, 5, top_k=2, entropy_loss=0.3, reachability_loss=0.7).train()
-    logits = torch.randn(7, router.score_width, dtype=torch.float64) * 0.2
+    logits = torch.rand(7, router.score_width, dtype=torch.float64) * 0.7 - 0.35
     selectors = router.selectors(logits)
     losses = router.losses(logits, router.assign(logits))
     entropy = sum(-float(r * r.log()) for r in selectors.flatten() if r > 0) / 7
@@ -111,6 +111,43 @@ def test_losses_written_out():
     assert "reachability_loss" not in create("dselect_k", 6, 8).train().losses(
         torch.zeros(3, 8), create("dselect_k", 6, 8).assign(torch.zeros(3, 8))
     )
+
+
+def test_a_selector_that_decides_for_an_expert_that_is_not_there_has_a_finite_loss():
+    """E = 24: the codes 24 to 31 are no expert's. The loss is the paper's 1 / r where it can be, and falls in r."""
+    router = create("dselect_k", 6, 24, top_k=1, entropy_loss=0.0).train()
+    # First digit 1 for certain, the second with S(t): the weight on experts that exist is 1 - S(t).
+    second = torch.linspace(-0.6, 0.6, 200, dtype=torch.float64)
+    found = []
+    for t in second:
+        decisions = torch.tensor([9.0, 0, -9, -9, -9, 0], dtype=torch.float64)
+        decisions[1] = t
+        logits = decisions[None].requires_grad_()
+        loss = router.losses(logits, router.assign(logits))["reachability_loss"]
+        (slope,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite() and slope.isfinite().all()
+        found.append(loss.item())
+        there = 1 - float(smooth_step(t))
+        if there > 0.011:
+            assert found[-1] == pytest.approx(1 / there)
+        elif 0 < there:
+            assert slope[0, 1] > 0, "a step down the slope brings the expert back"
+    assert found == sorted(found) and found[-1] == pytest.approx(200)
+
+
+def test_training_without_a_power_of_two_experts_stays_finite():
+    router = create("dselect_k", 6, 24).train()
+    optimizer = torch.optim.SGD(router.parameters(), lr=3.0)
+    for _ in range(60):
+        x = torch.randn(32, 6)
+        logits = router.score(x)
+        routing = router.assign(logits)
+        loss = (routing.dense() * torch.randn(32, 24)).sum() + sum(router.losses(logits, routing).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+        optimizer.step()
+        assert loss.isfinite() and all(parameter.isfinite().all() for parameter in router.parameters())
 
 
 @pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 9}, {"gamma": 0.0}])

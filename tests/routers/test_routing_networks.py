@@ -18,6 +18,7 @@ SORTS = [
     {},
     {"policy": "linear", "baseline": "head", "entropy_bonus": 0.01, "collaboration": 0.0},
     {"baseline": "parameter", "load_balancing_loss": 0.01, "capacity_factor": 1.0},
+    {"learner": "wpl", "entropy_bonus": 0.01},
 ]
 
 
@@ -86,6 +87,65 @@ def test_the_estimator_is_unbiased_by_enumeration(policy):
             total -= chance * grad
     for got, expected in zip(mean, exact, strict=True):
         assert torch.allclose(got, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["tabular", "linear"])
+def test_the_weighted_policy_learner_written_out(policy):
+    """Rosenbaum et al., algorithm 2: pi(a) moves by (R - average) (1 - pi(a)), or times pi(a) where R is less."""
+    options = {"policy": policy, "learner": "wpl", "collaboration": 0.0, "return_decay": 0.8, "policy_loss": 3.0}
+    moe = MoE(5, 4, 3, "routing_networks", num_tasks=TASKS, **options).double()
+    router = moe.router
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    before = torch.randn(TASKS, 3)
+    router.average_return.copy_(before)
+    x, task = torch.randn(40, 5, dtype=torch.float64), torch.randint(TASKS, (40,))
+    mask, rewarded = torch.rand(40) < 0.8, torch.rand(40) < 0.8
+    mask[:2] = rewarded[:2] = True
+    moe(x, task=task, mask=mask)
+    action = moe.routing.dense().argmax(1)
+    reward = torch.randn(40, dtype=torch.float64)
+    give_reward(moe, reward, rewarded)
+    # The policy as plain probabilities: the loss's slope in each is minus the update of algorithm 2.
+    probs = router.score(x, Context(task=task)).softmax(-1).detach().requires_grad_()
+    counted = (mask & rewarded).nonzero().flatten().tolist()
+    update = torch.zeros_like(probs)
+    returns = {}
+    for t in counted:
+        a, pi = int(action[t]), probs[t, action[t]].item()
+        better = float(reward[t]) - float(before[task[t], a])
+        update[t, a] = better * (pi if better < 0 else 1 - pi) / len(counted)
+        returns.setdefault((int(task[t]), a), []).append(float(reward[t]))
+    found = torch.autograd.grad(aux_loss(moe), list(router.parameters()))
+    logits = router.score(x, Context(task=task))
+    expected = torch.autograd.grad((-3.0 * update * logits.softmax(-1)).sum(), list(router.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other)
+    update_routers(moe)
+    after = before.clone()
+    for (agent, a), values in returns.items():
+        after[agent, a] = 0.8 * before[agent, a] + 0.2 * sum(values) / len(values)
+    assert torch.allclose(router.average_return, after, atol=1e-5)
+    update_routers(moe)
+    assert torch.allclose(router.average_return, after, atol=1e-5), "nothing seen, nothing moved"
+
+
+def test_the_weighted_policy_learner_finds_the_best_block_of_each_task():
+    router = create("routing_networks", 4, 4, num_tasks=TASKS, learner="wpl", collaboration=0.0).train()
+    best = torch.tensor([2, 0, 3])
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+    for _ in range(300):
+        context = Context(task=torch.randint(TASKS, (256,)))
+        x = torch.randn(256, 4)
+        logits = router.score(x, context)
+        routing = router.assign(logits, context)
+        right = routing.dense().argmax(1) == best[context.task]
+        loss = router.reward_losses(Decision(x, logits, routing, context), 2.0 * right - 1)["policy_loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        router.update()
+    assert router.table.softmax(-1)[torch.arange(TASKS), best].min() > 0.7
 
 
 def test_the_collaboration_reward_is_rho_times_the_use_once():
@@ -169,6 +229,8 @@ def test_every_layer_of_a_model_is_rewarded():
         ({"num_tasks": 2, "policy": "neural"}, "choose from tabular, linear"),
         ({"num_tasks": 2, "collaboration": -1.0}, "collaboration -1.0 must be at least 0"),
         ({"num_tasks": 2, "usage_decay": 1.0}, r"usage_decay 1.0 in \[0, 1\)"),
+        ({"num_tasks": 2, "learner": "q"}, "choose from reinforce, wpl"),
+        ({"num_tasks": 2, "learner": "wpl", "baseline": "head"}, "leave baseline='head' out"),
         ({"num_tasks": 2, "jitter": 0.1}, "jitter would do nothing"),
     ],
 )

@@ -1,8 +1,11 @@
 """V-MoE: golden values, the load by Monte Carlo, and what batch priority keeps."""
 
+import math
+
 import pytest
 import torch
 
+from shunter.context import Context
 from shunter.losses import cv_squared, selection_probability
 from shunter.routers.registry import create
 
@@ -38,12 +41,56 @@ def test_golden_batch_priority_and_losses():
     two = create("vmoe", 6, 4, importance_loss=1.0, load_loss=1.0, noise_std=0.5).train()
     losses = two.losses(_twice(LOGITS), two.assign(_twice(LOGITS)))
     assert losses["importance_loss"].item() == pytest.approx(0.229348, abs=1e-6)
-    assert cv_squared(torch.tensor([0.602063, 0.470729, 0.287339, 0.223954])).item() == pytest.approx(
-        0.142594, abs=1e-6
-    )
     threshold = LOGITS.double().topk(2).values[:, 1:]
     mean = (1 - torch.distributions.Normal(0, 1).cdf((threshold - LOGITS.double()) / 0.5)).mean(0)
     assert losses["load_loss"].item() == pytest.approx(cv_squared(mean).item(), rel=1e-5)
+
+
+def test_golden_load_without_noise():
+    """1 / E = 0.25: P(x, i) = Phi((h_i - the second largest h) / 0.25), here in plain numbers, no noise drawn."""
+    load = [0.0] * 4
+    for row in LOGITS.tolist():
+        second = sorted(row)[-2]
+        for i, h in enumerate(row):
+            load[i] += 0.5 * (1 + math.erf((h - second) / 0.25 / math.sqrt(2)))
+    mean = sum(load) / 4
+    by_hand = sum((v - mean) ** 2 for v in load) / 4 / mean**2
+    router = create("vmoe", 6, 4, load_loss=1.0).train()
+    found = router.losses(_twice(LOGITS), router.assign(_twice(LOGITS)))["load_loss"].item()
+    assert found == pytest.approx(by_hand, abs=1e-6) == pytest.approx(0.187400, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("vmoe", {}),
+        ("vmoe", {"top_k": 1}),
+        ("limoe", {"local_entropy_loss": 0.0, "global_entropy_loss": 0.0, "z_loss": 0.0}),
+        ("topk", {"importance_loss": 0.3, "load_balancing_loss": 0.1}),
+        ("speech", {"embedding_dim": 3, "sparsity_loss": 0.0}),
+    ],
+)
+def test_losses_of_groups_are_those_of_each_group_alone(name, options):
+    whole, alone = (create(name, 6, 4, group_size=size, **options).train() for size in (5, None))
+    mask = torch.tensor([True] * 4 + [False] * 6 + [True] * 4)  # a group of padding alone in the middle
+    logits = torch.randn(14, whole.score_width, dtype=torch.float64, requires_grad=True)
+
+    def found(router, h, rows):
+        known = Context(
+            mask=mask[rows], modality=torch.zeros(len(h), dtype=torch.int64), embedding=torch.randn(len(h), 3)
+        )
+        return router.losses(h, router.assign(h, known), known)
+
+    together = found(whole, logits, slice(None))
+    parts = [found(alone, logits[rows], rows) for rows in (slice(0, 5), slice(10, 14))]
+    assert together
+    for key, value in together.items():
+        expected = sum(part[key] for part in parts) / 2
+        assert torch.allclose(value, expected), key
+        slopes = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (value, expected)]
+        assert torch.allclose(*slopes) and slopes[0].isfinite().all()
+    joint = found(alone, logits, slice(None))
+    assert any(abs((joint[key] - value).item()) > 1e-9 for key, value in together.items())
 
 
 def test_importance_is_of_the_clean_logits_and_choices_of_the_noisy():
@@ -66,6 +113,15 @@ def test_the_threshold_includes_the_expert_itself():
     share = (draws >= noisy.topk(2).values[:, 1:]).double().mean(0)
     assert (share - p).abs().max() < deviation(200_000, 15)
     assert not torch.allclose(p, selection_probability(clean, noisy, 0.2, 2))
+
+
+@pytest.mark.parametrize("name", ["vmoe", "limoe"])
+def test_the_router_starts_at_one_over_the_root_of_the_width(name):
+    """A truncated normal of standard deviation 1 / sqrt(d), cut at two of them, which leaves 0.8796 of it."""
+    weight = create(name, 256, 512).weight
+    assert weight.std().item() == pytest.approx(0.8796 / 16, rel=0.02)
+    assert weight.abs().max() <= 2 / 16
+    assert create(name, 256, 64, init_scale=0.1).weight.abs().max() <= 2 / 16 * 0.1**0.5
 
 
 def test_noise_has_standard_deviation_one_over_experts():

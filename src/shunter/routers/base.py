@@ -48,6 +48,8 @@ class Router(nn.Module):
     """Whether the router follows the `experts` of a context."""
     source: ClassVar[str]
     """The paper that the router comes from."""
+    passes: ClassVar[int] = 1
+    """How many forwards, each with decisions of its own, make a training step."""
     example_options: ClassVar[dict[str, Any]] = {}
     """Small values of the options that have no default, with which tables and benchmarks make the router."""
     top_k: int = 1
@@ -128,7 +130,7 @@ class Router(nn.Module):
                 f"{type(self).__name__}: {', '.join(missing) or 'x'} is on the meta device, without values to decide "
                 "by; load or draw the weights first (module.to_empty(device=…), then reset_parameters or a state dict)"
             )
-        logits = self.score(x, context)
+        logits = self.score(context.real(x), context)
         return logits, self.assign(logits, context)
 
     def score(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
@@ -143,7 +145,8 @@ class Router(nn.Module):
     def require(self, context: Context, name: str, size: int | None = None) -> Tensor:
         """What the context knows of the tokens under a name of `Context`; ids are checked to be in 0..size-1.
 
-        What stands at padding is not checked: with a size it comes back as 0. A compiled graph checks no values.
+        What stands at padding is not checked: with a size, and of floating point, it comes back as 0. A compiled graph
+        checks no values.
 
         Raises:
             ValueError: where the context lacks it, or an id is out of range.
@@ -151,8 +154,9 @@ class Router(nn.Module):
         value = getattr(context, name)
         if value is None:
             raise ValueError(f"{type(self).__name__} needs {name}; pass {name}= to the layer")
-        if size is not None and context.mask is not None and value.shape == context.mask.shape:
-            value = value.masked_fill(~context.mask, 0)
+        blank = size is not None or value.is_floating_point()
+        if blank and context.mask is not None and value.shape[:1] == context.mask.shape:
+            value = context.real(value)
         if size is None or torch.compiler.is_compiling():
             return value
         if value.numel() and (int(value.min()) < 0 or int(value.max()) >= size):
@@ -276,6 +280,9 @@ class Router(nn.Module):
     def update(self) -> None:
         """Advance the state that no gradient moves (selection biases, annealing, baselines) by one optimizer step."""
 
+    def expect_steps(self, steps: int) -> None:
+        """Learn how often `update` will have been called at the end of the training that begins: schedules go by it."""
+
     @property
     def score_width(self) -> int:
         """The number of columns of the logits: E, unless the router scores more than experts."""
@@ -292,7 +299,7 @@ class Router(nn.Module):
             "load_balancing_loss": lambda: losses.load_balancing_loss(
                 self.probs(logits), routing, context.mask, self.balance_choices, self.groups(logits)
             ),
-            "importance_loss": lambda: losses.importance_loss(self.probs(logits), context.mask),
+            "importance_loss": lambda: losses.importance_loss(self.probs(logits), context.mask, self.groups(logits)),
             "z_loss": lambda: losses.z_loss(logits, context.mask),
         }
 
@@ -320,6 +327,15 @@ class Router(nn.Module):
         if self.top_k > 1:
             return "the first choices of later tokens take capacity from the second choices of earlier ones"
         return None
+
+    def reset_unsaved(self) -> None:
+        """Set the buffers that a state dict leaves out as in a new router: loaders may leave them unfilled."""
+        unsaved = [name for name in self._non_persistent_buffers_set if self._buffers.get(name) is not None]
+        if unsaved:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                new = type(self)(self.dim, self.num_experts, **self.options)
+            for name in unsaved:
+                setattr(self, name, getattr(new, name).to(getattr(self, name).device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move and cast as any module, except that buffers keep their precision: they are state, not weights."""

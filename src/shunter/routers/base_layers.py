@@ -54,6 +54,9 @@ class Base(_Balanced):
     loss. The weight is sigmoid(h): the paper's sigma f(x) + (1 - sigma) x with its residual experts f(x) = x + g(x) is
     x + sigma g(x), which is what a layer in a residual block computes.
 
+    In the paper g starts at zero, and so the layer as the identity. That is not the router's: a layer draws its experts
+    as for any router; set `moe.experts.down_proj` to zero before training to follow the paper there.
+
     Args:
         centroid_gain: the expert centroids begin orthogonal, with this norm; the paper's code 0.1.
         **options: of `LinearRouter` and `Router`.

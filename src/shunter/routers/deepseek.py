@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import losses
 from ..context import Context
 from ..routing import Routing
+from . import rules
+from .base import largest
 from .topk import TopK
 
 __all__ = ["DeepSeek"]
@@ -25,8 +27,9 @@ class DeepSeek(TopK):
         expert_groups, top_groups: of `TopK`; the paper's 8 and 4. 1 does not divide.
         scaling_factor: of `TopK`; the paper's 2.5.
         bias_update_rate: of `TopK`; the paper's 0.001. `update` moves the bias once a step.
-        sequence_balance_loss: coefficient of the load balancing loss within each sequence; the paper's 1e-4. It is in
-            force where the context says the sequences; the layer does so for inputs (batch, length, d).
+        sequence_balance_loss: coefficient of the load balancing loss within each sequence; the paper's 1e-4. It counts
+            the top k of the scores alone, without bias and groups, whatever is chosen (equation 18). It is in force
+            where the context says the sequences; the layer does so for inputs (batch, length, d).
         load_balancing_loss: of `Router`; the paper has none over the batch.
         **options: of `TopK`.
 
@@ -75,9 +78,14 @@ class DeepSeek(TopK):
 
     def loss_terms(self, logits: Tensor, routing: Routing, context: Context) -> dict[str, Callable[[], Tensor]]:
         """The balance within sequences, and the losses of `TopK`."""
-        return {
-            **super().loss_terms(logits, routing, context),
-            "sequence_balance_loss": lambda: losses.load_balancing_loss(
-                self.probs(logits), routing, context.mask, "mean", self.require(context, "sequence")
-            ),
-        }
+
+        def sequence_balance() -> Tensor:
+            scores = rules.SCORE_FUNCTIONS[self.score_function](logits.detach())
+            index = largest(scores, self.top_k)
+            bare = Routing.from_topk(index, scores.gather(1, index), self.num_experts, check=False)
+            if context.mask is not None:
+                bare = bare.masked(context.mask[bare.token])
+            sequence = self.require(context, "sequence")
+            return losses.load_balancing_loss(self.probs(logits), bare, context.mask, "mean", sequence)
+
+        return {**super().loss_terms(logits, routing, context), "sequence_balance_loss": sequence_balance}

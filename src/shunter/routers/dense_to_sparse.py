@@ -20,11 +20,13 @@ class DenseToSparse(LinearRouter):
     """Dense-to-sparse gate: every expert whose Gumbel-softmax weight exceeds a threshold; the temperature falls.
 
     At the first temperature a token uses many experts, at the last about one. Evaluation takes the most probable
-    expert, weighted by its probability, at every stage of training. `update` moves the temperature by one step.
+    expert, weighted by its probability, at every stage of training. `update` moves the temperature by one step, and
+    never raises it.
 
     Args:
         max_temperature, min_temperature: tau at the first step and from step `anneal_steps` on.
-        anneal_steps: how many calls of `update` the fall takes.
+        anneal_steps: how many calls of `update` the fall takes; None takes as many as the training has, of which
+            `shunter train`, `shunter compare` and `BalanceCallback` in a Trainer tell, and 10,000 where nobody does.
         schedule: "linear" in the step, or "exponential" (a constant ratio between steps).
         threshold: the weight above which an expert is used.
         hard_after: the number of updates after which training too uses the largest weight alone; None never.
@@ -51,7 +53,7 @@ class DenseToSparse(LinearRouter):
         *,
         max_temperature: float = 2.0,
         min_temperature: float = 0.3,
-        anneal_steps: int = 10_000,
+        anneal_steps: int | None = None,
         schedule: Literal["linear", "exponential"] = "linear",
         threshold: float = 0.001,
         hard_after: int | None = None,
@@ -61,8 +63,8 @@ class DenseToSparse(LinearRouter):
         super().__init__(dim, num_experts, device=device, **options)
         if not 0 < min_temperature <= max_temperature:
             raise ValueError(f"min_temperature {min_temperature} must be positive and at most {max_temperature}")
-        if anneal_steps < 1:
-            raise ValueError(f"anneal_steps {anneal_steps} must be at least 1")
+        if anneal_steps is not None and anneal_steps < 1:
+            raise ValueError(f"anneal_steps {anneal_steps} must be at least 1, or None for the length of the training")
         if schedule not in ("linear", "exponential"):
             raise ValueError(f"schedule {schedule!r} is unknown; choose from linear, exponential")
         if not 0 <= threshold < 1:
@@ -70,6 +72,7 @@ class DenseToSparse(LinearRouter):
         self.max_temperature = max_temperature
         self.min_temperature = min_temperature
         self.anneal_steps = anneal_steps
+        self.expected_steps = 10_000
         self.schedule = schedule
         self.threshold = threshold
         self.hard_after = hard_after
@@ -101,11 +104,17 @@ class DenseToSparse(LinearRouter):
         self.uses += self.observed
         self.observed.zero_()
         self.steps += 1
-        done = min(int(self.steps) / self.anneal_steps, 1.0)
+        done = min(int(self.steps) / (self.anneal_steps or self.expected_steps), 1.0)
         if self.schedule == "linear":
-            self.temperature.fill_(self.max_temperature + done * (self.min_temperature - self.max_temperature))
+            scheduled = self.max_temperature + done * (self.min_temperature - self.max_temperature)
         else:
-            self.temperature.fill_(self.max_temperature * (self.min_temperature / self.max_temperature) ** done)
+            scheduled = self.max_temperature * (self.min_temperature / self.max_temperature) ** done
+        # A model that is trained again, for longer, does not become dense again.
+        self.temperature.clamp_(max=scheduled)
+
+    def expect_steps(self, steps: int) -> None:
+        """Anneal over the steps of this training, where `anneal_steps` does not say otherwise."""
+        self.expected_steps = steps
 
     @property
     def experts_per_token(self) -> float:

@@ -17,6 +17,9 @@ from .base import Router
 
 __all__ = ["DSelectK", "smooth_step"]
 
+_LEAST = 0.01
+"""Below this weight of a selector on experts that exist the reachability loss is linear in it."""
+
 
 class DSelectK(Router):
     """DSelect-k: k selectors, each a product of smooth binary decisions that spells the number of one expert.
@@ -31,7 +34,8 @@ class DSelectK(Router):
         gamma: the width of the smooth step; outside it a decision is made for good: its gradient is exactly zero.
         entropy_loss: coefficient of the selectors' entropies, summed over selectors: it makes them decide.
         reachability_loss: where E is not a power of two, coefficient of 1 / (weight of each selector on experts that
-            exist), summed over selectors; its least value is k.
+            exist), summed over selectors; its least value is k. Below a weight of 0.01 the tangent at 0.01 takes the
+            place of the reciprocal, which a selector that has decided for an expert that is not there makes infinite.
         **options: of `Router`.
 
     Raises:
@@ -122,8 +126,9 @@ class DSelectK(Router):
         selectors = self.selectors(logits)
 
         def reachability() -> Tensor:
-            total = (1 / selectors.sum(-1)).sum(-1)
-            return losses.mean_over_tokens(total, context.mask)
+            there = selectors.sum(-1)
+            reciprocal = 1 / there.clamp_min(_LEAST) + (_LEAST - there).clamp_min(0) / _LEAST**2
+            return losses.mean_over_tokens(reciprocal.sum(-1), context.mask)
 
         return {
             **super().loss_terms(logits, routing, context),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from .. import capacity
 from ..context import NO_CONTEXT, Context
+from ..parallel.ranks import sum_over_ranks
 from ..routing import Routing
 from .topk import TopK
 
@@ -18,7 +21,8 @@ class NullExperts(TopK):
     """Top-k among E experts and some that compute nothing: a token decides how many experts it needs.
 
     The logits are (T, E + Z). A choice among the last Z columns costs nothing; its weight goes to the token's own
-    hidden state (an identity expert) or nowhere (a zero expert). Losses see all E + Z columns.
+    hidden state (an identity expert) or nowhere (a zero expert). Losses and capacity see all E + Z columns; what a
+    token costs counts the experts that compute.
 
     Args:
         top_k: k, how many of the E + Z a token takes.
@@ -35,6 +39,10 @@ class NullExperts(TopK):
 
     in_review: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+
+    uses: Tensor
+    mean_experts: Tensor
+
     source: ClassVar[str] = "Jin et al. 2024"
 
     def __init__(
@@ -57,6 +65,10 @@ class NullExperts(TopK):
         self.num_experts = num_experts  # the parameters and buffers have a column for each null expert too
         self.num_null = num_null
         self.identity = identity
+        # Tokens, and experts that computed them, since the last update; and their ratio then.
+        self.register_buffer("uses", torch.zeros(2, device=self.weight.device), persistent=False)
+        even = torch.tensor(top_k * num_experts / self.score_width, device=self.weight.device)
+        self.register_buffer("mean_experts", even, persistent=False)
 
     @property
     def score_width(self) -> int:
@@ -103,3 +115,25 @@ class NullExperts(TopK):
         """Add up the load of all E + Z columns for the next `update`."""
         wide = self._wide(logits)
         super().observe(logits, wide if context.mask is None else wide.masked(context.mask[wide.token]), context)
+        self.uses[0] += context.num_real(routing.num_tokens)
+        self.uses[1] += routing.demand.sum()
+
+    def update(self) -> None:
+        """Move the selection bias, and take the mean number of experts over all ranks since the last update."""
+        super().update()
+        sum_over_ranks(self.uses, group=self.process_group)
+        if self.uses[0] > 0:
+            self.mean_experts.copy_(self.uses[1] / self.uses[0])
+        self.uses.zero_()
+
+    def capacity(self, num_tokens: int) -> int | None:
+        """The slots C of one expert for T real tokens, of whose choices each of the E + Z has an even share."""
+        factor = self.present_capacity_factor
+        if factor is None:
+            return None
+        return capacity.capacity(num_tokens, self.score_width, self.top_k, factor, self.capacity_formula)
+
+    @property
+    def experts_per_token(self) -> float:
+        """The mean number of choices that compute something, over the last step; before the first k E / (E + Z)."""
+        return float(self.mean_experts)

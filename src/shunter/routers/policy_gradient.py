@@ -110,7 +110,7 @@ class PolicyRouter(LinearRouter):
         if not self.training or self.baseline == "none":
             return logits, routing
         decided = {field.name: getattr(routing, field.name) for field in fields(Routing)}
-        return logits, Actions(**decided | {"check": False}, baseline=self.value(x))
+        return logits, Actions(**decided | {"check": False}, baseline=self.value(context.real(x)))
 
     def log_prob(self, logits: Tensor, routing: Routing) -> Tensor:
         """log pi (T,) of the actions of a routing, under logits (T, E)."""

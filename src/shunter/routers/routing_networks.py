@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .. import losses as losses
 from ..context import NO_CONTEXT, Context
 from ..parallel.ranks import sum_over_ranks
 from ..routing import Routing
@@ -16,6 +17,7 @@ from .reinforce import Reinforce
 __all__ = ["RoutingNetworks"]
 
 Policy = Literal["tabular", "linear"]
+Learner = Literal["reinforce", "wpl"]
 
 
 class RoutingNetworks(Reinforce):
@@ -30,16 +32,23 @@ class RoutingNetworks(Reinforce):
         num_tasks: how many tasks, and agents, there are; `task` ids are 0 to num_tasks - 1.
         policy: "tabular" (the agent has one distribution over blocks, whatever the token is) or "linear" (softmax of a
             linear map of the hidden state, through which no gradient goes).
+        learner: how an agent learns from its returns: "reinforce", or "wpl", the paper's choice where agents share
+            blocks: the Weighted Policy Learner. Its update of the probability pi(a) of the action that was taken is the
+            return less the average that the task's agent had for that action, times 1 - pi(a) where that is positive,
+            times pi(a) where it is negative. It is minus the gradient of the policy loss in pi(a); the softmax is in
+            place of the projection on the simplex.
+        return_decay: of the average returns of "wpl", which are zero at first and advance in `update`.
         collaboration: rho; 0.1 in the authors' code. 0 leaves the collaboration reward out.
         usage_decay: of the running average of the blocks' use, which advances in `update`.
         **options: of `Reinforce`; without a baseline, balance loss or entropy bonus.
 
     Raises:
-        ValueError: where num_tasks is missing, a task id is out of range, the policy is unknown, rho is negative, the
-            decay is not in [0, 1), or a tabular policy is given an option for the hidden states it does not read.
+        ValueError: where num_tasks is missing, a task id is out of range, policy or learner are unknown, rho is
+            negative, a decay is not in [0, 1), "wpl" is given a baseline besides its average returns, or a tabular
+            policy an option for the hidden states it does not read.
 
     Source: Rosenbaum et al. 2018 (Routing Networks: Adaptive Selection of Non-linear Functions for Multi-Task
-    Learning), section 3, with REINFORCE as the learning algorithm.
+    Learning), section 3 and algorithm 2; Abdallah and Lesser 2006 (Learning the Task Allocation Game) for "wpl".
     """
 
     source: ClassVar[str] = "Rosenbaum et al. 2018"
@@ -48,6 +57,8 @@ class RoutingNetworks(Reinforce):
 
     usage: Tensor
     observed: Tensor
+    returns: Tensor
+    average_return: Tensor
 
     def __init__(
         self,
@@ -56,6 +67,8 @@ class RoutingNetworks(Reinforce):
         *,
         num_tasks: int | None = None,
         policy: Policy = "tabular",
+        learner: Learner = "reinforce",
+        return_decay: float = 0.9,
         collaboration: float = 0.1,
         usage_decay: float = 0.99,
         baseline: Any = "none",
@@ -69,10 +82,14 @@ class RoutingNetworks(Reinforce):
             raise ValueError(f"routing_networks needs num_tasks=, the number of tasks; got {num_tasks}")
         if policy not in get_args(Policy):
             raise ValueError(f"policy {policy!r} is unknown; choose from {', '.join(get_args(Policy))}")
-        if collaboration < 0 or not 0 <= usage_decay < 1:
+        if learner not in get_args(Learner):
+            raise ValueError(f"learner {learner!r} is unknown; choose from {', '.join(get_args(Learner))}")
+        if learner == "wpl" and baseline != "none":
+            raise ValueError(f"routing_networks: wpl compares with average returns; leave baseline={baseline!r} out")
+        if collaboration < 0 or not (0 <= usage_decay < 1 and 0 <= return_decay < 1):
             raise ValueError(
                 f"routing_networks: collaboration {collaboration} must be at least 0, usage_decay {usage_decay} in "
-                "[0, 1)"
+                f"[0, 1), and return_decay {return_decay} likewise"
             )
         unread = [key for key in ("jitter", "router_bias", "input_norm") if options.get(key)]
         if policy == "tabular" and unread:
@@ -93,6 +110,13 @@ class RoutingNetworks(Reinforce):
         even = torch.full((num_experts,), 1 / num_experts, dtype=torch.float32, device=device)
         self.register_buffer("usage", even)
         self.register_buffer("observed", torch.zeros_like(even), persistent=False)
+        self.learner = learner
+        self.return_decay = return_decay
+        if learner == "wpl":
+            agents = torch.zeros(num_tasks, num_experts, dtype=torch.float32, device=device)
+            self.register_buffer("average_return", agents)
+            # Sum and number of the returns of each agent's actions since the last update.
+            self.register_buffer("returns", torch.zeros(2, *agents.shape, device=device), persistent=False)
 
     @property
     def num_rows(self) -> int:
@@ -114,14 +138,39 @@ class RoutingNetworks(Reinforce):
         use = taken(decision.routing).to(self.usage.dtype) @ self.usage
         return self.collaboration / decisions * use
 
+    def reward_losses(self, decision: Decision, reward: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The weighted losses by name that a reward (T,) makes of a decision, by REINFORCE or as WPL has it."""
+        if self.learner == "reinforce":
+            return super().reward_losses(decision, reward, mask)
+        task = self.require(decision.context, "task", self.num_tasks)
+        action = taken(decision.routing)
+        rewarded = action if mask is None else action & mask[:, None]
+        reward = reward.detach().to(decision.logits.dtype)
+        for total, value in zip(self.returns, (reward, torch.ones_like(reward)), strict=True):
+            total.index_add_(0, task, torch.where(rewarded, value[:, None], 0).to(total.dtype))
+        chance = (decision.logits.softmax(-1) * action).sum(-1)
+        better = reward - (self.average_return[task].to(reward.dtype) * action).sum(-1)
+        weight = torch.where(better < 0, chance, 1 - chance).detach()
+        loss = losses.mean_over_tokens(-chance * better * weight, mask)
+        return {"policy_loss": self.reward_coefficients["policy_loss"] * loss}
+
     def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
         """Count the tokens that took each block for the next `update`."""
         self.observed += routing.demand
 
     def update(self) -> None:
-        """Take the blocks' shares of the tokens since the last update, of all ranks, into the running average."""
+        """Take the blocks' shares of the tokens since the last update, of all ranks, into the running average.
+
+        The returns of agents that learn by "wpl" likewise.
+        """
         sum_over_ranks(self.observed, group=self.process_group)
         total = self.observed.sum()
         if total > 0:
             self.usage.lerp_(self.observed / total, 1 - self.usage_decay)
         self.observed.zero_()
+        if self.learner == "wpl":
+            sum_over_ranks(self.returns, group=self.process_group)
+            total, number = self.returns
+            mean = torch.where(number > 0, total / number.clamp_min(1), self.average_return)
+            self.average_return.lerp_(mean, 1 - self.return_decay)
+            self.returns.zero_()

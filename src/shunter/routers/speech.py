@@ -96,5 +96,5 @@ class Speech(TopK):
         return {
             **super().loss_terms(logits, routing, context),
             "sparsity_loss": lambda: losses.sparsity_loss(probs, context.mask),
-            "mean_importance_loss": lambda: losses.mean_importance_loss(probs, context.mask),
+            "mean_importance_loss": lambda: losses.mean_importance_loss(probs, context.mask, self.groups(logits)),
         }

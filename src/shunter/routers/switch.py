@@ -27,6 +27,9 @@ class Switch(TopK):
 
     The input is cast to float32 inside the router and the weights stay float32 (selective precision).
 
+    The initial scale 0.1 is the router's. The paper's is of the experts' matrices too, which the layer draws as for any
+    router: multiply them by 0.1 ** 0.5 to follow it there.
+
     Args:
         policy: how a training token explores: "jitter" (input times uniform noise), "input_dropout", "sample" (the
             expert is drawn from the softmax) or "argmax" (not at all). Evaluation takes the argmax.

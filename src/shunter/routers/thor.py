@@ -20,9 +20,11 @@ class Thor(Fixed):
     """Stochastic experts: in training one random expert for the whole batch, in evaluation one for each token.
 
     Each step runs the model twice, each layer drawing anew, and the loss is that of both passes plus alpha times their
-    disagreement, `shunter.losses.consistency_loss`. Evaluation draws too: seed it, or average several passes.
+    disagreement, `shunter.losses.consistency_loss`. `shunter train` and `shunter compare` do so; elsewhere the training
+    loop has to. Evaluation draws too: seed it, or average several passes.
 
     Args:
+        consistency_loss: alpha; the paper's 5, which its code leaves at 1.
         level: what shares one draw in training: "batch" (the paper), "sentence" or "token".
         eval_level: the same in evaluation: "token" (the paper's code, by default) or "sentence" (its other mode), or
             "batch".
@@ -36,6 +38,7 @@ class Thor(Fixed):
     """
 
     source: ClassVar[str] = "Zuo et al. 2021"
+    passes: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class Thor(Fixed):
         *,
         level: Level = "batch",
         eval_level: Level = "token",
+        consistency_loss: float = 5.0,
         **options: Any,
     ) -> None:
         super().__init__(dim, num_experts, **options)
@@ -53,6 +57,7 @@ class Thor(Fixed):
         if self.capacity_factor is not None:
             raise ValueError("thor sends a whole batch to one expert: a capacity would drop it; leave it out")
         self.level = level
+        self.consistency_loss = consistency_loss
         self.eval_level = eval_level
 
     @property

@@ -46,8 +46,9 @@ class TopK(LinearRouter):
         group_score: what ranks the runs: "max", their best expert, or "top2_sum", the sum of their best two.
         outside_score: what the experts outside those runs are ranked by; None forbids them. With 0.0, as in A.X K2, one
             of them is chosen before an expert inside whose score plus selection bias is negative.
-        group_size: how many consecutive tokens make a group, which has its own capacity and balance loss (GShard,
-            section 3.2); the last group may be shorter. None takes all tokens of the batch as one.
+        group_size: how many consecutive tokens make a group, which has its own capacity and its own balance,
+            importance and load losses (GShard, section 3.2; V-MoE); the last group may be shorter. None takes all
+            tokens of the batch as one.
         **options: of `LinearRouter` and `Router`.
 
     Raises:

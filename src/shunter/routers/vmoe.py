@@ -23,6 +23,9 @@ class VMoE(TopK):
     `capacity_order="batch"`: when slots are few, the tokens with the highest probability in the batch get them, which
     lets a capacity factor far below 1 serve in evaluation; it leaks in causal models.
 
+    The experts of the authors' code all start from one draw. That is not the router's: `sparsify(init="copy")` starts
+    all from the dense block, everything else draws each by itself.
+
     Args:
         top_k: k; the paper's 2.
         noise_std: standard deviation of the noise on the logits; None takes the paper's 1 / E.
@@ -30,8 +33,9 @@ class VMoE(TopK):
         capacity_factor, capacity_formula: of `Router`; the paper's 1.05, and its code's rounding.
         importance_loss: coefficient of the importance loss, on the clean probabilities; the paper's 0.005.
         load_loss: coefficient of the load loss; the paper's 0.005. Its threshold is the k-th largest noisy logit, the
-            expert's own included, unlike Shazeer's.
+            expert's own included, unlike Shazeer's. With `group_size` both are means over the groups, as the paper's.
         load_balancing_loss: of `Router`; the paper has none.
+        init_scale: of `LinearRouter`; 1 is the code's, a standard deviation of 1 / sqrt(d).
         **options: of `TopK`, `LinearRouter` and `Router`.
 
     Source: Riquelme et al. 2021 (Scaling Vision with Sparse Mixture of Experts), sections 2 and 4, appendix A.
@@ -51,12 +55,13 @@ class VMoE(TopK):
         importance_loss: float = 0.005,
         load_loss: float = 0.005,
         load_balancing_loss: float = 0.0,
+        init_scale: float = 1.0,
         **options: Any,
     ) -> None:
         if noise_std is not None and noise_std <= 0:
             raise ValueError(f"noise_std {noise_std} must be positive: the load loss divides by it")
         options.setdefault("renormalize", "no")
-        options.update(importance_loss=importance_loss, load_balancing_loss=load_balancing_loss)
+        options.update(importance_loss=importance_loss, load_balancing_loss=load_balancing_loss, init_scale=init_scale)
         options.update(capacity_factor=capacity_factor, capacity_formula=capacity_formula)
         super().__init__(dim, num_experts, top_k=top_k, **options)
         self.noise_std = 1 / num_experts if noise_std is None else noise_std
@@ -86,9 +91,9 @@ class VMoE(TopK):
         clean, noisy = logits.chunk(2, dim=-1)
         return {
             **super().loss_terms(logits, routing, context),
-            "importance_loss": lambda: losses.importance_loss(clean.softmax(-1), context.mask),
+            "importance_loss": lambda: losses.importance_loss(clean.softmax(-1), context.mask, self.groups(logits)),
             "load_loss": lambda: losses.load_loss(
-                clean, noisy, self.noise_std, self.top_k, context.mask, leave_one_out=False
+                clean, noisy, self.noise_std, self.top_k, context.mask, False, self.groups(logits)
             ),
             "z_loss": lambda: losses.z_loss(clean, context.mask),
         }

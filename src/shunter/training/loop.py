@@ -21,8 +21,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from ..analysis.runs import Metrics
 from ..environment import _reset_peak_rss, peak_rss_bytes
 from ..errors import Interrupted
+from ..losses import consistency_loss
 from ..metrics import balance
-from ..moe import aux_loss, moe_layers, update_routers
+from ..moe import aux_loss, expect_steps, moe_layers, update_routers
+from ..routers.thor import Thor
 
 __all__ = ["train_model"]
 
@@ -48,11 +50,11 @@ class _Watch(TrainerCallback):
         self.load: dict[str, Tensor] = {}
         self.bar: tqdm[Any] | None = None
 
-    def add(self, loss: Tensor, model: nn.Module) -> None:
-        """Note the loss and the routings of one step's forward."""
-        extra = aux_loss(model).detach()
-        self.window["loss"] += float(loss.detach() - extra)
-        self.window["aux_loss"] += float(extra)
+    def add(self, losses: list[Tensor], disagreement: Tensor, model: nn.Module) -> None:
+        """Note the losses of one step's forwards, what they cost to disagree, and the last one's routings."""
+        extra = aux_loss(model).item()
+        self.window["loss"] += (sum(loss.item() for loss in losses) - extra) / len(losses)
+        self.window["aux_loss"] += extra + disagreement.item()
         self.window["steps"] += 1
         for name, layer in moe_layers(model).items():
             assert layer.routing is not None
@@ -62,6 +64,7 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: PreTrainedModel = kwargs["model"]
+        expect_steps(model, state.max_steps)
         if state.global_step == 0:
             self._evaluate(model, 0)
         if self.metrics.echo is None:
@@ -153,7 +156,10 @@ def _lr(scheduler: Any) -> float:
 
 
 class _Trainer(Trainer):
-    """A Trainer that takes the data in its given order and shows each step's loss to its watch."""
+    """A Trainer that takes the data in its given order and shows each step's losses to its watch.
+
+    Where a router trains by several passes, the loss is the sum of theirs and alpha times their disagreement.
+    """
 
     watch: _Watch
 
@@ -164,9 +170,26 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self.watch.add(loss, model)
+        alpha = _consistency(model)
+        passes = [
+            super(_Trainer, self).compute_loss(model, inputs, True, num_items_in_batch)
+            for _ in range(1 if alpha is None else 2)
+        ]
+        losses, (outputs, *others) = [loss for loss, _ in passes], [output for _, output in passes]
+        disagreement = torch.zeros_like(losses[0])
+        if alpha is not None:
+            mask = inputs.get("attention_mask")
+            real = None if mask is None else mask.to(torch.bool)
+            disagreement = alpha * consistency_loss(outputs.logits, others[0].logits, real)
+        self.watch.add(losses, disagreement, model)
+        loss = sum(losses[1:], losses[0]) + disagreement
         return (loss, outputs) if return_outputs else loss
+
+
+def _consistency(model: nn.Module) -> float | None:
+    """The coefficient alpha of the disagreement of two passes, the largest of a model's routers; None without such."""
+    routers = [layer.router for layer in moe_layers(model).values()]
+    return max((router.consistency_loss for router in routers if isinstance(router, Thor)), default=None)
 
 
 def train_model(

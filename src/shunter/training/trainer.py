@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from ..moe import expect_steps
 from .balance import Balance
 
 __all__ = ["BalanceCallback"]
@@ -33,6 +34,7 @@ class BalanceCallback(Balance, TrainerCallback):
         """Attach to the Trainer's model, and come before what it reports to."""
         self.detach()
         self.attach(kwargs["model"])
+        expect_steps(kwargs["model"], state.max_steps)
         assert self._attached is not None
         trainer, handler = _caller(Trainer), _caller(CallbackHandler)
         if trainer is not None:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ...errors import UserError, one_line
+from ...moe import moe_layers
 from .folders import COMPUTED, match_names, model_class, on_meta, read_config
 from .formats import made_here, sparse_class, split_layers
 from .reading import Checkpoint
@@ -97,3 +98,6 @@ def _align(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()
+    # transformers leaves buffers that are not in the file as the memory happens to be.
+    for layer in moe_layers(model).values():
+        layer.decider.reset_unsaved()
