@@ -182,7 +182,7 @@ def test_what_upcycle_writes_natively_goes_both_ways(tmp_path):
     shunter.upcycle(tmp_path / "dense", tmp_path / "ours", 4, check=False, to="shunter")
     shunter.export(tmp_path / "native", tmp_path / "exported", check=False)
     same_bytes(tmp_path / "ours", tmp_path / "exported")
-    assert json.loads((tmp_path / "exported/config.json").read_text())["model_type"] == "llama"
+    assert json.loads((tmp_path / "exported/config.json").read_text())["shunter_dense"] == "llama"
 
 
 def test_the_receipt_accounts_for_every_tensor(tmp_path):
