@@ -70,6 +70,10 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
         model = from_pretrained(str(folder), **options)
     else:
         model = _load(model_class(config, str(folder)), str(folder), {"use_safetensors": True, **options})
+        # The grouped product that transformers takes by default knows rows of 16 bytes or a multiple, and no float64.
+        stacks = [p for p in model.parameters() if p.dim() == 3]
+        if any(p.dtype == torch.float64 or p.shape[-1] * p.element_size() % 16 for p in stacks):
+            model.set_experts_implementation("eager")
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"{folder}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
