@@ -277,6 +277,11 @@ class Router(nn.Module):
         """Advance the state that no gradient moves (selection biases, annealing, baselines) by one optimizer step."""
 
     @property
+    def advances(self) -> bool:
+        """Whether there is such a state."""
+        return type(self).update is not Router.update
+
+    @property
     def score_width(self) -> int:
         """The number of columns of the logits: E, unless the router scores more than experts."""
         return self.num_experts
