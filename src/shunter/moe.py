@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -48,6 +48,8 @@ class _Call:
         self.losses, self.decision = losses, decision
         self.used = False
         self.order = -1
+        self._reached: list[bool] = []
+        self._lost: Callable[[], None] | None = None
 
     def follow(self, out: Tensor) -> None:
         """Live as long as the graph of the layer's output does, and note when a backward goes through it."""
@@ -55,8 +57,21 @@ class _Call:
         if out.requires_grad:
             out.register_hook(self._pass)
 
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call lost() at the end of a backward that goes through the layer's output, but through none of its losses."""
+        reached, learned = self._reached, [loss for loss in self.losses.values() if loss.requires_grad]
+        for loss in learned:
+            loss.register_hook(lambda grad: reached.append(True))  # holds neither the call nor its graph
+        self._lost = lost if learned else None
+
     def _pass(self, grad: Tensor) -> None:
         self.used = True
+        if self._lost is not None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._check)
+
+    def _check(self) -> None:
+        if self._lost is not None and not self._reached:
+            self._lost()
 
 
 class RoutedLayer(nn.Module):
@@ -70,6 +85,7 @@ class RoutedLayer(nn.Module):
 
     Attributes:
         routing: the last forward's `Routing` (T, E), outside the graph; None before the first.
+        updates: how often `update_routers` has advanced its router.
     """
 
     router: nn.Module
@@ -81,6 +97,7 @@ class RoutedLayer(nn.Module):
         self.experts = experts
         self.dim, self.num_experts = router.dim, router.num_experts
         self.routing: Routing | None = None
+        self.updates = 0
         self._last: _Call | None = None
         self._calls: list[weakref.ref[_Call]] = []
 
@@ -474,6 +491,7 @@ def update_routers(model: nn.Module) -> None:
     """Advance the state of every router of a model that no gradient moves; call it once after each optimizer step."""
     for layer in moe_layers(model).values():
         layer.decider.update()
+        layer.updates += 1
 
 
 def expect_steps(model: nn.Module, steps: int) -> None:

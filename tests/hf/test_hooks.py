@@ -5,7 +5,22 @@ import warnings
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import (
+    BertConfig,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    CLIPConfig,
+    CLIPModel,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    Trainer,
+    TrainingArguments,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 import shunter
 from shunter.context import Scope, within
@@ -92,6 +107,150 @@ def test_a_micro_batch_adds_its_share_of_the_labels_that_its_loss_counts(archite
         out.logits[:, :-1].flatten(0, 1), labels, ignore_index=-100, reduction="sum"
     )
     assert torch.allclose(out.loss, (nats + shunter.aux_loss(model) * (labels != -100).sum()) / 40)
+
+
+def _words(*shape):
+    return torch.randint(1, 9, (*shape, 6))
+
+
+LOSSES = {
+    "question answering": (
+        lambda: BertForQuestionAnswering(_BERT),
+        lambda: {
+            "input_ids": _words(2),
+            "start_positions": torch.tensor([1, 2]),
+            "end_positions": torch.tensor([3, 2]),
+        },
+    ),
+    "next sentence": (
+        lambda: BertForNextSentencePrediction(_BERT),
+        lambda: {"input_ids": _words(2), "labels": torch.tensor([0, 1])},
+    ),
+    "words and next sentence": (
+        lambda: BertForPreTraining(_BERT),
+        lambda: {"input_ids": _words(2), "labels": _words(2), "next_sentence_label": torch.tensor([0, 1])},
+    ),
+    "contrast": (
+        lambda: CLIPModel(_CLIP),
+        lambda: {"input_ids": _words(2), "pixel_values": torch.randn(2, 3, 8, 8), "return_loss": True},
+    ),
+    "hidden patches": (
+        lambda: ViTMAEForPreTraining(_MAE),
+        lambda: {"pixel_values": torch.randn(2, 3, 8, 8), "noise": torch.rand(2, 4)},
+    ),
+    "choice of a sequence alone": (
+        lambda: GPT2DoubleHeadsModel(GPT2Config(vocab_size=9, n_embd=16, n_layer=2, n_head=2, n_inner=24)),
+        lambda: {"input_ids": _words(2, 2), "mc_labels": torch.tensor([0, 1])},
+    ),
+}
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_any_loss_of_a_model_has_the_layers_losses(loss, as_tuple):
+    build, draw = LOSSES[loss]
+    model, batch = build(), {**draw(), "return_dict": not as_tuple}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    blocks = [name for name, _ in model.named_modules() if name.split(".")[-1] == "mlp"]
+    if blocks:
+        _replace_blocks(model)
+        install(model)
+    else:
+        shunter.sparsify(model, 4, "topk", top_k=2)
+
+    def value(output):
+        return output[0] if as_tuple else next(v for name, v in output.items() if name.endswith("loss"))
+
+    bare, total = value(model.eval()(**batch)), value(model.train()(**batch))
+    layers = shunter.aux_loss(model)
+    assert layers > 0.01
+    torch.testing.assert_close(total, bare + layers)
+    total.backward()
+    assert all(layer.router.weight.grad.abs().sum() > 0 for layer in shunter.moe_layers(model).values())
+
+
+def test_no_loss_is_taken_for_one(build, inputs):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2).train()
+    batch = inputs("llama")
+    del batch["labels"]
+    for options in ({}, {"return_dict": False}):
+        found, expected = model(**batch, **options)[0], model.eval()(**batch, **options)[0]
+        assert torch.equal(found, expected)
+        model.train()
+
+
+def _own_loss(model, batch):
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_losses_that_a_training_leaves_out_are_told_of(add, build, inputs, recwarn):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2).train()
+    batch = inputs("llama")
+    loss = _own_loss(model, batch)
+    (loss + shunter.aux_loss(model) if add else loss).backward()
+    model(**batch).loss.backward()
+    (2 * model(**batch).loss).backward()
+    told = [str(w.message) for w in recwarn if "auxiliary losses" in str(w.message)]
+    assert len(told) == (not add)
+    assert all("shunter.aux_loss(model)" in text and "BalanceCallback" in text for text in told)
+
+
+@pytest.mark.parametrize("way", ["labels", "smoothing", "function", "callback"])
+def test_a_trainer_that_leaves_the_losses_out_is_told_of(way, build, inputs, tmp_path, recwarn):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
+    options = {
+        "labels": {},
+        "smoothing": {},
+        "function": {"compute_loss_func": lambda out, labels, **rest: out.logits.square().mean()},
+        "callback": {
+            "compute_loss_func": lambda out, labels, **rest: out.logits.square().mean(),
+            "callbacks": [shunter.BalanceCallback()],
+        },
+    }[way]
+    arguments = _arguments(tmp_path, label_smoothing_factor=0.1 if way == "smoothing" else 0.0)
+    Trainer(model=model, args=arguments, train_dataset=_Rows(inputs("llama", batch=4)), **options).train()
+    told = [str(w.message) for w in recwarn if "auxiliary losses" in str(w.message)]
+    assert bool(told) == (way in ("smoothing", "function"))
+
+
+@pytest.mark.parametrize("way", ["plain", "callback", "loop", "frozen"])
+@pytest.mark.parametrize("router", ["deepseek", "dense_to_sparse", "topk"])
+def test_state_that_no_gradient_moves_moves_or_is_told_of(router, way, build, inputs, tmp_path, recwarn):
+    model = shunter.sparsify(build("llama"), 4, router, **({} if router == "dense_to_sparse" else {"top_k": 2}))
+    before = {name: value.clone() for name, value in model.named_buffers() if name.split(".")[-1] in _STATE}
+    batch = inputs("llama", batch=4)
+    if way in ("plain", "callback"):
+        callbacks = [shunter.BalanceCallback(load_balancing_loss=0)] if way == "callback" else []
+        Trainer(model=model, args=_arguments(tmp_path), train_dataset=_Rows(batch), callbacks=callbacks).train()
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1 if way == "loop" else 0.0)
+        for _ in range(3):
+            model.train()(**batch).loss.backward()
+            if way == "loop":
+                optimizer.step()
+                shunter.update_routers(model)
+            optimizer.zero_grad()
+    told = [str(w.message) for w in recwarn if "update_routers" in str(w.message)]
+    assert len(told) == (way == "plain" and router != "topk")
+    assert all("BalanceCallback(load_balancing_loss=0)" in text for text in told)
+    if router != "topk":
+        assert len(before) == 2
+        moved = [not torch.equal(dict(model.named_buffers())[name], value) for name, value in before.items()]
+        assert all(moved) if way in ("callback", "loop") else not any(moved)
+
+
+_STATE = ("selection_bias", "temperature")
+
+
+def _arguments(folder, **options):
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, learning_rate=0.01, **options,
+    )  # fmt: skip
 
 
 class _Rows(torch.utils.data.Dataset):
@@ -241,6 +400,11 @@ _CLIP = CLIPConfig(
     vision_config={**_SMALL, "image_size": 8, "patch_size": 4},
     projection_dim=8,
 )
+_BERT = BertConfig(**_SMALL, vocab_size=9, max_position_embeddings=8)
+_MAE = ViTMAEConfig(
+    **_SMALL, image_size=8, patch_size=4, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=2, decoder_intermediate_size=24,
+)  # fmt: skip
 
 
 class _TakesAMask(torch.nn.Module):

@@ -5,6 +5,7 @@ from typing import Any
 
 from . import backend  # noqa: F401 (registers experts_implementation="shunter")
 from .backend import use_experts
+from .checkpoints import auto_classes
 from .checkpoints.exporting import export
 from .checkpoints.loading import from_pretrained
 from .checkpoints.upcycling import upcycle
@@ -22,6 +23,8 @@ __all__ = [
     "upcycle",
     "use_experts",
 ]
+
+auto_classes.register()
 
 
 def __getattr__(name: str) -> Any:

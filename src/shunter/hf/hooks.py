@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from ..errors import UserError
 from ..moe import aux_loss, give_reward, mark, moe_layers, recomputing
 from .tokens import arguments, decoder_padding, has_tokens, tokens_of
 
-__all__ = ["add_to_loss", "check_batch", "install"]
+__all__ = ["check_batch", "install"]
 
 
 def install(model: PreTrainedModel, batch: Mapping[str, str] | None = None) -> None:
@@ -111,6 +113,8 @@ class _Forwards:
     def _reset(self) -> None:
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._here = threading.local()
+        self._router: Tensor | None = None
+        self._settled = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"keywords": self.keywords}
@@ -141,6 +145,8 @@ class _Forwards:
                     f"its tokens; its keys are {', '.join(kwargs)}. (A Trainer keeps it with "
                     "remove_unused_columns=False)"
                 )
+        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not recomputing():
+            self._look_for_updates(module)
         self._here.values = values
         scopes = [Scope(Context(**values))]
         padding = decoder_padding(module, args, kwargs)
@@ -149,6 +155,26 @@ class _Forwards:
         self._entered.append((module, contexts.enter((*contexts.present(), *scopes)), mark()))
         foreign = set(self.keywords.values()) - set(inspect.signature(module.forward).parameters)
         return args, {key: value for key, value in kwargs.items() if key not in foreign}
+
+    def _look_for_updates(self, model: nn.Module) -> None:
+        """Warn once where an optimizer has moved a router and nobody its state; nothing is looked at after either."""
+        layers = (layer for layer in moe_layers(model).values() if layer.decider.advances)
+        layer = next((layer for layer in layers if any(p.requires_grad for p in layer.router.parameters())), None)
+        if layer is None or self._settled:
+            return
+        weight = next(p.detach() for p in layer.router.parameters() if p.requires_grad)
+        some = getattr(weight, "to_local", lambda: weight)().flatten()[:16].clone()
+        before, self._router = self._router, some
+        self._settled = layer.updates > 0
+        if not self._settled and before is not None and not torch.equal(some, before):
+            self._settled = True
+            warnings.warn(
+                f"{type(model).__name__}: its routers ({type(layer.decider).__name__}) have state that no gradient "
+                "moves (selection biases, temperatures, running means), and the optimizer has stepped without it: "
+                "call shunter.update_routers(model) after each step; in a Trainer take "
+                "callbacks=[shunter.BalanceCallback(load_balancing_loss=0)], which does",
+                stacklevel=2,
+            )
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the layers of a model what its own arguments say of its tokens, and what the batch says of any."""
@@ -192,39 +218,52 @@ class _Forwards:
                 layer.forget(since)
             return None
 
-        def losses() -> Tensor:
-            _give_rewards(module, arguments(module, args, kwargs)["labels"], output)
-            return aux_loss(module, since=since)
-
-        return add_to_loss(module, args, kwargs, output, losses) if module.training else None
-
-
-def add_to_loss(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, losses: Callable[[], Tensor]
-) -> Any | None:
-    """A model's output with losses (means over a micro-batch) in its loss, by the micro-batch's share of the batch.
-
-    None where the forward had no labels and so no loss; the losses are then not computed.
-    """
-    given = arguments(module, args, kwargs)
-    labels = given.get("labels")
-    if labels is None:
-        return None
-    extra = losses() * _share_of_batch(module, labels, given.get("num_items_in_batch"))
-    if isinstance(output, tuple):
-        return (output[0] + extra, *output[1:])
-    if output.loss is not None:
-        output.loss = output.loss + extra
-    return output
+        if not module.training:
+            return None
+        for layer in () if torch.compiler.is_compiling() else moe_layers(module).values():
+            for call in layer.calls(since):
+                call.watch(partial(_say_that_losses_are_lost, type(module).__name__))
+        name, loss = _loss_of(output)
+        if loss is None:
+            return None
+        given = arguments(module, args, kwargs)
+        labels = given.get("labels")
+        _give_rewards(module, labels, output)
+        extra = aux_loss(module, since=since) * _share_of_batch(module, labels, given.get("num_items_in_batch"))
+        if isinstance(output, tuple):
+            return (loss + extra, *output[1:])
+        if isinstance(output, Tensor):
+            return loss + extra
+        output[name] = loss + extra
+        return output
 
 
-def _share_of_batch(model: Any, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+def _loss_of(output: Any) -> tuple[str, Tensor | None]:
+    """The loss in a model's output and its name there, whatever it was made of; None where there is none."""
+    if isinstance(output, dict):
+        names = ["loss", *(name for name in output if name.endswith("_loss") and name != "aux_loss")]
+        return next(((name, output[name]) for name in names if isinstance(output.get(name), Tensor)), ("", None))
+    first = output[0] if isinstance(output, tuple) and output else output
+    return "", first if isinstance(first, Tensor) and first.dim() == 0 and first.is_floating_point() else None
+
+
+def _say_that_losses_are_lost(model: str) -> None:
+    warnings.warn(
+        f"{model}: a backward has gone through its sparse layers, but not through their auxiliary losses, which "
+        "balance the experts. They are part of output.loss where the model makes one; to another loss (of label "
+        "smoothing, of a compute_loss_func, of TRL's trainers, your own) add shunter.aux_loss(model), or take "
+        "shunter.BalanceCallback",
+        stacklevel=2,
+    )
+
+
+def _share_of_batch(model: Any, labels: Any, num_items_in_batch: Tensor | int | None) -> Tensor | float:
     """This micro-batch's share of an accumulated batch's labels: 1 unless the Trainer says how many there are in all.
 
     The Trainer divides a micro-batch's summed loss by the labels of the whole accumulated batch, so the micro-batches'
     losses add up to one mean; the auxiliary losses, means themselves, need the same weights.
     """
-    if num_items_in_batch is None:
+    if num_items_in_batch is None or not isinstance(labels, Tensor):
         return 1.0
     if _predicts_the_next(model):
         labels = labels[..., 1:]
@@ -243,7 +282,7 @@ def _awaits_reward(module: nn.Module) -> bool:
     return any(layer.decision is not None for layer in moe_layers(module).values())
 
 
-def _give_rewards(model: PreTrainedModel, labels: Tensor, output: Any) -> None:
+def _give_rewards(model: PreTrainedModel, labels: Any, output: Any) -> None:
     """Reward each token by minus the cross-entropy of its own prediction; tokens without a label have no reward.
 
     An encoder's tokens predict nothing themselves: they share the mean reward of their sequence.
@@ -251,10 +290,11 @@ def _give_rewards(model: PreTrainedModel, labels: Tensor, output: Any) -> None:
     if not _awaits_reward(model):
         return
     logits = output[1] if isinstance(output, tuple) else getattr(output, "logits", None)
-    if logits is None or logits.shape[:-1] != labels.shape or labels.is_floating_point():
+    has_labels = isinstance(labels, Tensor) and not labels.is_floating_point()
+    if logits is None or not has_labels or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"{type(model).__name__}: its routers learn by reward, and the reward of a token, minus the cross-entropy "
-            "of its prediction, needs logits and an integer label for each; call the model without labels, and "
+            "of its prediction, needs logits and an integer label for each; have the model make no loss, and call "
             "shunter.give_reward(model, reward) before shunter.aux_loss(model)"
         )
     if _predicts_the_next(model):

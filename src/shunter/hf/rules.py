@@ -17,7 +17,16 @@ from ..routers.deepseek import DeepSeek
 from ..routers.switch import Switch
 from ..routers.topk import TopK
 
-__all__ = ["KNOWN_UP_TO", "NOT_TOP_K", "RULES", "left_behind", "router_of", "routing_fields", "topk_options"]
+__all__ = [
+    "KNOWN_UP_TO",
+    "NOT_TOP_K",
+    "RULES",
+    "balance_here",
+    "left_behind",
+    "router_of",
+    "routing_fields",
+    "topk_options",
+]
 
 # The newest transformers whose families were all looked at; a later one may have others.
 KNOWN_UP_TO = "5.24.0"
@@ -250,8 +259,31 @@ _TRAINING_ONLY = (
 """Options of a layer and its router that leave a model in evaluation as it is."""
 
 
-def router_of(config: Any) -> tuple[str, Options]:
+def balance_here(coefficient: float, top_k: int, layers: int) -> float:
+    """What a coefficient of transformers' balancing loss is to each layer's own, whose values add up.
+
+    transformers has one loss of the rows of all layers together, in which the k choices of a token all count: at
+    balance it is k, where ours is 1 in each layer (`shunter.losses.load_balancing_loss`, choices="mean").
+    """
+    return coefficient * top_k / layers
+
+
+def _balance_there(router: TopK, layers: int) -> float:
+    """The inverse of `balance_here`, and of the numbers that rounding makes the same the shortest."""
+    coefficient, unit = router.coefficients["load_balancing_loss"], router.top_k
+    if router.balance_choices == "all":  # at balance it is k here too
+        coefficient *= router.top_k
+    there = coefficient * layers / unit
+    numbers = (float(f"{there:.{digits}g}") for digits in range(1, 17))
+    return next((number for number in numbers if balance_here(number, unit, layers) == coefficient), there)
+
+
+def router_of(config: Any, layers: int = 1) -> tuple[str, Options]:
     """The name and the options of the router that routes, and learns, as a family's configuration says.
+
+    Args:
+        config: of the family.
+        layers: L, how many layers with experts the model has, over which it takes one balancing loss.
 
     Raises:
         UserError: where there is none.
@@ -264,18 +296,19 @@ def router_of(config: Any) -> tuple[str, Options]:
         )
     if options.get("selection_bias"):
         return "deepseek", options
-    options["load_balancing_loss"] = config.router_aux_loss_coef
+    options["load_balancing_loss"] = balance_here(config.router_aux_loss_coef, options["top_k"], layers)
     if getattr(config, "router_jitter_noise", 0.0):
         options["jitter"] = config.router_jitter_noise
     return "topk", options
 
 
-def routing_fields(family: str, router: Router) -> dict[str, Any]:
+def routing_fields(family: str, router: Router, layers: int = 1) -> dict[str, Any]:
     """The fields of a family's configuration that route, and go on learning, as a router does.
 
     Args:
         family: its model_type.
         router: of a layer.
+        layers: L, how many layers with such a router the model has.
 
     Raises:
         UserError: where the family cannot, saying why and what to change.
@@ -301,7 +334,7 @@ def routing_fields(family: str, router: Router) -> dict[str, Any]:
         "n_group": router.expert_groups,
         "topk_group": router.top_groups,
         "routed_scaling_factor": router.scaling_factor,
-        "router_aux_loss_coef": router.coefficients["load_balancing_loss"],
+        "router_aux_loss_coef": _balance_there(router, layers),
         "router_jitter_noise": router.jitter,
     }
     return {name: value for name, value in fields.items() if hasattr(config, name)}

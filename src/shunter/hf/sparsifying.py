@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from ..experts.weights import STACKED
 from ..moe import MoE, moe_layers
 from ..routers import Router
 from .blocks import FeedForward, find_feed_forwards
+from .config_file import name_as_sparse
 from .hooks import check_batch, install
 
 __all__ = ["choose_blocks", "describe_layers", "make_layers", "sparsify"]
@@ -44,7 +46,8 @@ def sparsify(
     Padding (attention_mask) and token ids (input_ids) reach the routers, and in training the auxiliary losses are part
     of `output.loss`, right under gradient accumulation. (A Trainer with label smoothing or a compute_loss_func makes
     its own loss: add `shunter.aux_loss(model)` there.) `save_pretrained` works as before, with each layer as it
-    then is named in the configuration; `shunter.from_pretrained` loads.
+    then is named in the configuration; `shunter.from_pretrained` loads, and so do transformers' Auto classes after
+    `import shunter.hf`; without it they refuse the folder.
 
     Args:
         model: any model whose blocks `shunter.hf.blocks` knows: Llama, Qwen, Mistral, Gemma, GPT-2, BERT, T5,
@@ -116,11 +119,14 @@ def make_layers(
         KeyError, TypeError, ValueError: where it describes no layer.
     """
     blocks = {block.path: block for stack in find_feed_forwards(model) for block in stack}
+    inner = f"{model.base_model_prefix}."
     made = []
     for entry in layers:
-        block = blocks.pop(entry["name"], None)
+        name = entry["name"]
+        # A model without its head has shorter names, one with another head the same.
+        block = next((blocks.pop(n) for n in (name, name.removeprefix(inner), inner + name) if n in blocks), None)
         if block is None:
-            raise UserError(f"{type(model).__name__} has no feed-forward block {entry['name']!r}")
+            raise UserError(f"{type(model).__name__} has no feed-forward block {name!r}")
         made.append((block, _make(block, **{key: value for key, value in entry.items() if key != "name"})))
     _put(model, made, check_batch(batch))
 
@@ -139,10 +145,14 @@ def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dic
     install(model, batch)
 
 
-def _save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+def _save(
+    model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+) -> None:
     """Save as transformers does, with the layers as they are now in the configuration."""
     model.config.shunter |= describe_layers(model)
-    type(model).save_pretrained(model, *args, **kwargs)
+    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+    if is_main_process:
+        name_as_sparse(Path(save_directory))
 
 
 def describe_layers(model: nn.Module) -> dict[str, Any]:

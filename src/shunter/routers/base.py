@@ -284,6 +284,11 @@ class Router(nn.Module):
         """Learn how often `update` will have been called at the end of the training that begins: schedules go by it."""
 
     @property
+    def advances(self) -> bool:
+        """Whether there is such a state."""
+        return type(self).update is not Router.update
+
+    @property
     def score_width(self) -> int:
         """The number of columns of the logits: E, unless the router scores more than experts."""
         return self.num_experts

@@ -200,6 +200,11 @@ class TopK(LinearRouter):
         self.selection_bias += self.bias_update_rate * (self.observed.mean() - self.observed).sign()
         self.observed.zero_()
 
+    @property
+    def advances(self) -> bool:
+        """Whether there is a selection bias that moves."""
+        return self.selection_bias is not None and self.bias_update_rate > 0
+
     def limit(self, routing: Routing, logits: Tensor, context: Context) -> Routing:
         """Capacity, then the renormalisation of what remains where asked for."""
         routing = super().limit(routing, logits, context)

@@ -138,6 +138,56 @@ def test_a_model_of_shunters_comes_back_bit_for_bit(family, square, tmp_path):
     torch.testing.assert_close(logits(shunter.from_pretrained(str(tmp_path / "back")), ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_transformers_stacked_layout_is_read(family, tmp_path):
+    """As save_original_format=False writes it, and as a model is saved that was loaded from such a folder."""
+    model = native(family)
+    model.save_pretrained(tmp_path / "split")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "stacked").save_pretrained(tmp_path / "again")
+    for name in ("stacked", "again"):
+        assert any(key.endswith("mlp.experts.gate_up_proj") for key in tensors_of(tmp_path / name)), "not stacked"
+        receipt = shunter.export(tmp_path / name, tmp_path / f"{name}-ours", check=False)
+        assert receipt["from_layout"] == receipt["layout"] and set(receipt["tensors"]) == set(
+            tensors_of(tmp_path / name)
+        )
+        shunter.export(tmp_path / f"{name}-ours", tmp_path / f"{name}-back", check=False)
+        same_bytes(tmp_path / "split", tmp_path / f"{name}-back")
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_experts_of_an_odd_width_pass_the_check(family, tmp_path):
+    """torch's grouped product, which transformers takes by default, refuses them."""
+    width = FAMILIES[family].width_field
+    native(family, **{width: 21}).save_pretrained(tmp_path / "native")
+    for source, out in (("native", "ours"), ("ours", "back")):
+        assert shunter.export(tmp_path / source, tmp_path / out)["check"]["rms_logits"] > 0.1
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "deepseek_v3"])
+def test_the_balancing_loss_keeps_its_strength(family, layers, tmp_path):
+    """transformers takes one loss over all layers in which k choices count; at one layer they are the same numbers."""
+    coefficient, k = round(float(torch.rand(())) + 0.01, 4), int(torch.randint(2, 5, ()))
+    changes = {"router_aux_loss_coef": coefficient, "num_experts_per_tok": k, "num_hidden_layers": layers}
+    if family == "qwen3_moe":
+        changes["mlp_only_layers"] = []
+    model = native(family, **changes, router_jitter_noise=0.0) if family == "mixtral" else native(family, **changes)
+    model.save_pretrained(tmp_path / "native")
+    shunter.export(tmp_path / "native", tmp_path / "ours", check=False)
+    ours = shunter.from_pretrained(str(tmp_path / "ours")).train()
+    found = {layer.router.coefficients["load_balancing_loss"] for layer in shunter.moe_layers(ours).values()}
+    assert found == {coefficient * k / layers} and len(shunter.moe_layers(ours)) == layers
+    if layers == 1:
+        ids = steady(model, lambda: {"input_ids": torch.randint(VOCAB, (2, 9))})["input_ids"]
+        with torch.no_grad():
+            theirs = coefficient * model(ids, output_router_logits=True).aux_loss
+        ours(ids)
+        torch.testing.assert_close(shunter.aux_loss(ours).detach(), theirs, rtol=1e-4, atol=1e-6)
+    shunter.export(tmp_path / "ours", tmp_path / "back", check=False)
+    assert json.loads((tmp_path / "back/config.json").read_text())["router_aux_loss_coef"] == coefficient
+
+
 def test_native_models_load_where_shunter_is_not_installed(tmp_path):
     expected, ids = {}, {}
     for family in FAMILIES:
@@ -182,7 +232,7 @@ def test_what_upcycle_writes_natively_goes_both_ways(tmp_path):
     shunter.upcycle(tmp_path / "dense", tmp_path / "ours", 4, check=False, to="shunter")
     shunter.export(tmp_path / "native", tmp_path / "exported", check=False)
     same_bytes(tmp_path / "ours", tmp_path / "exported")
-    assert json.loads((tmp_path / "exported/config.json").read_text())["model_type"] == "llama"
+    assert json.loads((tmp_path / "exported/config.json").read_text())["shunter_dense"] == "llama"
 
 
 def test_the_receipt_accounts_for_every_tensor(tmp_path):

@@ -222,6 +222,113 @@ def test_a_generation_is_replayed_in_a_forward_over_whole_sequences(family, buil
     assert torch.equal(RoutingRecord.from_numpy(arrays, lengths=mask.sum(1)).experts, whole.experts)
 
 
+WAYS = {
+    "no cache": {"use_cache": False},
+    "no cache, sampled": {"use_cache": False, "do_sample": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1},
+    "assisted": {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0.0},
+}
+
+
+def _generate(model, prompt, **options):
+    model.generation_config.eos_token_id = None
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    return model.generate(**prompt, **{**settings, **options})
+
+
+@pytest.mark.parametrize("new", [2, 8])
+@pytest.mark.parametrize("kind", ["mixtral", "shunter"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_joined_record_is_that_of_the_sequences_that_were_returned(way, kind, new, build_dense):
+    """However they came about: without a cache, by drafts some of which were rejected. Else it says no."""
+    dense = build_dense("llama")
+    model = _spread(build("mixtral") if kind == "mixtral" else shunter.sparsify(dense, 4, "topk", top_k=2)).double()
+    if kind == "mixtral":
+        model.set_experts_implementation("eager")  # torch's grouped product knows no float64
+    prompt = {name: value.clamp_max(49) for name, value in _batch(left=True).items() if name != "labels"}
+    options = {**WAYS[way], "max_new_tokens": new}
+    if not way.startswith("no cache"):  # they take one sequence, and this one repeats itself
+        prompt = {"input_ids": torch.randint(3, 9, (1, 5)).repeat(1, 4), "attention_mask": torch.ones(1, 20).long()}
+    if way == "assisted":
+        helper = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in helper.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        options["assistant_model"] = helper
+    with shunter.record(model) as r:
+        ids = _generate(model, prompt, **options)
+    added = ids.shape[1] - prompt["input_ids"].shape[1]
+    mask = torch.cat([prompt["attention_mask"], torch.ones(len(ids), added, dtype=torch.int64)], 1)
+    whole = r.joined(mask.sum(1))
+    with shunter.record(model) as expected, torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    assert whole.lengths == expected.lengths
+    for joined, wanted in zip(whole.sequences(), expected.sequences(), strict=True):
+        assert torch.equal(joined[:-1], wanted[:-1])
+        assert bool((joined[-1] == -1).all()) or torch.equal(joined[-1], wanted[-1])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_return_sequences": 3}])
+def test_beams_cannot_be_joined(options, tmp_path):
+    model, prompt = _spread(build("mixtral")), _batch(left=True)
+    del prompt["labels"]
+    with shunter.record(model) as r:
+        ids = _generate(model, prompt, num_beams=3, **options)
+    r.save(tmp_path / "record")
+    for each in (r, RoutingRecord.load(tmp_path / "record")):
+        with pytest.raises(ValueError, match="did not stay the same sequences, as in beam search"):
+            each.joined()
+    assert len(ids) in (3, 9)
+    with shunter.record(model) as again:
+        _generate(model, prompt)
+    assert len(again.joined().lengths) == 3, "nothing of a generation before is left behind"
+
+
+def test_drafts_without_lengths_cannot_be_joined():
+    model = _spread(build("mixtral"))
+    with shunter.record(model) as r:
+        model(input_ids=torch.randint(3, 50, (1, 6)), use_cache=True)
+    assert r.starts == [0] and r.joined().lengths == [6]
+    known = {"forwards": [1, 1], "drafts": [True, True]}
+    record = RoutingRecord(torch.zeros(9, 1, 1, dtype=torch.int64), [6, 3], starts=[0, 6], **known)
+    with pytest.raises(ValueError, match="give the lengths of the sequences"):
+        record.joined()
+    assert record.joined([8]).experts.flatten().tolist() == [0] * 7 + [-1]
+    for starts in ([0, 7], [0, -1]):
+        with pytest.raises(ValueError, match="record the whole generation"):
+            RoutingRecord(record.experts, [6, 3], starts=starts, **known).joined([9])
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "shunter"])
+def test_rows_that_are_all_padding_keep_their_place(kind, build_dense):
+    model = build("mixtral") if kind == "mixtral" else shunter.sparsify(build_dense("llama"), 4, "topk", top_k=2)
+    batch = _batch(4)
+    batch["input_ids"] = batch["input_ids"].clamp_max(49)
+    batch["attention_mask"][torch.tensor([0, 2])] = 0
+    del batch["labels"]
+    with shunter.record(model) as r:
+        model(**batch)
+    assert r.lengths == batch["attention_mask"].sum(1).tolist() and r.lengths[0] == r.lengths[2] == 0
+    for router in _routers(model):
+        _spread(router, std=0.5)
+    with shunter.record(model) as again, shunter.replay(model, r):
+        for row in range(4):
+            model(**_rows(batch, slice(row, row + 1)))
+    assert torch.equal(again.experts, r.experts)
+
+
+def test_an_encoder_and_a_decoder_are_recorded_apart():
+    from tests.hf.conftest import BUILD
+
+    model = shunter.sparsify(BUILD["t5"](), 4, "topk", top_k=2).eval()
+    batch = {name: value.clamp_max(49) for name, value in _batch().items() if name != "labels"}
+    with shunter.record(model.get_encoder()) as encoder, shunter.record(model.get_decoder()) as decoder:
+        model.generate(**batch, max_new_tokens=4, min_new_tokens=4)
+    assert encoder.lengths == batch["attention_mask"].sum(1).tolist() and encoder.forwards == [3]
+    whole = decoder.joined([5] * 3)
+    assert decoder.forwards == [3] * 4 and whole.lengths == [5] * 3 and bool((whole.sequences()[0][-1] == -1).all())
+
+
 @pytest.fixture
 def build_dense():
     from tests.hf.conftest import BUILD

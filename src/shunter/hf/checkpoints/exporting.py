@@ -38,7 +38,7 @@ def export(
     """Write a sparse model of Shunter's as one of a family of transformers, or the other way round, bit for bit.
 
     Mixtral, Qwen3-MoE, OLMoE, FlexOlmo and DeepSeek-V3 are the families: plain transformers loads them with no Shunter
-    installed.
+    installed. The balancing loss keeps its strength; transformers takes it where output_router_logits=True.
 
     Args:
         model: the folder of a model that `sparsify` made and `save_pretrained` wrote (or `upcycle`), or of one of the

@@ -14,9 +14,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ...errors import UserError, one_line
+from ..config_file import as_dense
 from .reading import Stored, read_json
 
-__all__ = ["COMPUTED", "local_folder", "match_names", "model_class", "on_meta", "read_config"]
+__all__ = ["COMPUTED", "local_folder", "match_names", "model_class", "on_meta", "read_config", "without_marks"]
 
 _MOST, _MOST_LAYERS = 2**31, 1000
 
@@ -58,7 +59,7 @@ def read_config(folder: Path, num_tensors: int, quantised: bool = False) -> PreT
     _plausible(file, raw, num_tensors)
     if "quantization_config" in raw and not quantised:
         raise UserError(f"{folder}: the weights are quantised; dequantise them first")
-    if "transformers_weights" in raw:
+    if "transformers_weights" in as_dense(raw):
         raise UserError(f"{file}: names other weights by transformers_weights; put them under their usual name")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -66,6 +67,13 @@ def read_config(folder: Path, num_tensors: int, quantised: bool = False) -> PreT
         raise UserError(f"{file}: transformers cannot use it: {one_line(error)}") from None
     # Where the model's code lies, for models that transformers has itself: it is not run, and not handed on.
     vars(config).pop("auto_map", None)
+    return without_marks(config)
+
+
+def without_marks(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration as transformers read it; of a sparse one, without the layers that an Auto class is to put in."""
+    if getattr(config, "shunter", None) is not None:
+        vars(config).pop("quantization_config", None)
     return config
 
 

@@ -14,7 +14,7 @@ from .layouts import PROJECTIONS, SPLIT, Form, Sizes, layers_of, split_pieces, s
 from .native import FAMILIES, Family, make_dense
 from .reading import Checkpoint
 
-__all__ = ["OWN", "Format", "find", "made_here", "sparse_class", "split_layers"]
+__all__ = ["OWN", "Format", "find", "made_here", "make_sparse", "sparse_class", "split_layers"]
 
 
 class Own:
@@ -63,32 +63,48 @@ def made_here(config: PreTrainedConfig) -> bool:
     return getattr(config, "shunter", None) is not None
 
 
-def sparse_class(config: PreTrainedConfig, path: str) -> Any:
-    """The class of transformers that a configuration names, with the sparse layers that it names.
+def make_sparse(model: PreTrainedModel, spec: Any, path: str) -> None:
+    """Give a dense model the sparse layers that a configuration names, in place; nothing is drawn.
 
     Args:
-        config: names each layer, or, as Shunter did at first, says with which arguments of `sparsify` all were made.
+        model: its modules, without memory.
+        spec: names each layer, or, as Shunter did at first, says with which arguments of `sparsify` all were made.
         path: for the messages.
 
     Raises:
         UserError: where Shunter did not make the model, or stored it in a layout that is unknown here.
     """
-    spec = getattr(config, "shunter", None)
     if not isinstance(spec, dict):
         raise UserError(f"{path} is not a model that shunter.sparsify made; load it with transformers")
     layout = spec.get("layout", STACKED)
     if layout != STACKED:
         raise UserError(f"{path} stores its experts as {layout!r}; this version of Shunter reads {STACKED!r}")
     given = {name: value for name, value in spec.items() if name != "layout"}
+    make_dense(model)
+    if "num_experts" in given:
+        sparsify(model, **given)
+    else:
+        make_layers(model, **given)
+    # Whatever dtype the model is loaded in, routers decide in float32 and keep their state exact.
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "router"}
+
+
+def sparse_class(config: PreTrainedConfig, path: str) -> Any:
+    """The class of transformers that a configuration names, with the sparse layers that it names.
+
+    Args:
+        config: of a sparse model.
+        path: for the messages.
+
+    Raises:
+        UserError: as `make_sparse`.
+    """
     base = model_class(config, path)
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **options: Any) -> None:
         base.__init__(self, config, *args, **options)
-        make_dense(self)
-        if "num_experts" in given:
-            sparsify(self, **given)
-        else:
-            make_layers(self, **given)
+        make_sparse(self, getattr(config, "shunter", None), path)
+        self.__class__ = base  # which can be pickled
 
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...experts import ACTIVATIONS
 from ...moe import MoE, moe_layers
 
-__all__ = ["SPLIT", "Form", "Key", "Piece", "Sizes", "layers_of", "split_pieces", "stacked_pieces", "whole"]
+__all__ = ["SPLIT", "Form", "Key", "Piece", "Sizes", "layers_of", "split_pieces", "stack", "stacked_pieces", "whole"]
 
 SPLIT = "experts.{e}: gate_proj.weight (f, d), up_proj.weight (f, d), down_proj.weight (d, f)"
 """The tag of `stacked_pieces` with each expert by itself."""
@@ -112,9 +112,9 @@ def stacked_pieces(path: str, sizes: Sizes) -> dict[Key, Piece]:
     found = {("router", 0): whole(f"{path}.router.weight", sizes.experts, sizes.dim)}
     if sizes.selection_bias:
         found["selection_bias", 0] = whole(f"{path}.router.selection_bias", sizes.experts)
-    found |= _stack(f"{path}.experts", "", sizes.experts, sizes.hidden, sizes)
+    found |= stack(f"{path}.experts", "", sizes.experts, sizes.hidden, sizes)
     if sizes.shared:
-        found |= _stack(f"{path}.shared_experts", "shared_", 1, sizes.shared, sizes)
+        found |= stack(f"{path}.shared_experts", "shared_", 1, sizes.shared, sizes)
     return found
 
 
@@ -138,7 +138,8 @@ def projections(paths: Sequence[str], names: Sequence[str], hidden: int, dim: in
     }
 
 
-def _stack(path: str, prefix: str, experts: int, hidden: int, sizes: Sizes) -> dict[Key, Piece]:
+def stack(path: str, prefix: str, experts: int, hidden: int, sizes: Sizes) -> dict[Key, Piece]:
+    """Experts of a width in one tensor at `path`, the gate's rows before the up's; keys begin with the prefix."""
     ups, name = (("gate", "up"), "gate_up_proj") if sizes.gated else (("up",), "up_proj")
     dim, rows, found = sizes.dim, len(ups) * hidden, {}
     for e in range(experts):

@@ -11,14 +11,20 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ...errors import UserError, one_line
 from ...moe import moe_layers
-from .folders import COMPUTED, match_names, model_class, on_meta, read_config
+from .folders import COMPUTED, match_names, model_class, on_meta, read_config, without_marks
 from .formats import made_here, sparse_class, split_layers
 from .reading import Checkpoint
 
-__all__ = ["from_pretrained", "load_folder"]
+__all__ = ["align", "from_pretrained", "load_folder"]
 
 # Of the memory that torch allocates, in bytes.
 ALIGNMENT = 64
+
+# What transformers wants with the configuration and again with the weights.
+_OF_BOTH = (
+    "cache_dir", "dtype", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "torch_dtype",
+)  # fmt: skip
 
 
 def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
@@ -40,12 +46,13 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
         split, stacked = split_layers(model, checkpoint)
         rest = {name: stored for name, stored in checkpoint.tensors.items() if name not in split}
         match_names(folder, model, rest, stacked)
-    else:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    kind = sparse_class(config, path)
-    # Whatever dtype the model is loaded in, routers decide in float32 and keep their state exact.
-    kind._keep_in_fp32_modules_strict = {*(kind._keep_in_fp32_modules_strict or ()), "router"}
-    return _load(kind, path, {"use_safetensors": True, **kwargs})
+    kept = {name: kwargs[name] for name in _OF_BOTH if name in kwargs}
+    try:
+        config, rest = AutoConfig.from_pretrained(path, return_unused_kwargs=True, trust_remote_code=False, **kwargs)
+    except Exception as error:  # no such folder, no network, not a configuration
+        raise UserError(f"{path}: transformers cannot use its config.json: {one_line(error)}") from None
+    options = {"use_safetensors": True, **rest, **kept, "config": without_marks(config)}
+    return _load(sparse_class(config, path), path, options)
 
 
 def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
@@ -64,6 +71,10 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
         model = from_pretrained(str(folder), **options)
     else:
         model = _load(model_class(config, str(folder)), str(folder), {"use_safetensors": True, **options})
+        # The grouped product that transformers takes by default knows rows of 16 bytes or a multiple, and no float64.
+        stacks = [p for p in model.parameters() if p.dim() == 3]
+        if any(p.dtype == torch.float64 or p.shape[-1] * p.element_size() % 16 for p in stacks):
+            model.set_experts_implementation("eager")
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"{folder}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
@@ -89,11 +100,11 @@ def _load(kind: Any, path: str, options: dict[str, Any]) -> Any:
         if names:
             first = sorted(str(name[0] if isinstance(name, tuple) else name) for name in names)[0]
             raise UserError(f"{path}: {len(names)} tensors {what}, such as {first!r}")
-    _align(model)
+    align(model)
     return (model, info) if wants_info else model
 
 
-def _align(model: PreTrainedModel) -> None:
+def align(model: PreTrainedModel) -> None:
     """Copy the CPU parameters that lie at odd addresses in the file's memory map: products round otherwise there."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:

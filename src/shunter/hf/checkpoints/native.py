@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +13,12 @@ from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...errors import UserError
+from ...experts.weights import STACKED
 from ..blocks import known_activation
-from ..rules import left_behind, router_of, routing_fields
+from ..rules import balance_here, left_behind, router_of, routing_fields
 from ..sparsifying import sparsify
 from .folders import model_class, on_meta
-from .layouts import Form, Key, Piece, Sizes, layers_of, projections, whole
+from .layouts import Form, Key, Piece, Sizes, layers_of, projections, stack, whole
 from .reading import Checkpoint
 
 __all__ = ["FAMILIES", "Family", "family_for", "make_dense"]
@@ -77,9 +79,18 @@ class Family:
             found |= {(f"shared_{part}", e): piece for (part, e), piece in shared.items()}
         return found
 
-    def new_router(self) -> dict[str, Any]:
+    def stacked_pieces(self, layer: int, sizes: Sizes) -> dict[Key, Piece]:
+        """The same where the experts lie as the model has them in memory (save_original_format=False)."""
+        path, there = f"model.layers.{layer}.mlp", f"model.layers.{layer}.{self.block}"
+        experts = stack(f"{path}.experts", "", sizes.experts, sizes.hidden, sizes)
+        rest = {key: piece for key, piece in self.pieces(layer, sizes).items() if key not in experts}
+        return experts | {key: replace(p, name=p.name.replace(there, path, 1)) for key, p in rest.items()}
+
+    def new_router(self, top_k: int, layers: int) -> dict[str, Any]:
         """Options of the router topk of a new model: a token's weights sum to 1, the balance loss is the family's."""
-        return {"load_balancing_loss": AutoConfig.for_model(self.name).router_aux_loss_coef}
+        return {
+            "load_balancing_loss": balance_here(AutoConfig.for_model(self.name).router_aux_loss_coef, top_k, layers)
+        }
 
     def read(self, checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[PreTrainedModel, Form]:
         """The sparse model of a folder, its modules in Shunter's form, without memory; and how it lies there.
@@ -91,7 +102,7 @@ class Family:
         if not numbers:
             raise UserError(f"export: {folder}: config.json leaves no layer with experts")
         try:
-            router, options = router_of(config)
+            router, options = router_of(config, len(numbers))
             dense = self._dense_config(config)
             dense.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[dense.model_type]]
             model = on_meta(model_class(dense, str(folder)), dense, folder)
@@ -109,7 +120,8 @@ class Family:
         except (ValueError, TypeError) as error:
             raise UserError(f"export: {folder} cannot be brought into Shunter's format: {error}") from None
         model.config.dtype = config.dtype
-        return model, self._form(model, config, numbers)
+        stacked = f"model.layers.{numbers[0]}.mlp.experts.gate_up_proj" in checkpoint.tensors
+        return model, self._form(model, config, numbers, stacked=stacked)
 
     def write(self, model: PreTrainedModel) -> Form:
         """How a sparse model, in Shunter's form, would lie in a folder.
@@ -123,7 +135,7 @@ class Family:
             raise UserError(f"{self.name} has experts without biases; this model's have them: keep Shunter's format")
         if others:
             raise UserError(f"{self.name} has layers of one size; give every layer the same hidden=")
-        fields, *rules = [routing_fields(self.name, layer.decider) for layer in layers.values()]
+        fields, *rules = [routing_fields(self.name, layer.decider, len(layers)) for layer in layers.values()]
         if any(rule != fields for rule in rules):
             raise UserError(f"{self.name} has one routing rule for all layers; give every layer the same router")
         activation = known_activation(dense.hidden_act, gated=True)
@@ -145,17 +157,24 @@ class Family:
         config.shunter_dense = dense.model_type
         given = [{**layer.decider.options, "dropout": layer.dropout.p} for layer in layers.values()]
         lost = dict.fromkeys(option for options in given for option in left_behind(self.name, options))
-        return self._form(model, config, numbers, tuple(lost))
+        return self._form(model, config, numbers, lost=tuple(lost))
 
     def make_dense(self, model: PreTrainedModel) -> None:
         """Give a model of the family's own class dense blocks, where it has experts in spite of its configuration."""
 
     def _form(
-        self, model: PreTrainedModel, config: PreTrainedConfig, numbers: Sequence[int], lost: tuple[str, ...] = ()
+        self,
+        model: PreTrainedModel,
+        config: PreTrainedConfig,
+        numbers: Sequence[int],
+        *,
+        stacked: bool = False,
+        lost: tuple[str, ...] = (),
     ) -> Form:
+        lie = self.stacked_pieces if stacked else self.pieces
         layers = zip(numbers, layers_of(model).items(), strict=True)
-        pieces = {path: self.pieces(number, Sizes.of(layer)) for number, (path, layer) in layers}
-        return Form(self.name, self.layout, config, pieces, lost)
+        pieces = {path: lie(number, Sizes.of(layer)) for number, (path, layer) in layers}
+        return Form(self.name, STACKED if stacked else self.layout, config, pieces, lost)
 
     def _sparse_layers(self, config: PreTrainedConfig) -> list[int]:
         """Which layers of a sparse model have experts."""
@@ -249,7 +268,7 @@ class DeepSeekV3(Family):
     )
     float32_router = True
 
-    def new_router(self) -> dict[str, Any]:
+    def new_router(self, top_k: int, layers: int) -> dict[str, Any]:
         """Options of the router topk of a new model: a token's weights sum to 1."""
         return {"score_function": "sigmoid", "selection_bias": True}
 

@@ -190,7 +190,7 @@ class _Start:
                         f"{family.name} computes its router in {dtype}, where ties between copies are common and "
                         "would mix their parts"
                     )
-                return family.write(self.sparse(**family.new_router())), None
+                return family.write(self.sparse(**family.new_router(self.top_k, len(blocks)))), None
             except ValueError as error:
                 why = str(error)
                 if wanted is not None:

@@ -158,11 +158,12 @@ class Decisions:
 
 
 def lengths_of(mask: Tensor | None, sequence: Tensor | None, num_tokens: int) -> list[int]:
-    """How many real tokens each sequence of a forward has; one number where the sequences are not known."""
+    """How many real tokens each sequence of a forward has, 0 where all are padding; one number without sequences."""
     if sequence is None:
         return [num_tokens if mask is None else int(mask.sum())]
-    real = sequence if mask is None else sequence[mask]
-    return torch.unique_consecutive(real, return_counts=True)[1].tolist()
+    numbers, place = torch.unique_consecutive(sequence, return_inverse=True)
+    real = torch.ones_like(place) if mask is None else mask.to(place.dtype)
+    return torch.zeros_like(numbers, dtype=place.dtype).index_add(0, place, real).tolist()
 
 
 @contextmanager

@@ -66,6 +66,11 @@ class RoutingRecord:
         lengths: the tokens of each sequence of each forward, in order; they add up to N.
         layers: the names of the layers; None where they are not known.
         forwards: how many sequences each forward had; None for one forward.
+        starts: how many real tokens of its sequence came before each of `lengths`, in a cache, -1 where a cache does
+            not say; None takes each to go on where the forward before ended.
+        drafts: for each forward, whether a cache was given, so that its tokens behind the first may be drafts that were
+            rejected (prompt lookup, assisted decoding); None where none was.
+        exchanged: whether the rows of a generation became other sequences on the way, as in beam search.
         margin: (N, L) float32 and
         size: (N, L) float32, of `shunter.metrics.margins`; None where they are not known.
 
@@ -83,6 +88,9 @@ class RoutingRecord:
         *,
         layers: Sequence[str] | None = None,
         forwards: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
+        drafts: Sequence[bool] | None = None,
+        exchanged: bool = False,
         margin: Tensor | None = None,
         size: Tensor | None = None,
     ) -> None:
@@ -90,6 +98,9 @@ class RoutingRecord:
         self.lengths = [int(length) for length in lengths]
         self.layers = None if layers is None else list(layers)
         self.forwards = [len(self.lengths)] if forwards is None else [int(number) for number in forwards]
+        self.starts = None if starts is None else [int(start) for start in starts]
+        self.drafts = None if drafts is None else [bool(draft) for draft in drafts]
+        self.exchanged = bool(exchanged)
         self.margin, self.size = margin, size
         tokens, num_layers, _ = self.experts.shape
         if sum(self.lengths) != tokens or min(self.lengths, default=0) < 0:
@@ -98,6 +109,10 @@ class RoutingRecord:
             )
         if self.layers is not None and len(self.layers) != num_layers:
             raise ValueError(f"RoutingRecord: {len(self.layers)} names for the {num_layers} layers of experts")
+        if self.starts is not None and len(self.starts) != len(self.lengths):
+            raise ValueError(f"RoutingRecord: {len(self.starts)} starts for {len(self.lengths)} sequences")
+        if self.drafts is not None and len(self.drafts) != len(self.forwards):
+            raise ValueError(f"RoutingRecord: {len(self.drafts)} drafts for {len(self.forwards)} forwards")
         if sum(self.forwards) != len(self.lengths):
             raise ValueError(
                 f"RoutingRecord: forwards {_short(self.forwards)} do not add up to {len(self.lengths)} sequences"
@@ -163,22 +178,55 @@ class RoutingRecord:
     def joined(self, lengths: Sequence[int] | Tensor | None = None) -> RoutingRecord:
         """The record of a generation, prompt and then token by token, as that of one forward over whole sequences.
 
+        A token that is run again, as by generation without a cache, counts as it was run last; drafts that were
+        rejected (prompt lookup, assisted decoding) do not count.
+
         Args:
             lengths: the real tokens of each sequence in the forward that will replay, as `attention_mask.sum(1)`; None
                 takes all that are recorded. What was run behind the end of a shorter sequence is left out; the last
-                token may lack, as in `from_numpy`.
+                token may lack, as in `from_numpy`, and does where a draft was run in its place.
 
         Raises:
-            ValueError: where the forwards have different numbers of sequences, or the lengths do not fit.
+            ValueError: where the forwards have different numbers of sequences or rows became other sequences (beam
+                search), where it is not known where they begin or what of their drafts was kept, or where the lengths
+                do not fit.
         """
         if len(set(self.forwards)) > 1:
             raise ValueError(
                 f"joined: the forwards have {_short(self.forwards)} sequences; only the forwards of one generation, "
                 "all of the same sequences, can be joined"
             )
+        if self.exchanged:
+            raise ValueError(
+                "joined: the rows of the forwards did not stay the same sequences, as in beam search, so that it is "
+                "not known which tokens came to be those that were returned: record a forward over these instead"
+            )
         pieces, count = self.sequences(), self.forwards[0] if self.forwards else 0
-        parts = [torch.cat(pieces[row::count]) for row in range(count)]
+        parts = [
+            self._history(pieces, row, count, None if lengths is None else int(lengths[row])) for row in range(count)
+        ]
         return self._of_sequences("joined", parts, lengths, cut=True, layers=self.layers)
+
+    def _history(self, pieces: list[Tensor], row: int, count: int, length: int | None) -> Tensor:
+        """What the tokens of one row of a generation took, as its cache was at the end."""
+        known, start = pieces[row][:0], 0
+        for place in range(row, len(pieces), count):
+            start = len(known) if self.starts is None else self.starts[place]
+            if not 0 <= start <= len(known):
+                raise ValueError(
+                    f"joined: a forward of sequence {row} begins behind {start} tokens, of which {len(known)} are "
+                    "recorded; record the whole generation, of a model whose cache says how long it is"
+                )
+            known = torch.cat([known[:start], pieces[place]])
+        if self.drafts is not None and self.drafts[-1] and len(known) > start + 1:
+            if length is None:
+                raise ValueError(
+                    "joined: the last forward ran several tokens, of which some may be drafts that were rejected; give "
+                    "the lengths of the sequences that were returned"
+                )
+            if start + 1 < length <= len(known):  # the token that took the place of the first rejected one
+                known[length - 1] = -1
+        return known
 
     def near_ties(self) -> NearTies:
         """How fragile the decisions are; its `str()` is a table.
@@ -203,7 +251,9 @@ class RoutingRecord:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record to a safetensors file; `load` reads it."""
         tensors = {"experts": self.experts, "margin": self.margin, "size": self.size}
-        about = {"layers": self.layers, "lengths": self.lengths, "forwards": self.forwards}
+        about = {
+            name: getattr(self, name) for name in ("layers", "lengths", "forwards", "starts", "drafts", "exchanged")
+        }
         metadata = {"format": _FORMAT, "record": json.dumps(about)}
         save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, path, metadata)
 
@@ -227,6 +277,9 @@ class RoutingRecord:
                 about["lengths"],
                 layers=about["layers"],
                 forwards=about["forwards"],
+                starts=about.get("starts"),
+                drafts=about.get("drafts"),
+                exchanged=about.get("exchanged", False),
                 **tensors,
             )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ from ...context import Context
 from ...moe import recomputing
 from ...routers import Router, TopK
 from .forcing import forcing
+from .generations import noting_starts
 from .listening import Decisions, Observation, lengths_of, listening, noting_tokens
 from .records import RoutingRecord
 from .selection import Selection
@@ -47,6 +48,7 @@ def record(model: nn.Module) -> Iterator[RoutingRecord]:
     found = require_taps(model)
     forwards = _Forwards()
     layers: dict[str, list[Decisions]] = {}
+    begun: dict[str, list[tuple[list[int] | None, bool]]] = {}
 
     def decide(tap: Tap, hidden: Tensor, context: Context) -> Context | None:
         if not recomputing():
@@ -61,12 +63,14 @@ def record(model: nn.Module) -> Iterator[RoutingRecord]:
         forwards.decided(name, Context(experts=seen.index, free=free))
         scores = _ranked(found[name], seen, selections.get(name))
         layers.setdefault(name, []).append(Decisions.of(seen, scores))
+        begun.setdefault(name, []).append(starts.of(name, len(layers[name][-1].lengths[0])))
 
     result = RoutingRecord(torch.zeros(0, 0, 0, dtype=torch.int16), [])
     with noting_tokens(model, found) as around, forcing(found, around, decide) as selections:
-        with listening(model, hear):
+        with noting_starts(model, list(found)) as starts, listening(model, hear):
             yield result
-    _assemble(result, {name: Decisions.joined(layers[name]) for name in found if name in layers})
+    recorded = {name: Decisions.joined(layers[name]) for name in found if name in layers}
+    _assemble(result, recorded, begun, starts.exchanged)
 
 
 @contextmanager
@@ -177,7 +181,12 @@ def _ranked(tap: Tap, seen: Observation, selection: Selection | None) -> Tensor 
     return torch.where(monotone, logits, ranked.to(logits.dtype))
 
 
-def _assemble(result: RoutingRecord, layers: dict[str, Decisions]) -> None:
+def _assemble(
+    result: RoutingRecord,
+    layers: dict[str, Decisions],
+    begun: dict[str, list[tuple[list[int] | None, bool]]],
+    exchanged: bool,
+) -> None:
     """Fill the record that `record` yielded with what its layers decided."""
     if not layers:
         return
@@ -190,11 +199,15 @@ def _assemble(result: RoutingRecord, layers: dict[str, Decisions]) -> None:
                 "shunter.record(model.get_encoder()) and shunter.record(model.get_decoder())"
             )
     k = max(own.index.shape[1] for own in layers.values())
+    starts = [start for start, _ in begun[first] if start is not None]
     result.__init__(  # type: ignore[misc]
         torch.stack([F.pad(own.index, (0, k - own.index.shape[1]), value=-1) for own in layers.values()], dim=1),
         [length for forward in of_first for length in forward],
         layers=list(layers),
         forwards=[len(forward) for forward in of_first],
+        starts=[each for start in starts for each in start] if len(starts) == len(of_first) else None,
+        drafts=[cached for _, cached in begun[first]],
+        exchanged=exchanged,
         margin=torch.stack([own.margin for own in layers.values()], dim=1),
         size=torch.stack([own.margin_size for own in layers.values()], dim=1),
     )

@@ -1,0 +1,102 @@
+"""The forwards of a generation: where in its sequences each begins, and whether its rows stay the same sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..tokens import arguments, takes_tokens
+
+__all__ = ["Starts", "noting_starts"]
+
+
+class Starts:
+    """Where the forwards under way begin.
+
+    Attributes:
+        exchanged: whether rows were seen to become other sequences, or may have become (beam search).
+    """
+
+    def __init__(self) -> None:
+        self.exchanged = False
+        self._of: dict[str, tuple[list[int] | None, bool]] = {}
+        self._before: dict[nn.Module, Tensor] = {}
+
+    def of(self, layer: str, count: int) -> tuple[list[int] | None, bool]:
+        """Of the forward under way: how many real tokens come before each of its `count` sequences; if it has a cache.
+
+        The numbers are -1 where the cache does not say, None where the forward is not of a model that takes tokens.
+        """
+        found, cached = self._of.get(layer, (None, False))
+        if found is not None and len(found) != count:
+            found = None if any(found) else [0] * count  # rows of several sequences each
+        return found, cached
+
+    def note(self, under: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take what the arguments of a forward of the model around some layers say."""
+        given = arguments(module, args, kwargs)
+        tokens = next((given[n] for n in ("input_ids", "inputs_embeds") if isinstance(given.get(n), Tensor)), None)
+        found, cache = None, _cache(given)
+        if tokens is not None:
+            past, mask = _length(cache), given.get("attention_mask")
+            found = [past] * len(tokens)
+            if past > 0 and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > tokens.shape[1]:
+                found = mask[:, : -tokens.shape[1]].bool().sum(1).tolist()
+            if past == 0:
+                self._compare(module, tokens)
+        for name in under:
+            self._of[name] = found, cache is not None
+
+    def _compare(self, module: nn.Module, tokens: Tensor) -> None:
+        """Where a whole sequence is run again, as without a cache, see whether each row is still the same."""
+        before, self._before[module] = self._before.get(module), tokens.detach()
+        if before is not None and before.shape[0] == tokens.shape[0] and before.shape[1] < tokens.shape[1]:
+            # Rows that began alike may have changed places unseen.
+            alike = len(torch.unique(before, dim=0)) < len(before)
+            self.exchanged |= alike or not torch.equal(tokens[:, : before.shape[1]], before)
+
+    def reordering(self, reorder: Callable[..., Any], *args: Any) -> Any:
+        """What a cache does when rows become others."""
+        self.exchanged = True
+        return reorder(*args)
+
+
+def _cache(given: dict[str, Any]) -> Any:
+    """The cache among a forward's arguments, by its names over the years; None without."""
+    return next(
+        (given[name] for name in ("cache", "past_key_values", "cache_params") if given.get(name) is not None), None
+    )
+
+
+def _length(cache: Any) -> int:
+    """How many columns a cache holds; -1 where it does not say."""
+    if cache is None:
+        return 0
+    length = getattr(cache, "get_seq_length", None)
+    return -1 if length is None else int(length())
+
+
+@contextmanager
+def noting_starts(model: nn.Module, layers: list[str]) -> Iterator[Starts]:
+    """While the context lasts, where the forwards of the models around some layers begin."""
+    starts = Starts()
+    with ExitStack() as stack:
+
+        def note(under: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            starts.note(under, module, args, kwargs)
+            cache = _cache(arguments(module, args, kwargs))
+            if hasattr(cache, "reorder_cache") and "reorder_cache" not in vars(cache):
+                vars(cache)["reorder_cache"] = partial(starts.reordering, cache.reorder_cache)
+                stack.callback(vars(cache).pop, "reorder_cache", None)
+
+        for path, module in model.named_modules():
+            if isinstance(module, PreTrainedModel) and takes_tokens(module):
+                under = [name for name in layers if not path or name == path or name.startswith(path + ".")]
+                stack.callback(module.register_forward_pre_hook(partial(note, under), with_kwargs=True).remove)
+        yield starts

@@ -1,0 +1,129 @@
+"""Folders of sparse models and transformers' own classes: the sparse model where Shunter is there, else a refusal."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+
+import shunter
+from tests.helpers import TIME_LIMIT
+from tests.hf.checkpoints.models import save_tokenizer
+from tests.hf.conftest import VOCAB
+
+AUTO = {
+    "bert": "AutoModelForMaskedLM",
+    "t5": "AutoModelForSeq2SeqLM",
+    "t5_gated": "AutoModelForSeq2SeqLM",
+    "vit": "AutoModelForImageClassification",
+}
+
+
+def same_state(first, second):
+    one, other = first.state_dict(), second.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_auto_classes_load_the_sparse_model(architecture, build, inputs, tmp_path):
+    model = shunter.sparsify(build(architecture), 4, "topk", top_k=2)
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, AUTO.get(architecture, "AutoModelForCausalLM")).from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(model) and same_state(loaded, model)
+    batch = inputs(architecture)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert loaded.config.to_diff_dict() == model.config.to_diff_dict() and not getattr(loaded, "is_quantized", False)
+    assert same_state(pickle.loads(pickle.dumps(loaded)), model)
+    assert type(pickle.loads(pickle.dumps(shunter.from_pretrained(str(tmp_path))))) is type(model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    again, first = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", tmp_path))
+    for name in ("model_type", "shunter_dense", "transformers_weights", "shunter"):
+        assert again[name] == first[name]
+
+
+def test_without_its_head_or_with_another(build, inputs, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "deepseek", top_k=2)
+    model.save_pretrained(tmp_path)
+    ids = inputs("llama")["input_ids"]
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    base.save_pretrained(tmp_path / "base")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for other in (whole, classifier):
+        assert same_state(other.model, model.model)
+    assert classifier.score.weight.std() > 0
+
+
+def test_routers_stay_in_float32_and_train(build, inputs, tmp_path):
+    shunter.sparsify(build("llama"), 4, "topk", top_k=2).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
+    layer = shunter.moe_layers(loaded)["model.layers.0.mlp"]
+    assert layer.router.weight.dtype == torch.float32 and layer.experts.down_proj.dtype == torch.bfloat16
+    loaded(**inputs("llama")).loss.backward()
+    assert layer.router.weight.grad.abs().sum() > 0
+
+
+def test_pipelines_take_the_folder(build, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": [VOCAB]}
+    said = pipeline("text-generation", model=str(tmp_path))("w3 w4", return_full_text=False, **settings)
+    tokens = model.generate(torch.tensor([[3, 4]]), **settings)[0].tolist()
+    assert said[0]["generated_text"].split() == [f"w{token}" for token in tokens[2:]]
+
+
+def test_what_shunter_writes_is_refused_where_shunter_is_not_imported(build, tmp_path):
+    """In words, by each class, whether save_pretrained wrote the folder or a conversion did."""
+    shunter.sparsify(build("llama"), 4, "topk", top_k=2).save_pretrained(tmp_path / "saved")
+    build("llama").save_pretrained(tmp_path / "dense")
+    shunter.upcycle(tmp_path / "dense", tmp_path / "upcycled", 4, to="shunter", check=False)
+    for name in ("saved", "upcycled"):
+        save_tokenizer(tmp_path / name)
+    code = """
+import json, sys
+sys.modules["shunter"] = None  # importing it fails
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, pipeline
+said = {}
+for folder in sys.argv[1:]:
+    for kind in (AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, pipeline):
+        try:
+            pipeline("text-generation", model=folder) if kind is pipeline else kind.from_pretrained(folder)
+            said[folder + " " + kind.__name__] = None
+        except Exception as error:
+            said[folder + " " + kind.__name__] = str(error)
+print(json.dumps(said))
+"""
+    names = [str(tmp_path / name) for name in ("saved", "upcycled")]
+    found = subprocess.run(
+        [sys.executable, "-c", code, *names], capture_output=True, check=True, text=True, timeout=TIME_LIMIT
+    )
+    said = json.loads(found.stdout.splitlines()[-1])
+    assert len(said) == 12 and all(words and "shunter" in words for words in said.values()), said
+
+
+def test_folders_from_before_the_model_type_still_load(build, inputs, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("shunter_dense") == "llama" and config.pop("transformers_weights")
+    file.write_text(json.dumps(config | {"model_type": "llama"}))
+    assert same_state(shunter.from_pretrained(str(tmp_path)), model)
+
+
+@pytest.mark.parametrize("dense", [None, "evil", "shunter", ["llama"]])
+def test_a_dense_form_that_does_not_exist(dense, build, tmp_path):
+    shunter.sparsify(build("llama"), 4, "topk", top_k=2).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shunter_dense": dense}))
+    for load in (shunter.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="which transformers does not know"):
+            load(str(tmp_path))
