@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import routers
+from ..durable import MANIFEST
 from ..errors import UserError
 from ..experts import Experts
 from ..experts.weights import STACKED
@@ -142,6 +144,8 @@ def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dic
 def _save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     """Save as transformers does, with the layers as they are now in the configuration."""
     model.config.shunter |= describe_layers(model)
+    folder = Path(args[0] if args else kwargs["save_directory"])
+    (folder / MANIFEST).unlink(missing_ok=True)  # of the model that is replaced
     type(model).save_pretrained(model, *args, **kwargs)
 
 
