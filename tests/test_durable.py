@@ -126,7 +126,7 @@ def test_missing_swapped_and_further_files_are_found(folder, tmp_path):
     (folder / "model-2.safetensors").unlink()
     one, other = folder / "config.json", folder / "inner/rows.json"
     one.rename(tmp_path / "aside"), other.rename(one), (tmp_path / "aside").rename(other)
-    refused("damaged or has been changed")
+    refused("damaged or changed")
     one.rename(tmp_path / "aside"), other.rename(one), (tmp_path / "aside").rename(other)
     verify(folder)
     one.unlink()

@@ -47,6 +47,7 @@ _LARGEST = 100_000_000  # bytes of a manifest
 _READ = {".bin", ".json", ".jinja", ".model", ".pt", ".pth", ".safetensors"}
 """The endings of files that a loader would read, though no manifest names them."""
 _LOCK = ".lock"
+_CURE = "take another copy, or remove the manifest if you changed it yourself"
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -158,12 +159,13 @@ def sealed(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def verify(folder: Path, *, others: bool = False) -> dict[str, Any]:
+def verify(folder: Path, *, others: bool = False, cure: str = _CURE) -> dict[str, Any]:
     """What the manifest of a folder says, after every file has been read and compared with it.
 
     Args:
         folder: sealed.
         others: whether there may be more files than the manifest names, such as a loader would read.
+        cure: what the error says that can be done.
 
     Raises:
         UserError: naming the file, where one is missing, changed or too many, or the manifest is.
@@ -186,7 +188,7 @@ def verify(folder: Path, *, others: bool = False) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be used: {one_line(error)}") from None
     for name, entry in entries.items():
-        _compare(folder, name, entry)
+        _compare(folder, name, entry, cure)
     if not others:
         for file in folder.rglob("*"):
             name = file.relative_to(folder).as_posix()
@@ -195,7 +197,7 @@ def verify(folder: Path, *, others: bool = False) -> dict[str, Any]:
     return dict(content)
 
 
-def _compare(folder: Path, name: str, entry: dict[str, Any]) -> None:
+def _compare(folder: Path, name: str, entry: dict[str, Any], cure: str) -> None:
     file = folder / name
     try:
         status = file.stat()
@@ -205,10 +207,7 @@ def _compare(folder: Path, name: str, entry: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}, and {MANIFEST} names it") from None
     if changed:
-        raise UserError(
-            f"{file}: is damaged or has been changed: its size or SHA-256 is not that of {MANIFEST}. Take another "
-            f"copy; if you changed it yourself, remove {MANIFEST}"
-        )
+        raise UserError(f"{file}: is damaged or changed: its size or SHA-256 is not that of {MANIFEST}; {cure}")
 
 
 def _entry(file: Path, *, sync: bool) -> dict[str, Any]:
