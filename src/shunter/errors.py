@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["LONGEST", "Interrupted", "UserError", "one_line"]
+__all__ = ["LONGEST", "Interrupted", "NotWritten", "UserError", "one_line"]
 
 LONGEST = 400  # characters of a line
 
 
 class UserError(ValueError):
     """Input that cannot be used: one line with what was given, what is allowed and what to do."""
+
+
+class NotWritten(OSError):
+    """Results that could not be written: one line with the path and why. What was there before is still there."""
 
 
 class Interrupted(Exception):

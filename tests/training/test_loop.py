@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shunter import sparsify
 from shunter.analysis.runs import Metrics
 from shunter.training import loop
+from shunter.training.checkpoints import Checkpoints
 
 CONFIG = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
 
@@ -20,7 +21,7 @@ def _train(model, data, folder):
         data,
         lambda _: {"loss": 0.0},
         metrics,
-        folder / "checkpoints",
+        Checkpoints(folder / "checkpoints", {}),
         tokens_per_step=10,
         eval_every=100,
         log_every=1,

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from .. import metrics
-from ..errors import UserError
+from ..durable import write
+from ..errors import NotWritten, UserError
 
 __all__ = ["Metrics"]
 
@@ -53,7 +54,7 @@ class Words:
 
     def save(self, run: Path) -> None:
         """Write recipe.json."""
-        (run / "recipe.json").write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        write(run / "recipe.json", json.dumps(asdict(self), indent=2))
 
 
 TEXT = Words(
@@ -333,7 +334,7 @@ def summarise(
         versions: of what it ran on.
     """
     dense, sparse = models["dense"], models["sparse"]
-    evals = [line for line in metrics.lines() if line["kind"] == "eval" and line["model"] == "sparse"]
+    evals = [line for line in metrics.lines("sparse") if line["kind"] == "eval"]
     return {
         **{which: model.as_json() for which, model in models.items()},
         "gain": dense.eval_loss - sparse.eval_loss,
@@ -416,32 +417,45 @@ def _read_data(path: Path) -> dict[str, Any] | None:
 
 
 class Metrics:
-    """metrics.jsonl: one object a line, flushed as it is written; echoed to a stream where asked."""
+    """metrics.jsonl: one object a line, flushed as it is written; echoed to a stream where asked.
+
+    What a kill or a full disk leaves of it need not be whole: each checkpoint and each finished model has the lines of
+    its model, and a run that goes on puts these in their place.
+    """
 
     def __init__(self, path: Path, echo: TextIO | None = None) -> None:
         self.path, self.echo = path, echo
 
     def write(self, **line: Any) -> None:
-        """Append a line."""
+        """Append a line.
+
+        Raises:
+            NotWritten: where the disk does not take it.
+        """
         text = json.dumps(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise NotWritten(f"{self.path} cannot be written: {error.strerror}") from error
         if self.echo is not None:
             print(text, file=self.echo, flush=True)
 
-    def lines(self) -> list[dict[str, Any]]:
-        """What has been written; a last line that a kill cut short is left out."""
+    def lines(self, model: str | None = None) -> list[dict[str, Any]]:
+        """What has been written, of one model or of all; lines that are cut short or no objects are left out."""
         if not self.path.exists():
             return []
         found = []
-        for text in self.path.read_text(encoding="utf-8").splitlines():
+        for text in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                found.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict) and (model is None or line.get("model") == model):
+                found.append(line)
         return found
 
-    def forget_after(self, model: str, step: int) -> None:
-        """Remove what a model's run wrote after a checkpoint's step, so that the resumed run writes it once."""
-        kept = [line for line in self.lines() if line.get("model") != model or line["step"] <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    def replace(self, model: str, lines: list[dict[str, Any]]) -> None:
+        """Put these lines of a model in place of all that there are of it."""
+        kept = [line for line in self.lines() if line.get("model") != model]
+        write(self.path, "".join(json.dumps(line) + "\n" for line in [*kept, *lines]))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..durable import make_folder, write
 from ..errors import UserError
 
 __all__ = ["add_verbs"]
@@ -47,11 +48,12 @@ def _bench(args: argparse.Namespace) -> int:
     measure: Callable[[argparse.Namespace], tuple[dict[str, Any], str, bool]] = args.measure
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds} must be at least 1")
+    if args.out:
+        make_folder(args.out)
     found, page, right = measure(args)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"bench-{args.what}.json").write_text(json.dumps(found, indent=1) + "\n")
-        (args.out / f"bench-{args.what}.md").write_text(page)
+        write(args.out / f"bench-{args.what}.json", json.dumps(found, indent=1) + "\n")
+        write(args.out / f"bench-{args.what}.md", page)
     sys.stdout.write(json.dumps(found) + "\n" if args.json else page)
     return 0 if right else 1
 

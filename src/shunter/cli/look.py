@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..durable import make_folder, write
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -97,12 +98,12 @@ def _inspect_models(
             raise UserError(f"{name} {value} must be at least {least}")
     *before, subject = [load(path) for path in models]
     material = _material(subject, data, tokens, length)
-    findings = inspect(subject, material, earlier=before[0] if before else None, ablations=ablations, quiet=quiet)
     out = out or Path("runs") / f"inspect-{subject.name}"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "inspect.json").write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
+    make_folder(out)
+    findings = inspect(subject, material, earlier=before[0] if before else None, ablations=ablations, quiet=quiet)
     page = out / "inspect.html"
-    page.write_text(render(findings, material.images, material.patch), encoding="utf-8")
+    write(out / "inspect.json", json.dumps(findings, indent=1) + "\n")
+    write(page, render(findings, material.images, material.patch))
     return findings, page
 
 

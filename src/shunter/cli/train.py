@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ..recipes.registry import names
 
 __all__ = ["add_verbs"]
 
+_SAME = 1e-4  # relatively: what another machine's rounding may change
 _OVERRIDE = re.compile(r"-*[A-Za-z_]+(\.[A-Za-z_0-9]+)*=")
 
 
@@ -87,7 +90,6 @@ def _train(args: argparse.Namespace) -> int:
         sources = [f"data.source={json.dumps(args.data)}"] if args.data else []
         config = load_config(recipe.config, args.config, overrides + sources)
         args.run = args.run or Path(config.out) / config.name
-        _must_be_new(args.run, "choose another name=")
     summary = train(recipe, config, args.run, resume=args.resume, as_json=args.json)
     if not args.json:
         dense, sparse = summary["dense"], summary["sparse"]
@@ -99,11 +101,6 @@ def _train(args: argparse.Namespace) -> int:
             f"Report: {args.run / 'report.html'}"
         )
     return 0
-
-
-def _must_be_new(run: Path, otherwise: str) -> None:
-    if (run / "metrics.jsonl").exists():
-        raise UserError(f"{run} holds a run already; go on with --resume --run {run}, or {otherwise}")
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -121,7 +118,6 @@ def _compare(args: argparse.Namespace) -> int:
     else:
         specs, recipe = parse_routers(args.routers or ""), find(args.recipe)
         config = load_config(recipe.config, args.config, args.overrides)
-        _must_be_new(args.run, "choose another --run")
     compare(recipe, config, specs, args.run, resume=args.resume, as_json=args.json)
     if not args.json:
         print(f"\n{(args.run / 'compare.md').read_text(encoding='utf-8')}\nPicture: {args.run / 'compare.png'}")
@@ -129,9 +125,13 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from ..recipes.run import evaluate_run, recipe_of
+    from ..recipes.run import evaluate_run, recipe_of, summarised
 
     found = evaluate_run(args.run)
+    for which, said in summarised(args.run).items():
+        if not math.isclose(found[which]["loss"], said, rel_tol=_SAME):
+            now = found[which]["loss"]
+            print(f"{which}: the loss is {now:.6f}, and {args.run / 'summary.json'} says {said:.6f}", file=sys.stderr)
     if args.json:
         print(json.dumps(found))
         return 0

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import routers
+from ..durable import MANIFEST
 from ..errors import UserError
 from ..experts import Experts
 from ..experts.weights import STACKED
@@ -150,9 +151,11 @@ def _save(
 ) -> None:
     """Save as transformers does, with the layers as they are now in the configuration."""
     model.config.shunter |= describe_layers(model)
+    folder = Path(save_directory)
+    (folder / MANIFEST).unlink(missing_ok=True)  # of the model that is replaced
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     if is_main_process:
-        name_as_sparse(Path(save_directory))
+        name_as_sparse(folder)
 
 
 def describe_layers(model: nn.Module) -> dict[str, Any]:

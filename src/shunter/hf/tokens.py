@@ -57,8 +57,8 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     batch, length = known.shape[:2]
     past = _past(given)
     real, starts = _read_mask(module, given.get("attention_mask"), batch, length, past)
-    if real is None and ids is not None and _tensor(given, "encoder_hidden_states") is not None:
-        real = _until_padding(ids, module, started=not _is_zero(past))
+    if real is None and ids is not None and _is_zero(past) and _tensor(given, "encoder_hidden_states") is not None:
+        real = _until_padding(ids, module)
     real = _unless_all(real)
     starts = _packed_starts(given, real, batch, length, starts)
     first = torch.zeros(batch, length, dtype=torch.bool, device=known.device)
@@ -172,7 +172,7 @@ def _unreadable(module: nn.Module, mask: Any) -> tuple[None, None]:
     )
 
 
-def _until_padding(ids: Tensor, module: Any, started: bool) -> Tensor | None:
+def _until_padding(ids: Tensor, module: Any) -> Tensor | None:
     """Where a decoder's ids (B, S) are tokens: up to the padding at their end; the first, which may be padding, starts.
 
     None where the model's padding is a word, too.
@@ -182,8 +182,7 @@ def _until_padding(ids: Tensor, module: Any, started: bool) -> Tensor | None:
     if pad is None or pad in (end if isinstance(end, list) else [end]):
         return None
     real = ids != pad
-    if not started:
-        real[:, :1] = True
+    real[:, :1] = True
     return _up_to_last(real)
 
 

@@ -15,11 +15,12 @@ from .. import routers
 from ..analysis.pages.compare_figures import comparison
 from ..analysis.pages.style import PAPER, style
 from ..analysis.runs import Metrics, Words
+from ..durable import write, writing
 from ..environment import run_versions
 from ..errors import UserError, one_line
 from .config import parse_value
 from .recipe import Recipe
-from .run import account, begin, check_router, configuration_of, rehearse, train_one
+from .run import account, begin, check_router, configuration_of, train_one
 from .sections import RunConfig
 
 __all__ = ["compare", "parse_routers", "table", "with_router"]
@@ -119,27 +120,25 @@ def compare(
         Interrupted: after Ctrl-C, when the checkpoint is written.
     """
     configs = {"dense": config} | {spec: with_router(recipe, config, spec) for spec in specs}
-    data, metrics = begin(recipe, config, run, as_json, resume=resume)
-    for spec, own in configs.items():
-        rehearse(recipe, folder_of(spec), own, data)
-    (run / "routers.json").write_text(json.dumps(specs), encoding="utf-8")
-    rows = []
-    for spec, own in configs.items():
-        name = folder_of(spec)
-        costs = train_one(recipe, name, own, run, data, metrics, resume=resume)
-        row = {"router": spec} | account(recipe, name, own, run, metrics, costs).as_json()
-        rows.append(row if spec == "dense" else row | _routing(metrics, name) | {"leak": _leak(own)})
-        result = {
-            "models": rows,
-            "tokens": config.training.steps * recipe.tokens_per_step(config),
-            "seed": config.seed,
-            "versions": run_versions(),
-        }
-        (run / "compare.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-        (run / "compare.md").write_text(table(result, recipe.words), encoding="utf-8")
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    with style(PAPER):
-        comparison(result, recipe.words).savefig(run / "compare.png", metadata={"Software": None})
+    by_folder = {folder_of(spec): own for spec, own in configs.items()}
+    decided = {"routers.json": json.dumps(specs)}
+    with begin(recipe, config, run, by_folder, resume=resume, as_json=as_json, decided=decided) as begun:
+        rows = []
+        for spec, own in configs.items():
+            name = folder_of(spec)
+            row = {"router": spec} | account(begun, name, train_one(begun, name)).as_json()
+            rows.append(row if spec == "dense" else row | _routing(begun.metrics, name) | {"leak": _leak(own)})
+            result = {
+                "models": rows,
+                "tokens": config.training.steps * recipe.tokens_per_step(config),
+                "seed": config.seed,
+                "versions": run_versions(),
+            }
+            write(run / "compare.json", json.dumps(result, indent=2))
+            write(run / "compare.md", table(result, recipe.words))
+        with style(PAPER), writing(run / "compare.png") as part:
+            comparison(result, recipe.words).savefig(part, format="png", metadata={"Software": None})
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
 
 
@@ -160,7 +159,7 @@ def resumed(run: Path) -> tuple[Recipe[Any, Any], Any, list[str]]:
 
 def _routing(metrics: Metrics, name: str) -> dict[str, float]:
     """Balance, drops and experts of a token, each a mean over the last part of training."""
-    lines = [line for line in metrics.lines() if line["kind"] == "train" and line["model"] == name]
+    lines = [line for line in metrics.lines(name) if line["kind"] == "train"]
     last = [line for line in lines if line["step"] > (1 - LAST) * lines[-1]["step"]]
     return {
         key: math.fsum(line[key] for line in last) / len(last) for key in ("balance", "dropped", "experts_per_token")

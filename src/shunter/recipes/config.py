@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from ..errors import UserError, one_line
 from .sections import nearest
 
-__all__ = ["load_config", "parse_value", "save_config"]
+__all__ = ["dump_config", "load_config", "parse_value"]
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -51,13 +51,13 @@ def load_config(cls: type[C], file: Path | None, overrides: list[str]) -> C:
         raise UserError(_explain(cls, error)) from None
 
 
-def save_config(config: BaseModel, path: Path) -> None:
-    """Write a configuration as YAML that `load_config` reads back equal: values, then the sections by name."""
+def dump_config(config: BaseModel) -> str:
+    """A configuration as YAML that `load_config` reads back equal: values, then the sections by name."""
     values = config.model_dump()
     sections = sorted(name for name, value in values.items() if isinstance(value, dict))
     ordered = {name: value for name, value in values.items() if name not in sections}
     ordered |= {name: values[name] for name in sections}
-    path.write_text(yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,16 +21,19 @@ from .. import routers
 from ..analysis import runs
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import MODELS, Metrics, ModelSummary
+from ..durable import MANIFEST, make_folder, new_folder, only_process, seal, sealed, verify, write
 from ..environment import run_versions
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..hf.checkpoints.reading import read_json
+from ..training.checkpoints import Checkpoints
 from ..training.loop import train_model
-from .config import load_config, save_config
+from .config import dump_config, load_config
 from .recipe import Prepared, Recipe
 from .registry import find
 from .sections import RunConfig
 
 __all__ = [
+    "Begun",
     "account",
     "begin",
     "check_router",
@@ -35,6 +43,7 @@ __all__ = [
     "load_model",
     "recipe_of",
     "rehearse",
+    "summarised",
     "train",
     "train_one",
 ]
@@ -66,25 +75,24 @@ def train(
         The summary.
 
     Raises:
-        UserError: before anything is trained, for models that cannot run, and for a run to resume whose data changed.
+        UserError: before anything is trained; see `begin`.
         Interrupted: after Ctrl-C, when the checkpoint is written.
     """
     if (run / "routers.json").exists():
         raise UserError(f"{run} holds a comparison; go on with shunter compare {recipe.name} --resume --run {run}")
     check_router(recipe, config.sparse.router)
-    data, metrics = begin(recipe, config, run, as_json, resume=resume)
-    for which in MODELS:
-        rehearse(recipe, which, config, data)
-    costs = {which: train_one(recipe, which, config, run, data, metrics, resume=resume) for which in MODELS}
-    accounts = {which: account(recipe, which, config, run, metrics, costs[which]) for which in MODELS}
-    summary = runs.summarise(accounts, metrics, config.training.steps, config.seed, data.domains, run_versions())
-    (run / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    found = recipe.specialisation(load_model(run, "sparse"), data)
-    if found is not None:
-        (run / "specialisation.json").write_text(json.dumps(found), encoding="utf-8")
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    write_report(run)
-    write_picture(run, run / "picture.png")
+    with begin(recipe, config, run, dict.fromkeys(MODELS, config), resume=resume, as_json=as_json) as begun:
+        costs = {which: train_one(begun, which) for which in MODELS}
+        accounts = {which: account(begun, which, costs[which]) for which in MODELS}
+        t = config.training
+        summary = runs.summarise(accounts, begun.metrics, t.steps, config.seed, begun.data.domains, run_versions())
+        write(run / "summary.json", json.dumps(summary, indent=2))
+        found = recipe.specialisation(load_model(run, "sparse"), begun.data)
+        if found is not None:
+            write(run / "specialisation.json", json.dumps(found))
+        write_report(run)
+        write_picture(run, run / "picture.png")
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return summary
 
 
@@ -101,61 +109,163 @@ def check_router(recipe: Recipe[Any, Any], router: str) -> None:
 
 
 def rehearse(recipe: Recipe[Any, Any], name: str, config: RunConfig, data: Any) -> None:
-    """Show an item, twice in a batch, to a model that is then dropped: what cannot run fails before any training."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = recipe.build(config, data, sparse=name != "dense")
-    batch = default_data_collator([data.train[0]] * 2)
-    model.to(device)(**{key: value.to(device) for key, value in batch.items()})
-
-
-def begin(
-    recipe: Recipe[Any, Any], config: RunConfig, run: Path, as_json: bool, *, resume: bool
-) -> tuple[Any, Metrics]:
-    """Make the run folder, or find it again: recipe, configuration, data and its licences, metrics.
+    """Build a model, train and evaluate it on one item, twice in a batch, and drop it: what cannot run fails here.
 
     Raises:
-        UserError: where a run to resume was begun with other data.
+        UserError: naming the model, where it cannot be built or trained.
     """
-    hf_logging.disable_progress_bar()
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
-    run.mkdir(parents=True, exist_ok=True)
-    save_config(config, run / "config.yaml")
-    recipe.words.save(run)
-    data: Prepared = recipe.prepare(config)
-    if resume and (run / "metrics.jsonl").exists():
-        _check_data(recipe, data, run)
-    if not as_json:
-        for d in data.domains:
-            line = f"{d['name']}: {d['train_bytes']:,} bytes to train on, {d['source']}; {d['license']}"
-            print(line, file=sys.stderr)
-    (run / "data.json").write_text(json.dumps(data.describe(), indent=2), encoding="utf-8")
-    data.save_pretrained(run / "tokenizer")
-    return data, Metrics(run / "metrics.jsonl", sys.stdout if as_json else None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model: Any = recipe.build(config, data, sparse=name != "dense")
+        batch = {key: value.to(device) for key, value in default_data_collator([data.train[0]] * 2).items()}
+        model.to(device).train()(**batch).loss.backward()
+        model.eval()(**batch)
+        recipe.ledger(model, config)
+    except UserError:
+        raise
+    except torch.OutOfMemoryError:
+        raise UserError(f"the {name} model does not fit in memory; make it smaller") from None
+    except Exception as error:  # as many ways to fail as there are settings
+        raise UserError(f"the {name} model cannot be trained with these settings: {one_line(error)}") from error
 
 
-def train_one(
-    recipe: Recipe[Any, Any], name: str, config: RunConfig, run: Path, data: Any, metrics: Metrics, *, resume: bool
-) -> dict[str, float]:
-    """Train one model of a run into its folder `run / name`, unless it is resumed and finished already.
+@dataclass(frozen=True)
+class Begun:
+    """A run that this process has for itself.
+
+    Args:
+        recipe: what its data, models and metric are.
+        folder: the run's.
+        configs: of each model, by the name of its folder.
+        data: that are read.
+        metrics: of all models.
+        identity: what the manifests of its checkpoints and models say of it.
+    """
+
+    recipe: Recipe[Any, Any]
+    folder: Path
+    configs: dict[str, Any]
+    data: Any
+    metrics: Metrics
+    identity: dict[str, Any]
+
+
+@contextmanager
+def begin(
+    recipe: Recipe[Any, Any],
+    config: RunConfig,
+    run: Path,
+    configs: dict[str, Any],
+    *,
+    resume: bool,
+    as_json: bool,
+    decided: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Begun]:
+    """Make the run folder, or find it again, and keep other processes out of it.
+
+    What is decided is sealed before anything is trained: the configuration at once, so that a run can go on from then
+    on; the data's fingerprint when they are read and every model has been seen to train on an item of them.
 
     Args:
         recipe: what the data, the models and the metric are.
+        config: what the run's config.yaml says.
+        run: the folder.
+        configs: of each model, by the name of its folder.
+        resume: go on with the run in the folder.
+        as_json: metrics go to standard output too.
+        decided: further files of the folder that say what was decided, and their text.
+
+    Raises:
+        UserError: where there is a run already, or none to resume, or one that another process trains; where the
+            configuration or the data are others than it began with; where a model cannot be trained.
+    """
+    hf_logging.disable_progress_bar()
+    if (ranks := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        raise UserError(f"a run is trained by one process, and torchrun has started {ranks}; start it without torchrun")
+    if resume and not sealed(run):
+        raise UserError(f"{run} holds no run to go on with: it has no {MANIFEST}. Start it without --resume")
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    texts = {"config.yaml": dump_config(config), **decided}
+    new = not run.exists()
+    make_folder(run)
+    with only_process(run):
+        try:
+            if not resume:
+                _decide(recipe, run, texts)
+            facts = _decided(run, texts)
+            data: Prepared = recipe.prepare(config)
+            fingerprint = facts.get("data", data.fingerprint)
+            _check_data(recipe, data, fingerprint)
+            for name, own in configs.items():
+                rehearse(recipe, name, own, data)
+            if "data" not in facts:
+                write(run / "data.json", json.dumps(data.describe(), indent=2))
+                data.save_pretrained(run / "tokenizer")
+                tokenizer = [path.relative_to(run).as_posix() for path in (run / "tokenizer").glob("*")]
+                seal(run, [*facts["files"], "data.json", *tokenizer], **_facts(data=fingerprint))
+        except Exception:
+            if new and not resume:
+                shutil.rmtree(run, ignore_errors=True)
+            raise
+        if not as_json:
+            for d in data.domains:
+                line = f"{d['name']}: {d['train_bytes']:,} bytes to train on, {d['source']}; {d['license']}"
+                print(line, file=sys.stderr)
+        identity = {"config": facts["files"]["config.yaml"]["sha256"], "data": fingerprint}
+        metrics = Metrics(run / "metrics.jsonl", sys.stdout if as_json else None)
+        yield Begun(recipe, run, configs, data, metrics, identity)
+
+
+def _facts(**facts: Any) -> dict[str, Any]:
+    return {**facts, "versions": run_versions()}
+
+
+def _decide(recipe: Recipe[Any, Any], run: Path, texts: dict[str, str]) -> None:
+    """Seal what a new run is to be.
+
+    Raises:
+        UserError: where the folder holds a run.
+    """
+    if (run / "metrics.jsonl").exists() or (sealed(run) and "data" in verify(run, others=True)):
+        raise UserError(f"{run} holds a run already; go on with --resume --run {run}, or choose another folder")
+    (run / MANIFEST).unlink(missing_ok=True)
+    for name, text in texts.items():
+        write(run / name, text)
+    recipe.words.save(run)
+    seal(run, [*texts, "recipe.json"], **_facts())
+
+
+def _decided(run: Path, texts: dict[str, str]) -> dict[str, Any]:
+    """What the manifest of a run says; says too which versions are others than those it began with.
+
+    Raises:
+        UserError: where what was decided has been changed, or these are other settings.
+    """
+    facts = verify(run, others=True, cure=_CURE)
+    for name, text in texts.items():
+        if (run / name).read_text(encoding="utf-8") != text:
+            raise UserError(f"{run / name} says other settings than these; a run goes on with those it began with")
+    for name, now in run_versions().items():
+        if (then := facts["versions"].get(name)) != now:
+            print(f"{name} was {then} when this run began, and is {now}: the result may be another", file=sys.stderr)
+    return facts
+
+
+def train_one(begun: Begun, name: str) -> dict[str, float]:
+    """Train one model of a run into its folder `run / name`, which appears when it is whole; unless it is there.
+
+    Args:
+        begun: the run.
         name: "dense", or whatever the sparse model is called.
-        config: what to train.
-        run: the run's folder.
-        data, metrics: of `begin`.
-        resume: go on from the newest checkpoint.
 
     Returns:
         What `train_model` measured.
     """
-    receipt = run / name / "training.json"
-    if resume and receipt.exists():
-        found: dict[str, float] = read_json(receipt)
-        if not {"seconds", "peak_rss_bytes"} <= set(found):
-            raise UserError(f"{receipt} lacks what the training cost; remove it to train the last steps again")
-        return found
+    recipe, config, data, folder = begun.recipe, begun.configs[name], begun.data, begun.folder / name
+    identity = begun.identity | {"model": name}
+    if folder.exists():
+        return _trained(folder, name, identity, begun.metrics)
     t = config.training
     model = recipe.build(config, data, sparse=name != "dense")
     costs = train_model(
@@ -163,12 +273,11 @@ def train_one(
         model,
         data.train,
         lambda m: recipe.evaluate(m, data),
-        metrics,
-        run / "checkpoints" / name,
+        begun.metrics,
+        Checkpoints(begun.folder / "checkpoints" / name, identity),
         tokens_per_step=recipe.tokens_per_step(config),
         eval_every=t.eval_every,
         log_every=t.log_every,
-        resume=resume,
         max_steps=t.steps,
         per_device_train_batch_size=recipe.items_per_step(config),
         learning_rate=t.learning_rate,
@@ -182,21 +291,32 @@ def train_one(
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    model.save_pretrained(run / name)
-    data.save_pretrained(run / name)
-    receipt.write_text(json.dumps(costs))  # written last: from here on the model counts as trained
+    with new_folder(folder, **identity) as part:
+        model.save_pretrained(part)
+        data.save_pretrained(part)
+        write(part / "training.json", json.dumps(costs))
+        Metrics(part / "metrics.jsonl").replace(name, begun.metrics.lines(name))
     return costs
 
 
-def account(
-    recipe: Recipe[Any, Any], name: str, config: RunConfig, run: Path, metrics: Metrics, costs: dict[str, float]
-) -> ModelSummary:
+def _trained(folder: Path, name: str, identity: dict[str, Any], metrics: Metrics) -> dict[str, float]:
+    """What a finished model cost; its lines of the metrics are put back.
+
+    Raises:
+        UserError: where its folder is damaged, or of another run.
+    """
+    facts = verify(folder, cure="remove the folder to train that model again")
+    if any(facts.get(key) != value for key, value in identity.items()):
+        raise UserError(f"{folder} is of another run; remove it to train that model again")
+    metrics.replace(name, Metrics(folder / "metrics.jsonl").lines(name))
+    return read_json(folder / "training.json")
+
+
+def account(begun: Begun, name: str, costs: dict[str, float]) -> ModelSummary:
     """What one trained model of a run reached and cost."""
-    found = recipe.ledger(load_model(run, name), config)
-    evals = [m for m in metrics.lines() if m["kind"] == "eval" and m["model"] == name]
-    if not evals:
-        raise UserError(f"{metrics.path} has lost the evaluations of {name}; remove {run / name} to train it again")
-    last = evals[-1]
+    recipe, config = begun.recipe, begun.configs[name]
+    found = recipe.ledger(load_model(begun.folder, name), config)
+    last = [line for line in begun.metrics.lines(name) if line["kind"] == "eval"][-1]
     return ModelSummary(
         eval_loss=last["loss"],
         shown={key: last[key] for key in recipe.words.shown},
@@ -210,6 +330,9 @@ def account(
     )
 
 
+_CURE = "put back what it was; a run goes on as it began"
+
+
 def recipe_of(run: Path) -> Recipe[Any, Any]:
     """The recipe that made a run folder."""
     return find(runs.read_words(run).recipe)
@@ -219,8 +342,10 @@ def configuration_of(run: Path) -> tuple[Recipe[Any, Any], Any]:
     """The recipe and the configuration of a run folder.
 
     Raises:
-        UserError: where there is none.
+        UserError: where there is none, or what was decided has been damaged or changed.
     """
+    if sealed(run):
+        verify(run, others=True, cure=_CURE)
     recipe = recipe_of(run)
     return recipe, load_config(recipe.config, run / "config.yaml", [])
 
@@ -248,14 +373,24 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     recipe, config = configuration_of(run)
     models = {which: load_model(run, which) for which in MODELS}
     data: Prepared = recipe.prepare(config)
-    _check_data(recipe, data, run)
+    _check_data(recipe, data, str(read_json(run / "data.json").get("fingerprint")))
     return {which: recipe.evaluate(model, data) for which, model in models.items()}
 
 
-def _check_data(recipe: Recipe[Any, Any], data: Prepared, run: Path) -> None:
-    recorded = str(read_json(run / "data.json").get("fingerprint"))
+def summarised(run: Path) -> dict[str, float]:
+    """The held-out losses of both models that a run's summary.json says; none where it is not finished."""
+    path = run / "summary.json"
+    if not path.exists():
+        return {}
+    try:
+        return {which: float(read_json(path)[which]["eval_loss"]) for which in MODELS}
+    except (LookupError, TypeError):
+        raise UserError(f"{path}: has no eval_loss of both models") from None
+
+
+def _check_data(recipe: Recipe[Any, Any], data: Prepared, recorded: str) -> None:
     if data.fingerprint != recorded:
         raise UserError(
             f"the {recipe.name} has changed since this run: its fingerprint is {data.fingerprint[:12]}, the run's "
-            f"{recorded[:12]}. Bring back the data, and the versions that the run's summary.json names"
+            f"{recorded[:12]}. Bring back the data, and the versions that the run's {MANIFEST} names"
         )

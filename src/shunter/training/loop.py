@@ -1,4 +1,8 @@
-"""One model's training inside a recipe: Hugging Face's `Trainer`, watched, resumable to the bit, and accounted for."""
+"""One model's training inside a recipe: Hugging Face's `Trainer`, watched, resumable to the bit, and accounted for.
+
+The Trainer writes a checkpoint aside, into the folder `partial`; it gets its place when it is whole, sealed with its
+checksums, and only then do older ones go.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis.runs import Metrics
+from ..durable import why_not_written
 from ..environment import _reset_peak_rss, peak_rss_bytes
-from ..errors import Interrupted
+from ..errors import Interrupted, NotWritten
 from ..losses import consistency_loss
 from ..metrics import balance
 from ..moe import aux_loss, expect_steps, moe_layers, update_routers
 from ..routers.thor import Thor
+from .checkpoints import MEMORY, Checkpoints
 
 __all__ = ["train_model"]
 
@@ -40,9 +46,16 @@ class _Watch(TrainerCallback):
     """Logs, evaluates, shows progress, moves the routers' state, and stops on Ctrl-C: all at the ends of steps."""
 
     def __init__(
-        self, name: str, metrics: Metrics, evaluate: Evaluate, tokens_per_step: int, eval_every: int, log_every: int
+        self,
+        name: str,
+        metrics: Metrics,
+        evaluate: Evaluate,
+        checkpoints: Checkpoints,
+        tokens_per_step: int,
+        eval_every: int,
+        log_every: int,
     ) -> None:
-        self.name, self.metrics, self.evaluate = name, metrics, evaluate
+        self.name, self.metrics, self.evaluate, self.checkpoints = name, metrics, evaluate, checkpoints
         self.tokens_per_step, self.eval_every, self.log_every = tokens_per_step, eval_every, log_every
         self.stop = False
         self.seconds = 0.0
@@ -100,18 +113,18 @@ class _Watch(TrainerCallback):
             "seconds": self.seconds,
             "window": self.window,
             "load": {name: load.tolist() for name, load in self.load.items()},
+            "metrics": self.metrics.lines(self.name),
         }
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        part = folder / "watch.json.part"
-        part.write_text(json.dumps(memory), encoding="utf-8")
-        part.replace(folder / "watch.json")  # written last and at once: with it the checkpoint is whole
+        part = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (part / MEMORY).write_text(json.dumps(memory), encoding="utf-8")
+        self.checkpoints.add(part)
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint's memory."""
-        memory = json.loads((checkpoint / "watch.json").read_text(encoding="utf-8"))
+        memory = json.loads((checkpoint / MEMORY).read_text(encoding="utf-8"))
         self.seconds, self.window = memory["seconds"], memory["window"]
         self.load = {name: torch.tensor(load) for name, load in memory["load"].items()}
-        self.metrics.forget_after(self.name, int(checkpoint.name.split("-")[-1]))
+        self.metrics.replace(self.name, memory["metrics"])
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -198,15 +211,14 @@ def train_model(
     dataset: Dataset[Any],
     evaluate: Evaluate,
     metrics: Metrics,
-    folder: Path,
+    checkpoints: Checkpoints,
     *,
     tokens_per_step: int,
     eval_every: int,
     log_every: int,
-    resume: bool = False,
     **arguments: Any,
 ) -> dict[str, float]:
-    """Train a model on a dataset in its given order.
+    """Train a model on a dataset in its given order, from its newest whole checkpoint where there is one.
 
     Args:
         name: what metrics call the model.
@@ -214,10 +226,9 @@ def train_model(
         dataset: items in training order.
         evaluate: called on the model before the first step, every eval_every steps and at the end.
         metrics: where losses, evaluations and expert loads go.
-        folder: for the checkpoints.
+        checkpoints: of this model, here and before.
         tokens_per_step: tokens of one optimizer step.
         eval_every, log_every: in steps.
-        resume: go on from the newest checkpoint in the folder, if there is one.
         **arguments: of `TrainingArguments`.
 
     Returns:
@@ -225,16 +236,16 @@ def train_model(
 
     Raises:
         Interrupted: after Ctrl-C, when the checkpoint is written.
+        NotWritten: where the disk does not take a checkpoint or a line of the metrics; what was there before is whole.
     """
-    watch = _Watch(name, metrics, evaluate, tokens_per_step, eval_every, log_every)
+    watch = _Watch(name, metrics, evaluate, checkpoints, tokens_per_step, eval_every, log_every)
     trainer = _Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(folder),
+            output_dir=str(checkpoints.partial),
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            save_total_limit=2,
             **arguments,
         ),
         train_dataset=dataset,
@@ -242,23 +253,23 @@ def train_model(
     )
     trainer.watch = watch
     trainer.remove_callback(_printer())
-    checkpoint = _last_checkpoint(folder) if resume else None
+    checkpoint = checkpoints.newest()
     if checkpoint is not None:
         watch.restore(checkpoint)
     else:
-        metrics.forget_after(name, -1)
+        metrics.replace(name, [])
     _reset_peak_rss()
-    with _interruptible(watch):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with _interruptible(watch):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if reason := why_not_written(error):
+            where = f"{checkpoints.folder / 'partial'}, a checkpoint at step {trainer.state.global_step},"
+            raise NotWritten(f"{where} cannot be written: {reason}") from error
+        raise
     if watch.stop and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"{name} model, step {trainer.state.global_step} of {trainer.state.max_steps}")
     return {"seconds": watch.seconds, "peak_rss_bytes": peak_rss_bytes()}
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; a kill amid saving leaves one without `watch.json`."""
-    whole = [file.parent for file in folder.glob("checkpoint-*/watch.json")]
-    return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
 
 
 def _printer() -> type[TrainerCallback]:

@@ -8,7 +8,7 @@ import pytest
 
 import shunter
 from shunter.cli import main
-from shunter.recipes.config import save_config
+from shunter.recipes.config import dump_config
 from shunter.recipes.sections import TextConfig
 from tests.hf.checkpoints.damage import DAMAGE, OTHER, SPARSE, Evil, config
 
@@ -50,7 +50,7 @@ def test_one_clear_line(verb, damage, whole, tmp_path, capsys, monkeypatch):
     kind, marker = KIND[verb], tmp_path / "marker"
     folder = tmp_path / "run" / kind
     shutil.copytree(whole[kind], folder)
-    save_config(TextConfig(), tmp_path / "run" / "config.yaml")
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(TextConfig()))
     (DAMAGE | SPARSE | OTHER)[damage](folder, marker)
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()

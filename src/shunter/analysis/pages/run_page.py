@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...durable import write, writing
 from ...errors import UserError
 from ...metrics import DEAD_BELOW
 from .. import information
@@ -32,7 +33,7 @@ def write_report(run: Path) -> Path:
     with style(THEME):
         text = html.environment().get_template("report.html.jinja").render(_page(content))
     target = content.path / "report.html"
-    target.write_text(text, encoding="utf-8")
+    write(target, text)
     return target
 
 
@@ -44,9 +45,9 @@ def write_picture(run: Path, path: Path) -> Path:
     content = read_run(run)
     if not content.scored_domains:
         raise UserError(f"{content.path} has no domain on which both models were evaluated: nothing to compare yet.")
-    with style(PAPER):
-        run_figures.picture(content).savefig(path, format="png", metadata={"Software": None})
-    return Path(path)
+    with style(PAPER), writing(path) as part:
+        run_figures.picture(content).savefig(part, format="png", metadata={"Software": None})
+    return path
 
 
 def mutual_information(share: NDArray[np.float64]) -> float:

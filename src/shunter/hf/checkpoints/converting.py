@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...durable import new_folder
 from ...environment import VERSION, Memory
 from ..config_file import name_as_sparse
 from .check import compare_logits
 from .reading import Checkpoint, Stored
-from .writing import Writer, copy_companions, new_folder
+from .writing import Writer, copy_companions
 
 __all__ = ["Plan", "convert", "describe", "loader_of", "megabytes"]
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
+from ...durable import aside, make_folder, new_folder
 from ...errors import UserError, one_line
 from .reading import Stored
-from .writing import Writer, new_folder
+from .writing import Writer
 
 __all__ = ["unpack", "unpacked"]
 
@@ -67,12 +68,10 @@ def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_0
 @contextmanager
 def unpacked(file: Path, beside: Path) -> Iterator[Path]:
     """A temporary folder in `beside` with the model of a GGUF file."""
-    import tempfile
-
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".gguf.", dir=beside) as folder:
-        unpack(file, Path(folder) / file.stem)
-        yield Path(folder) / file.stem
+    make_folder(beside)
+    with aside(beside / file.name) as folder:
+        unpack(file, folder / file.stem)
+        yield folder / file.stem
 
 
 def _open(file: Path) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...durable import sealed, verify
 from ...errors import UserError
 
 __all__ = ["CODES", "INDEX", "SINGLE", "Checkpoint", "Stored", "inside", "read_json", "read_texts"]
@@ -68,7 +69,8 @@ class Checkpoint:
     """The tensors of a model folder, by the names on disk.
 
     Args:
-        folder: holds model.safetensors, or model.safetensors.index.json and the shards that it names.
+        folder: holds model.safetensors, or model.safetensors.index.json and the shards that it names. Where it is
+            sealed, every file is compared with its checksum first.
 
     Attributes:
         tensors: name -> `Stored`.
@@ -83,6 +85,8 @@ class Checkpoint:
         self.tensors: dict[str, Stored] = {}
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
+        if sealed(folder):
+            verify(folder)
         # As transformers does, the single file goes first.
         if (folder / SINGLE).exists():
             self.tensors = _header(inside(folder / SINGLE))

@@ -1,22 +1,21 @@
-"""Tensors and companions into a new model folder, which appears when it is whole."""
+"""Tensors and companions into the files of a new model folder."""
 
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...durable import MANIFEST
 from ...errors import UserError
 from .reading import CODES, INDEX, SINGLE, Stored, inside
 
-__all__ = ["Writer", "copy_companions", "new_folder"]
+__all__ = ["Writer", "copy_companions"]
 
 _COMPANIONS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
@@ -92,31 +91,9 @@ def _allocate(file: Path, tensors: dict[str, Stored]) -> dict[str, Stored]:
     return {name: Stored(s.dtype, s.shape, file, base + starts[name]) for name, s in tensors.items()}
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which becomes `out` at the end, or disappears with an error.
-
-    Raises:
-        UserError: where `out` exists, or the folder above it does not.
-    """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            raise UserError(f"{out} has appeared meanwhile; choose a new folder, nothing is overwritten")
-        partial.rename(out)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
-
-
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what stands beside a model's weights (tokenizer, generation settings, licence), no code and no pickles."""
-    written_anew = {"config.json", "receipt.json", INDEX}
+    written_anew = {"config.json", "receipt.json", INDEX, MANIFEST}
     for file in sorted(source.iterdir()):
         known = file.suffix in _COMPANIONS or file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         if file.name in written_anew or file.name.endswith(".bin.index.json"):

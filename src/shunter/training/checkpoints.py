@@ -1,0 +1,78 @@
+"""The checkpoints of one model's training: folders that a Trainer wrote aside in, the newest whole one out."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..durable import discard, publish, sealed, verify
+from ..errors import UserError
+
+__all__ = ["MEMORY", "Checkpoints"]
+
+KEPT = 2
+MEMORY = "watch.json"
+"""What the loop itself goes on with: times, what the metrics add up, the lines that they have."""
+_PARTS = (MEMORY, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+"""What no checkpoint may lack besides the weights: a Trainer starts them anew in silence."""
+
+
+class Checkpoints:
+    """The checkpoints of one model: the newest `KEPT`, each whole or absent.
+
+    Args:
+        folder: holds them as checkpoint-STEP.
+        identity: what the manifest of each says of the run that it is of.
+
+    Attributes:
+        partial: the folder for a Trainer to write in.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+        self.partial = folder / "partial"
+        self._proven: list[Path] = []
+
+    def newest(self) -> Path | None:
+        """The newest whole one of this run, every byte of it compared; says which newer ones are not, and why."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self._proven = []
+        found = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+            if not sealed(path):
+                print(f"{path} is passed over: it was not removed to its end", file=sys.stderr)
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            try:
+                facts = verify(path)
+                if any(facts.get(key) != value for key, value in self.identity.items()):
+                    raise UserError(f"{path}: is of another run")
+                _must_hold(path, facts["files"])
+            except UserError as error:
+                print(f"{path} is passed over. {error}", file=sys.stderr)
+            else:
+                self._proven = [path]
+                return path
+        return None
+
+    def add(self, part: Path) -> None:
+        """Put a checkpoint that was written aside in its place; then all but the newest proven ones go.
+
+        Raises:
+            NotWritten: where the disk does not take it; the older ones are still there.
+        """
+        _must_hold(part, {file.name for file in part.iterdir()})
+        path = self.folder / part.name
+        publish(part, path, **self.identity)
+        self._proven = [*self._proven, path][-KEPT:]
+        for other in self.folder.glob("checkpoint-*"):
+            if other not in self._proven:
+                discard(other)
+
+
+def _must_hold(folder: Path, names: Any) -> None:
+    if lacking := [name for name in _PARTS if name not in names]:
+        raise UserError(f"{folder}: lacks {', '.join(lacking)}")

@@ -1,0 +1,211 @@
+"""A stopped run goes on with what it began with, from its newest whole checkpoint, or says in one line why not."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+from shunter.analysis.runs import Metrics
+from shunter.cli import main
+from shunter.durable import MANIFEST, only_process
+from shunter.errors import UserError
+from shunter.recipes import run as engine
+from shunter.recipes.run import configuration_of
+from shunter.recipes.run import train as run_recipe
+from shunter.recipes.text import RECIPE
+from shunter.training import loop
+from tests.conftest import SEED
+from tests.helpers import TIME_LIMIT
+
+train = partial(run_recipe, RECIPE)
+OPTIONS = [
+    "training.steps=6",
+    "training.save_every=2",
+    "training.eval_every=3",
+    "sparse.options={selection_bias: true}",
+]
+
+
+def outcome(run):
+    """All that must be the same bits, whether a run was stopped or not."""
+    weights = [(run / which / "model.safetensors").read_bytes() for which in ("dense", "sparse")]
+    timed = {"seconds"}
+    lines = [{k: v for k, v in line.items() if k not in timed} for line in Metrics(run / "metrics.jsonl").lines()]
+    return weights, lines
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A corpus, a run of it that never stopped, and one that stopped in its sparse model, with two checkpoints."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "corpus/letters").mkdir(parents=True)
+    (root / "corpus/digits").mkdir()
+    for i in range(6):
+        (root / f"corpus/letters/{i}.txt").write_text("abc de fgh " * 12)
+        (root / f"corpus/digits/{i}.txt").write_text("12 345 6 78 " * 12)
+    from shunter.recipes.config import load_config
+    from shunter.recipes.sections import TextConfig
+    from tests.recipes.conftest import SMALL
+
+    config = load_config(TextConfig, None, [*SMALL, f"data.source=['{root / 'corpus'}']", *OPTIONS])
+    train(config, root / "straight")
+    inner = loop._Watch.on_step_begin
+
+    def stop(watch, args, state, control, **kwargs):
+        inner(watch, args, state, control, **kwargs)
+        watch.stop = watch.stop or (watch.name == "sparse" and state.global_step == 4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Watch, "on_step_begin", stop)
+        with pytest.raises(loop.Interrupted):
+            train(config, root / "stopped")
+    return root, config
+
+
+@pytest.fixture
+def again(stopped, tmp_path):
+    root, config = stopped
+    shutil.copytree(root / "stopped", tmp_path / "run")
+    return tmp_path / "run", config, outcome(root / "straight")
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints/sparse").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_whole_one(again, case, capsys):
+    run, config, straight = again
+    assert checkpoints(run) == ["checkpoint-4", "checkpoint-5"]
+    draw = random.Random(f"{SEED} {case}")
+    newest = run / "checkpoints/sparse/checkpoint-5"
+    file = draw.choice(sorted(newest.iterdir()))
+    content = bytearray(file.read_bytes())
+    how = draw.choice(["flip", "cut", "remove"])
+    if how == "flip":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+    elif how == "cut":
+        file.write_bytes(content[: draw.randrange(len(content))])
+    else:
+        file.unlink()
+    train(config, run, resume=True)
+    assert f"{newest} is passed over" in capsys.readouterr().err, (file.name, how)
+    assert outcome(run) == straight
+
+
+def test_with_no_whole_checkpoint_the_model_starts_anew(again, capsys):
+    run, config, straight = again
+    for path in (run / "checkpoints/sparse").glob("checkpoint-*"):
+        (path / "optimizer.pt").write_bytes(b"")
+    train(config, run, resume=True)
+    assert capsys.readouterr().err.count("is passed over") == 2 and outcome(run) == straight
+
+
+def test_a_checkpoint_of_another_model_is_passed_over(again, capsys):
+    run, config, straight = again
+    shutil.copytree(run / "checkpoints/dense/checkpoint-6", run / "checkpoints/sparse/checkpoint-6")
+    train(config, run, resume=True)
+    assert "checkpoint-6 is passed over" in capsys.readouterr().err and outcome(run) == straight
+
+
+def test_a_log_that_is_torn_lost_or_ahead_is_that_of_the_checkpoint_again(again):
+    run, config, straight = again
+    log = run / "metrics.jsonl"
+    lines = log.read_text()
+    for content in ("", lines[: len(lines) // 3], lines + '{"kind": "train", "model": "sparse", "step": 6}\n{"ki'):
+        log.write_text(content)
+        shutil.copytree(run, run.with_name("copy"))
+        train(config, run.with_name("copy"), resume=True)
+        assert outcome(run.with_name("copy")) == straight
+        shutil.rmtree(run.with_name("copy"))
+
+
+def test_what_was_decided_cannot_be_changed(again, capsys):
+    run, config, _ = again
+    other = config.model_copy(update={"seed": config.seed + 1})
+    with pytest.raises(UserError, match="config.yaml says other settings"):
+        train(other, run, resume=True)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("steps: 6", "steps: 9"))
+    assert main(["train", "text", "--resume", "--run", str(run)]) == 2
+    assert "config.yaml: is damaged or changed" in capsys.readouterr().err
+    (run / "config.yaml").write_text(text[: len(text) // 2])
+    for verb in (["train", "text", "--resume", "--run"], ["eval"]):
+        assert main([*verb, str(run)]) == 2
+        assert "config.yaml: is damaged or changed" in capsys.readouterr().err
+
+
+def test_other_versions_are_said(again, capsys, monkeypatch):
+    run, config, straight = again
+    monkeypatch.setattr(engine, "run_versions", lambda: {"torch": "0.1"})
+    train(config, run, resume=True)
+    assert "when this run began, and is 0.1" in capsys.readouterr().err and outcome(run) == straight
+
+
+def test_a_run_that_another_process_trains_is_left_alone(again, capsys):
+    run, _, _ = again
+    code = "import sys, pathlib\nfrom shunter.durable import only_process\n"
+    code += "with only_process(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()\n"
+    command = [sys.executable, "-c", code, str(run)]
+    other = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == "in\n"
+        assert main(["train", "text", "--resume", "--run", str(run)]) == 2
+        assert f"process {other.pid} on" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.communicate(timeout=TIME_LIMIT)
+    with only_process(run):
+        pass
+
+
+def test_several_ranks_are_refused_before_anything_is_written(again, tmp_path, monkeypatch):
+    _, config, _ = again
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun has started 2"):
+        train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_was_killed_before_its_data_were_read_goes_on_or_begins_anew(again, tmp_path, monkeypatch):
+    _, config, straight = again
+
+    def kill(config):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RECIPE, "prepare", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "other")
+    recipe, found = configuration_of(tmp_path / "new")
+    assert (recipe, found) == (RECIPE, config)
+    train(found, tmp_path / "new", resume=True)
+    train(config, tmp_path / "other")
+    assert outcome(tmp_path / "new") == outcome(tmp_path / "other") == straight
+
+
+def test_there_is_a_run_or_there_is_none(again, tmp_path, capsys):
+    run, config, _ = again
+    with pytest.raises(UserError, match="holds a run already"):
+        train(config, run)
+    (run / MANIFEST).unlink()
+    assert main(["train", "text", "--resume", "--run", str(run)]) == 2
+    assert "holds no run to go on with" in capsys.readouterr().err
+
+
+def test_eval_says_where_its_numbers_are_others_than_the_summarys(stopped, capsys, tmp_path):
+    shutil.copytree(stopped[0] / "straight", tmp_path / "run")
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert not capsys.readouterr().err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    summary["sparse"]["eval_loss"] += 0.1
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary))
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("sparse: the loss is") and "summary.json says" in said and "\n" not in said

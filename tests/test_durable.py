@@ -1,0 +1,192 @@
+"""Files and folders are whole or absent, whatever fails while they are written; damage to a sealed folder is found."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from shunter import durable
+from shunter.durable import MANIFEST, aside, new_folder, only_process, publish, seal, verify, write, writing
+from shunter.errors import NotWritten, UserError
+from tests.conftest import SEED
+from tests.helpers import TIME_LIMIT
+
+
+def entries(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A sealed folder of a few files."""
+    draw = random.Random(SEED)
+    out = tmp_path / "model"
+    with new_folder(out, step=7) as part:
+        (part / "inner").mkdir()
+        for name in ("model.safetensors", "config.json", "inner/rows.json", "LICENSE"):
+            (part / name).write_bytes(draw.randbytes(draw.randrange(1, 3000)))
+    return out
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace", "rename"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE])
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch, call, number):
+    (tmp_path / "a").write_text("old")
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    writers = [lambda: _new(tmp_path / "b")] + [lambda: write(tmp_path / "a", "new")] * (call != "rename")
+    for make in writers:
+        with monkeypatch.context() as patch, pytest.raises(NotWritten) as error:
+            patch.setattr(os, call, fail)
+            make()
+        said = str(error.value)
+        assert os.strerror(number) in said and said.startswith(str(tmp_path)) and "\n" not in said
+    assert (tmp_path / "a").read_text() == "old"
+    if call != "open":  # a process that can open nothing removes nothing either: the next one does
+        assert entries(tmp_path) == ["a"]
+    _new(tmp_path / "b"), write(tmp_path / "a", "new")
+    assert entries(tmp_path) == ["a", "b", "b/f", f"b/{MANIFEST}"] and (tmp_path / "a").read_text() == "new"
+
+
+def _new(out):
+    with new_folder(out) as part:
+        (part / "f").write_text("x")
+
+
+def test_an_error_leaves_neither_file_nor_folder(tmp_path):
+    with pytest.raises(LookupError), writing(tmp_path / "a") as part:
+        part.write_text("half")
+        raise LookupError
+    with pytest.raises(LookupError), new_folder(tmp_path / "b") as part:
+        (part / "f").write_text("half")
+        raise LookupError
+    assert entries(tmp_path) == []
+
+
+def test_folders_are_not_overwritten(folder, tmp_path):
+    with pytest.raises(UserError, match="exists already"), new_folder(folder):
+        pass
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotWritten, match="cannot be written: File exists"), new_folder(tmp_path / "file/below"):
+        pass
+
+
+def test_what_a_killed_process_left_goes_with_the_next_and_what_a_living_one_writes_stays(tmp_path):
+    code = (
+        "import os, sys, pathlib\nfrom shunter.durable import aside\n"
+        "with aside(pathlib.Path(sys.argv[1]), folder=bool(int(sys.argv[2]))) as part:\n    os.kill(os.getpid(), 9)\n"
+    )
+    for folder in (0, 1):
+        path = tmp_path / str(folder)
+        subprocess.run([sys.executable, "-c", code, str(path), str(folder)], timeout=TIME_LIMIT, check=False)
+        assert len(entries(tmp_path)) == 1
+        with aside(path) as living:
+            assert entries(tmp_path) == [living.name]
+            write(path, "whole")
+            assert living.is_dir()
+        assert entries(tmp_path) == [path.name]
+        path.unlink()
+
+
+def test_a_sealed_folder_says_its_facts(folder):
+    assert verify(folder)["step"] == 7
+    (folder / "README.md").write_text("other files may stand beside")
+    assert verify(folder)["format"] == durable.FORMAT
+
+
+@pytest.mark.parametrize("case", range(40))
+def test_one_flipped_bit_or_cut_anywhere_is_found(folder, case):
+    draw = random.Random(f"{SEED} {case}")
+    file = draw.choice([path for path in sorted(folder.rglob("*")) if path.is_file()])
+    content = bytearray(file.read_bytes())
+    if case % 2:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    else:
+        del content[draw.randrange(len(content)) :]
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=str(folder)):
+        verify(folder)
+
+
+def test_missing_swapped_and_further_files_are_found(folder, tmp_path):
+    def refused(match):
+        with pytest.raises(UserError, match=match) as error:
+            verify(folder)
+        assert "\n" not in str(error.value)
+
+    (folder / "model-2.safetensors").write_text("x")
+    refused("model-2.safetensors: is not in")
+    verify(folder, others=True)
+    (folder / "model-2.safetensors").unlink()
+    one, other = folder / "config.json", folder / "inner/rows.json"
+    one.rename(tmp_path / "aside"), other.rename(one), (tmp_path / "aside").rename(other)
+    refused("damaged or changed")
+    one.rename(tmp_path / "aside"), other.rename(one), (tmp_path / "aside").rename(other)
+    verify(folder)
+    one.unlink()
+    refused("config.json: No such file")
+    os.mkfifo(one)
+    refused("config.json: is no file")
+    one.unlink()
+    one.symlink_to("/dev/zero")
+    refused("config.json: is no file")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"sha256": 1}', '{"sha256": ""}', "[" * 10000])
+def test_a_manifest_that_is_none_is_one_line(folder, content):
+    (folder / MANIFEST).write_text(content)
+    with pytest.raises(UserError, match="cannot be used") as error:
+        verify(folder)
+    assert "\n" not in str(error.value)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(UserError, match="not written to its end"):
+        verify(folder)
+
+
+def test_another_format_is_named(folder):
+    content = json.loads((folder / MANIFEST).read_text())
+    content.pop("sha256")
+    content["format"] = 2
+    (folder / MANIFEST).write_text(json.dumps(content | {"sha256": durable._digest(content)}))
+    with pytest.raises(UserError, match="has the format 2, and this version reads 1"):
+        verify(folder)
+
+
+def test_publishing_takes_the_place_of_an_older_folder(folder, tmp_path):
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "f").write_text("new")
+    publish(part, folder, step=8)
+    assert verify(folder)["step"] == 8 and entries(folder) == ["f", MANIFEST] and not part.exists()
+
+
+def test_some_files_of_a_folder_are_sealed(tmp_path):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("1")
+    seal(tmp_path, ["a.json"])
+    (tmp_path / "b.json").write_text("2")
+    verify(tmp_path, others=True)
+
+
+def test_one_process_at_a_time(tmp_path):
+    code = (
+        "import sys, pathlib\nfrom shunter.durable import only_process\n"
+        "with only_process(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], text=True, **pipes)
+    try:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(UserError, match=f"process {other.pid} on .* is at work there"), only_process(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.communicate(timeout=TIME_LIMIT)
+    with only_process(tmp_path):
+        pass
