@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from . import context as contexts
 from . import routers
@@ -18,7 +19,7 @@ from .context import Context
 from .experts import Experts, RoutedExperts
 from .routers import Router
 from .routers.policy_gradient import Decision, PolicyRouter
-from .routing import Routing
+from .routing import Routing, outside
 
 __all__ = [
     "MoE",
@@ -113,6 +114,8 @@ class RoutedLayer(nn.Module):
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
         around, by_scope = contexts.known_in(self)
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            _refuse_vmap((x, *told.values(), *by_scope.values(), *self.router.parameters()))
         context = contexts.of_tokens(x, {**by_scope, **told}, around, self.decider.required)
         tokens = context.real(x.reshape(-1, self.dim))
         logits, routing = self.router(tokens, context)
@@ -120,10 +123,12 @@ class RoutedLayer(nn.Module):
 
     def finish(self, out: Tensor, tokens: Tensor, logits: Tensor, routing: Routing, context: Context) -> Tensor:
         """The layer's output, after noting what its forward decided: its routing and, in training, its losses."""
+        decided = routing.detach()
         if self.training:
             losses = self.decider.losses(logits, routing, context)
             if not recomputing():
-                self.decider.observe(logits.detach(), routing, context)
+                with _outside_transforms():
+                    self.decider.observe(outside(logits), decided, context)
                 learns = self.decider.learns_by_reward
                 call = _Call(losses, Decision(tokens, logits, routing, context) if learns else None)
                 if not torch.compiler.is_compiling():
@@ -131,7 +136,7 @@ class RoutedLayer(nn.Module):
                     self._calls = [ref for ref in self._calls if ref() is not None] + [weakref.ref(call)]
                 self._last = call
         if not recomputing():
-            self.routing = routing.detach()
+            self.routing = decided
         return out
 
     @property
@@ -341,6 +346,25 @@ class MoE(RoutedLayer):
 def recomputing() -> bool:
     """Whether this forward is activation checkpointing's second one, run from inside a backward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _outside_transforms() -> AbstractContextManager[Any]:
+    """Where state may be written: a transform of torch.func lets no function write to what it did not make."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
+def _refuse_vmap(values: Iterable[Tensor | None]) -> None:
+    """Raise ValueError where torch.func.vmap goes over one of these."""
+    for value in values:
+        while value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            if torch._C._functorch.is_batchedtensor(value):
+                raise ValueError(
+                    "MoE: torch.func.vmap cannot go over a layer, as how many rows an expert has depends on the data; "
+                    "loop over the samples (gradients of each: torch.func.grad in the loop)"
+                )
+            value = torch._C._functorch.get_unwrapped(value)
 
 
 def _everyone(tokens: Tensor) -> Routing:

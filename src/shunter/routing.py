@@ -13,9 +13,16 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Routing"]
+__all__ = ["Routing", "outside"]
 
 Value = TypeVar("Value")
+
+
+def outside(value: Tensor) -> Tensor:
+    """The values of a tensor outside the autograd graph and the transforms of torch.func, which outlive both."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value.detach()
 
 
 class _computed_once(Generic[Value]):
@@ -221,9 +228,11 @@ class Routing:
         return routing
 
     def detach(self) -> Routing:
-        """The same routing outside the autograd graph."""
+        """The same routing outside the autograd graph and the transforms of torch.func."""
         dropped = None if self.dropped is None else self.dropped.detach()
-        return replace(self, weight=self.weight.detach(), dropped=dropped, check=False)
+        choice = None if self.choice is None else outside(self.choice)
+        token, expert, weight = outside(self.token), outside(self.expert), outside(self.weight)
+        return replace(self, token=token, expert=expert, weight=weight, choice=choice, dropped=dropped, check=False)
 
     def by_choice(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """As index (T, k), weight (T, k) and dropped (T, k) bool, a column for each rank of choice; -1 for none."""

@@ -352,19 +352,19 @@ def test_training_goes_on_after_inference_mode(backend):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("backend", FUSED)
 def test_second_derivatives_are_those_of_the_reference(backend, bias, outer):
-    """Of the gradient of x, as a penalty on it takes; where the gradient of the output is constant too."""
+    """Of the gradient of x, of which the combine weights are made too; also where that of the output is constant."""
     weights = random_weights(3, 4, 3, bias=bias, dtype=torch.float32)
     routing = random_routing(6, 3, dtype=torch.float32)
-    weight = routing.weight.clone().requires_grad_()
-    routing = routing.with_weight(weight)
+    router = torch.randn(4, requires_grad=True)
     x = torch.randn(6, 4, requires_grad=True)
-    parts = [p for p in (x, weight, weights.up, weights.down, weights.up_bias) if p is not None]
+    routing = routing.with_weight(routing.weight * (x @ router)[routing.token])
+    parts = [p for p in (x, router, weights.up, weights.down, weights.up_bias) if p is not None]
 
     def penalty(name):
         y = get(name).run(x, weights, routing)
         y = y.sum() if outer == "sum" else y.square().sum()
         (grad,) = torch.autograd.grad(y, x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), parts)
+        return torch.autograd.grad(grad.square().sum(), parts, retain_graph=True)
 
     for got, expected in zip(penalty(backend), penalty("reference"), strict=True):
         assert torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * max(1.0, float(expected.abs().max())))

@@ -223,13 +223,14 @@ def test_second_derivatives_are_those_of_its_own_loop(name):
     module = _fill(build(next(c for c in CLASSES if c.__name__ == name))).double()
     x = torch.randn(7, module.gate_up_proj.shape[-2 if module.is_transposed else -1], dtype=torch.float64)
     index = torch.stack([torch.randperm(module.num_experts)[:2] for _ in range(7)])
-    weight = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
+    router = torch.randn(2, x.shape[1], dtype=torch.float64, requires_grad=True)
     x.requires_grad_()
-    parts = [x, weight, *module.parameters()]
+    weight = (x @ router.T).softmax(-1)  # as a router's are, of the very rows that the experts take
+    parts = [x, router, *module.parameters()]
 
     def penalty(way):
         (grad,) = torch.autograd.grad(_under(way)(module, x, index, weight).sum(), x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), parts, allow_unused=True)
+        return torch.autograd.grad(grad.square().sum(), parts, retain_graph=True, allow_unused=True)
 
     for got, expected in zip(penalty("shunter"), penalty("eager"), strict=True):
         expected = torch.zeros(()) if expected is None else expected

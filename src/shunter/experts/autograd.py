@@ -104,6 +104,8 @@ def gradients_in_graph(
         needs: which inputs want a gradient.
         grad: of its output.
     """
+    # Of views: one input may be made of another (the combine weights of x), whose gradient must not count there, too.
+    inputs = [None if value is None else value.view_as(value) for value in inputs]
     wanted = [value for value, need in zip(inputs, needs, strict=True) if need and value is not None]
     found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
     return [next(found) if need and value is not None else None for value, need in zip(inputs, needs, strict=True)]

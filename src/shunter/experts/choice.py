@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..routing import Routing
 from .weights import ExpertWeights, Weights
@@ -56,8 +57,7 @@ class Backend:
     def lacks(self, x: Tensor, weights: ExpertWeights, routing: Routing | None = None) -> str | None:
         """Why it cannot run on (x, weights, routing), in words; None where it can."""
         if self.no_backward and torch.is_grad_enabled():
-            weight = [] if routing is None else [routing.weight]
-            if any(part.requires_grad for part in (x, *weight, *weights.learned())):
+            if any(part.requires_grad for part in (x, *weights.learned(), *_weight_of(routing))):
                 return "it has no backward; call it under torch.no_grad()"
         if not self.one_by_one and not isinstance(weights, Weights):
             return f"it reads all experts from one tensor; {type(weights).__name__} gives one expert at a time"
@@ -106,8 +106,8 @@ def choose(name: str, x: Tensor, weights: ExpertWeights, routing: Routing | None
         if refusal := backend.lacks(x, weights, routing):
             raise ValueError(f"backend {name!r} cannot run this: {refusal}")
         return backend, "you asked for it"
-    if torch.is_grad_enabled() and _wants_higher_order(x):
-        return get("reference"), "the input is in a functorch transform, which only the reference supports"
+    if not torch.compiler.is_compiling() and _is_transformed((x, *weights.learned(), *_weight_of(routing))):
+        return get("reference"), "an input is in a transform of torch.func or forward mode, which it alone supports"
     passed = ""
     for candidate in _ON_CPU if x.is_cpu else _ON_CUDA if x.is_cuda else _ELSEWHERE:
         backend = get(candidate)
@@ -119,5 +119,14 @@ def choose(name: str, x: Tensor, weights: ExpertWeights, routing: Routing | None
     raise AssertionError("reference refuses nothing")
 
 
-def _wants_higher_order(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+def _weight_of(routing: Routing | None) -> tuple[Tensor, ...]:
+    return () if routing is None else (routing.weight,)
+
+
+def _is_transformed(parts: Iterable[Tensor]) -> bool:
+    """Whether one is in a transform of torch.func, or has a tangent (forward-mode differentiation)."""
+    dual = forward_ad._current_level >= 0
+    return any(
+        torch._C._functorch.is_functorch_wrapped_tensor(part) or (dual and forward_ad.unpack_dual(part)[1] is not None)
+        for part in parts
+    )
