@@ -2,12 +2,14 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import shunter
+import shunter.hf
 from shunter import MoE, aux_loss
 from shunter.context import present
 from shunter.experts import Experts, autograd
@@ -147,3 +149,66 @@ def test_a_sparsified_model_compiles_in_one_graph():
     ids = torch.randint(1, 50, (2, 6))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(input_ids=ids, use_cache=False).logits, model(ids).logits, atol=1e-5)
+
+
+FAMILIES = {
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},  # its own code between products
+}
+
+
+def _family(name):
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 50}
+    config = AutoConfig.for_model(name, num_attention_heads=2, num_key_value_heads=1, **shape, **FAMILIES[name])
+    model = AutoModelForCausalLM.from_config(config)
+    model.set_experts_implementation("shunter")
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_compiles_in_one_graph_and_trains(name):
+    torch._dynamo.reset()
+    model = _family(name).train()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    ids = torch.randint(1, 50, (2, 6))
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    losses = [call(**batch).loss for call in (model, compiled)]
+    assert torch.allclose(*losses)
+    for loss in losses:
+        loss.backward()
+    for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6), key
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operator_of_products_is_what_it_says_to_the_compiler(bias):
+    rows, weight = torch.randn(9, 4, requires_grad=True), torch.randn(3, 5, 4, requires_grad=True)
+    parts = (rows, weight, torch.randn(3, 5, requires_grad=True) if bias else None, torch.tensor([0, 4, 4, 9]))
+    torch.library.opcheck(torch.ops.shunter.products.default, parts)
+    expected = torch.cat([rows[:4] @ weight[0].T, rows[4:] @ weight[2].T])
+    if bias:
+        expected = expected + torch.cat([parts[2][:1].expand(4, -1), parts[2][2:].expand(5, -1)])
+    assert torch.allclose(torch.ops.shunter.products(*parts), expected, atol=1e-5)
+
+
+COLD = """
+import sys
+import torch
+import shunter.hf
+from tests.hf.conftest import BUILD
+from tests.properties.test_compile import _family
+
+model = _family("mixtral") if sys.argv[1] == "family" else shunter.sparsify(BUILD["llama"](), 4, "topk", top_k=2)
+model, ids = model.eval(), torch.randint(1, 50, (2, 6))
+with torch.no_grad():
+    found = torch.export.export(model, (ids,), {"use_cache": False}, strict=sys.argv[2] == "strict").module()
+    assert torch.allclose(found(ids, use_cache=False).logits, model(ids, use_cache=False).logits, atol=1e-6)
+"""
+
+
+@pytest.mark.parametrize("kind, how", [("family", "strict"), ("family", "traced"), ("sparsified", "traced")])
+def test_a_model_is_exported_by_a_process_that_never_ran_one(kind, how):
+    """What a function computes, and what this machine can, is found out beside the tracing."""
+    run = subprocess.run([sys.executable, "-c", COLD, kind, how], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]

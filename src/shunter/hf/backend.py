@@ -9,6 +9,7 @@ autograd, so that whatever it computes is what is trained.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from ..experts import Weights, choose
 from ..experts.autograd import gradients_in_graph
 from ..experts.combine import sum_by_token
+from ..experts.tracing import outside_tracing
 from ..routing import Routing
 from .blocks import known_activation
 
@@ -162,6 +164,7 @@ def _routing(module: ExpertsModule, index: Tensor, weight: Tensor) -> Routing:
 _NAMES: WeakKeyDictionary[Any, dict[bool, str | None]] = WeakKeyDictionary()
 
 
+@outside_tracing
 def _activation(module: ExpertsModule) -> str | None:
     """The name by which the backends know what a module does between its products; None where they do not."""
     default = getattr(module._apply_gate, "__func__", None) is _default_apply_gate
@@ -175,18 +178,30 @@ def _activation(module: ExpertsModule) -> str | None:
 
 def _around_own_code(module: ExpertsModule, x: Tensor, parameters: _Parameters, routing: Routing) -> Tensor:
     up, down, up_bias, down_bias = parameters
-    bounds = routing.offsets.tolist()
-    h = _Products.apply(_Gather.apply(x, routing), up, up_bias, bounds)
+    traced = torch.compiler.is_compiling()
+    if traced:
+        products, rows = partial(torch.ops.shunter.products, offsets=routing.offsets), x.index_select(0, routing.token)
+    else:
+        bounds = routing.offsets.tolist()
+        products, rows = partial(_products, bounds), _Gather.apply(x, routing)
+    h = products(rows, up, up_bias)
     if not module.has_gate:
         a = module.act_fn(h)
     elif not module.is_concatenated and getattr(module._apply_gate, "__func__", None) is _default_apply_gate:
         a = module.act_fn(h[:, ::2]) * h[:, 1::2]
     else:
         a = module._apply_gate(h)
-    y = _Products.apply(a.to(x.dtype), down, down_bias, bounds)
+    y = products(a.to(x.dtype), down, down_bias)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
+    if traced:
+        return _plain_combine(routing.token, x.shape, y, routing.weight)
     return _Combine.apply(y, routing.weight, routing)
+
+
+def _products(bounds: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = _Products.apply(rows, weight, bias, bounds)
+    return out
 
 
 class _Gather(torch.autograd.Function):
@@ -212,33 +227,85 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, bounds: list[int]) -> Tensor:
         ctx.save_for_backward(rows, weight, bias)
         ctx.bounds = bounds
-        out = rows.new_empty(rows.shape[0], weight.shape[1])
-        for e, span in _spans(bounds):
-            if bias is None:
-                torch.mm(rows[span], weight[e].T, out=out[span])
-            else:
-                torch.addmm(bias[e], rows[span], weight[e].T, out=out[span])
-        return out
+        return _multiply(rows, weight, bias, bounds)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         rows, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             plain = partial(_plain_products, ctx.bounds)
-            return (*gradients_in_graph(plain, (rows, weight, bias), ctx.needs_input_grad[:3], grads[0]), None)
-        grad = grads[0].contiguous()
-        need_rows, need_weight, need_bias, _ = ctx.needs_input_grad
-        grad_rows = torch.empty_like(rows) if need_rows else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = weight.new_zeros(weight.shape[:2]) if need_bias else None
-        for e, span in _spans(ctx.bounds):
-            if grad_rows is not None:
-                torch.mm(grad[span], weight[e], out=grad_rows[span])
-            if grad_weight is not None:
-                torch.mm(grad[span].T, rows[span], out=grad_weight[e])
-            if grad_bias is not None:
-                torch.sum(grad[span], 0, out=grad_bias[e])
-        return grad_rows, grad_weight, grad_bias, None
+            return (*gradients_in_graph(plain, (rows, weight, bias), needs, grads[0]), None)
+        return (*_multiply_backward(grads[0], rows, weight, needs, ctx.bounds), None)
+
+
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, bounds: list[int]) -> Tensor:
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    for e, span in _spans(bounds):
+        if bias is None:
+            torch.mm(rows[span], weight[e].T, out=out[span])
+        else:
+            torch.addmm(bias[e], rows[span], weight[e].T, out=out[span])
+    return out
+
+
+def _multiply_backward(
+    grad: Tensor, rows: Tensor, weight: Tensor, needs: Sequence[bool], bounds: list[int]
+) -> list[Tensor | None]:
+    """The gradients of rows, weight and bias; None where they are not needed."""
+    grad = grad.contiguous()
+    grad_rows = torch.empty_like(rows) if needs[0] else None
+    grad_weight = torch.zeros_like(weight) if needs[1] else None
+    grad_bias = weight.new_zeros(weight.shape[:2]) if needs[2] else None
+    for e, span in _spans(bounds):
+        if grad_rows is not None:
+            torch.mm(grad[span], weight[e], out=grad_rows[span])
+        if grad_weight is not None:
+            torch.mm(grad[span].T, rows[span], out=grad_weight[e])
+        if grad_bias is not None:
+            torch.sum(grad[span], 0, out=grad_bias[e])
+    return [grad_rows, grad_weight, grad_bias]
+
+
+@torch.library.custom_op("shunter::products", mutates_args=())
+def _operator(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """`_Products` to a compiler; the offsets (E + 1,) of the experts' rows are data there."""
+    return _multiply(rows, weight, bias, offsets.tolist())
+
+
+@_operator.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("shunter::products_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients that are needed, in order."""
+    found = _multiply_backward(grad, rows, weight, needs, offsets.tolist())
+    return [gradient for gradient in found if gradient is not None]
+
+
+@_backward_operator.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    shapes = (rows.shape, weight.shape, weight.shape[:2])
+    return [weight.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weight, _, offsets = inputs
+    ctx.save_for_backward(rows, weight, offsets)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:3]
+    rows, weight, offsets = ctx.saved_tensors
+    found = iter(_backward_operator(grad, rows, weight, offsets, list(needs)))
+    return *(next(found) if need else None for need in needs), None
+
+
+_operator.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 class _Combine(torch.autograd.Function):
@@ -270,8 +337,8 @@ def _plain_products(bounds: list[int], rows: Tensor, weight: Tensor, bias: Tenso
 
 def _plain_combine(token: Tensor, shape: torch.Size, y: Tensor, weight: Tensor) -> Tensor:
     """As `_Combine`, in plain autograd."""
-    rows = (y * weight[:, None]).to(y.dtype)
-    return y.new_zeros(shape).index_add(0, token, rows)
+    rows = y * weight[:, None]
+    return rows.new_zeros(shape).index_add(0, token, rows).to(y.dtype)
 
 
 def _spans(bounds: list[int]) -> list[tuple[int, slice]]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ....routing import Routing
+from ...tracing import outside_tracing
 from .mkl import addresses
 
 __all__ = ["DTYPES", "INSTALLED", "SMALL", "array", "how", "lacks", "matrices", "ready", "threads", "triples", "usable"]
@@ -51,7 +52,7 @@ def how(run: bool) -> str:
     return "with numba (pip install shunter[numba]) it is faster"
 
 
-@torch.compiler.assume_constant_result
+@outside_tracing
 def lacks() -> str | None:
     """Why the loops cannot run in this process, or None where they can."""
     if not INSTALLED:
@@ -59,11 +60,11 @@ def lacks() -> str | None:
     if addresses() is None:
         return "its loops call MKL, which this torch does not have"
     if not _running():
-        return "numba does not work in this process"
+        return "numba does not work in this process, or was not used before an export"
     return None if _right() else "MKL's products came out wrong, called from its loops"
 
 
-@torch.compiler.assume_constant_result
+@outside_tracing
 def threads() -> int:
     """How many threads the loops run on."""
     import numba
@@ -120,6 +121,8 @@ def _right() -> bool:
 
 def _running() -> bool:
     """Whether the loops run in this process; Numba's threads do not outlive a fork."""
+    if torch.compiler.is_exporting() and not _loops.cache_info().currsize:
+        return False  # torch.export replaces functions of math, which numba looks for when it is imported
     loops, process = _loops()
     return loops is not None and process == os.getpid()
 
