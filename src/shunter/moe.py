@@ -114,9 +114,9 @@ class RoutedLayer(nn.Module):
             raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
         around, by_scope = contexts.known_in(self)
         context = contexts.of_tokens(x, {**by_scope, **told}, around, self.decider.required)
-        tokens = context.real(x.reshape(-1, self.dim))
-        logits, routing = self.router(tokens, context)
-        return tokens, logits, routing, context
+        rows = x.reshape(-1, self.dim)
+        logits, routing = self.router(rows, context)
+        return context.real(rows), logits, routing, context
 
     def finish(self, out: Tensor, tokens: Tensor, logits: Tensor, routing: Routing, context: Context) -> Tensor:
         """The layer's output, after noting what its forward decided: its routing and, in training, its losses."""
