@@ -24,6 +24,7 @@ __all__ = [
     "MoE",
     "RoutedLayer",
     "aux_loss",
+    "dropless",
     "expect_steps",
     "give_reward",
     "mark",
@@ -492,6 +493,24 @@ def update_routers(model: nn.Module) -> None:
     for layer in moe_layers(model).values():
         layer.decider.update()
         layer.updates += 1
+
+
+def dropless(model: nn.Module) -> None:
+    """Have every layer of a model drop no token in evaluation, whatever its capacity: then a sequence's output does not
+    depend on what else is in its batch.
+
+    Each router takes `eval_capacity_factor="dropless"`, as a layer can be made with; training is as it was.
+
+    Raises:
+        ValueError: where a router decides by its capacity (expert_choice); no layer is changed then.
+    """
+    layers = moe_layers(model)
+    limited = {name: layer.decider for name, layer in layers.items() if layer.decider.capacity_factor is not None}
+    for name, router in limited.items():
+        if router.chooses == "experts":
+            raise ValueError(f"dropless: in {name or 'the layer'} experts choose their tokens, by a capacity")
+    for router in limited.values():
+        router.eval_capacity_factor = router.options["eval_capacity_factor"] = "dropless"
 
 
 def expect_steps(model: nn.Module, steps: int) -> None:
