@@ -87,6 +87,8 @@ class RoutedLayer(nn.Module):
     Attributes:
         routing: the last forward's `Routing` (T, E), outside the graph; None before the first.
         updates: how often `update_routers` has advanced its router.
+        experts_taken: how many experts a token asked for in the mean, where somebody counted; the layer's cost is then
+            of these. None takes the router's own word.
     """
 
     router: nn.Module
@@ -98,6 +100,7 @@ class RoutedLayer(nn.Module):
         self.experts = experts
         self.dim, self.num_experts = router.dim, router.num_experts
         self.routing: Routing | None = None
+        self.experts_taken: float | None = None
         self.updates = 0
         self._last: _Call | None = None
         self._calls: list[weakref.ref[_Call]] = []
@@ -187,7 +190,8 @@ class RoutedLayer(nn.Module):
 
     def share_used(self, sequence_length: int) -> float:
         """The share of the experts' rows that a token of sequences of this length asks for."""
-        return self.decider.experts_for(sequence_length) / self.num_experts
+        taken = self.experts_taken
+        return (self.decider.experts_for(sequence_length) if taken is None else taken) / self.num_experts
 
     def __getstate__(self) -> dict[str, Any]:
         # The last forward belongs to a graph, which can be neither copied nor pickled.

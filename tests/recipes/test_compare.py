@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from shunter import routers
+from shunter import MoE, routers
 from shunter.analysis.runs import TEXT, Metrics
 from shunter.cli import main
 from shunter.errors import UserError
 from shunter.recipes.compare import compare, parse_routers, resumed, table, with_router
-from shunter.recipes.run import load_model
+from shunter.recipes.run import configuration_of, load_model
 from shunter.recipes.text import RECIPE
 from shunter.training import loop as training
 
@@ -41,12 +41,96 @@ def test_a_row_for_each_router_and_for_the_dense_model(done):
         assert 1 <= row["balance"] <= 4 and 0 <= row["dropped"] < 1, row
         if row["router"] != "relu":  # its number of experts is what training makes of it
             assert row["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.05)
+            assert row["training_flops"] == pytest.approx(dense["training_flops"], rel=0.05)
     by_name = {row["router"]: row for row in sparse}
     assert by_name[SPECS[1]]["experts_per_token"] == pytest.approx(2)
     assert by_name["switch"]["experts_per_token"] == pytest.approx(1)
     assert by_name["base"]["balance"] == pytest.approx(1), "BASE assigns every expert the same number of tokens"
     assert by_name["base"]["leak"] == "training" and by_name["hash"]["leak"] is None
     assert (run / "compare.png").stat().st_size > 0 and not (run / "checkpoints").exists()
+
+
+VARYING = ["dense_to_sparse", "top_p:threshold=0.5", "relu", "thor", "dselect_k"]
+
+
+@pytest.fixture(scope="module")
+def varying(done, tmp_path_factory):
+    """A comparison of routers whose number of experts, or of passes, is not what an expert's width says."""
+    run = tmp_path_factory.mktemp("varying") / "run"
+    corpus = done[0].parent / "corpus"
+    args = [*SMALL, "training.steps=6", "sparse.num_experts=8", "model.hidden=48", f"data.source=['{corpus}']"]
+    assert main(["compare", "text", "--routers", ",".join(VARYING), "--run", str(run), "--json", *args]) == 0
+    return run, json.loads((run / "compare.json").read_text())
+
+
+def test_costs_are_those_of_the_experts_that_were_taken(varying):
+    """Written out: the dense model's, less its blocks, and the router's and the experts' products in their place."""
+    run, result = varying
+    dense, *rows = result["models"]
+    assert dense["training_flops"] == pytest.approx(3 * result["tokens"] * dense["flops_per_token"])
+    dim, layers, experts = 16, 2, 8
+    for row in rows:
+        model = load_model(run, row["router"].replace(":", "-"))
+        moe = [module for module in model.modules() if isinstance(module, MoE)]
+        width = moe[0].experts.hidden
+        scored = sum(p.numel() for p in moe[0].router.parameters() if p.dim() == 2)
+        around = dense["flops_per_token"] - layers * 6 * dim * 48 + layers * 2 * scored
+        lines = [m for m in Metrics(run / "metrics.jsonl").lines() if m["model"] == row["router"].replace(":", "-")]
+        spent, before = 0.0, 0
+        for line in lines:
+            if line["kind"] == "train":
+                forward = around + layers * 6 * dim * width * line["experts_per_token"]
+                spent, before = spent + 3 * forward * (line["tokens"] - before), line["tokens"]
+        passes = 2 if row["router"] == "thor" else 1
+        assert row["training_flops"] == pytest.approx(passes * spent), row["router"]
+        taken = [m for m in lines if m["kind"] == "eval"][-1]["experts_per_token"]
+        assert row["flops_per_token"] == pytest.approx(around + layers * 6 * dim * width * taken), row["router"]
+        assert 0 <= taken <= experts
+
+
+def test_what_an_evaluation_took_is_counted(varying):
+    run, result = varying
+    data = RECIPE.prepare(configuration_of(run)[1])
+    for row in result["models"][2:4]:  # top_p and relu
+        name = row["router"].replace(":", "-")
+        model = load_model(run, name)
+        asked = tokens = 0
+        for domain in data.eval:
+            model(input_ids=domain.input_ids)
+            for module in model.modules():
+                if isinstance(module, MoE):
+                    asked, tokens = asked + int(module.routing.counts.sum()), tokens + module.routing.num_tokens
+        said = [m for m in Metrics(run / "metrics.jsonl").lines(name) if m["kind"] == "eval"][-1]["experts_per_token"]
+        assert said == pytest.approx(asked / tokens)
+
+
+def test_widths_are_of_what_the_router_will_take(varying):
+    run, result = varying
+    by_name = {row["router"]: row for row in result["models"]}
+    annealed = load_model(run, "dense_to_sparse").model.layers[0].mlp
+    assert annealed.experts.hidden == round((6 * 16 * 48 - 2 * 16 * 8) / (6 * 16)), "one expert in evaluation"
+    assert float(annealed.router.temperature) == pytest.approx(0.3), "annealed over the steps of this training"
+    dense = by_name["dense"]
+    assert by_name["dense_to_sparse"]["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.03)
+    assert by_name["dense_to_sparse"]["training_flops"] > 1.5 * dense["training_flops"]
+    half = load_model(run, "top_p-threshold=0.5").model.layers[0].mlp
+    assert half.experts.hidden == round((6 * 16 * 48 - 2 * 16 * 8) / (6 * 16 * 4)), (
+        "half of 8 of a token that is unsure"
+    )
+    assert by_name["thor"]["training_flops"] == pytest.approx(2 * dense["training_flops"], rel=0.03)
+
+
+def test_the_table_says_where_a_cost_differs(varying, done):
+    for result in (varying[1], done[1]):
+        lines = table(result, TEXT).splitlines()
+        head = [cell.strip() for cell in lines[0].split("|")]
+        for row in result["models"]:
+            name = "(dense)" if row["router"] == "dense" else f"`{row['router']}`"
+            (line,) = [line for line in lines if f"| {name} |" in line]
+            cells = dict(zip(head, (cell.strip() for cell in line.split("|")), strict=True))
+            for column, key in (("MFLOP/token", "flops_per_token"), ("training FLOP", "training_flops")):
+                ratio = row[key] / result["models"][0][key]
+                assert (f"({ratio:.2f}×)" in cells[column]) == (abs(ratio - 1) > 0.03), (name, column)
 
 
 def test_models_load_and_start_alike_outside_the_experts(done):
