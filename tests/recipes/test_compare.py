@@ -11,6 +11,7 @@ from shunter.cli import main
 from shunter.errors import UserError
 from shunter.recipes.compare import compare, parse_routers, resumed, table, with_router
 from shunter.recipes.run import configuration_of, load_model
+from shunter.recipes.seeds import parse_seeds
 from shunter.recipes.text import RECIPE
 from shunter.training import loop as training
 
@@ -202,7 +203,11 @@ def test_options_are_the_routers_own(small):
         ("switch:jitter=[", "not a YAML value"),
         ("task", "needs task"),
         ("domain", "needs domain"),
-        ("expert_choice", "in evaluation too"),
+        ("expert_choice", "in evaluation too, so its loss would be no causal model's; leave it out, or set"),
+        ("gshard", "leave it out, evaluate it by :eval_capacity_factor=dropless, or set"),
+        ("hash:vocab_size=5", "vocab_size is that of the data's tokenizer"),
+        ("topk:top_k=true", "top_k: must not be true or false"),
+        ("topk:expert_groups=true", "expert_groups is a number; got True"),
         ("topk:top_k=99", "top_k 99"),
         ("topk:capacity_factor=many", "an option cannot be used"),
     ],
@@ -211,6 +216,69 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(spec, message, 
     with pytest.raises(UserError, match=message):
         compare(RECIPE, small(), ["hash", spec], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_lists_are_options_and_commas_within_them_part_no_routers(small):
+    specs = parse_routers(
+        "switch, hme:branching=[2,2],gshard:eval_capacity_factor=dropless:top_k=2,language:experts=[0,3,3]"
+    )
+    assert specs == [
+        "switch", "hme:branching=[2,2]", "gshard:eval_capacity_factor=dropless:top_k=2", "language:experts=[0,3,3]",
+    ]  # fmt: skip
+    assert with_router(RECIPE, small(), specs[1]).sparse.build_router(8, 257).widths == [2, 4]
+    assert with_router(RECIPE, small(), specs[2]).sparse.build_router(8, 257).eval().leak is None
+
+
+def test_several_seeds_have_error_bars(corpus, tmp_path, capsys):
+    """A folder for each seed, a row of means, the standard deviation over seeds beside them."""
+    args = [
+        "compare",
+        "text",
+        "--routers",
+        "topk:top_k=1,hash",
+        "--run",
+        str(tmp_path / "run"),
+        "--json",
+        "--seeds",
+        "3",
+    ]
+    args += ["--data", str(corpus)]
+    assert main([*args, *SMALL, "training.steps=3", "seed=5"]) == 0
+    found = json.loads((tmp_path / "run/compare.json").read_text())
+    parts = [json.loads((tmp_path / f"run/seed-{seed}/compare.json").read_text()) for seed in (5, 6, 7)]
+    assert [part["seed"] for part in parts] == found["seeds"] == [5, 6, 7]
+    losses = [[part["models"][row]["eval_loss"] for part in parts] for row in range(3)]
+    assert len(set(losses[0])) == 3, "another seed, another start"
+    table = (tmp_path / "run/compare.md").read_text()
+    for row, own in zip(found["models"], losses, strict=True):
+        mean = sum(own) / 3
+        assert row["eval_loss"] == pytest.approx(mean)
+        spread = (sum((loss - mean) ** 2 for loss in own) / 2) ** 0.5
+        assert row["spread"]["eval_loss"] == pytest.approx(spread)
+        assert f"{mean:.4f} ± {spread:.4f}" in table
+        gains = [dense - loss for dense, loss in zip(losses[0], own, strict=True)]
+        middle = sum(gains) / 3
+        assert row["spread"]["gain"] == pytest.approx((sum((gain - middle) ** 2 for gain in gains) / 2) ** 0.5)
+    assert "seeds 5, 6, 7" in table and (tmp_path / "run/compare.png").stat().st_size > 0
+    data = json.loads((tmp_path / "run/seed-6/data.json").read_text())
+    assert [domain["name"] for domain in data["domains"]] == ["digits", "letters", "signs"], "--data was read"
+    assert main(["compare", "text", "--resume", "--run", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads((tmp_path / "run/compare.json").read_text())["models"] == found["models"], (
+        "nothing was trained again"
+    )
+    assert main([*args, *SMALL]) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, seeds", [("2", [4, 5]), ("0,7,9", [0, 7, 9])])
+def test_seeds_are_a_number_or_a_list(text, seeds):
+    assert parse_seeds(text, 4) == seeds
+
+
+@pytest.mark.parametrize("text", ["1", "0", "3,3", "a", "", "1,-1", "1,"])
+def test_seeds_that_are_neither(text):
+    with pytest.raises(UserError, match="--seeds"):
+        parse_seeds(text, 0)
 
 
 def test_a_leak_can_be_insisted_on(small):

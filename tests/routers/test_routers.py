@@ -296,6 +296,9 @@ def test_leak_says_whether_the_future_matters(name, options, leaks):
         (lambda: create("topk", 6, 4).assign(torch.zeros(2, 3)), r"must be \(T, 4\)"),
         (lambda: create("topk", 6, 4).assign(torch.zeros(2, 4), Context(mask=torch.ones(3))), "3 entries for 2 tokens"),
         (lambda: create("topk", 0, 4), "must be at least 1"),
+        (lambda: create("topk", 6, 4, top_k=True), "top_k is a number; got True"),
+        (lambda: create("vmoe", 6, 4, capacity_factor=True), "capacity_factor is a number; got True"),
+        (lambda: create("limoe", 6, 4, num_modalities=True), "num_modalities is a number; got True"),
     ],
 )
 def test_errors_say_what_is_allowed(call, message):

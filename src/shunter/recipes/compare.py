@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from .. import routers
 from ..analysis.ledger import TRAINING_FLOPS, Ledger
@@ -23,7 +24,7 @@ from ..moe import moe_layers
 from .config import parse_value
 from .recipe import Recipe
 from .run import Begun, account, begin, check_router, configuration_of, load_model, train_one
-from .sections import RunConfig
+from .sections import RunConfig, SparseConfig
 
 __all__ = ["compare", "draw", "parse_routers", "resumed", "table", "with_router"]
 
@@ -87,15 +88,29 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
     try:
         insisting = type(config).model_validate(config.model_dump() | {"sparse": sparse | {"allow_leak": True}})
     except ValueError as error:
-        first = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
-        raise UserError(f"router {spec!r}: {' '.join(first.removeprefix('Value error, ').split())}") from None
+        first, where = str(error), []
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]["msg"]
+            where = [str(part) for part in error.errors()[0]["loc"][1:2]]
+        said = ": ".join([*where, " ".join(first.removeprefix("Value error, ").split())])
+        raise UserError(f"router {spec!r}: {said}") from None
     leak = insisting.sparse.build_router(8, 257).eval().leak
     if leak and not config.sparse.allow_leak:
+        cure = ", evaluate it by :eval_capacity_factor=dropless" if _leaks_by_capacity(insisting.sparse) else ""
         raise UserError(
-            f"router {spec!r}: {leak}, in evaluation too, so its loss would be no causal model's; leave it out, give "
-            "it other options (as :capacity_factor=null), or set sparse.allow_leak=true"
+            f"router {spec!r}: {leak}, in evaluation too, so its loss would be no causal model's; leave it out{cure}, "
+            "or set sparse.allow_leak=true"
         )
     return insisting
+
+
+def _leaks_by_capacity(sparse: SparseConfig) -> bool:
+    """Whether the router's evaluation is causal once it drops nothing."""
+    options = sparse.router_options(257) | {"eval_capacity_factor": "dropless"}
+    try:
+        return routers.create(sparse.router, 8, sparse.num_experts, **options).eval().leak is None
+    except ValueError:  # experts that choose have to have a capacity
+        return False
 
 
 def compare(
