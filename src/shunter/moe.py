@@ -25,6 +25,7 @@ __all__ = [
     "MoE",
     "RoutedLayer",
     "aux_loss",
+    "dropless",
     "expect_steps",
     "give_reward",
     "mark",
@@ -87,6 +88,8 @@ class RoutedLayer(nn.Module):
     Attributes:
         routing: the last forward's `Routing` (T, E), outside the graph; None before the first.
         updates: how often `update_routers` has advanced its router.
+        experts_taken: how many experts a token asked for in the mean, where somebody counted; the layer's cost is then
+            of these. None takes the router's own word.
     """
 
     router: nn.Module
@@ -98,6 +101,7 @@ class RoutedLayer(nn.Module):
         self.experts = experts
         self.dim, self.num_experts = router.dim, router.num_experts
         self.routing: Routing | None = None
+        self.experts_taken: float | None = None
         self.updates = 0
         self._last: _Call | None = None
         self._calls: list[weakref.ref[_Call]] = []
@@ -117,9 +121,9 @@ class RoutedLayer(nn.Module):
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             _refuse_vmap((x, *told.values(), *by_scope.values(), *self.router.parameters()))
         context = contexts.of_tokens(x, {**by_scope, **told}, around, self.decider.required)
-        tokens = context.real(x.reshape(-1, self.dim))
-        logits, routing = self.router(tokens, context)
-        return tokens, logits, routing, context
+        rows = x.reshape(-1, self.dim)
+        logits, routing = self.router(rows, context)
+        return context.real(rows), logits, routing, context
 
     def finish(self, out: Tensor, tokens: Tensor, logits: Tensor, routing: Routing, context: Context) -> Tensor:
         """The layer's output, after noting what its forward decided: its routing and, in training, its losses."""
@@ -191,7 +195,8 @@ class RoutedLayer(nn.Module):
 
     def share_used(self, sequence_length: int) -> float:
         """The share of the experts' rows that a token of sequences of this length asks for."""
-        return self.decider.experts_for(sequence_length) / self.num_experts
+        taken = self.experts_taken
+        return (self.decider.experts_for(sequence_length) if taken is None else taken) / self.num_experts
 
     def __getstate__(self) -> dict[str, Any]:
         # The last forward belongs to a graph, which can be neither copied nor pickled.
@@ -516,6 +521,24 @@ def update_routers(model: nn.Module) -> None:
     for layer in moe_layers(model).values():
         layer.decider.update()
         layer.updates += 1
+
+
+def dropless(model: nn.Module) -> None:
+    """Have every layer of a model drop no token in evaluation, whatever its capacity: then a sequence's output does not
+    depend on what else is in its batch.
+
+    Each router takes `eval_capacity_factor="dropless"`, as a layer can be made with; training is as it was.
+
+    Raises:
+        ValueError: where a router decides by its capacity (expert_choice); no layer is changed then.
+    """
+    layers = moe_layers(model)
+    limited = {name: layer.decider for name, layer in layers.items() if layer.decider.capacity_factor is not None}
+    for name, router in limited.items():
+        if router.chooses == "experts":
+            raise ValueError(f"dropless: in {name or 'the layer'} experts choose their tokens, by a capacity")
+    for router in limited.values():
+        router.eval_capacity_factor = router.options["eval_capacity_factor"] = "dropless"
 
 
 def expect_steps(model: nn.Module, steps: int) -> None:

@@ -123,6 +123,40 @@ def test_two_linear_pieces_are_recovered():
     assert ((best.posterior(x, y).argmax(-1) == torch.tensor(order)[piece]).double().mean()) > 0.97
 
 
+SIZES = [[1.0, 1e3, 1e-3], [1e5, 1.0, 1e-5], [1e8, 1e-8, 1.0]]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("branching", [None, 2])
+def test_the_units_of_the_columns_change_nothing(size, branching):
+    """The same parameters in other units, and x in those units: the same likelihood after every round."""
+    x, y = _data(80)
+    size, middle = torch.tensor(size, dtype=torch.float64), torch.randn(3, dtype=torch.float64) * 5
+    mixture, other = (_mixture(branching=branching) for _ in range(2))
+    other.load_state_dict(mixture.state_dict())
+    with torch.no_grad():
+        for weight, bias in ((other.weight, other.bias), (other.gate.weight, other.gate.bias)):
+            weight /= size
+            bias -= weight @ (middle * size)
+    traces = [m.fit(z, y, rounds=20, tolerance=-1.0) for m, z in ((mixture, x), (other, (x + middle) * size))]
+    assert np.allclose(*traces, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(mixture(x), other((x + middle) * size), rtol=1e-4, atol=1e-4)
+    assert traces[1][-1] == pytest.approx(other.log_likelihood((x + middle) * size, y).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_columns_of_very_different_size_are_fitted_as_well_as_standard_ones(size):
+    """Two linear pieces with noise of deviation s: the likelihood is that of the noise, -ln(s sqrt(2 pi e))."""
+    x = torch.randn(400, 3, dtype=torch.float64)
+    piece = (x[:, 0] > 0.3).to(torch.int64)
+    slope = torch.tensor([[3.0, -1.0, 2.0], [-2.0, 2.0, 0.5]], dtype=torch.float64)
+    y = (slope[piece] * x).sum(1) + torch.tensor([1.0, -1.0], dtype=torch.float64)[piece]
+    y = (y + 0.05 * torch.randn(400, dtype=torch.float64))[:, None]
+    z = (x + 2) * torch.tensor(size, dtype=torch.float64)
+    trials = [LinearMixture(3, 1, 2, dtype=torch.float64).fit(z, y)[-1] for _ in range(8)]
+    assert max(trials) > -np.log(0.05 * np.sqrt(2 * np.pi * np.e)) - 0.2
+
+
 def test_gradients_fit_too():
     mixture = _mixture(branching=2)
     x, y = _data(40)

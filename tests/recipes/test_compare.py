@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from shunter import routers
+from shunter import MoE, routers
 from shunter.analysis.runs import TEXT, Metrics
 from shunter.cli import main
 from shunter.errors import UserError
 from shunter.recipes.compare import compare, parse_routers, resumed, table, with_router
-from shunter.recipes.run import load_model
+from shunter.recipes.run import configuration_of, load_model
+from shunter.recipes.seeds import parse_seeds
 from shunter.recipes.text import RECIPE
 from shunter.training import loop as training
 
@@ -41,12 +42,96 @@ def test_a_row_for_each_router_and_for_the_dense_model(done):
         assert 1 <= row["balance"] <= 4 and 0 <= row["dropped"] < 1, row
         if row["router"] != "relu":  # its number of experts is what training makes of it
             assert row["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.05)
+            assert row["training_flops"] == pytest.approx(dense["training_flops"], rel=0.05)
     by_name = {row["router"]: row for row in sparse}
     assert by_name[SPECS[1]]["experts_per_token"] == pytest.approx(2)
     assert by_name["switch"]["experts_per_token"] == pytest.approx(1)
     assert by_name["base"]["balance"] == pytest.approx(1), "BASE assigns every expert the same number of tokens"
     assert by_name["base"]["leak"] == "training" and by_name["hash"]["leak"] is None
     assert (run / "compare.png").stat().st_size > 0 and not (run / "checkpoints").exists()
+
+
+VARYING = ["dense_to_sparse", "top_p:threshold=0.5", "relu", "thor", "dselect_k"]
+
+
+@pytest.fixture(scope="module")
+def varying(done, tmp_path_factory):
+    """A comparison of routers whose number of experts, or of passes, is not what an expert's width says."""
+    run = tmp_path_factory.mktemp("varying") / "run"
+    corpus = done[0].parent / "corpus"
+    args = [*SMALL, "training.steps=6", "sparse.num_experts=8", "model.hidden=48", f"data.source=['{corpus}']"]
+    assert main(["compare", "text", "--routers", ",".join(VARYING), "--run", str(run), "--json", *args]) == 0
+    return run, json.loads((run / "compare.json").read_text())
+
+
+def test_costs_are_those_of_the_experts_that_were_taken(varying):
+    """Written out: the dense model's, less its blocks, and the router's and the experts' products in their place."""
+    run, result = varying
+    dense, *rows = result["models"]
+    assert dense["training_flops"] == pytest.approx(3 * result["tokens"] * dense["flops_per_token"])
+    dim, layers, experts = 16, 2, 8
+    for row in rows:
+        model = load_model(run, row["router"].replace(":", "-"))
+        moe = [module for module in model.modules() if isinstance(module, MoE)]
+        width = moe[0].experts.hidden
+        scored = sum(p.numel() for p in moe[0].router.parameters() if p.dim() == 2)
+        around = dense["flops_per_token"] - layers * 6 * dim * 48 + layers * 2 * scored
+        lines = [m for m in Metrics(run / "metrics.jsonl").lines() if m["model"] == row["router"].replace(":", "-")]
+        spent, before = 0.0, 0
+        for line in lines:
+            if line["kind"] == "train":
+                forward = around + layers * 6 * dim * width * line["experts_per_token"]
+                spent, before = spent + 3 * forward * (line["tokens"] - before), line["tokens"]
+        passes = 2 if row["router"] == "thor" else 1
+        assert row["training_flops"] == pytest.approx(passes * spent), row["router"]
+        taken = [m for m in lines if m["kind"] == "eval"][-1]["experts_per_token"]
+        assert row["flops_per_token"] == pytest.approx(around + layers * 6 * dim * width * taken), row["router"]
+        assert 0 <= taken <= experts
+
+
+def test_what_an_evaluation_took_is_counted(varying):
+    run, result = varying
+    data = RECIPE.prepare(configuration_of(run)[1])
+    for row in result["models"][2:4]:  # top_p and relu
+        name = row["router"].replace(":", "-")
+        model = load_model(run, name)
+        asked = tokens = 0
+        for domain in data.eval:
+            model(input_ids=domain.input_ids)
+            for module in model.modules():
+                if isinstance(module, MoE):
+                    asked, tokens = asked + int(module.routing.counts.sum()), tokens + module.routing.num_tokens
+        said = [m for m in Metrics(run / "metrics.jsonl").lines(name) if m["kind"] == "eval"][-1]["experts_per_token"]
+        assert said == pytest.approx(asked / tokens)
+
+
+def test_widths_are_of_what_the_router_will_take(varying):
+    run, result = varying
+    by_name = {row["router"]: row for row in result["models"]}
+    annealed = load_model(run, "dense_to_sparse").model.layers[0].mlp
+    assert annealed.experts.hidden == round((6 * 16 * 48 - 2 * 16 * 8) / (6 * 16)), "one expert in evaluation"
+    assert float(annealed.router.temperature) == pytest.approx(0.3), "annealed over the steps of this training"
+    dense = by_name["dense"]
+    assert by_name["dense_to_sparse"]["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.03)
+    assert by_name["dense_to_sparse"]["training_flops"] > 1.5 * dense["training_flops"]
+    half = load_model(run, "top_p-threshold=0.5").model.layers[0].mlp
+    assert half.experts.hidden == round((6 * 16 * 48 - 2 * 16 * 8) / (6 * 16 * 4)), (
+        "half of 8 of a token that is unsure"
+    )
+    assert by_name["thor"]["training_flops"] == pytest.approx(2 * dense["training_flops"], rel=0.03)
+
+
+def test_the_table_says_where_a_cost_differs(varying, done):
+    for result in (varying[1], done[1]):
+        lines = table(result, TEXT).splitlines()
+        head = [cell.strip() for cell in lines[0].split("|")]
+        for row in result["models"]:
+            name = "(dense)" if row["router"] == "dense" else f"`{row['router']}`"
+            (line,) = [line for line in lines if f"| {name} |" in line]
+            cells = dict(zip(head, (cell.strip() for cell in line.split("|")), strict=True))
+            for column, key in (("MFLOP/token", "flops_per_token"), ("training FLOP", "training_flops")):
+                ratio = row[key] / result["models"][0][key]
+                assert (f"({ratio:.2f}×)" in cells[column]) == (abs(ratio - 1) > 0.03), (name, column)
 
 
 def test_models_load_and_start_alike_outside_the_experts(done):
@@ -118,7 +203,11 @@ def test_options_are_the_routers_own(small):
         ("switch:jitter=[", "not a YAML value"),
         ("task", "needs task"),
         ("domain", "needs domain"),
-        ("expert_choice", "in evaluation too"),
+        ("expert_choice", "in evaluation too, so its loss would be no causal model's; leave it out, or set"),
+        ("gshard", "leave it out, evaluate it by :eval_capacity_factor=dropless, or set"),
+        ("hash:vocab_size=5", "vocab_size is that of the data's tokenizer"),
+        ("topk:top_k=true", "top_k: must not be true or false"),
+        ("topk:expert_groups=true", "expert_groups is a number; got True"),
         ("topk:top_k=99", "top_k 99"),
         ("topk:capacity_factor=many", "an option cannot be used"),
     ],
@@ -127,6 +216,69 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(spec, message, 
     with pytest.raises(UserError, match=message):
         compare(RECIPE, small(), ["hash", spec], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_lists_are_options_and_commas_within_them_part_no_routers(small):
+    specs = parse_routers(
+        "switch, hme:branching=[2,2],gshard:eval_capacity_factor=dropless:top_k=2,language:experts=[0,3,3]"
+    )
+    assert specs == [
+        "switch", "hme:branching=[2,2]", "gshard:eval_capacity_factor=dropless:top_k=2", "language:experts=[0,3,3]",
+    ]  # fmt: skip
+    assert with_router(RECIPE, small(), specs[1]).sparse.build_router(8, 257).widths == [2, 4]
+    assert with_router(RECIPE, small(), specs[2]).sparse.build_router(8, 257).eval().leak is None
+
+
+def test_several_seeds_have_error_bars(corpus, tmp_path, capsys):
+    """A folder for each seed, a row of means, the standard deviation over seeds beside them."""
+    args = [
+        "compare",
+        "text",
+        "--routers",
+        "topk:top_k=1,hash",
+        "--run",
+        str(tmp_path / "run"),
+        "--json",
+        "--seeds",
+        "3",
+    ]
+    args += ["--data", str(corpus)]
+    assert main([*args, *SMALL, "training.steps=3", "seed=5"]) == 0
+    found = json.loads((tmp_path / "run/compare.json").read_text())
+    parts = [json.loads((tmp_path / f"run/seed-{seed}/compare.json").read_text()) for seed in (5, 6, 7)]
+    assert [part["seed"] for part in parts] == found["seeds"] == [5, 6, 7]
+    losses = [[part["models"][row]["eval_loss"] for part in parts] for row in range(3)]
+    assert len(set(losses[0])) == 3, "another seed, another start"
+    table = (tmp_path / "run/compare.md").read_text()
+    for row, own in zip(found["models"], losses, strict=True):
+        mean = sum(own) / 3
+        assert row["eval_loss"] == pytest.approx(mean)
+        spread = (sum((loss - mean) ** 2 for loss in own) / 2) ** 0.5
+        assert row["spread"]["eval_loss"] == pytest.approx(spread)
+        assert f"{mean:.4f} ± {spread:.4f}" in table
+        gains = [dense - loss for dense, loss in zip(losses[0], own, strict=True)]
+        middle = sum(gains) / 3
+        assert row["spread"]["gain"] == pytest.approx((sum((gain - middle) ** 2 for gain in gains) / 2) ** 0.5)
+    assert "seeds 5, 6, 7" in table and (tmp_path / "run/compare.png").stat().st_size > 0
+    data = json.loads((tmp_path / "run/seed-6/data.json").read_text())
+    assert [domain["name"] for domain in data["domains"]] == ["digits", "letters", "signs"], "--data was read"
+    assert main(["compare", "text", "--resume", "--run", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads((tmp_path / "run/compare.json").read_text())["models"] == found["models"], (
+        "nothing was trained again"
+    )
+    assert main([*args, *SMALL]) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, seeds", [("2", [4, 5]), ("0,7,9", [0, 7, 9])])
+def test_seeds_are_a_number_or_a_list(text, seeds):
+    assert parse_seeds(text, 4) == seeds
+
+
+@pytest.mark.parametrize("text", ["1", "0", "3,3", "a", "", "1,-1", "1,"])
+def test_seeds_that_are_neither(text):
+    with pytest.raises(UserError, match="--seeds"):
+        parse_seeds(text, 0)
 
 
 def test_a_leak_can_be_insisted_on(small):

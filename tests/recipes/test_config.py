@@ -36,6 +36,13 @@ def test_files_and_overrides_combine(tmp_path):
     assert load_config(TextConfig, toml, []) == config
 
 
+def test_options_that_are_lists(tmp_path):
+    config = load_config(TextConfig, None, ["sparse={router: hme, options: {branching: [4, 6]}}"])
+    assert config.sparse.build_router(8, 257).widths == [4, 24]
+    (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(TextConfig, tmp_path / "c.yaml", []) == config
+
+
 def test_saved_configurations_load_equal(tmp_path):
     config = load_config(TextConfig, None, ["name=a", "data.source=[x, 'ü y']", "sparse.options={jitter: 0.1}"])
     (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -48,6 +55,10 @@ def test_saved_configurations_load_equal(tmp_path):
         ("training.step=5", ["training.step is unknown", "did you mean training.steps?"]),
         ("trainin.steps=5", ["trainin is unknown", "did you mean training?"]),
         ("training.steps=0", ["training.steps=0", "greater than or equal to 1"]),
+        ("training.steps=true", ["training.steps=True", "must not be true or false"]),
+        ("sparse.top_k=true", ["sparse.top_k=True", "must not be true or false"]),
+        ("sparse.options={group_size: true}", ["group_size is a number; got True"]),
+        ("sparse={router: hash, options: {vocab_size: 5}}", ["vocab_size is that of the data's tokenizer"]),
         ("training.steps=many", ["training.steps='many'", "valid integer"]),
         ("training.learning_rate=.nan", ["training.learning_rate=nan", "finite"]),
         ("model.family=lama", ["model.family='lama'", "did you mean llama?"]),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from shunter import routers
+from shunter import MoE, dropless, routers
 from shunter.context import Context
 from shunter.routers.base import largest
 from shunter.routers.registry import create
@@ -153,6 +153,52 @@ def test_capacity_follows_the_mode():
     assert same.train().capacity(100) == same.eval().capacity(100) == 25
 
 
+LIMITED = [
+    ("topk", {}, {}),
+    ("switch", {"no_token_left_behind": 1}, {}),
+    ("gshard", {}, {}),
+    ("vmoe", {"capacity_order": "batch"}, {}),
+    ("limoe", {}, {"modality": torch.zeros(40, dtype=torch.int64)}),
+    ("prototypes", {}, {}),
+    ("hash", {"vocab_size": VOCAB, "num_hashes": 2}, {"token_ids": torch.zeros(40, dtype=torch.int64)}),
+    ("null_experts", {}, {}),
+    ("two_sided", {}, {}),
+    ("reinforce", {}, {}),
+]
+
+
+@pytest.mark.parametrize("name, options, known", LIMITED)
+def test_a_dropless_evaluation_is_one_word(name, options, known):
+    """Training drops by the capacity, evaluation is that of a layer without one, and a token's output is its own."""
+    limited = MoE(6, 5, 4, name, capacity_factor=0.1, eval_capacity_factor="dropless", **options)
+    free = MoE(6, 5, 4, name, capacity_factor=None, **options)
+    model = torch.nn.Sequential(MoE(6, 5, 4, name, capacity_factor=0.1, **options))
+    x = torch.randn(40, 6)
+    for layer in (free, model[0]):
+        layer.load_state_dict(limited.state_dict())
+    limited.train()(x, **known)
+    assert limited.routing.token.numel() < 40
+    expected = free.eval()(x, **known)
+    assert torch.equal(limited.eval()(x, **known), expected)
+    assert limited.router.leak is None and limited.router.capacity(40) is None
+    dropless(model)
+    assert model[0].router.options["eval_capacity_factor"] == "dropless"
+    assert torch.equal(model[0].eval()(x, **known), expected)
+    some = {key: value[:7] for key, value in known.items()}
+    assert torch.allclose(model[0](x[:7], **some), expected[:7], atol=1e-6)
+
+
+def test_experts_that_choose_have_no_dropless_evaluation():
+    with pytest.raises(ValueError, match="in evaluation too"):
+        create("expert_choice", 6, 4, eval_capacity_factor="dropless")
+    model = torch.nn.Sequential(MoE(6, 5, 4, "switch"), MoE(6, 5, 4, "expert_choice"))
+    with pytest.raises(ValueError, match="in 1 experts choose their tokens, by a capacity"):
+        dropless(model)
+    assert model[0].router.eval_capacity_factor == 2.0, "nothing was changed"
+    with pytest.raises((ValueError, TypeError)):
+        create("topk", 6, 4, capacity_factor="dropless")
+
+
 def test_golden_expert_choice():
     router = create("expert_choice", 6, 4, capacity_factor=2.0)
     assert router.capacity(6) == 3
@@ -250,6 +296,9 @@ def test_leak_says_whether_the_future_matters(name, options, leaks):
         (lambda: create("topk", 6, 4).assign(torch.zeros(2, 3)), r"must be \(T, 4\)"),
         (lambda: create("topk", 6, 4).assign(torch.zeros(2, 4), Context(mask=torch.ones(3))), "3 entries for 2 tokens"),
         (lambda: create("topk", 0, 4), "must be at least 1"),
+        (lambda: create("topk", 6, 4, top_k=True), "top_k is a number; got True"),
+        (lambda: create("vmoe", 6, 4, capacity_factor=True), "capacity_factor is a number; got True"),
+        (lambda: create("limoe", 6, 4, num_modalities=True), "num_modalities is a number; got True"),
     ],
 )
 def test_errors_say_what_is_allowed(call, message):

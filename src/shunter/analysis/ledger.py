@@ -11,7 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..moe import moe_layers
 
-__all__ = ["Ledger", "ledger"]
+__all__ = ["TRAINING_FLOPS", "Ledger", "ledger"]
+
+TRAINING_FLOPS = 3
+"""How many times a forward pass a training pass costs: one forward, and a backward of twice its cost."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ def ledger(model: PreTrainedModel, sequence_length: int) -> Ledger:
     """The ledger of a decoder-only Hugging Face language model, dense or sparsified, at a sequence length.
 
     Attention scores are counted over the whole sequence, as the kernels compute them (not halved for causality). A
-    router that chooses a varying number of experts counts with its mean; dropped tokens count as computed.
+    router that chooses a varying number of experts counts with its mean, or with the layer's `experts_taken`; dropped
+    tokens count as computed.
 
     Raises:
         ValueError: for encoder-decoder models.

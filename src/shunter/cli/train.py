@@ -28,9 +28,8 @@ def add_verbs(verbs: Any) -> None:
     )
     train.add_argument("recipe", choices=names(), help="what to train")
     train.add_argument("--config", type=Path, help="YAML or TOML file")
-    train.add_argument(
-        "--data", nargs="+", help="your own text: files (text, JSONL, Parquet), folders, a datasets name"
-    )
+    own_text = "your own text: files (text, JSONL, Parquet), folders, a datasets name"
+    train.add_argument("--data", nargs="+", help=own_text)
     train.add_argument("--run", type=Path, help="the run's folder (default: runs/<name>)")
     train.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     train.add_argument("--json", action="store_true", help="metrics to standard output, a JSON object a line")
@@ -44,6 +43,10 @@ def add_verbs(verbs: Any) -> None:
     compare.add_argument("recipe", choices=names(), help="what to train")
     compare.add_argument("--routers", help="as in switch,topk:top_k=1,hash; shunter routers lists them")
     compare.add_argument("--config", type=Path, help="YAML or TOML file")
+    compare.add_argument("--data", nargs="+", help=own_text)
+    compare.add_argument(
+        "--seeds", help="repeat with so many seeds, or with those of a list as 0,7,9; errors are shown"
+    )
     compare.add_argument("--run", type=Path, help="the comparison's folder (default: runs/compare)")
     compare.add_argument("--resume", action="store_true", help="go on with a comparison that was stopped")
     compare.add_argument("--json", action="store_true", help="metrics to standard output, a JSON object a line")
@@ -72,6 +75,10 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     return [*args.overrides, *settings]
 
 
+def _sources(args: argparse.Namespace) -> list[str]:
+    return [f"data.source={json.dumps(args.data)}"] if args.data else []
+
+
 def _train(args: argparse.Namespace) -> int:
     from ..recipes.config import load_config
     from ..recipes.registry import find
@@ -87,8 +94,7 @@ def _train(args: argparse.Namespace) -> int:
             raise UserError(f"{args.run} is a run of {recipe.name}, not of {args.recipe}")
     else:
         recipe = find(args.recipe)
-        sources = [f"data.source={json.dumps(args.data)}"] if args.data else []
-        config = load_config(recipe.config, args.config, overrides + sources)
+        config = load_config(recipe.config, args.config, overrides + _sources(args))
         args.run = args.run or Path(config.out) / config.name
     summary = train(recipe, config, args.run, resume=args.resume, as_json=args.json)
     if not args.json:
@@ -107,18 +113,25 @@ def _compare(args: argparse.Namespace) -> int:
     from ..recipes.compare import compare, parse_routers, resumed
     from ..recipes.config import load_config
     from ..recipes.registry import find
+    from ..recipes.seeds import compare_seeds, parse_seeds, seeds_of
 
     args.run = args.run or Path("runs/compare")
+    overrides = _overrides(args)
     if args.resume:
-        if args.config or args.routers or args.overrides:
+        if args.config or args.routers or args.data or args.seeds or overrides:
             raise UserError("--resume goes on with the comparison's own settings; leave the other options out")
         recipe, config, specs = resumed(args.run)
         if recipe.name != args.recipe:
             raise UserError(f"{args.run} is a comparison of {recipe.name}, not of {args.recipe}")
+        seeds = seeds_of(args.run)
     else:
         specs, recipe = parse_routers(args.routers or ""), find(args.recipe)
-        config = load_config(recipe.config, args.config, args.overrides)
-    compare(recipe, config, specs, args.run, resume=args.resume, as_json=args.json)
+        config = load_config(recipe.config, args.config, overrides + _sources(args))
+        seeds = None if args.seeds is None else parse_seeds(args.seeds, config.seed)
+    if seeds is None:
+        compare(recipe, config, specs, args.run, resume=args.resume, as_json=args.json)
+    else:
+        compare_seeds(recipe, config, specs, args.run, seeds, resume=args.resume, as_json=args.json)
     if not args.json:
         print(f"\n{(args.run / 'compare.md').read_text(encoding='utf-8')}\nPicture: {args.run / 'compare.png'}")
     return 0

@@ -10,32 +10,41 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from .. import routers
+from ..analysis.ledger import TRAINING_FLOPS, Ledger
 from ..analysis.pages.compare_figures import comparison
 from ..analysis.pages.style import PAPER, style
 from ..analysis.runs import Metrics, Words
 from ..durable import write, writing
 from ..environment import run_versions
 from ..errors import UserError, one_line
+from ..moe import moe_layers
 from .config import parse_value
 from .recipe import Recipe
-from .run import account, begin, check_router, configuration_of, train_one
-from .sections import RunConfig
+from .run import Begun, account, begin, check_router, configuration_of, load_model, train_one
+from .sections import RunConfig, SparseConfig
 
-__all__ = ["compare", "parse_routers", "table", "with_router"]
+__all__ = ["compare", "draw", "parse_routers", "resumed", "table", "with_router"]
 
 LAST = 0.1
 """The balance of a router is that of this last part of its training."""
 
+EQUAL = 0.03
+"""Costs that differ by less, relatively, count as equal: widths are whole numbers."""
+
+
+_COMMA = re.compile(r",(?![^\[]*\])")  # outside of a list
+
 
 def parse_routers(text: str) -> list[str]:
-    """The routers of `switch,topk:top_k=1`, each a name with options after colons.
+    """The routers of `switch,topk:top_k=1,hme:branching=[2,4]`, each a name with options after colons.
 
     Raises:
         UserError: where there is none, or one comes twice.
     """
-    specs = [part.strip() for part in text.split(",") if part.strip()]
+    specs = [part.strip() for part in _COMMA.split(text) if part.strip()]
     if not specs:
         raise UserError(f"--routers: name at least one of {', '.join(routers.names())}")
     folders = [folder_of(spec) for spec in specs]
@@ -79,15 +88,29 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
     try:
         insisting = type(config).model_validate(config.model_dump() | {"sparse": sparse | {"allow_leak": True}})
     except ValueError as error:
-        first = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
-        raise UserError(f"router {spec!r}: {' '.join(first.removeprefix('Value error, ').split())}") from None
+        first, where = str(error), []
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]["msg"]
+            where = [str(part) for part in error.errors()[0]["loc"][1:2]]
+        said = ": ".join([*where, " ".join(first.removeprefix("Value error, ").split())])
+        raise UserError(f"router {spec!r}: {said}") from None
     leak = insisting.sparse.build_router(8, 257).eval().leak
     if leak and not config.sparse.allow_leak:
+        cure = ", evaluate it by :eval_capacity_factor=dropless" if _leaks_by_capacity(insisting.sparse) else ""
         raise UserError(
-            f"router {spec!r}: {leak}, in evaluation too, so its loss would be no causal model's; leave it out, give "
-            "it other options (as :capacity_factor=null), or set sparse.allow_leak=true"
+            f"router {spec!r}: {leak}, in evaluation too, so its loss would be no causal model's; leave it out{cure}, "
+            "or set sparse.allow_leak=true"
         )
     return insisting
+
+
+def _leaks_by_capacity(sparse: SparseConfig) -> bool:
+    """Whether the router's evaluation is causal once it drops nothing."""
+    options = sparse.router_options(257) | {"eval_capacity_factor": "dropless"}
+    try:
+        return routers.create(sparse.router, 8, sparse.num_experts, **options).eval().leak is None
+    except ValueError:  # experts that choose have to have a capacity
+        return False
 
 
 def compare(
@@ -102,7 +125,9 @@ def compare(
     """Train the dense model, then its sparse twin once with each router, and leave one table and one picture.
 
     All have the same seed, the same tokens in the same order, the same initial weights outside the feed-forward blocks
-    and the same FLOPs per token: an expert is as wide as the router's number of experts for a token allows.
+    and, as far as can be known before, the same FLOPs per token: an expert is as wide as the number of experts allows
+    that the router will take for a token. What a token took indeed is counted, in training and in evaluation, and the
+    table says where a model's cost was not the dense one's.
 
     Args:
         recipe: what the data, the models and the metric are.
@@ -126,7 +151,7 @@ def compare(
         rows = []
         for spec, own in configs.items():
             name = folder_of(spec)
-            row = {"router": spec} | account(begun, name, train_one(begun, name)).as_json()
+            row = {"router": spec} | account(begun, name, train_one(begun, name)).as_json() | _spent(begun, name)
             rows.append(row if spec == "dense" else row | _routing(begun.metrics, name) | {"leak": _leak(own)})
             result = {
                 "models": rows,
@@ -136,10 +161,15 @@ def compare(
             }
             write(run / "compare.json", json.dumps(result, indent=2))
             write(run / "compare.md", table(result, recipe.words))
-        with style(PAPER), writing(run / "compare.png") as part:
-            comparison(result, recipe.words).savefig(part, format="png", metadata={"Software": None})
+        draw(result, recipe.words, run / "compare.png")
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
+
+
+def draw(result: dict[str, Any], words: Words, path: Path) -> None:
+    """Draw the picture of what compare.json holds."""
+    with style(PAPER), writing(path) as part:
+        comparison(result, words).savefig(part, format="png", metadata={"Software": None})
 
 
 def resumed(run: Path) -> tuple[Recipe[Any, Any], Any, list[str]]:
@@ -166,6 +196,32 @@ def _routing(metrics: Metrics, name: str) -> dict[str, float]:
     }
 
 
+def _spent(begun: Begun, name: str) -> dict[str, float]:
+    """What a token costs in the last evaluation, and FLOPs of the whole training, by the experts taken indeed."""
+    config, model = begun.configs[name], load_model(begun.folder, name)
+    layers = moe_layers(model).values()
+    lines = begun.metrics.lines(name)
+
+    def cost(taken: float | None) -> Ledger:
+        for layer in layers:
+            if layer.decider.chooses != "slots":  # whose experts compute slots, however many tokens hear of them
+                layer.experts_taken = taken
+        return begun.recipe.ledger(model, config)
+
+    spent, before = 0.0, 0
+    for line in lines:
+        if line["kind"] == "train":
+            spent += (line["tokens"] - before) * cost(line.get("experts_per_token")).flops_per_token
+            before = line["tokens"]
+    passes = max((layer.decider.passes for layer in layers), default=1)
+    evaluated = cost([line for line in lines if line["kind"] == "eval"][-1].get("experts_per_token"))
+    return {
+        "flops_per_token": evaluated.flops_per_token,
+        "params_active": evaluated.params_active,
+        "training_flops": TRAINING_FLOPS * passes * spent,
+    }
+
+
 def _leak(config: RunConfig) -> str | None:
     """Where a later token can change an earlier one: "training", "training and evaluation", or nowhere."""
     router = config.sparse.build_router(8, 257)
@@ -177,23 +233,38 @@ def table(result: dict[str, Any], words: Words) -> str:
     """The comparison as a table in Markdown, the best loss first."""
     dense = result["models"][0]
     heads = ["router", "loss", "gain", *(unit.replace(" per ", "/") for unit in words.shown.values())]
-    heads += ["balance", "dropped", "experts/token", "MFLOP/token", "seconds", "peak MiB", "parameters", "leaks in"]
+    heads += ["balance", "dropped", "experts/token", "MFLOP/token", "training FLOP"]
+    heads += ["seconds", "peak MiB", "parameters", "leaks in"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in sorted(result["models"], key=lambda row: row["eval_loss"]):
         sparse = "balance" in row
         cells = [
             f"`{row['router']}`" if sparse else "(dense)",
-            f"{row['eval_loss']:.4f}",
-            f"{dense['eval_loss'] - row['eval_loss']:+.4f}" if sparse else "",
-            *(f"{row[key]:.4f}" for key in words.shown),
+            f"{row['eval_loss']:.4f}" + _spread(row, "eval_loss"),
+            f"{dense['eval_loss'] - row['eval_loss']:+.4f}" + _spread(row, "gain") if sparse else "",
+            *(f"{row[key]:.4f}" + _spread(row, key) for key in words.shown),
             f"{row['balance']:.2f}" if sparse else "",
             f"{row['dropped']:.1%}" if sparse else "",
             f"{row['experts_per_token']:.2f}" if sparse else "",
-            f"{row['flops_per_token'] / 1e6:.3f}",
+            f"{row['flops_per_token'] / 1e6:.3f}" + _times(row, dense, "flops_per_token"),
+            f"{row['training_flops']:.2e}" + _times(row, dense, "training_flops"),
             f"{row['seconds']:.0f} ({row['seconds'] / dense['seconds']:.2f}×)",
             f"{row['peak_rss_bytes'] / 2**20:,.0f}",
             f"{row['params_total']:,}",
             row.get("leak") or "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    if "seeds" in result:
+        seeds = ", ".join(map(str, result["seeds"]))
+        lines += ["", f"Means over the seeds {seeds}; ± is the standard deviation over them, of the gain over pairs."]
     return "\n".join(lines) + "\n"
+
+
+def _spread(row: dict[str, Any], key: str) -> str:
+    return f" ± {row['spread'][key]:.4f}" if key in row.get("spread", {}) else ""
+
+
+def _times(row: dict[str, Any], dense: dict[str, Any], key: str) -> str:
+    """How many times the dense model's cost a model's is, where they differ by more than rounding a width does."""
+    ratio = row[key] / dense[key]
+    return "" if abs(ratio - 1) <= EQUAL else f" **({ratio:.2f}×)**"

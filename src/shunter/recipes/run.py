@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -52,10 +53,10 @@ __all__ = [
 def expert_width(hidden: int, router: routers.Router, sequence_length: int) -> int:
     """The width f of one expert at which k experts and the router cost what one dense gated block does.
 
-    6 d f k + router FLOPs = 6 d hidden, rounded to the nearest whole unit; k is the mean number of experts a token
-    asks for.
+    6 d f k + router FLOPs = 6 d hidden, rounded to the nearest whole unit; k is the mean number of experts that a token
+    will ask for in evaluation, by the router's own word.
     """
-    unit = 6 * router.dim
+    unit, router = 6 * router.dim, copy.deepcopy(router).eval()
     return max(1, round((unit * hidden - router.flops_per_token) / (unit * router.experts_for(sequence_length))))
 
 

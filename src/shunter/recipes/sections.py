@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from .. import experts, routers
 from ..data.documents import MAX_BYTES
@@ -16,6 +16,14 @@ __all__ = ["DataConfig", "ModelConfig", "RunConfig", "SparseConfig", "TextConfig
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and "bool" not in wanted:
+            raise ValueError("must not be true or false")
+        return value
 
 
 class DataConfig(_Section):
@@ -43,6 +51,9 @@ class ModelConfig(_Section):
     hidden: int = Field(264, ge=8, description="width of the dense feed-forward block")
 
 
+Value = bool | int | float | str | None
+
+
 class SparseConfig(_Section):
     """The experts that take the place of the dense blocks."""
 
@@ -52,7 +63,7 @@ class SparseConfig(_Section):
     every: int = Field(1, ge=1)
     hidden: int | None = Field(None, ge=1, description="width of one expert; none: equal FLOPs, the router's included")
     backend: str = "auto"
-    options: dict[str, bool | int | float | str | None] = Field({}, description="further options of the router")
+    options: dict[str, Value | list[Value]] = Field({}, description="further options of the router")
     allow_leak: bool = Field(False, description="insist on a router that lets later tokens change earlier ones")
 
     @field_validator("router")
@@ -71,6 +82,8 @@ class SparseConfig(_Section):
         for key in self.options:
             if key not in known:
                 raise ValueError(f"router {self.router!r} has no option {key!r}; {nearest(key, known)}")
+        if "vocab_size" in self.options:
+            raise ValueError(f"router {self.router!r}: vocab_size is that of the data's tokenizer; leave it out")
         try:
             router = self.build_router(8, 257)
         except TypeError as error:  # an option of another type

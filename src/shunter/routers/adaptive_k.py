@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -50,7 +51,7 @@ class _Variable(LinearRouter):
 
     @property
     def experts_per_token(self) -> float:
-        """The mean over the tokens of the last step; before the first E, or the target of a router that has one."""
+        """The mean over the tokens of the last step; before the first what the router aims at, or begins with."""
         return float(self.mean_experts)
 
 
@@ -89,6 +90,8 @@ class TopP(_Variable):
             raise ValueError(f"max_experts {max_experts} must be between 1 and num_experts, {num_experts}")
         self.threshold = threshold
         self.max_experts = max_experts
+        # p E, what a token takes that is sure of none, as the first ones nearly are.
+        self.mean_experts.fill_(min(math.ceil(round(threshold * num_experts, 6)), max_experts or num_experts))
         self.coefficients["entropy_loss"] = entropy_loss
 
     def choose(self, logits: Tensor, context: Context) -> Routing:

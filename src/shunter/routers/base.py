@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Router(nn.Module):
         num_experts: E.
         capacity_factor: slots of an expert as a multiple of an even share, in training; None is dropless, in training
             and in evaluation.
-        eval_capacity_factor: the same in evaluation; None takes `capacity_factor`.
+        eval_capacity_factor: the same in evaluation; None takes `capacity_factor`, "dropless" drops no token.
         capacity_formula: how the factor becomes a number of slots, a key of `shunter.capacity.FORMULAS`.
         capacity_order: who gets the slots: "position", "random", "batch" or "probability" (see
             `shunter.capacity.limit`).
@@ -77,7 +77,7 @@ class Router(nn.Module):
         num_experts: int,
         *,
         capacity_factor: float | None = None,
-        eval_capacity_factor: float | None = None,
+        eval_capacity_factor: float | Literal["dropless"] | None = None,
         capacity_formula: str = "review",
         capacity_order: str = "position",
         load_balancing_loss: float = 0.0,
@@ -88,7 +88,7 @@ class Router(nn.Module):
         super().__init__()
         if dim < 1 or num_experts < 1:
             raise ValueError(f"{type(self).__name__}: dim {dim} and num_experts {num_experts} must be at least 1")
-        for factor in (capacity_factor, eval_capacity_factor):
+        for factor in (capacity_factor, None if eval_capacity_factor == "dropless" else eval_capacity_factor):
             if factor is not None:
                 capacity.capacity(1, 1, 1, factor, capacity_formula)
         if capacity_order not in capacity.ORDERS:
@@ -251,9 +251,9 @@ class Router(nn.Module):
     @property
     def present_capacity_factor(self) -> float | None:
         """The capacity factor of the present mode; None when dropless."""
-        if self.capacity_factor is not None and not self.training and self.eval_capacity_factor is not None:
-            return self.eval_capacity_factor
-        return self.capacity_factor
+        if self.capacity_factor is None or self.training or self.eval_capacity_factor is None:
+            return self.capacity_factor
+        return None if self.eval_capacity_factor == "dropless" else self.eval_capacity_factor
 
     def compute(
         self,
@@ -325,7 +325,7 @@ class Router(nn.Module):
     @property
     def leak(self) -> str | None:
         """How a later token can change what an earlier one gets, in words; None where it cannot (causal-safe)."""
-        if self.capacity_factor is None:
+        if self.present_capacity_factor is None:
             return None
         if self.capacity_order != "position":
             return f"capacity_order={self.capacity_order!r} lets later tokens take the slots of earlier ones"

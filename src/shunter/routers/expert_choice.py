@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class ExpertChoice(LinearRouter):
     on one CPU core, against 0.01 s without the cap.
 
     Args:
-        capacity_factor: the mean number of experts a token gets; C = ceil(capacity_factor * T / E).
+        capacity_factor, eval_capacity_factor: the mean number of experts a token gets, in training and in evaluation;
+            C = ceil(capacity_factor * T / E).
         max_experts: b, the most experts of a token, at least capacity_factor; None sets no limit.
         entropy: the strength of the entropy term of the capped plan, in units of probability.
         **options: of `LinearRouter` and `Router`.
@@ -47,14 +48,18 @@ class ExpertChoice(LinearRouter):
         num_experts: int,
         *,
         capacity_factor: float | None = 2.0,
+        eval_capacity_factor: float | Literal["dropless"] | None = None,
         max_experts: int | None = None,
         entropy: float = 0.001,
         **options: Any,
     ) -> None:
-        if capacity_factor is None:
-            raise ValueError("expert_choice needs a capacity_factor: the number of tokens that each expert takes")
-        super().__init__(dim, num_experts, capacity_factor=capacity_factor, **options)
-        if max_experts is not None and max_experts < max(capacity_factor, self.eval_capacity_factor or 0):
+        if capacity_factor is None or eval_capacity_factor == "dropless":
+            raise ValueError(
+                "expert_choice needs a capacity_factor, in evaluation too: the number of tokens that each expert takes"
+            )
+        options.update(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
+        super().__init__(dim, num_experts, **options)
+        if max_experts is not None and max_experts < max(capacity_factor, eval_capacity_factor or 0):
             raise ValueError(
                 f"expert_choice: max_experts {max_experts} is less than the capacity_factor, the mean number of "
                 "experts of a token; raise the one or lower the other"
@@ -102,8 +107,9 @@ class ExpertChoice(LinearRouter):
     @property
     def experts_per_token(self) -> float:
         """The capacity factor: E experts take C = capacity_factor * T / E tokens each."""
-        assert self.capacity_factor is not None
-        return min(self.capacity_factor, float(self.num_experts))
+        factor = self.present_capacity_factor
+        assert factor is not None
+        return min(factor, float(self.num_experts))
 
     @property
     def leak(self) -> str:

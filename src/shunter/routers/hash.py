@@ -125,7 +125,7 @@ class Hash(Fixed):
     @property
     def leak(self) -> str | None:
         """As with one choice: no hash competes with another."""
-        if self.capacity_factor is None or self.capacity_order == "position":
+        if self.present_capacity_factor is None or self.capacity_order == "position":
             return None
         return super().leak
 

@@ -97,6 +97,6 @@ class Prototypes(LinearRouter):
     @property
     def leak(self) -> str | None:
         """As with one choice: no prototype's choice competes with another's."""
-        if self.capacity_factor is None or self.capacity_order == "position":
+        if self.present_capacity_factor is None or self.capacity_order == "position":
             return None
         return super().leak

@@ -129,14 +129,19 @@ def find(name: str | type[Router]) -> type[Router]:
 
 def options(name: str | type[Router]) -> set[str]:
     """The options that a router takes, those of its base classes included."""
-    found: set[str] = set()
-    for cls in find(name).__mro__:
+    return set(_annotations(find(name)))
+
+
+def _annotations(router: type[Router]) -> dict[str, str]:
+    """What a router's options are annotated as, by name, the router's own word before that of its base classes."""
+    found: dict[str, str] = {}
+    for cls in router.__mro__:
         if "__init__" in vars(cls) and issubclass(cls, Router):
             parameters = inspect.signature(cls.__init__).parameters.values()
-            found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+            found = {p.name: str(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY} | found
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    return found - {"device", "dtype"}
+    return {option: annotation for option, annotation in found.items() if option not in ("device", "dtype")}
 
 
 def create(name: str | type[Router], dim: int, num_experts: int, **kwargs: Any) -> Router:
@@ -149,12 +154,16 @@ def create(name: str | type[Router], dim: int, num_experts: int, **kwargs: Any) 
         **kwargs: the router's options (see `options`), and device and dtype.
 
     Raises:
-        ValueError: for an unknown name or option, with the nearest known one; for an impossible value.
+        ValueError: for an unknown name or option, with the nearest known one; for an impossible value, such as True
+            where a number belongs, which would count as 1.
     """
     cls = find(name)
-    known = options(cls)
-    for key in kwargs:
-        if key not in known | {"device", "dtype"}:
+    known = _annotations(cls)
+    for key, value in kwargs.items():
+        wanted = known.get(key, "")
+        if isinstance(value, bool) and "bool" not in wanted and ("int" in wanted or "float" in wanted):
+            raise ValueError(f"router {name!r}: {key} is a number; got {value}")
+        if key not in {*known, "device", "dtype"}:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"router {name!r} has no option {key!r}{hint} Options: {', '.join(sorted(known))}")

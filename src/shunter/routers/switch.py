@@ -61,7 +61,7 @@ class Switch(TopK):
         input_dropout: float = 0.1,
         no_token_left_behind: int = 0,
         capacity_factor: float | None = 1.25,
-        eval_capacity_factor: float | None = 2.0,
+        eval_capacity_factor: float | Literal["dropless"] | None = 2.0,
         balance_choices: losses.Choices = "first",
         **options: Any,
     ) -> None:
@@ -122,7 +122,7 @@ class Switch(TopK):
     @property
     def leak(self) -> str | None:
         """As `Router`; besides, the slots that a dropped token is offered depend on later tokens."""
-        if self.no_token_left_behind and self.capacity_factor is not None:
+        if self.no_token_left_behind and self.present_capacity_factor is not None:
             return "no_token_left_behind gives an earlier token what later ones leave free"
         return super().leak
 

@@ -77,12 +77,12 @@ class TwoSided(LinearRouter):
     @property
     def experts_per_token(self) -> float:
         """The most that a token can have on average: m, or what the slots allow."""
-        return min(float(self.top_k), self.capacity_factor or float(self.top_k))
+        return min(float(self.top_k), self.present_capacity_factor or float(self.top_k))
 
     @property
     def leak(self) -> str | None:
         """Where there is a capacity: tokens compete for it with later tokens."""
-        if self.capacity_factor is None:
+        if self.present_capacity_factor is None:
             return None
         return "two-sided routing lets later tokens take an expert's slots from earlier ones"
 

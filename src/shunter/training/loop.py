@@ -28,7 +28,7 @@ from ..environment import _reset_peak_rss, peak_rss_bytes
 from ..errors import Interrupted, NotWritten
 from ..losses import consistency_loss
 from ..metrics import balance
-from ..moe import aux_loss, expect_steps, moe_layers, update_routers
+from ..moe import RoutedLayer, aux_loss, expect_steps, moe_layers, update_routers
 from ..routers.thor import Thor
 from .checkpoints import MEMORY, Checkpoints
 
@@ -153,15 +153,36 @@ class _Watch(TrainerCallback):
         self.load = {}
 
     def _evaluate(self, model: PreTrainedModel, step: int) -> None:
-        found = self.evaluate(model)
+        with _counting(model) as counts:
+            found = self.evaluate(model)
+        taken = {"experts_per_token": counts["asked"] / counts["routed"]} if counts["routed"] else {}
         self.metrics.write(
             kind="eval",
             model=self.name,
             step=step,
             tokens=step * self.tokens_per_step,
             seconds=self.seconds,
+            **taken,
             **found,
         )
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[dict[str, int]]:
+    """While the context lasts, the tokens that layers route and the experts that they ask for are added up."""
+    counts = {"routed": 0, "asked": 0}
+
+    def add(layer: RoutedLayer, *_: Any) -> None:
+        assert layer.routing is not None
+        counts["routed"] += layer.routing.num_tokens
+        counts["asked"] += int(layer.routing.demand.sum())
+
+    handles = [layer.register_forward_hook(add) for layer in moe_layers(model).values()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _lr(scheduler: Any) -> float:

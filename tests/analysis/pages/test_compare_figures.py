@@ -9,6 +9,19 @@ from shunter.analysis.pages.compare_figures import comparison
 from shunter.analysis.runs import TEXT
 
 
+def test_several_seeds_have_error_bars():
+    keys = ("eval_loss", "balance", "dropped", "seconds", "peak_rss_bytes")
+    dense, *sparse = ({"router": f"r{i}"} | dict(zip(keys, torch.rand(5).tolist(), strict=True)) for i in range(4))
+    for row in (dense, *sparse):
+        row["spread"] = {"eval_loss": float(torch.rand(())) / 10}
+    axes = comparison({"models": [dense, *sparse], "seeds": [0, 1]}, TEXT).axes[0]
+    (bars,) = [lines for lines in axes.collections if len(lines.get_segments()) == 3]
+    sparse.sort(key=lambda row: row["eval_loss"])
+    for segment, row in zip(bars.get_segments(), sparse, strict=True):
+        ends = [row["eval_loss"] - row["spread"]["eval_loss"], row["eval_loss"] + row["spread"]["eval_loss"]]
+        assert segment[:, 0].tolist() == pytest.approx(ends)
+
+
 def test_points_are_the_table_best_loss_first():
     keys = ("eval_loss", "balance", "dropped", "seconds", "peak_rss_bytes")
     dense, *sparse = ({"router": f"r{i}"} | dict(zip(keys, torch.rand(5).tolist(), strict=True)) for i in range(6))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from transformers import (
     DogeConfig,
     DogeForCausalLM,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
 )
@@ -44,6 +47,38 @@ def _observe(model, batch, **options) -> tuple[dict[str, Observation], object]:
     with listening(model, note), torch.no_grad():
         out = model(**batch, **options)
     return seen, out
+
+
+def test_experts_that_transformers_never_calls_are_told_of_in_one_line():
+    """NLLB-MoE of transformers 5.24 takes the 0s and 1s of a one-hot choice for the numbers of experts."""
+    config = NllbMoeConfig(
+        vocab_size=50, d_model=16, encoder_layers=2, decoder_layers=2, encoder_sparse_step=1, decoder_sparse_step=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_experts=6,
+        pad_token_id=1, moe_token_dropout=0.0, router_dtype="float32", second_expert_policy="all",
+    )  # fmt: skip
+    model = _spread(NllbMoeForConditionalGeneration(config)).eval()
+    called = set()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].startswith("expert_"):
+            number = int(name.rpartition("_")[2])
+            module.register_forward_hook(lambda *_, number=number: called.add(number))
+    ids = torch.randint(3, 50, (4, 20))
+    heard = {}
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        with listening(model, lambda name, seen: heard.setdefault(name, seen)):
+            model(input_ids=ids, decoder_input_ids=ids)
+        with shunter.record(model):
+            model(input_ids=ids, decoder_input_ids=ids)
+    chosen = set(torch.cat([seen.index.flatten() for seen in heard.values()]).tolist()) - {-1}
+    said = [str(warning.message) for warning in caught if "calls the experts" in str(warning.message)]
+    if chosen <= called:
+        assert not said, "this transformers calls what the router chose"
+    else:
+        assert len(said) == 2, "one line for each that listens"
+        for line in said:
+            assert "\n" not in line and "what is shown is the router's choice" in line
+            assert f"calls the experts {', '.join(map(str, sorted(called)))} alone" in line
 
 
 @pytest.mark.parametrize("family", FAMILIES)

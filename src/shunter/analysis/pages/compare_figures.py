@@ -15,6 +15,7 @@ __all__ = ["comparison"]
 def comparison(result: dict[str, Any], words: Words) -> Figure:
     """Loss, balance, drops, time and memory as points, a row for each router, the best loss on top; dense as a line.
 
+    Of several seeds the loss has an error bar, and the dense model's a band: a standard deviation to both sides.
     `result` is what compare.json of `shunter compare` holds.
     """
     dense, *sparse = result["models"]
@@ -36,6 +37,12 @@ def comparison(result: dict[str, Any], words: Words) -> Figure:
             one.set_xlim(left=0)
         one.set_xlabel(label)
         one.margins(x=0.12)
+    if "seeds" in result:
+        spread = [row["spread"]["eval_loss"] for row in sparse]
+        losses = [row["eval_loss"] for row in sparse]
+        axes[0].errorbar(losses, range(len(sparse)), xerr=spread, fmt="none", ecolor=PAPER.sparse, capsize=2)
+        middle, width = dense["eval_loss"], dense["spread"]["eval_loss"]
+        axes[0].axvspan(middle - width, middle + width, color=PAPER.dense, alpha=0.15, linewidth=0)
     axes[0].set_yticks(range(len(sparse)), [row["router"] for row in sparse])
     axes[0].set_ylim(len(sparse) - 0.5, -0.5)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right")

@@ -14,13 +14,12 @@ from ...durable import write, writing
 from ...errors import UserError
 from ...metrics import DEAD_BELOW
 from .. import information
+from ..ledger import TRAINING_FLOPS
 from ..runs import MODELS, ModelSummary, Run, Summary, read_run
 from . import heat_maps, html, run_figures
 from .style import PAPER, THEME, style
 
 __all__ = ["mutual_information", "write_picture", "write_report"]
-
-TRAINING_FLOPS = 3  # of a forward pass: one forward, and a backward of twice its cost
 
 
 def write_report(run: Path) -> Path:

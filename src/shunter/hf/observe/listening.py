@@ -7,6 +7,7 @@ tell the choice, and the router beside them the logits; where the experts take s
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -174,14 +176,23 @@ def listening(model: nn.Module, callback: Callable[[str, Observation], None]) ->
     them are computed after the forward, not in the callback, which may run inside a checkpointed region. Yields
     `taps(model)`.
 
+    One warning says where a model calls other experts than its router chose: what is heard is the router's choice.
+
     Raises:
         ValueError: where the model has no layer whose routing can be read.
     """
     found = require_taps(model)
     with ExitStack() as stack:
         around = stack.enter_context(noting_tokens(model, found))
+        told: set[type] = set()
         for tap in found.values():
-            for handle in _listen(tap, partial(_emit, tap, around, callback)):
+            emit = partial(_emit, tap, around, callback)
+            experts = _expert_modules(tap)
+            if experts:
+                called = _Called(tap, experts, told)
+                stack.callback(called.remove)
+                emit = partial(called.emit, emit)
+            for handle in _listen(tap, emit):
                 stack.callback(handle.remove)
         yield found
 
@@ -264,6 +275,67 @@ def _listen_own(layer: RoutedLayer, emit: Callable[..., None]) -> RemovableHandl
             emit(logits, index, weight, x, known, dropped, router.probs)
 
     return layer.router.register_forward_hook(OwnHook(after))
+
+
+def _expert_modules(tap: Tap) -> list[nn.Module]:
+    """The E modules of a layer that are an expert each, in order; empty where experts are called in another way."""
+    if tap.own is not None or tap.experts is not None:
+        return []
+    for holder in tap.layer.modules():
+        kinds = [type(part) for part in holder.children()]
+        for kind in dict.fromkeys(kinds):
+            if kinds.count(kind) == tap.num_experts > 1 and holder is not tap.router:
+                return [part for part in holder.children() if type(part) is kind]
+    return []
+
+
+class _Called:
+    """Which experts of a layer are called in a forward, held against those that its router chose.
+
+    Args:
+        tap: the layer.
+        experts: a module each.
+        told: the kinds of layers that were warned of.
+    """
+
+    def __init__(self, tap: Tap, experts: list[nn.Module], told: set[type]) -> None:
+        self.tap, self.told = tap, told
+        self.chosen: set[int] = set()
+        self.called: set[int] = set()
+        self.handles = [tap.layer.register_forward_hook(OwnHook(self._compare))]
+        for number, expert in enumerate(experts):
+            self.handles.append(expert.register_forward_pre_hook(OwnHook(partial(self._note, number))))
+
+    def emit(self, emit: Callable[..., None], logits: Tensor | None, index: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Note what was chosen, and pass it on."""
+        self.chosen.update(index[index >= 0].unique().tolist())
+        emit(logits, index, *args, **kwargs)
+
+    def _note(self, number: int, *args: Any) -> None:
+        self.called.add(number)
+
+    def _compare(self, *args: Any) -> None:
+        chosen, called = self.chosen, self.called
+        self.chosen, self.called = set(), set()
+        never = sorted(chosen - called)
+        if never and called and type(self.tap.layer) not in self.told:
+            self.told.add(type(self.tap.layer))
+            warnings.warn(
+                f"{self.tap.name}: transformers {transformers.__version__} calls the experts {_some(called)} alone, "
+                f"where the router chose {_some(chosen)}: what is shown is the router's choice, not what computed",
+                stacklevel=2,
+            )
+
+    def remove(self) -> None:
+        """Leave the layer as it was."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _some(numbers: set[int], most: int = 8) -> str:
+    """Numbers in order, the first few where they are many."""
+    ordered = [str(number) for number in sorted(numbers)]
+    return ", ".join(ordered[:most]) + (", …" if len(ordered) > most else "")
 
 
 class _Seen:
