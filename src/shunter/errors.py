@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LONGEST", "Interrupted", "NotWritten", "UserError", "one_line"]
+__all__ = ["LONGEST", "Interrupted", "NotWritten", "UserError", "escaped", "one_line"]
 
 LONGEST = 400  # characters of a line
 
@@ -24,3 +24,8 @@ def one_line(error: BaseException | str) -> str:
     plain = "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
     plain = plain or type(error).__name__
     return plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 3]}..."
+
+
+def escaped(text: str) -> str:
+    """A text with escapes for what is not printable (control characters, line breaks), as for a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from ..errors import Interrupted
+from ..errors import Interrupted, escaped
 from . import bench, convert, look, train
 
 __all__ = ["main"]
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except (ValueError, OSError) as error:
-        print(f"shunter {args.name}: {error}", file=sys.stderr)
+        print(f"shunter {args.name}: {escaped(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)

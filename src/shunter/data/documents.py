@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import gzip
+import itertools
 import json
+import lzma
 import sysconfig
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ..errors import UserError, one_line
+from ..errors import UserError, escaped, one_line
+from ..untrusted import open_file, parse_json
+from .files import files_in, say_left_out
 
 __all__ = ["Domain", "built_in_domains", "read_domains"]
 
@@ -22,7 +30,11 @@ PARAGRAPHS_PER_DOCUMENT = 20
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html", ".text"}
 
-SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
+SUFFIXES = TEXT_SUFFIXES | {".json", ".jsonl", ".parquet"}
+
+MAX_LINE = 2**26  # bytes of a record
+
+MAX_DOMAINS = 1000
 
 
 @dataclass(frozen=True)
@@ -101,54 +113,103 @@ def _package_folder(package: str, folder: str) -> Path:
         raise UserError(f"the built-in text needs the package {package}: pip install 'shunter[train]'") from None
 
 
+Found = dict[str, "_Texts"]
+"""The texts that were read, by domain."""
+
+
+class _Texts:
+    """Texts of a domain with the language of each, as many as fit into its bytes.
+
+    Args:
+        max_bytes: in UTF-8; the text that passes it is cut, and what comes then is not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.documents: list[str] = []
+        self.languages: list[str | None] = []
+        self.left = max_bytes
+
+    def add(self, text: str, language: str | None = None) -> None:
+        # A character has a byte at least.
+        text = text[: self.left].encode()[: self.left].decode(errors="ignore")
+        if text:
+            self.documents.append(text)
+            self.languages.append(language)
+        self.left -= len(text.encode())
+
+
 def read_domains(sources: Sequence[str], max_bytes: int = MAX_BYTES) -> list[Domain]:
     """A user's own text.
 
     Args:
-        sources: files (plain text, .jsonl, .parquet; the latter two with a field `text` and optionally `domain` and
-            `language`), folders (each sub-folder a domain) or names of the `datasets` library (its split
-            "train", column `text`).
-        max_bytes: of each domain.
+        sources: files (plain text; .jsonl, .json and .parquet with a field `text` and optionally `domain` and
+            `language`; .gz, .bz2 and .xz of these but the last), folders (each sub-folder a domain) or names of the
+            `datasets` library (its split "train", column `text`). What a folder holds besides is left out, and a
+            warning names it. Text is in UTF-8, or in UTF-16 with a byte order mark.
+        max_bytes: of each domain; of a file of plain text no more is read.
 
     Raises:
         UserError: naming the file and the record.
     """
-    found: dict[str, list[tuple[str, str | None]]] = {}
+    found: Found = {}
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES)
-            if not files:
-                raise UserError(f"{source}: no file in this folder ends in {', '.join(sorted(SUFFIXES))}")
-            for file in files:
-                parts = file.relative_to(path).parts
-                _read_file(file, parts[0] if len(parts) > 1 else path.resolve().name, found)
-        elif path.exists():
-            _read_file(path, path.stem, found)
-        elif path.is_absolute() or path.suffix.lower() in SUFFIXES or source.startswith("."):
+            _read_folder(path, found, max_bytes)
+        elif path.exists() or path.is_symlink():
+            _read_file(path, escaped(path.stem.split(".")[0] or path.name), found, max_bytes)
+        elif path.is_absolute() or _kind(path) or source.startswith("."):
             raise UserError(f"{source}: no such file or folder")
         else:
-            _read_dataset(source, found)
-    domains = [
-        Domain(name, [t for t, _ in texts], "the user's own", ", ".join(sources), [language for _, language in texts])
+            _read_dataset(source, found, max_bytes)
+    source = ", ".join(sources)
+    return [
+        Domain(name, texts.documents, "the user's own", source, texts.languages)
         for name, texts in sorted(found.items())
+        if texts.documents
     ]
-    return [_capped(domain, max_bytes) for domain in domains]
 
 
-def _read_file(file: Path, domain: str, found: dict[str, list[tuple[str, str | None]]]) -> None:
-    suffix = file.suffix.lower()
+def _kind(file: Path) -> str:
+    """The suffix that says how a file is read, without that of its compression; "" where none does."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in _OPEN:
+        suffixes.pop()
+        if suffixes and suffixes[-1] == ".parquet":
+            return ""
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else ""
+
+
+def _read_folder(folder: Path, found: Found, max_bytes: int) -> None:
+    files, left_out = files_in(folder, lambda file: bool(_kind(file)))
+    if not files:
+        raise UserError(f"{folder}: no file in this folder ends in {', '.join(sorted(SUFFIXES))}")
+    for file in files:
+        parts = file.relative_to(folder).parts
+        domain = escaped(parts[0] if len(parts) > 1 else folder.resolve().name)
+        try:
+            _read_file(file, domain, found, max_bytes)
+        except UserError:
+            if _kind(file) != ".json":
+                raise
+            left_out.append(file)  # settings of some program, not records
+    say_left_out(
+        folder, left_out, f"hidden, no regular files, or not text that is read ({', '.join(sorted(SUFFIXES))})"
+    )
+
+
+def _read_file(file: Path, domain: str, found: Found, max_bytes: int) -> None:
+    kind = _kind(file)
     try:
-        if suffix == ".parquet":
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.read_table(file)
-            records: Iterable[Any] = table.to_pylist()
-        elif suffix == ".jsonl":
+        if kind == ".parquet":
+            records: Iterable[Any] = _parquet_rows(file)
+        elif kind == ".jsonl":
             records = _json_lines(file)
+        elif kind == ".json":
+            records = _json_records(file)
         else:
-            records = [{"text": file.read_text(encoding="utf-8")}]
-        _collect(records, str(file), domain, found)
+            records = [{"text": _plain_text(file, max_bytes)}]
+        _collect(records, str(file), domain, found, max_bytes)
     except UserError:
         raise
     except UnicodeDecodeError as error:
@@ -157,17 +218,80 @@ def _read_file(file: Path, domain: str, found: dict[str, list[tuple[str, str | N
         raise UserError(f"{file}: cannot be read: {one_line(error)}") from None
 
 
+_OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _open(file: Path) -> BinaryIO:
+    stream = open_file(file)
+    unpack = _OPEN.get(file.suffix.lower())
+    return stream if unpack is None else unpack(stream)
+
+
+def _plain_text(file: Path, max_bytes: int) -> str:
+    """The beginning of a text, as far as it can fill max_bytes of UTF-8."""
+    with _open(file) as stream:
+        raw = stream.read(2 * max_bytes + 4)  # in UTF-16 it takes up to twice as many
+    encoding = _encoding(raw)
+    decoder = codecs.getincrementaldecoder(encoding)()
+    return decoder.decode(raw, final=len(raw) < 2 * max_bytes + 4)
+
+
+def _encoding(raw: bytes) -> str:
+    """UTF-8, or what the byte order mark at the beginning says, which is not part of the text."""
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+    marks |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    return next((name for mark, name in marks.items() if raw.startswith(mark)), "utf-8-sig")
+
+
 def _json_lines(file: Path) -> Iterator[Any]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with _open(file) as stream:
+        number, encoding = 0, "utf-8-sig"
+        lines: Iterator[bytes] = iter(lambda: stream.readline(MAX_LINE + 1), b"")
+        head = next(lines, b"")
+        if _encoding(head) != encoding:  # its line breaks are not bytes
+            rest = head + stream.read(MAX_LINE)
+            lines, encoding = (line.encode() for line in rest.decode(_encoding(rest)).splitlines()), "utf-8"
+            head = next(lines, b"")
+        for line in itertools.chain([head], lines):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise UserError(f"{file}, line {number}: is longer than {MAX_LINE:,} bytes")
             if line.strip():
                 try:
-                    yield json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise UserError(f"{file}, line {number}: not JSON ({error})") from None
+                    yield parse_json(line)
+                except UnicodeDecodeError:
+                    raise UserError(f"{file}, line {number}: not UTF-8 text") from None
+                except ValueError as error:
+                    raise UserError(f"{file}, line {number}: not JSON ({one_line(error)})") from None
 
 
-def _read_dataset(name: str, found: dict[str, list[tuple[str, str | None]]]) -> None:
+def _json_records(file: Path) -> Iterable[Any]:
+    """The records of a JSON file: an array of them, or of texts, or one for itself; or a line each after all."""
+    with _open(file) as stream:
+        raw = stream.read(MAX_LINE + 1)
+    if len(raw) > MAX_LINE:
+        raise UserError(f"{file}: is larger than {MAX_LINE:,} bytes; give JSON lines (.jsonl), a record a line")
+    try:
+        found = parse_json(raw.decode(_encoding(raw)))
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise UserError(f"{file}: not JSON ({one_line(error)})") from None
+        return _json_lines(file)
+    records = found if isinstance(found, list) else [found]
+    return [{"text": record} if isinstance(record, str) else record for record in records]
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    with open_file(file) as stream:
+        table = pyarrow.parquet.ParquetFile(stream)
+        columns = [name for name in ("text", "domain", "language") if name in table.schema_arrow.names]
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _read_dataset(name: str, found: Found, max_bytes: int) -> None:
     try:
         import datasets
     except ImportError:
@@ -177,41 +301,45 @@ def _read_dataset(name: str, found: dict[str, list[tuple[str, str | None]]]) -> 
     except Exception as error:
         reason = one_line(error)
         raise UserError(f"{name}: no such file or folder, and not a dataset that can be loaded: {reason}") from None
-    _collect(records, name, name.split("/")[-1], found)
+    _collect(records, name, name.split("/")[-1], found, max_bytes)
 
 
-def _collect(records: Iterable[Any], source: str, domain: str, found: dict[str, list[tuple[str, str | None]]]) -> None:
+def _collect(records: Iterable[Any], source: str, domain: str, found: Found, max_bytes: int) -> None:
     for number, record in enumerate(records, 1):
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(f"{source}, record {number}: has no field 'text' with a string")
         label = record.get("domain", domain)
         language = record.get("language")
-        if not isinstance(label, str) or not label:
-            raise UserError(f"{source}, record {number}: 'domain' must be a name, not {label!r}")
-        if language is not None and not isinstance(language, str):
-            raise UserError(f"{source}, record {number}: 'language' must be a name, not {language!r}")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{source}, record {number}: holds a lone surrogate, which UTF-8 cannot encode") from None
+        if not _is_name(label):
+            raise UserError(f"{source}, record {number}: 'domain' must be a name, not {repr(label)[:80]}")
+        if language is not None and not _is_name(language):
+            raise UserError(f"{source}, record {number}: 'language' must be a name, not {repr(language)[:80]}")
         if text:
-            found.setdefault(label, []).append((text, language))
-    if not any(found.values()):
+            try:
+                found.setdefault(label, _Texts(max_bytes)).add(text, language)
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{source}, record {number}: holds a lone surrogate, which UTF-8 cannot encode"
+                ) from None
+        if len(found) > MAX_DOMAINS:
+            raise UserError(
+                f"{source}, record {number}: begins domain {len(found):,}; at most {MAX_DOMAINS:,} are told apart: "
+                "give broader ones in 'domain', or leave it out"
+            )
+    if not found:
         raise UserError(f"{source}: holds no text")
 
 
+def _is_name(label: Any) -> bool:
+    controls = isinstance(label, str) and any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in label)
+    return isinstance(label, str) and 0 < len(label) <= 200 and not controls
+
+
 def _capped(domain: Domain, max_bytes: int) -> Domain:
-    documents: list[str] = []
-    languages: list[str | None] = []
-    size = 0
+    texts = _Texts(max_bytes)
     for i, document in enumerate(domain.documents):
-        if size + len(document.encode()) > max_bytes:
-            document = document.encode()[: max_bytes - size].decode(errors="ignore")
-        if document:
-            documents.append(document)
-            languages += domain.languages[i : i + 1]
-        size += len(document.encode())
-        if size >= max_bytes:
+        texts.add(document, domain.languages[i] if domain.languages else None)
+        if texts.left <= 0:
             break
-    return replace(domain, documents=documents, languages=languages)
+    return replace(domain, documents=texts.documents, languages=texts.languages if domain.languages else ())

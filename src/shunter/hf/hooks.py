@@ -158,11 +158,11 @@ class _Forwards:
 
     def _look_for_updates(self, model: nn.Module) -> None:
         """Warn once where an optimizer has moved a router and nobody its state; nothing is looked at after either."""
-        layers = (layer for layer in moe_layers(model).values() if layer.decider.advances)
-        layer = next((layer for layer in layers if any(p.requires_grad for p in layer.router.parameters())), None)
+        layer = next((layer for layer in moe_layers(model).values() if layer.decider.advances), None)
         if layer is None or self._settled:
             return
-        weight = next(p.detach() for p in layer.router.parameters() if p.requires_grad)
+        weights = (p.detach() for p in layer.decider.parameters() if p.requires_grad and not p.is_meta)
+        weight = next(weights, torch.zeros(0))
         some = getattr(weight, "to_local", lambda: weight)().flatten()[:16].clone()
         before, self._router = self._router, some
         self._settled = layer.updates > 0

@@ -323,7 +323,7 @@ def test_an_encoder_and_a_decoder_are_recorded_apart():
     model = shunter.sparsify(BUILD["t5"](), 4, "topk", top_k=2).eval()
     batch = {name: value.clamp_max(49) for name, value in _batch().items() if name != "labels"}
     with shunter.record(model.get_encoder()) as encoder, shunter.record(model.get_decoder()) as decoder:
-        model.generate(**batch, max_new_tokens=4, min_new_tokens=4)
+        model.generate(**batch, max_new_tokens=4, min_new_tokens=4, suppress_tokens=[0, 1])  # padding, the end
     assert encoder.lengths == batch["attention_mask"].sum(1).tolist() and encoder.forwards == [3]
     whole = decoder.joined([5] * 3)
     assert decoder.forwards == [3] * 4 and whole.lengths == [5] * 3 and bool((whole.sequences()[0][-1] == -1).all())

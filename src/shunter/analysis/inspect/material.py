@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
+from ...data.images import Normalisation, find_images, read_image
 from ...errors import UserError
 from .tokens import KINDS, kind, token_text
 
@@ -26,7 +24,6 @@ __all__ = ["Batch", "Document", "Material", "Stream", "Window", "image_material"
 POSITIONS = 128  # at most; longer windows have runs of positions for one label
 MASK_EVERY = 7  # of the tokens of a masked language model's text
 IMAGES = 16  # of a forward
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
 
 
 @dataclass(frozen=True)
@@ -228,8 +225,9 @@ def _text_batch(
         source, target = ids[:, :half], ids[:, half:]
         start = model.config.get_text_config().decoder_start_token_id
         begin = torch.full_like(target[:, :1], 0 if start is None else start)
-        inputs = {"input_ids": source, "decoder_input_ids": torch.cat([begin, target[:, :-1]], 1)}
-        return Batch(inputs, target), {"encoder": source, "decoder": inputs["decoder_input_ids"]}
+        shifted = torch.cat([begin, target[:, :-1]], 1)
+        inputs = {"input_ids": source, "decoder_input_ids": shifted, "decoder_attention_mask": torch.ones_like(shifted)}
+        return Batch(inputs, target), {"encoder": source, "decoder": shifted}
     if loss is ForMaskedLMLoss and tokenizer.mask_token_id is not None:
         hidden = torch.arange(ids.numel()).reshape(ids.shape) % MASK_EVERY == MASK_EVERY // 2
         shown = ids.where(~hidden, int(tokenizer.mask_token_id))
@@ -300,7 +298,7 @@ def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *
     Args:
         model: its configuration has image_size, patch_size and num_channels; a classifier's loss counts where the
             folders have the names of its classes.
-        folder: the model's; image_mean and image_std of its preprocessor_config.json are taken, else 0.5.
+        folder: the model's; what its preprocessor_config.json says of scale, mean and standard deviation is done.
         paths: image files, or folders of them.
         tokens: how many patches at most, in equal parts of each domain.
 
@@ -312,25 +310,14 @@ def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *
     channels = getattr(config, "num_channels", 3)
     if not isinstance(size, int) or not isinstance(patch, int):
         raise UserError(f"this model's images are of {size} in patches of {patch}: only square ones can be shown")
+    normalise = Normalisation.of(folder, channels)
     patches = (size // patch) ** 2
-    found: dict[str, list[Path]] = {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.suffix.lower() in IMAGE_SUFFIXES:
-                found.setdefault(file.parent.name, []).append(file)
-    if not found:
-        raise UserError(f"{', '.join(paths)}: no file ends in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    domains = sorted(found)
-    files, domain = [], []
-    for number, name in enumerate(domains):
-        some = random.Random(0).sample(found[name], min(len(found[name]), max(1, tokens // patches // len(domains))))
-        files += sorted(some)
-        domain += [number] * len(some)
-    pixels = torch.stack([_read(file, size, channels) for file in files])
-    mean, std = _normalisation(folder, channels)
-    shown = (pixels - mean) / std
+    found = find_images(paths, tokens // patches)
+    domains = list(found)
+    files = [file for name in domains for file in found[name]]
+    domain = [number for number, name in enumerate(domains) for _ in found[name]]
+    pixels = torch.stack([read_image(file, size, channels) for file in files])
+    shown = normalise(pixels)
     classes = {str(name): int(i) for name, i in (config.label2id or {}).items()}
     targets = torch.tensor([classes.get(domains[d], -100) for d in domain])
     batches = [Batch({"pixel_values": x}, t) for x, t in zip(shown.split(IMAGES), targets.split(IMAGES), strict=True)]
@@ -341,20 +328,3 @@ def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *
         {"domain": domains, "position": [f"r{i // side} c{i % side}" for i in range(patches)]},
     )
     return Material(batches, {"": stream}, torch.tensor(domain), domains, len(files) * patches, patches, pixels, patch)
-
-
-def _read(file: Path, size: int, channels: int) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            picture = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise UserError(f"{file}: not an image that can be read ({error})") from None
-    array = np.asarray(picture, dtype=np.float32) / 255
-    return torch.from_numpy(array).reshape(size, size, -1).permute(2, 0, 1)
-
-
-def _normalisation(folder: Path, channels: int) -> tuple[Tensor, Tensor]:
-    path = folder / "preprocessor_config.json"
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    mean, std = (settings.get(key) or [0.5] * channels for key in ("image_mean", "image_std"))
-    return torch.tensor(mean).reshape(-1, 1, 1), torch.tensor(std).reshape(-1, 1, 1)

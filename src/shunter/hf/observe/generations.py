@@ -25,33 +25,44 @@ class Starts:
 
     def __init__(self) -> None:
         self.exchanged = False
-        self._of: dict[str, tuple[list[int] | None, bool]] = {}
+        self._under_way: dict[str, tuple[int, torch.Size, bool]] = {}
         self._before: dict[nn.Module, Tensor] = {}
+        self._real: Tensor | None = None
 
-    def of(self, layer: str, count: int) -> tuple[list[int] | None, bool]:
+    def of(self, layer: str, mask: Tensor | None, count: int) -> tuple[list[int] | None, bool]:
         """Of the forward under way: how many real tokens come before each of its `count` sequences; if it has a cache.
 
-        The numbers are -1 where the cache does not say, None where the forward is not of a model that takes tokens.
+        The numbers are -1 where the cache does not say or holds what was not seen, None where the forward is not of a
+        model that takes tokens.
+
+        Args:
+            layer: always the same.
+            mask: (T,) bool, its real tokens.
+            count: how many sequences it has.
         """
-        found, cached = self._of.get(layer, (None, False))
-        if found is not None and len(found) != count:
-            found = None if any(found) else [0] * count  # rows of several sequences each
-        return found, cached
+        past, shape, cached = self._under_way.get(layer, (0, torch.Size(), False))
+        if len(shape) != 2 or (mask is not None and mask.numel() != shape.numel()):
+            return None, cached
+        before = torch.zeros(shape[0], 0, dtype=torch.bool) if self._real is None or not past else self._real
+        if past < 0 or before.shape[0] != shape[0] or before.shape[1] < past:
+            return [-1] * count, cached
+        present = torch.ones(shape, dtype=torch.bool) if mask is None else mask.reshape(shape).cpu()
+        self._real = torch.cat([before[:, :past], present], 1)
+        starts: list[int] | None = before[:, :past].sum(1).tolist()
+        if count != shape[0]:  # rows of several sequences each
+            starts = None if past else [0] * count
+        return starts, cached
 
     def note(self, under: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take what the arguments of a forward of the model around some layers say."""
         given = arguments(module, args, kwargs)
         tokens = next((given[n] for n in ("input_ids", "inputs_embeds") if isinstance(given.get(n), Tensor)), None)
-        found, cache = None, _cache(given)
-        if tokens is not None:
-            past, mask = _length(cache), given.get("attention_mask")
-            found = [past] * len(tokens)
-            if past > 0 and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > tokens.shape[1]:
-                found = mask[:, : -tokens.shape[1]].bool().sum(1).tolist()
-            if past == 0:
-                self._compare(module, tokens)
+        cache, shape = _cache(given), torch.Size() if tokens is None else tokens.shape[:2]
+        past = _length(cache)
+        if tokens is not None and past == 0:
+            self._compare(module, tokens)
         for name in under:
-            self._of[name] = found, cache is not None
+            self._under_way[name] = past, shape, cache is not None
 
     def _compare(self, module: nn.Module, tokens: Tensor) -> None:
         """Where a whole sequence is run again, as without a cache, see whether each row is still the same."""

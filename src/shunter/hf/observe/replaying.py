@@ -48,7 +48,7 @@ def record(model: nn.Module) -> Iterator[RoutingRecord]:
     found = require_taps(model)
     forwards = _Forwards()
     layers: dict[str, list[Decisions]] = {}
-    begun: dict[str, list[tuple[list[int] | None, bool]]] = {}
+    begun: list[tuple[list[int] | None, bool]] = []
 
     def decide(tap: Tap, hidden: Tensor, context: Context) -> Context | None:
         if not recomputing():
@@ -63,7 +63,8 @@ def record(model: nn.Module) -> Iterator[RoutingRecord]:
         forwards.decided(name, Context(experts=seen.index, free=free))
         scores = _ranked(found[name], seen, selections.get(name))
         layers.setdefault(name, []).append(Decisions.of(seen, scores))
-        begun.setdefault(name, []).append(starts.of(name, len(layers[name][-1].lengths[0])))
+        if name == next(iter(layers)):
+            begun.append(starts.of(name, seen.mask, len(layers[name][-1].lengths[0])))
 
     result = RoutingRecord(torch.zeros(0, 0, 0, dtype=torch.int16), [])
     with noting_tokens(model, found) as around, forcing(found, around, decide) as selections:
@@ -184,7 +185,7 @@ def _ranked(tap: Tap, seen: Observation, selection: Selection | None) -> Tensor 
 def _assemble(
     result: RoutingRecord,
     layers: dict[str, Decisions],
-    begun: dict[str, list[tuple[list[int] | None, bool]]],
+    begun: list[tuple[list[int] | None, bool]],
     exchanged: bool,
 ) -> None:
     """Fill the record that `record` yielded with what its layers decided."""
@@ -199,14 +200,14 @@ def _assemble(
                 "shunter.record(model.get_encoder()) and shunter.record(model.get_decoder())"
             )
     k = max(own.index.shape[1] for own in layers.values())
-    starts = [start for start, _ in begun[first] if start is not None]
+    starts = [start for start, _ in begun if start is not None]
     result.__init__(  # type: ignore[misc]
         torch.stack([F.pad(own.index, (0, k - own.index.shape[1]), value=-1) for own in layers.values()], dim=1),
         [length for forward in of_first for length in forward],
         layers=list(layers),
         forwards=[len(forward) for forward in of_first],
         starts=[each for start in starts for each in start] if len(starts) == len(of_first) else None,
-        drafts=[cached for _, cached in begun[first]],
+        drafts=[cached for _, cached in begun],
         exchanged=exchanged,
         margin=torch.stack([own.margin for own in layers.values()], dim=1),
         size=torch.stack([own.margin_size for own in layers.values()], dim=1),

@@ -1,0 +1,46 @@
+"""A folder of data to the files in it that are read, and a word on those that are left out."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import escaped
+
+__all__ = ["files_in", "say_left_out"]
+
+_NAMED = 5  # of the files left out
+_MOST = 100_000  # files of a folder
+
+
+def files_in(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
+    """The files of a folder and of those within that are wanted, in order, and the paths that are left out.
+
+    Left out are hidden files and folders (.git, AppleDouble's ._name), what is no regular file, links to somewhere
+    outside of the folder, and what is not wanted. Links to folders are not followed.
+    """
+    root = folder.resolve()
+    found: list[Path] = []
+    left_out: list[Path] = []
+    for where, folders, files in os.walk(folder):
+        here = Path(where)
+        left_out += [here / name for name in folders if name.startswith(".") or (here / name).is_symlink()]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            file = here / name
+            real = file.resolve()
+            good = real.is_file() and real.is_relative_to(root) and not name.startswith(".") and wanted(file)
+            (found if good else left_out).append(file)
+        if len(found) + len(left_out) > _MOST:
+            break
+    return found, left_out
+
+
+def say_left_out(folder: Path, left_out: list[Path], why: str) -> None:
+    """Warn of the paths that were left out, naming the first of them."""
+    if left_out:
+        names = ", ".join(escaped(str(path.relative_to(folder))) for path in left_out[:_NAMED])
+        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        warnings.warn(f"{escaped(str(folder))}: left out {names}{more}: {why}", stacklevel=3)

@@ -1,0 +1,154 @@
+"""Images of folders as the tensors that a model of square images takes, with the domain of each: its folder."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import UserError, escaped, one_line
+from ..untrusted import open_file, parse_json, read_file
+from .files import files_in, say_left_out
+
+__all__ = ["SUFFIXES", "Normalisation", "find_images", "read_image"]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
+
+
+def find_images(paths: Sequence[str], most: int) -> dict[str, list[Path]]:
+    """Image files by domain, the name of their folder; of each domain an equal share of the most that are wanted.
+
+    Args:
+        paths: image files, or folders of them. What a folder holds besides is left out, and a warning names it.
+        most: how many in all.
+
+    Raises:
+        UserError: where there is none.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        files = [path]
+        if path.is_dir():
+            files, left_out = files_in(path, lambda file: file.suffix.lower() in SUFFIXES)
+            say_left_out(path, left_out, f"hidden, no regular files, or not images ({', '.join(sorted(SUFFIXES))})")
+        for file in files:
+            if file.suffix.lower() in SUFFIXES:
+                found.setdefault(escaped(file.resolve().parent.name), []).append(file)
+    if not found:
+        raise UserError(f"{', '.join(paths)}: no file ends in {', '.join(sorted(SUFFIXES))}")
+    share = max(1, most // len(found))
+    return {
+        name: sorted(random.Random(0).sample(files, min(len(files), share))) for name, files in sorted(found.items())
+    }
+
+
+def read_image(file: Path, size: int, channels: int) -> Tensor:
+    """An image, upright as its EXIF data say, as (channels, size, size) float32 from 0 (black) to 1.
+
+    Args:
+        file: of 8 or 16 bits a channel, grey or in colours.
+        size: it is scaled to this height and width.
+        channels: 1 makes it grey, 3 gives it colours.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        with open_file(file) as stream, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(stream) as image:
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode.startswith(("I", "F")):  # 16 bits, which conversion would cut at 255
+                    upright = upright.convert("F")
+                    planes = [upright.resize((size, size), Image.Resampling.BILINEAR)] * channels
+                    array = np.stack([np.asarray(plane, dtype=np.float32) for plane in planes], -1) / 65535
+                else:
+                    picture = upright.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
+                    array = np.asarray(picture, dtype=np.float32) / 255
+    except UserError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{file}: not an image that can be read ({one_line(error)})") from None
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise UserError(f"{file}: not an image that can be read ({one_line(error)})") from None
+    return torch.from_numpy(array.copy()).reshape(size, size, -1).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What a model's image processor makes of values from 0 to 1: (value * scale - mean) / std.
+
+    Args:
+        scale: of the values; 1 where the processor brings bytes to 0 … 1, 255 where it leaves them.
+        mean, std: (channels,), of the scaled values.
+    """
+
+    scale: float
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, folder: Path, channels: int) -> Normalisation:
+        """That of a model's folder, by its preprocessor_config.json; mean and std are 0.5 where it has none.
+
+        Raises:
+            UserError: where the settings are not those of so many channels.
+        """
+        settings, file = _settings(folder)
+        scale = 255 * _number(file, settings, "rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
+        if not settings.get("do_normalize", True):
+            return cls(scale, torch.zeros(channels), torch.ones(channels))
+        mean, std = (_channels(file, settings, name, channels) for name in ("image_mean", "image_std"))
+        if not bool((std > 0).all()):
+            raise UserError(f"{file}: image_std={std.tolist()} must be above 0")
+        return cls(scale, mean, std)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels (…, channels, height, width) as the model takes them."""
+        return (pixels * self.scale - self.mean.reshape(-1, 1, 1)) / self.std.reshape(-1, 1, 1)
+
+
+def _settings(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The settings of a folder's image processor, by itself or within a processor's."""
+    for name, within in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        file = folder / name
+        if file.exists() or file.is_symlink():
+            try:
+                found = parse_json(read_file(file))
+            except UserError:
+                raise
+            except (OSError, ValueError) as error:
+                raise UserError(f"{file}: cannot be read as JSON ({one_line(error)})") from None
+            found = found.get(within) if within and isinstance(found, dict) else found
+            if isinstance(found, dict):
+                return found, file
+            if within is None:
+                raise UserError(f"{file}: must hold a JSON object, not a {type(found).__name__}")
+    return {}, folder / "preprocessor_config.json"
+
+
+def _number(file: Path, settings: dict[str, Any], name: str, default: float) -> float:
+    value = settings.get(name, default)
+    if not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise UserError(f"{file}: {name}={repr(value)[:80]} must be a number above 0")
+    return float(value)
+
+
+def _channels(file: Path, settings: dict[str, Any], name: str, channels: int) -> Tensor:
+    value = settings.get(name)
+    value = 0.5 if value is None else value
+    values = value if isinstance(value, list) else [value] * channels
+    if len(values) != channels or not all(isinstance(v, int | float) and abs(v) < 1e6 for v in values):
+        raise UserError(f"{file}: {name}={repr(value)[:80]} must be a number, or one for each of {channels} channels")
+    return torch.tensor(values, dtype=torch.float32)

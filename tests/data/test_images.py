@@ -1,0 +1,97 @@
+"""Images: upright, at their full depth, scaled and normalised as the model's processor says."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from shunter.data.images import Normalisation, find_images, read_image
+from shunter.errors import UserError
+
+TURNED = {3: lambda x: x[::-1, ::-1], 6: lambda x: np.rot90(x, -1), 8: lambda x: np.rot90(x), 2: lambda x: x[:, ::-1]}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_exif_turns_images_upright(orientation, tmp_path):
+    stored = np.random.default_rng(int(torch.randint(2**31, ()))).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(stored)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = TURNED[orientation](stored)
+    found = read_image(tmp_path / "a.png", 8, 3)
+    assert torch.equal(found, torch.from_numpy(upright.astype(np.float32) / 255).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_of_sixteen_bits_keeps_its_values(channels, tmp_path):
+    values = torch.randint(65536, (8, 8)).numpy().astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png", 8, channels)
+    assert found.shape == (channels, 8, 8)
+    expected = torch.from_numpy(values.astype(np.float32) / 65535).expand(channels, 8, 8)
+    torch.testing.assert_close(found, expected)
+
+
+SETTINGS = [
+    {},
+    {"do_normalize": False},
+    {"image_mean": [0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7]},
+    {"do_rescale": False, "do_normalize": False},
+    {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0], "image_std": [1.0, 1.0, 1.0]},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_pixels_are_as_the_models_own_processor_makes_them(settings, tmp_path):
+    processor = ViTImageProcessor(**settings, size={"height": 8, "width": 8})
+    processor.save_pretrained(tmp_path)
+    array = torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(array).save(tmp_path / "a.png")
+    expected = processor(Image.open(tmp_path / "a.png"), return_tensors="pt")["pixel_values"][0]
+    found = Normalisation.of(tmp_path, 3)(read_image(tmp_path / "a.png", 8, 3))
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[",
+        "[]",
+        "[" * 10**6,
+        json.dumps({"image_mean": [0.5]}),
+        json.dumps({"image_std": [0, 1, 1]}),
+        json.dumps({"image_mean": "half"}),
+        json.dumps({"rescale_factor": None}),
+    ],
+)
+def test_settings_that_are_none_end_in_one_line(content, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(UserError, match="preprocessor_config.json") as caught:
+        Normalisation.of(tmp_path, 3)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    folder = tmp_path / "cats"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    (folder / "._a.png").write_bytes(b"AppleDouble")
+    (folder / "notes.txt").write_text("text")
+    with pytest.warns(UserWarning, match=r"left out \._a.png, notes.txt"):
+        assert find_images([str(folder)], 4) == {"cats": [folder / "a.png"]}
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\xff" * 100)
+    for name in ("b.png", "c.png"):
+        with pytest.raises(UserError, match=name):
+            read_image(tmp_path / name, 8, 3)
+
+
+def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="not an image that can be read"):
+        read_image(tmp_path / "a.png", 8, 3)
