@@ -6,7 +6,7 @@ import difflib
 import inspect
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, get_type_hints
 
 from .adaptive_k import ReLU, TopP
 from .base import Router
@@ -127,16 +127,23 @@ def find(name: str | type[Router]) -> type[Router]:
     return _ROUTERS[name]
 
 
-def options(name: str | type[Router]) -> set[str]:
-    """The options that a router takes, those of its base classes included."""
-    found: set[str] = set()
+def options(name: str | type[Router]) -> dict[str, Any]:
+    """The options that a router takes, those of its base classes included, and what they are annotated with."""
+    found: dict[str, Any] = {}
     for cls in find(name).__mro__:
         if "__init__" in vars(cls) and issubclass(cls, Router):
-            parameters = inspect.signature(cls.__init__).parameters.values()
-            found |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+            types, parameters = _types(cls), inspect.signature(cls.__init__).parameters.values()
+            found = {p.name: types.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY} | found
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    return found - {"device", "dtype"}
+    return {option: kind for option, kind in found.items() if option not in ("device", "dtype")}
+
+
+def _types(cls: type[Router]) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__)
+    except NameError:  # one that is imported for type checkers alone
+        return {}
 
 
 def create(name: str | type[Router], dim: int, num_experts: int, **kwargs: Any) -> Router:
@@ -154,7 +161,7 @@ def create(name: str | type[Router], dim: int, num_experts: int, **kwargs: Any) 
     cls = find(name)
     known = options(cls)
     for key in kwargs:
-        if key not in known | {"device", "dtype"}:
+        if key not in known.keys() | {"device", "dtype"}:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"router {name!r} has no option {key!r}{hint} Options: {', '.join(sorted(known))}")
