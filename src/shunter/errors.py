@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LONGEST", "Interrupted", "NotWritten", "UserError", "escaped", "one_line"]
+__all__ = ["LONGEST", "Diverged", "Interrupted", "NotWritten", "UserError", "escaped", "one_line"]
 
 LONGEST = 400  # characters of a line
 
@@ -13,6 +13,19 @@ class UserError(ValueError):
 
 class NotWritten(OSError):
     """Results that could not be written: one line with the path and why. What was there before is still there."""
+
+
+class Diverged(Exception):
+    """Training met numbers that are not finite, again and again: one line with the step, the layer and what to try.
+
+    Args:
+        said: the line.
+        since: the first step of those.
+    """
+
+    def __init__(self, said: str, since: int) -> None:
+        super().__init__(said)
+        self.since = since
 
 
 class Interrupted(Exception):

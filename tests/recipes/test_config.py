@@ -1,10 +1,13 @@
 """One typed configuration: whatever is given ends in a configuration or in one line."""
 
+from typing import Any
+
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shunter import routers
 from shunter.errors import UserError
 from shunter.recipes.config import dump_config, load_config
 from shunter.recipes.sections import TextConfig
@@ -49,6 +52,22 @@ def test_saved_configurations_load_equal(tmp_path):
     assert load_config(TextConfig, tmp_path / "c.yaml", []) == config
 
 
+def test_numbers_without_a_dot_are_numbers_and_texts_like_them_stay_texts(tmp_path):
+    config = load_config(
+        TextConfig, None, ["sparse.options={z_loss: 1e-3}", "training.learning_rate=3e-4", "name='1e3'"]
+    )
+    assert config.sparse.options == {"z_loss": 1e-3} and config.training.learning_rate == 3e-4
+    assert config.name == "1e3"
+    (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(TextConfig, tmp_path / "c.yaml", []) == config
+
+
+@pytest.mark.parametrize("name", routers.names())
+def test_every_option_of_every_router_has_a_type(name):
+    for option, kind in routers.options(name).items():
+        assert kind is not Any, option
+
+
 @pytest.mark.parametrize(
     "override, parts",
     [
@@ -69,6 +88,11 @@ def test_saved_configurations_load_equal(tmp_path):
         ("sparse.options={capacity_factor: -1}", ["capacity_factor -1", "must be a positive number"]),
         ("sparse.options={capacity_factor: 1}", ["later tokens", "sparse.allow_leak=true"]),
         ("sparse.options={capacity_factor: many}", ["router 'topk'", "an option cannot be used"]),
+        ("sparse.options={jitter: true}", ["jitter=True", "should be a valid number"]),
+        ("sparse.options={z_loss: '1e-3'}", ["z_loss='1e-3'", "should be a valid number"]),
+        ("sparse.options={selection_bias: 1}", ["selection_bias=1", "should be a valid boolean"]),
+        ("sparse.options={jitter: null}", ["jitter=None", "should be a valid number"]),
+        ("sparse.options={jitter: .nan}", ["sparse.options.jitter", "=nan"]),
         ("sparse.options={jitter: nan}", ["router 'topk'", "an option cannot be used"]),
         ("sparse.router=expert_choice", ["later tokens", "sparse.allow_leak=true"]),
         ("model.dim=30", ["model.dim 30 must be a multiple"]),

@@ -209,3 +209,70 @@ def test_eval_says_where_its_numbers_are_others_than_the_summarys(stopped, capsy
     assert main(["eval", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err.strip()
     assert said.startswith("sparse: the loss is") and "summary.json says" in said and "\n" not in said
+
+
+def plant(patch, times, value=float("nan"), model="sparse", first=3):
+    """Make the loss of a model not finite from a step on, so many times."""
+    inner, left = loop._Trainer.compute_loss, [times]
+
+    def compute_loss(trainer, *args, **kwargs):
+        found = inner(trainer, *args, **kwargs)
+        if trainer.watch.name == model and trainer.state.global_step + 1 >= first and left[0] > 0:
+            left[0] -= 1
+            found = found * value
+        return found
+
+    patch.setattr(loop._Trainer, "compute_loss", compute_loss)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_said(stopped, tmp_path, monkeypatch, capsys):
+    _, config = stopped
+    plant(monkeypatch, 1)
+    train(config, tmp_path / "run")
+    lines = Metrics(tmp_path / "run/metrics.jsonl").lines("sparse")
+    assert sum(line["skipped"] for line in lines if line["kind"] == "train") == 1
+    assert [(line["step"], line["what"]) for line in lines if line["kind"] == "alarm"] == [
+        (3, "the loss or the gradient is not finite: the step was skipped")
+    ]
+    assert "sparse model, step 3: the loss or the gradient is not finite" in capsys.readouterr().err
+    assert "step was skipped" in (tmp_path / "run/report.html").read_text()
+
+
+def test_after_three_strikes_a_run_goes_back_once_and_ends_as_if_nothing_had_been(
+    stopped, tmp_path, monkeypatch, capsys
+):
+    root, config = stopped
+    plant(monkeypatch, 3)
+    train(config, tmp_path / "run")
+    assert "Once, it goes back to a checkpoint from before" in capsys.readouterr().err
+    assert outcome(tmp_path / "run") == outcome(root / "straight")
+
+
+def test_what_comes_again_after_going_back_ends_the_run_in_one_line(again, monkeypatch, capsys):
+    run, config, straight = again
+    with monkeypatch.context() as patch:
+        plant(patch, 99, float("inf"), "sparse", first=4)
+        shutil.rmtree(run / "checkpoints/sparse")
+        assert main(["train", "text", "--resume", "--run", str(run)]) == 1
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith(
+            "shunter train: step 6: the loss is not finite, and 3 of the last 100 steps were skipped"
+        )
+        assert "try a lower learning rate" in said
+    train(config, run, resume=True)
+    assert outcome(run) == straight
+
+
+def test_a_model_that_is_not_finite_at_its_end_is_not_kept(stopped, tmp_path, monkeypatch, capsys):
+    _, config = stopped
+    inner = loop._Watch.on_step_end
+
+    def spoil(watch, args, state, control, **kwargs):
+        if watch.name == "dense" and state.global_step == 6:
+            next(kwargs["model"].parameters()).data[0, 0] = float("nan")
+        inner(watch, args, state, control, **kwargs)
+
+    monkeypatch.setattr(loop._Watch, "on_step_end", spoil)
+    with pytest.raises(loop.Diverged, match="held-out loss of the dense model is not finite; first not finite is"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run/dense").exists()

@@ -62,6 +62,26 @@ def test_the_assignment_is_optimal_and_balanced(kind):
         assert torch.equal(balanced_assignment(scores), expert), "the same every time"
 
 
+@pytest.mark.parametrize("kind", ["largest", "ends", "smallest", "all sizes", "one large"])
+def test_scores_at_the_ends_of_float32_are_assigned_optimally(kind):
+    info = torch.finfo(torch.float32)
+    for _ in range(25):
+        tokens, experts = int(torch.randint(1, 70, ())), int(torch.randint(1, 9, ()))
+        draw = torch.randn(tokens, experts)
+        scores = {
+            "largest": (torch.rand(tokens, experts) * 2 - 1) * info.max,
+            "ends": draw.sign() * info.max,
+            "smallest": torch.randint(-3, 4, (tokens, experts)) * 2.0**-149,
+            "all sizes": draw * 10.0 ** torch.randint(-44, 38, (tokens, experts)),
+            "one large": draw.index_fill(0, torch.tensor([0]), info.max),
+        }[kind]
+        assert scores.dtype == torch.float32 and bool(scores.isfinite().all())
+        expert = balanced_assignment(scores)
+        assert torch.bincount(expert, minlength=experts).max() <= -(-tokens // experts)
+        wide = scores.double() / float(scores.abs().max().clamp_min(2.0**-149))
+        assert _value(wide, expert) == pytest.approx(_best(wide), rel=1e-9, abs=1e-9)
+
+
 def test_the_assignment_against_all_assignments():
     scores = torch.randn(6, 3, dtype=torch.float64)
     ways = set(itertools.permutations([0, 0, 1, 1, 2, 2]))

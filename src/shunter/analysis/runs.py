@@ -267,6 +267,9 @@ def _read_metrics(run: Run) -> None:
             unreadable.append(number)
             continue
         with _schema(path, f", line {number},"):
+            if row["kind"] == "alarm":
+                run.notices.append(f"{row['model']} model, step {row['step']}: {row['what']}.")
+                continue
             rows = series.setdefault((row["kind"], row["model"]), [])
             while rows and rows[-1]["step"] >= row["step"]:
                 rows.pop()

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from ..errors import Interrupted, escaped
+from ..errors import Diverged, Interrupted, NotWritten, escaped
 from . import bench, convert, look, train
 
 __all__ = ["main"]
@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     except BrokenPipeError:
+        return 1
+    except (Diverged, NotWritten) as error:
+        print(f"shunter {args.name}: {escaped(str(error))}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"shunter {args.name}: {escaped(str(error))}", file=sys.stderr)

@@ -189,7 +189,7 @@ def resumed(run: Path) -> tuple[Recipe[Any, Any], Any, list[str]]:
 
 def _routing(metrics: Metrics, name: str) -> dict[str, float]:
     """Balance, drops and experts of a token, each a mean over the last part of training."""
-    lines = [line for line in metrics.lines(name) if line["kind"] == "train"]
+    lines = [line for line in metrics.lines(name) if line["kind"] == "train" and "balance" in line]
     last = [line for line in lines if line["step"] > (1 - LAST) * lines[-1]["step"]]
     return {
         key: math.fsum(line[key] for line in last) / len(last) for key in ("balance", "dropped", "experts_per_token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -57,13 +58,13 @@ def dump_config(config: BaseModel) -> str:
     sections = sorted(name for name, value in values.items() if isinstance(value, dict))
     ordered = {name: value for name, value in values.items() if name not in sections}
     ordered |= {name: values[name] for name in sections}
-    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+    return yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
-        tree = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
+        tree = tomllib.loads(text) if file.suffix == ".toml" else parse_value(text)
     except OSError as error:
         raise UserError(one_line(f"{file}: {error.strerror or error}")) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
@@ -77,14 +78,21 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """The YAML value of a text; 3e-4, which YAML 1.1 reads as text for want of a dot, is a number."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() and value[:1] in "+-.0123456789" else value
-        except ValueError:
-            return value
-    return value
+    """The YAML value of a text."""
+    return yaml.load(text, _Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 3e-4 as a number, which YAML 1.1 takes for text for want of a dot."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers."""
+
+
+_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:

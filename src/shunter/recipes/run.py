@@ -24,7 +24,7 @@ from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import MODELS, Metrics, ModelSummary
 from ..durable import MANIFEST, make_folder, new_folder, only_process, seal, sealed, verify, write
 from ..environment import run_versions
-from ..errors import UserError, one_line
+from ..errors import Diverged, UserError, one_line
 from ..hf.checkpoints.reading import read_json
 from ..training.checkpoints import Checkpoints
 from ..training.loop import train_model
@@ -262,11 +262,32 @@ def train_one(begun: Begun, name: str) -> dict[str, float]:
 
     Returns:
         What `train_model` measured.
+
+    Raises:
+        Diverged: where training met numbers that are not finite, and did so again from its newest checkpoint.
     """
-    recipe, config, data, folder = begun.recipe, begun.configs[name], begun.data, begun.folder / name
-    identity = begun.identity | {"model": name}
+    folder, identity = begun.folder / name, begun.identity | {"model": name}
     if folder.exists():
         return _trained(folder, name, identity, begun.metrics)
+    checkpoints = Checkpoints(begun.folder / "checkpoints" / name, identity)
+    while True:
+        try:
+            model, costs = _train(begun, name, checkpoints)
+            break
+        except Diverged as error:
+            if not checkpoints.go_back(error):
+                raise
+            print(f"{name} model, {error}. Once, it goes back to a checkpoint from before", file=sys.stderr)
+    with new_folder(folder, **identity) as part:
+        model.save_pretrained(part)
+        begun.data.save_pretrained(part)
+        write(part / "training.json", json.dumps(costs))
+        Metrics(part / "metrics.jsonl").replace(name, begun.metrics.lines(name))
+    return costs
+
+
+def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTrainedModel, dict[str, float]]:
+    recipe, config, data = begun.recipe, begun.configs[name], begun.data
     t = config.training
     model = recipe.build(config, data, sparse=name != "dense")
     costs = train_model(
@@ -275,7 +296,7 @@ def train_one(begun: Begun, name: str) -> dict[str, float]:
         data.train,
         lambda m: recipe.evaluate(m, data),
         begun.metrics,
-        Checkpoints(begun.folder / "checkpoints" / name, identity),
+        checkpoints,
         tokens_per_step=recipe.tokens_per_step(config),
         eval_every=t.eval_every,
         log_every=t.log_every,
@@ -292,12 +313,7 @@ def train_one(begun: Begun, name: str) -> dict[str, float]:
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    with new_folder(folder, **identity) as part:
-        model.save_pretrained(part)
-        data.save_pretrained(part)
-        write(part / "training.json", json.dumps(costs))
-        Metrics(part / "metrics.jsonl").replace(name, begun.metrics.lines(name))
-    return costs
+    return model, costs
 
 
 def _trained(folder: Path, name: str, identity: dict[str, Any], metrics: Metrics) -> dict[str, float]:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .. import experts, routers
 from ..data.documents import MAX_BYTES
 from ..routers import Router
+from ..routers.registry import option_types
 
 __all__ = ["DataConfig", "ModelConfig", "RunConfig", "SparseConfig", "TextConfig", "TrainingConfig", "nearest"]
 
@@ -78,10 +89,14 @@ class SparseConfig(_Section):
 
     @model_validator(mode="after")
     def _fits(self) -> SparseConfig:
-        known = routers.options(self.router)
+        known = option_types(self.router)
         for key in self.options:
             if key not in known:
                 raise ValueError(f"router {self.router!r} has no option {key!r}; {nearest(key, known)}")
+            if wrong := _wrong_type(known[key], self.options[key]):
+                raise ValueError(
+                    f"router {self.router!r}: an option cannot be used: {key}={self.options[key]!r}: {wrong}"
+                )
         if "vocab_size" in self.options:
             raise ValueError(f"router {self.router!r}: vocab_size is that of the data's tokenizer; leave it out")
         try:
@@ -157,6 +172,17 @@ class TextConfig(RunConfig):
                 f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
             )
         return self
+
+
+def _wrong_type(kind: Any, value: Any) -> str:
+    """What is wrong with a value of an option of this type, in words; empty where nothing is."""
+    try:
+        TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        return "; or ".join(dict.fromkeys(each["msg"] for each in error.errors()))
+    except PydanticUserError:  # a type that pydantic does not know
+        return ""
+    return ""
 
 
 def _one_of(name: str, known: list[str]) -> str:

@@ -31,7 +31,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     if num_tokens == 0:
         return torch.zeros(0, dtype=torch.int64, device=scores.device)
     slots = -(-num_tokens // num_experts)
-    h = _finite(scores).to("cpu", torch.float64)
+    h = _scaled(_finite(scores).to("cpu", torch.float64))
     h = torch.cat([h, h.new_zeros(slots * num_experts - num_tokens, num_experts)])
     price = _dual_prices(h, slots)
     expert = (h - price).argmax(-1)
@@ -50,7 +50,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
 
     for e in range(num_experts):
         refresh(e)
-    while bool((count > slots).any()):
+    for _ in range(int((count - slots).clamp_min(0).sum())):  # each path takes one token from an expert with too many
         distance, before = _shortest_paths(loss - price[:, None] + price, count > slots)
         target = int(distance.where(count < slots, math.inf).argmin())
         price += (distance[target] - distance).clamp_min(0)
@@ -117,6 +117,11 @@ def transport_plan(scores: Tensor, epsilon: float = 1.0, iterations: int = 100, 
         of_expert = of_expert - column.clamp_min(torch.finfo(h.dtype).tiny).log()
         plan = (h + of_expert).softmax(-1) / num_tokens
     return plan
+
+
+def _scaled(h: Tensor) -> Tensor:
+    """The scores h times a power of two, which is exact, so that the largest is about 1: none is at float32's ends."""
+    return h * math.ldexp(1.0, min(-math.frexp(float(h.abs().max()))[1], 1000))
 
 
 def _finite(scores: Tensor) -> Tensor:

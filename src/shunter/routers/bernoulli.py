@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .. import losses
 from ..context import Context
 from ..routing import Routing
-from .policy_gradient import PolicyRouter, taken
+from .policy_gradient import Baseline, PolicyRouter, taken
 
 __all__ = ["Bernoulli"]
 
@@ -61,7 +61,7 @@ class Bernoulli(PolicyRouter):
         variance_bonus: float = 0.1,
         token_variance_bonus: float = 0.01,
         evaluation: Evaluation = "sample",
-        baseline: Any = "none",
+        baseline: Baseline = "none",
         entropy_bonus: float = 0.0,
         router_bias: bool = True,
         **options: Any,

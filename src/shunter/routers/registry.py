@@ -6,7 +6,7 @@ import difflib
 import inspect
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from .adaptive_k import ReLU, TopP
 from .base import Router
@@ -37,7 +37,7 @@ from .topk import TopK
 from .two_sided import TwoSided
 from .vmoe import VMoE
 
-__all__ = ["create", "names", "options", "register"]
+__all__ = ["create", "names", "option_types", "options", "register"]
 
 _ROUTERS: dict[str, type[Router]] = {
     "switch": Switch,
@@ -129,19 +129,26 @@ def find(name: str | type[Router]) -> type[Router]:
 
 def options(name: str | type[Router]) -> set[str]:
     """The options that a router takes, those of its base classes included."""
-    return set(_annotations(find(name)))
+    return set(option_types(name))
 
 
-def _annotations(router: type[Router]) -> dict[str, str]:
-    """What a router's options are annotated as, by name, the router's own word before that of its base classes."""
-    found: dict[str, str] = {}
-    for cls in router.__mro__:
+def option_types(name: str | type[Router]) -> dict[str, Any]:
+    """What each option is annotated with, by the router's own word before that of its base classes."""
+    found: dict[str, Any] = {}
+    for cls in find(name).__mro__:
         if "__init__" in vars(cls) and issubclass(cls, Router):
-            parameters = inspect.signature(cls.__init__).parameters.values()
-            found = {p.name: str(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY} | found
+            types, parameters = _types(cls), inspect.signature(cls.__init__).parameters.values()
+            found = {p.name: types.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY} | found
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    return {option: annotation for option, annotation in found.items() if option not in ("device", "dtype")}
+    return {option: kind for option, kind in found.items() if option not in ("device", "dtype")}
+
+
+def _types(cls: type[Router]) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__)
+    except NameError:  # one that is imported for type checkers alone
+        return {}
 
 
 def create(name: str | type[Router], dim: int, num_experts: int, **kwargs: Any) -> Router:
@@ -158,12 +165,12 @@ def create(name: str | type[Router], dim: int, num_experts: int, **kwargs: Any) 
             where a number belongs, which would count as 1.
     """
     cls = find(name)
-    known = _annotations(cls)
+    known = option_types(cls)
     for key, value in kwargs.items():
-        wanted = known.get(key, "")
-        if isinstance(value, bool) and "bool" not in wanted and ("int" in wanted or "float" in wanted):
+        kinds = {known.get(key), *get_args(known.get(key))}
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError(f"router {name!r}: {key} is a number; got {value}")
-        if key not in {*known, "device", "dtype"}:
+        if key not in known.keys() | {"device", "dtype"}:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"router {name!r} has no option {key!r}{hint} Options: {', '.join(sorted(known))}")

@@ -11,7 +11,7 @@ from .. import losses as losses
 from ..context import NO_CONTEXT, Context
 from ..parallel.ranks import sum_over_ranks
 from ..routing import Routing
-from .policy_gradient import Decision, taken
+from .policy_gradient import Baseline, Decision, taken
 from .reinforce import Reinforce
 
 __all__ = ["RoutingNetworks"]
@@ -71,7 +71,7 @@ class RoutingNetworks(Reinforce):
         return_decay: float = 0.9,
         collaboration: float = 0.1,
         usage_decay: float = 0.99,
-        baseline: Any = "none",
+        baseline: Baseline = "none",
         load_balancing_loss: float = 0.0,
         entropy_bonus: float = 0.0,
         device: torch.device | str | None = None,

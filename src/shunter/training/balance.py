@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
 from contextlib import ExitStack
 from typing import Any, Literal, Self, get_args
 
@@ -22,9 +21,10 @@ from .. import losses
 from ..context import Context
 from ..hf.observe.listening import Observation, listening
 from ..hf.observe.taps import Tap
-from ..metrics import balance, dead, effective_experts, normalised_entropy
+from ..metrics import balance, dead, normalised_entropy
 from ..moe import RoutedLayer, update_routers
 from ..parallel.ranks import is_first_rank, sum_over_ranks
+from .alarms import LoadAlarm
 
 __all__ = ["Balance", "BalanceWarning"]
 
@@ -111,8 +111,7 @@ class Balance:
         self._heard: list[tuple[str, Observation]] = []
         self._loads: dict[str, Tensor] = {}
         self._demand: dict[str, Tensor] = {}
-        self._recent: dict[str, deque[Tensor]] = {name: deque(maxlen=self.patience) for name in found}
-        self._warned: set[tuple[str, str]] = set()
+        self._alarm = LoadAlarm(self.patience)
         self._reset_window()
         self.biases: dict[str, Tensor] = {}
         if self.bias_update_rate:
@@ -252,36 +251,16 @@ class Balance:
                     bias += self.bias_update_rate * (share.mean() - share).sign().reshape(bias.shape)
             known = self._window_loads.get(name)
             self._window_loads[name] = load if known is None else known + load
-            self._recent[name].append(load.double().cpu())
-            self._watch(name)
+            self._watch(name, load)
         update_routers(self._model)
 
-    def _watch(self, name: str) -> None:
+    def forget(self) -> None:
+        """End an optimizer step that was skipped: nothing moves, and its forwards do not count."""
+        self._loads, self._demand, self._heard = {}, {}, []
+
+    def _watch(self, name: str, load: Tensor) -> None:
         """Warn once of each dead expert and each collapse, again only after it was well in between."""
-        recent = self._recent[name]
-        if len(recent) < self.patience:
-            return
-        load = torch.stack(tuple(recent)).sum(0)
-        num_experts, total = load.numel(), float(load.sum())
-        even = total / num_experts
-        if even < 100:
-            return  # too few tokens to tell
-        where, top_k = name or "the layer", self._taps[name].top_k or 1
-        found = {}
-        effective = float(effective_experts(load))
-        if effective < top_k + (num_experts - top_k) / 8:
-            found["collapse"] = (
-                f"{where} is collapsing: in the last {self.patience} steps its tokens used {effective:.1f} of "
-                f"{num_experts} experts effectively (the exponential of the load's entropy), with {top_k} a token"
-            )
-        for expert in dead(load).nonzero().flatten().tolist():
-            state = "all but dead" if float(load[expert]) else "dead"
-            found[f"dead {expert}"] = (
-                f"{where}: expert {expert} is {state}: {int(load[expert])} of {int(total)} choices in the last "
-                f"{self.patience} steps"
-            )
-        new = [text for kind, text in found.items() if (name, kind) not in self._warned]
-        self._warned = {(n, kind) for n, kind in self._warned if n != name} | {(name, kind) for kind in found}
+        new = self._alarm.note(name, load, self._taps[name].top_k or 1)
         if new and is_first_rank():
             more = "" if len(new) <= 3 else f"; and {len(new) - 3} more experts of this layer"
             advice = "raise load_balancing_loss or bias_update_rate, or lower the learning rate of the router"

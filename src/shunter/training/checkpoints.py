@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..durable import discard, publish, sealed, verify
-from ..errors import UserError
+from ..durable import discard, make_folder, publish, sealed, verify, write
+from ..errors import Diverged, UserError
 
 __all__ = ["MEMORY", "Checkpoints"]
 
@@ -36,12 +37,28 @@ class Checkpoints:
         self.partial = folder / "partial"
         self._proven: list[Path] = []
 
+    def go_back(self, error: Diverged) -> bool:
+        """Leave the checkpoints since a training failed, where there are earlier ones.
+
+        Returns:
+            Whether it may go on from there: once, resumptions included.
+        """
+        if any(_step(path) < error.since for path in self._proven):
+            for path in self._proven:
+                if _step(path) >= error.since:
+                    discard(path)
+        mark = self.folder / "went-back.json"
+        first = not mark.exists()
+        make_folder(self.folder)
+        write(mark, json.dumps({"why": str(error)}))
+        return first
+
     def newest(self) -> Path | None:
         """The newest whole one of this run, every byte of it compared; says which newer ones are not, and why."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self._proven = []
         found = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        for path in sorted(found, key=_step, reverse=True):
             if not sealed(path):
                 print(f"{path} is passed over: it was not removed to its end", file=sys.stderr)
                 shutil.rmtree(path, ignore_errors=True)
@@ -71,6 +88,10 @@ class Checkpoints:
         for other in self.folder.glob("checkpoint-*"):
             if other not in self._proven:
                 discard(other)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[-1])
 
 
 def _must_hold(folder: Path, names: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -25,12 +26,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from ..analysis.runs import Metrics
 from ..durable import why_not_written
 from ..environment import _reset_peak_rss, peak_rss_bytes
-from ..errors import Interrupted, NotWritten
+from ..errors import Diverged, Interrupted, NotWritten
 from ..losses import consistency_loss
 from ..metrics import balance
 from ..moe import RoutedLayer, aux_loss, expect_steps, moe_layers, update_routers
 from ..routers.thor import Thor
+from .alarms import LoadAlarm, SpikeAlarm
 from .checkpoints import MEMORY, Checkpoints
+from .guards import CURES, NaNGuard, not_finite
 
 __all__ = ["train_model"]
 
@@ -39,11 +42,11 @@ Evaluate = Callable[[PreTrainedModel], dict[str, Any]]
 IN_A_LOG = 20.0  # seconds between lines of progress where standard error is no terminal
 
 # What is added up between two lines of the log; routed are tokens, kept their assignments, over all layers.
-_WINDOW = ("loss", "aux_loss", "steps", "routed", "kept")
+_WINDOW = ("loss", "aux_loss", "steps", "routed", "kept", "skipped")
 
 
 class _Watch(TrainerCallback):
-    """Logs, evaluates, shows progress, moves the routers' state, and stops on Ctrl-C: all at the ends of steps."""
+    """At the ends of steps logs, evaluates, alarms, shows progress, moves the routers' state, and stops on Ctrl-C."""
 
     def __init__(
         self,
@@ -51,29 +54,34 @@ class _Watch(TrainerCallback):
         metrics: Metrics,
         evaluate: Evaluate,
         checkpoints: Checkpoints,
+        guard: NaNGuard,
         tokens_per_step: int,
         eval_every: int,
         log_every: int,
     ) -> None:
-        self.name, self.metrics, self.evaluate, self.checkpoints = name, metrics, evaluate, checkpoints
+        self.name, self.metrics, self.evaluate = name, metrics, evaluate
+        self.checkpoints, self.guard = checkpoints, guard
         self.tokens_per_step, self.eval_every, self.log_every = tokens_per_step, eval_every, log_every
         self.stop = False
         self.seconds = 0.0
         self.window = dict.fromkeys(_WINDOW, 0.0)
         self.load: dict[str, Tensor] = {}
+        self.spikes, self.loads = SpikeAlarm(), LoadAlarm()
         self.bar: tqdm[Any] | None = None
 
     def add(self, losses: list[Tensor], disagreement: Tensor, model: nn.Module) -> None:
         """Note the losses of one step's forwards, what they cost to disagree, and the last one's routings."""
+        self.step = dict.fromkeys(_WINDOW, 0.0)
+        self.step_load: dict[str, Tensor] = {}
         extra = aux_loss(model).item()
-        self.window["loss"] += (sum(loss.item() for loss in losses) - extra) / len(losses)
-        self.window["aux_loss"] += extra + disagreement.item()
-        self.window["steps"] += 1
+        self.step["loss"] = (sum(loss.item() for loss in losses) - extra) / len(losses)
+        self.step["aux_loss"] = extra + disagreement.item()
+        self.step["steps"] = 1
         for name, layer in moe_layers(model).items():
             assert layer.routing is not None
-            self.load[name] = self.load.get(name, 0) + layer.routing.demand
-            self.window["routed"] += layer.routing.num_tokens
-            self.window["kept"] += layer.routing.token.numel()
+            self.step_load[name] = layer.routing.demand
+            self.step["routed"] += layer.routing.num_tokens
+            self.step["kept"] += layer.routing.token.numel()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: PreTrainedModel = kwargs["model"]
@@ -95,10 +103,15 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: PreTrainedModel = kwargs["model"]
-        update_routers(model)
-        self.seconds += time.perf_counter() - self.began
         step = state.global_step
         last = step == state.max_steps
+        if self.guard.skipping:
+            self.window["skipped"] += 1
+            self._alarm(step, "the loss or the gradient is not finite: the step was skipped")
+        else:
+            update_routers(model)
+            self._count(step)
+        self.seconds += time.perf_counter() - self.began
         if step % self.log_every == 0 or last:
             self._log(step, args.learning_rate if kwargs.get("lr_scheduler") is None else _lr(kwargs["lr_scheduler"]))
         if self.bar is not None:
@@ -108,14 +121,36 @@ class _Watch(TrainerCallback):
         if self.stop and not last:
             control.should_save = control.should_training_stop = True
 
+    def _count(self, step: int) -> None:
+        """Add a step that was taken to the window, and see whether anything in it is alarming."""
+        self.window = {key: value + self.step[key] for key, value in self.window.items()}
+        if (expected := self.spikes.note(self.step["loss"])) is not None:
+            self._alarm(step, f"the loss leaps to {self.step['loss']:.4f}; the steps before it led to {expected:.4f}")
+        for name, load in self.step_load.items():
+            self.load[name] = self.load.get(name, 0) + load
+            top_k = float(load.sum()) * len(self.step_load) / max(self.step["routed"], 1)
+            for text in self.loads.note(name, load, top_k):
+                self._alarm(step, text)
+
+    def _alarm(self, step: int, text: str) -> None:
+        self.metrics.write(kind="alarm", model=self.name, step=step, what=text)
+        tqdm.write(f"{self.name} model, step {step}: {text}", file=sys.stderr)
+
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         memory = {
             "seconds": self.seconds,
             "window": self.window,
             "load": {name: load.tolist() for name, load in self.load.items()},
             "metrics": self.metrics.lines(self.name),
+            "spikes": list(self.spikes.recent),
+            "loads": self.loads.state_dict(),
+            "skipped": self.guard.skipped,
         }
         part = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if name := not_finite(kwargs["model"], kwargs["optimizer"]):
+            shutil.rmtree(part)
+            self._alarm(state.global_step, f"{name} is not finite: no checkpoint")
+            return
         (part / MEMORY).write_text(json.dumps(memory), encoding="utf-8")
         self.checkpoints.add(part)
 
@@ -124,18 +159,20 @@ class _Watch(TrainerCallback):
         memory = json.loads((checkpoint / MEMORY).read_text(encoding="utf-8"))
         self.seconds, self.window = memory["seconds"], memory["window"]
         self.load = {name: torch.tensor(load) for name, load in memory["load"].items()}
+        self.spikes.recent.extend(memory["spikes"])
+        self.loads.load_state_dict(memory["loads"])
+        self.guard.skipped = memory["skipped"]
         self.metrics.replace(self.name, memory["metrics"])
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
     def _log(self, step: int, learning_rate: float) -> None:
-        steps = self.window["steps"] or 1
-        loss = self.window["loss"] / steps
+        steps = self.window["steps"]
+        loss = self.window["loss"] / steps if steps else None
         line: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step, "loss": loss}
-        line |= {"seconds": self.seconds, "learning_rate": learning_rate}
-        shown = {"loss": f"{loss:.3f}", "tokens/s": f"{step * self.tokens_per_step / max(self.seconds, 1e-9):,.0f}"}
+        line |= {"seconds": self.seconds, "learning_rate": learning_rate, "skipped": int(self.window["skipped"])}
+        shown = {
+            "loss": "skipped" if loss is None else f"{loss:.3f}",
+            "tokens/s": f"{step * self.tokens_per_step / max(self.seconds, 1e-9):,.0f}",
+        }
         if self.load:
             line["aux_loss"] = self.window["aux_loss"] / steps
             asked = math.fsum(float(n.sum()) for n in self.load.values())
@@ -156,6 +193,14 @@ class _Watch(TrainerCallback):
         with _counting(model) as counts:
             found = self.evaluate(model)
         taken = {"experts_per_token": counts["asked"] / counts["routed"]} if counts["routed"] else {}
+        if not math.isfinite(found["loss"]):
+            where = not_finite(model)
+            raise Diverged(
+                f"step {step}: the held-out loss of the {self.name} model is not finite; "
+                + (f"first not finite is {where}; " if where else "")
+                + CURES,
+                since=step,
+            )
         self.metrics.write(
             kind="eval",
             model=self.name,
@@ -257,9 +302,11 @@ def train_model(
 
     Raises:
         Interrupted: after Ctrl-C, when the checkpoint is written.
+        Diverged: where the loss, the gradient or the held-out loss is not finite, again and again.
         NotWritten: where the disk does not take a checkpoint or a line of the metrics; what was there before is whole.
     """
-    watch = _Watch(name, metrics, evaluate, checkpoints, tokens_per_step, eval_every, log_every)
+    guard = NaNGuard()
+    watch = _Watch(name, metrics, evaluate, checkpoints, guard, tokens_per_step, eval_every, log_every)
     trainer = _Trainer(
         model=model,
         args=TrainingArguments(
@@ -270,7 +317,7 @@ def train_model(
             **arguments,
         ),
         train_dataset=dataset,
-        callbacks=[watch],
+        callbacks=[guard, watch],
     )
     trainer.watch = watch
     trainer.remove_callback(_printer())
@@ -288,6 +335,9 @@ def train_model(
             where = f"{checkpoints.folder / 'partial'}, a checkpoint at step {trainer.state.global_step},"
             raise NotWritten(f"{where} cannot be written: {reason}") from error
         raise
+    finally:
+        if watch.bar is not None:
+            watch.bar.close()
     if watch.stop and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"{name} model, step {trainer.state.global_step} of {trainer.state.max_steps}")
     return {"seconds": watch.seconds, "peak_rss_bytes": peak_rss_bytes()}

@@ -14,7 +14,7 @@ from transformers.trainer_callback import CallbackHandler
 from ..moe import expect_steps
 from .balance import Balance
 
-__all__ = ["BalanceCallback"]
+__all__ = ["BalanceCallback", "caller", "wrap_loss"]
 
 T = TypeVar("T")
 
@@ -36,9 +36,9 @@ class BalanceCallback(Balance, TrainerCallback):
         self.attach(kwargs["model"])
         expect_steps(kwargs["model"], state.max_steps)
         assert self._attached is not None
-        trainer, handler = _caller(Trainer), _caller(CallbackHandler)
+        trainer, handler = caller(Trainer), caller(CallbackHandler)
         if trainer is not None:
-            self._attached.callback(_wrap_loss(trainer, self._with_loss))
+            self._attached.callback(wrap_loss(trainer, self._with_loss))
         if handler is not None:
             # Before those that report (to TensorBoard, W&B, …), so that they see the metrics. A new list: the handler
             # is going through the old one.
@@ -65,7 +65,10 @@ class BalanceCallback(Balance, TrainerCallback):
                 "losses are not in it; add the callback's loss()",
                 stacklevel=2,
             )
-        self.step()
+        if getattr(control, "skipped", False):  # by a NaNGuard
+            self.forget()
+        else:
+            self.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the metrics to a log of training."""
@@ -81,7 +84,7 @@ class BalanceCallback(Balance, TrainerCallback):
         self.detach()
 
 
-def _caller(kind: type[T]) -> T | None:
+def caller(kind: type[T]) -> T | None:
     """The object of a kind whose method is being called, the innermost.
 
     transformers hands a callback the model, the optimizer and the data, but no way to the Trainer or to the other
@@ -96,7 +99,7 @@ def _caller(kind: type[T]) -> T | None:
     return None
 
 
-def _wrap_loss(trainer: Trainer, change: Callable[[Trainer, Any, Any], Any]) -> Callable[[], None]:
+def wrap_loss(trainer: Trainer, change: Callable[[Trainer, Any, Any], Any]) -> Callable[[], None]:
     """Let what a Trainer's compute_loss returns pass through change(…); returns what undoes it.
 
     The output of the model would be the wrong place: many trainers make their loss from its logits alone (label
