@@ -96,7 +96,7 @@ def sparsify(
             router=name,
             backend=backend,
             activation=block.activation,
-            bias=block.up_bias is not None or block.down_bias is not None,
+            bias=block.bias,
             num_shared_experts=num_shared_experts,
             dropout=block.dropout,
             causal=_is_causal(model, block) and not allow_leak,
@@ -133,14 +133,17 @@ def make_layers(
 
 
 def _make(block: FeedForward, *, options: dict[str, Any], **sizes: Any) -> MoE:
-    return MoE(block.dim, **sizes, device=block.up.device, dtype=block.up.dtype, **options)
+    return MoE(block.dim, **sizes, device=block.down.device, dtype=block.down.dtype, **options)
 
 
 def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dict[str, str]) -> None:
     for block, moe in made:
         model.set_submodule(block.path, moe.train(model.training))
-        if block.second is not None:
-            model.set_submodule(block.second, nn.Identity())
+        for path in block.superfluous:
+            around, _, name = path.rpartition(".")
+            setattr(model.get_submodule(around), name, nn.Identity())
+        for path, name in block.undropped:
+            setattr(model.get_submodule(path), name, 0.0)
     model.config.shunter = describe_layers(model) | {"batch": batch}
     vars(model)["save_pretrained"] = partial(_save, model)  # of the instance: what is copied or pickled keeps it
     install(model, batch)
@@ -229,7 +232,7 @@ def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
 def _initialise(moe: MoE, block: FeedForward, init: str) -> None:
     assert isinstance(moe.experts, Experts)
     weights = moe.experts.weights
-    if weights.up.is_meta or block.up.is_meta:
+    if weights.up.is_meta or block.down.is_meta:
         return  # about to be loaded
     if init == "scratch":
         for experts in (moe.experts, moe.shared_experts):
