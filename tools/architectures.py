@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, logging
 from transformers.models.auto import modeling_auto
 
+from shunter import moe_layers, sparsify
+from shunter.errors import UserError
+
 _MAPPINGS = [
     "MODEL_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING",
@@ -210,6 +213,58 @@ def run(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Tensor]:
     return found
 
 
+def outcome(name: str) -> tuple[str, str]:
+    """What `sparsify` makes of an architecture, in one word, and more words."""
+    try:
+        model = build(name)
+    except Exception as error:
+        return "not built", f"{type(error).__name__}: {error}"
+    batch: dict[str, Tensor] = {}
+    why, dense = None, []
+    try:
+        batch = inputs(model)
+        dense = run(model, batch)
+        again = run(model, batch)
+        if not dense or any(not torch.equal(a, b) for a, b in zip(dense, again)):
+            why = "not deterministic"
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+    try:
+        sparse = sparsify(model, 2, "topk", top_k=2, init="copy")
+    except UserError as error:
+        return ("sparse already" if "already has experts" in str(error) else "refused"), str(error)
+    layers = moe_layers(sparse)
+    words = f"{len(layers)} blocks: " + ", ".join(layers)
+    if why is not None:
+        return "not run", f"{words}; {why}"
+    try:
+        out = run(sparse, batch)
+        error = max((relative(a, b) for a, b in zip(out, dense, strict=True)), default=float("inf"))
+        for layer in layers.values():
+            layer.experts.down_proj.data.mul_(1.5)
+        moved = max(relative(a, b) for a, b in zip(run(sparse, batch), dense, strict=True))
+        ran = sum(layer.routing is not None for layer in layers.values())
+    except Exception as error:
+        return "wrong", f"{words}; {type(error).__name__}: {error}"
+    words = f"{error:.1e}, moved {moved:.1e}, {ran} ran, {words}"
+    if error > 1e-4:
+        return "wrong", words
+    if moved < 1e-3:
+        return "not reached", words
+    return "exact", words
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    if value.shape != exact.shape:
+        return float("inf")
+    finite = exact.isfinite()
+    if not torch.equal(value.isfinite(), finite):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    return float((value - exact)[finite].abs().max() / exact[finite].abs().max().clamp_min(1e-6))
+
+
 if __name__ == "__main__":
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -218,15 +273,12 @@ if __name__ == "__main__":
     for name in wanted:
         begin = time.time()
         signal.alarm(90)
-        stage = "build"
         try:
-            model = build(name)
-            stage = "run"
-            outs = run(model, inputs(model))
-            print(f"OK\t{name}\t{type(model).__name__}\t{sum(p.numel() for p in model.parameters())}\t{len(outs)}\t{time.time()-begin:.1f}", flush=True)
+            word, more = outcome(name)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            print(f"{stage}\t{name}\t{type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+            word, more = "crashed", f"{type(error).__name__}: {error}"
         finally:
             signal.alarm(0)
+        print(f"{word}\t{name}\t{time.time() - begin:.1f}\t{' '.join(more.split())[:600]}", flush=True)

@@ -363,7 +363,9 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
     for path, module in model.named_modules():
         if any(part.isdigit() for part in path.split(".")):
             if hasattr(module, "experts"):
-                raise UserError(f"sparsify: {type(model).__name__} already has experts, at {path}.experts; it is sparse")
+                raise UserError(
+                    f"sparsify: {type(model).__name__} already has experts, at {path}.experts; it is sparse"
+                )
             numbered[path] = module
     blocks: list[FeedForward] = []
     reasons: dict[str, str] = {}

@@ -63,7 +63,7 @@ def sizes(linear: nn.Module) -> tuple[int, int]:
     return (second, first) if isinstance(linear, Conv1D) else (first, second)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Event:
     """A call of a module or function.
 
@@ -251,11 +251,11 @@ class _Probe:
         wide_out, wide_in = sizes(module)
         if x.shape[-1] != wide_in:
             raise ValueError(f"a linear map of {wide_in} got {x.shape[-1]}")
-        return 2 * torch.randn(
-            (*x.shape[:-1], wide_out), generator=self.generator, dtype=torch.float64, device="cpu"
-        )
+        return 2 * torch.randn((*x.shape[:-1], wide_out), generator=self.generator, dtype=torch.float64, device="cpu")
 
-    def _call(self, path: str, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(
+        self, path: str, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         recording = self.recording
         begin, known = recording.tick(), len(recording.events)
         try:

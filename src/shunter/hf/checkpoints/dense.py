@@ -71,7 +71,12 @@ class Dense:
         for part, rows in block.maps.items():
             for ending, attribute in (("", "weight"), ("_bias", "bias")):
                 if getattr(rows.linear, attribute, None) is not None:
-                    yield part + ending, self.on_disk[f"{self.modules[id(rows.linear)]}.{attribute}"], rows, bool(ending)
+                    yield (
+                        part + ending,
+                        self.on_disk[f"{self.modules[id(rows.linear)]}.{attribute}"],
+                        rows,
+                        bool(ending),
+                    )
 
     def disk_names(self, block: FeedForward) -> dict[str, str]:
         """A block's tensors on disk, by what they are: gate, up, down, gate_bias, up_bias, down_bias."""
