@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import signal
 import sys
@@ -35,40 +36,49 @@ _NOT_WIDTH = re.compile(
 )
 
 
-def tiny(kind: type[PreTrainedConfig], factor: int, **changes: Any) -> PreTrainedConfig:
-    """A configuration whose widths are a factor smaller than by default, with two layers a stack."""
-    default = kind()
+def tiny(kind: type[PreTrainedConfig], factor: int, way: str = "few", **changes: Any) -> PreTrainedConfig:
+    """A configuration whose widths are a factor smaller than by default, in a way: with two layers a stack, or all."""
+    extra = OVERRIDES.get(kind.model_type, {})
+    default = kind(**{k: v for k, v in extra.items() if k == "prediction_length"})
     given = {}
     names = [n for n in inspect.signature(kind.__init__).parameters if n not in ("self", "kwargs", "args")]
     for name in dict.fromkeys([*names, *kind.sub_configs]):
-        if not hasattr(default, name):
+        try:
+            value = getattr(default, name)
+        except Exception:
             continue
-        value = getattr(default, name)
         if isinstance(value, PreTrainedConfig):
             if value.model_type in CONFIG_MAPPING or type(value) is not PreTrainedConfig:
-                given[name] = tiny(type(value), factor)
+                given[name] = tiny(type(value), factor, way)
         else:
-            new = shrunk(name, value, factor)
+            new = shrunk(name, value, factor, way)
             if new is not value:
                 given[name] = new
+    given |= extra
     given |= changes
     return kind(**given)
 
 
-def shrunk(name: str, value: Any, factor: int) -> Any:
+def shrunk(name: str, value: Any, factor: int, way: str = "few") -> Any:
     if isinstance(value, bool) or value is None:
         return value
     if name == "layer_types" or name.endswith("_layer_types") or name == "layers_block_type":
-        return None
+        return {"few": None, "slice": value[:2], "all": value}[way]
+    if isinstance(value, dict) and "mrope_section" in value:
+        first, *rest = value["mrope_section"]
+        small = [max(v // factor, 1) for v in rest]
+        return {**value, "mrope_section": [(first + sum(rest)) // factor - sum(small), *small]}
     if isinstance(value, int):
         if name.endswith("token_id") or name.endswith("token_index"):
             return value if value < 90 else 90 + value % 10
         if "vocab_size" in name:
             return min(value, 100)
         if _LAYERS.search(name):
-            return min(value, 2)
-        if name in ("image_size", "max_source_positions", "max_position_embeddings", "max_positions"):
-            return min(value, 64) if name == "image_size" else value
+            return value if way == "all" else min(value, 2)
+        if name == "image_size":
+            return value if way == "all" else min(value, 64)
+        if EXPERTS.search(name):
+            return min(value, 4)
         if _WIDTH.search(name) and not _NOT_WIDTH.search(name) and value >= 64:
             return max(value // factor, 4)
         return value
@@ -78,6 +88,35 @@ def shrunk(name: str, value: Any, factor: int) -> Any:
         if _WIDTH.search(name) and not _NOT_WIDTH.search(name) and min(value) >= 16:
             return type(value)(max(v // factor, 4) for v in value)
     return value
+
+
+EXPERTS = re.compile(r"^(num_experts|num_local_experts|n_routed_experts|moe_num_experts)$")
+
+
+def _resnet() -> dict[str, Any]:
+    from transformers import ResNetConfig
+
+    small = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1], out_features=["stage2", "stage3", "stage4"]
+    )
+    return {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": small}
+
+
+_ONE = {**_resnet(), "backbone_config": None}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 8, "context_length": 16},
+    "informer": {"prediction_length": 8, "context_length": 16},
+    "time_series_transformer": {"prediction_length": 8, "context_length": 16},
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "hunyuan_v1_dense": {"head_dim": 8}, "hunyuan_v1_moe": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 4, "num_attention_heads": 4},
+    "ministral": {"head_dim": 8},
+    "detr": _resnet(), "conditional_detr": _resnet(), "dab-detr": _resnet(), "deformable_detr": _resnet(),
+    "table-transformer": _resnet(),
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "gemma3n_text": {"intermediate_size": 64},
+}  # fmt: skip
 
 
 def kinds() -> dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
@@ -111,44 +150,105 @@ def draw(model: nn.Module) -> None:
             p.copy_(1 + 0.1 * torch.randn_like(p))
 
 
-def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def batches(model: PreTrainedModel) -> Any:
+    """What a model may be called with, the simplest first."""
     config = model.config
     names = inspect.signature(model.forward).parameters
-    try:
-        text = config.get_text_config()
-    except Exception:
-        text = config
-    vocab = getattr(text, "vocab_size", None) or 50
-    found: dict[str, Any] = {}
-    images = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None) or 64
-    images = images if isinstance(images, list | tuple) else (images, images)
-    channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", 3) or 3
-    if "input_ids" in names:
-        found["input_ids"] = torch.randint(3, min(vocab, 90), (2, 8))
-        if "attention_mask" in names:
-            found["attention_mask"] = torch.ones(2, 8, dtype=torch.long)
-        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-            found["decoder_input_ids"] = torch.randint(3, min(vocab, 90), (2, 6))
-        if "pixel_values" in names and names["pixel_values"].default is inspect.Parameter.empty:
-            found["pixel_values"] = torch.randn(2, channels, *images)
-        if type(model).__name__ in ("CLIPModel",) :
-            pass
-    elif "pixel_values_videos" in names and "pixel_values" not in names:
-        found["pixel_values_videos"] = torch.randn(1, getattr(config, "frames_per_clip", 4), channels, *images)
-    elif "pixel_values" in names:
-        found["pixel_values"] = torch.randn(2, channels, *images)
-    elif "input_features" in names:
-        bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 80
-        found["input_features"] = torch.randn(2, 40, bins)
-    elif "input_values" in names:
-        found["input_values"] = torch.randn(2, 4000)
-    elif "hidden_states" in names:
-        found["hidden_states"] = torch.randn(2, 8, getattr(config, "hidden_size", 32))
-    elif "inputs_embeds" in names:
-        found["inputs_embeds"] = torch.randn(2, 8, getattr(config, "hidden_size", 32))
-    elif "past_values" in names:
-        found["past_values"] = torch.randn(2, getattr(config, "context_length", 16), getattr(config, "num_input_channels", 1))
-    return found
+    needed = {n for n, p in names.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+    def of(*attributes: str, default: Any) -> Any:
+        for holder in (config, *(getattr(config, n, None) for n in ("text_config", "vision_config", "audio_config", "encoder", "encoder_config"))):
+            for attribute in attributes:
+                try:
+                    value = getattr(holder, attribute, None)
+                except Exception:
+                    value = None
+                if isinstance(value, int | list | tuple) and value:
+                    return value
+        return default
+
+    vocab = min(of("vocab_size", default=50), 90)
+    size = of("image_size", default=64)
+    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    channels = of("num_channels", "in_channels", "in_chans", default=3)
+    hidden = of("hidden_size", "d_model", default=32)
+    bins = of("num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", "input_size", default=80)
+    ids = {"input_ids": torch.randint(3, vocab, (2, 8))} if "input_ids" in names else {}
+    if "attention_mask" in names and ids:
+        ids["attention_mask"] = torch.ones(2, 8, dtype=torch.long)
+    if "decoder_input_ids" in names:
+        ids_out = {"decoder_input_ids": torch.randint(3, vocab, (2, 6))}
+    else:
+        ids_out = {}
+    if "bbox" in names and ids:
+        ids["bbox"] = torch.randint(0, 50, (2, 8, 4)).sort(-1).values
+    if "query_embeds" in needed:
+        yield {"query_embeds": torch.randn(2, 4, hidden)}
+    if "grid_thw" in needed or "image_grid_thw" in needed:
+        name = "grid_thw" if "grid_thw" in needed else "image_grid_thw"
+        first = next(iter(names))
+        widths = {m.weight[0].numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d | nn.Linear)}
+        for width in widths:
+            yield {first: torch.randn(32, width), name: torch.tensor([[2, 4, 4]])}
+            yield {first: torch.randn(16, width), name: torch.tensor([[1, 4, 4]])}
+    pixels = [torch.randn(2, channels if isinstance(channels, int) else 3, *s) for s in (size, (64, 64), (224, 224))]
+    if ids:
+        if ids_out:
+            yield {**ids, **ids_out}
+        yield dict(ids)
+        if "visual_feats" in names:
+            yield {**ids, "visual_feats": torch.randn(2, 3, of("visual_feat_dim", default=32)), "visual_pos": torch.rand(2, 3, of("visual_pos_dim", default=4))}
+    if "pixel_values" in names:
+        for p in pixels:
+            if not ids:
+                yield {"pixel_values": p, **ids_out}
+            yield {**ids, "pixel_values": p}
+            if "pixel_mask" in names:
+                yield {**ids, "pixel_values": p, "pixel_mask": torch.ones(2, *p.shape[2:], dtype=torch.long)}
+            if "qformer_input_ids" in names:
+                yield {**ids, "pixel_values": p, "qformer_input_ids": ids["input_ids"]}
+            yield {"pixel_values": p[:, None].expand(-1, 2, -1, -1, -1)}
+            yield {"pixel_values": p[:, None].expand(-1, of("num_frames", default=2), -1, -1, -1)}
+            if "prompt_pixel_values" in names:
+                yield {"pixel_values": p, "prompt_pixel_values": p + 1, "prompt_masks": p - 1}
+    if "pixel_values_videos" in names:
+        yield {"pixel_values_videos": torch.randn(1, of("frames_per_clip", default=4), 3, *size)}
+    if "input_features" in names:
+        for shape in ((2, bins, 3000), (2, 64, bins), (2, bins, 64), (2, 1, 1001, bins)):
+            yield {**ids, **ids_out, "input_features": torch.randn(shape)}
+            if "input_features_mask" in names:
+                yield {"input_features": torch.randn(shape), "input_features_mask": torch.ones(2, max(shape[1:]), dtype=torch.long)}
+            if "attention_mask" in names:
+                yield {"input_features": torch.randn(shape), "attention_mask": torch.ones(2, max(shape[1:]), dtype=torch.long), **ids_out}
+    if "input_values" in names:
+        for shape in ((2, 4000), (2, 1, 4000), (2, of("max_length", default=1024), bins), (2, 9, of("num_mel_bins", default=80))):
+            yield {**ids, "input_values": torch.randn(shape), **ids_out}
+            if "decoder_input_values" in names:
+                yield {"input_values": torch.randint(3, 40, (2, 8)), "decoder_input_values": torch.randn(2, 6, 80)}
+    for name in ("hidden_states", "inputs_embeds"):
+        if name in names:
+            yield {name: torch.randn(2, 8, hidden)}
+    if "past_values" in names:
+        length = of("context_length", default=16)
+        width = of("num_input_channels", default=1)
+        yield {"past_values": torch.randn(2, length, width)}
+        lags = max(getattr(config, "lags_sequence", None) or [0])
+        past, future = length + lags, of("prediction_length", default=8)
+        one = {
+            "past_values": torch.randn(2, past).abs(), "past_time_features": torch.randn(2, past, config.num_time_features if hasattr(config, "num_time_features") else 0),
+            "past_observed_mask": torch.ones(2, past), "future_values": torch.randn(2, future).abs(),
+            "future_time_features": torch.randn(2, future, config.num_time_features if hasattr(config, "num_time_features") else 0),
+        }
+        yield one
+        yield {"past_values": torch.randn(2, length), "freq": torch.zeros(2, 1, dtype=torch.long), "past_values_padding": torch.zeros(2, length + 8)}
+    if "states" in names:
+        yield {
+            "states": torch.randn(2, 4, config.state_dim), "actions": torch.randn(2, 4, config.act_dim),
+            "rewards": torch.randn(2, 4, 1), "returns_to_go": torch.randn(2, 4, 1),
+            "timesteps": torch.arange(4).expand(2, 4), "attention_mask": torch.ones(2, 4),
+        }
+    if "inputs" in names:
+        yield {"inputs": torch.randint(3, vocab, (2, 8))}
 
 
 class _Late(Exception):
@@ -159,28 +259,61 @@ def _alarm(*args: Any) -> None:
     raise _Late("time limit")
 
 
-def build(name: str, limit: int = 30_000_000) -> PreTrainedModel:
+def built(name: str, limit: int = 30_000_000) -> Any:
+    """Tiny models of an architecture, or errors."""
     config_class, kind = kinds_()[name]
-    last: Exception | None = None
-    for factor in (16, 8, 4, 2):
+    for factor, way in itertools.product((16, 8, 4), ("few", "slice", "all")):
         try:
             torch.manual_seed(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with torch.device("meta"):
-                    meta = kind(tiny(config_class, factor))
-                if sum(p.numel() for p in meta.parameters()) > limit:
-                    last = ValueError(f"too large at {factor}: {sum(p.numel() for p in meta.parameters())}")
-                    continue
-                model = kind(tiny(config_class, factor))
+            with torch.device("meta"):
+                config = tiny(config_class, factor, way)
+                for part in (config, *(getattr(config, n) for n in config.sub_configs)):
+                    if hasattr(part, "use_cache"):
+                        part.use_cache = False
+                meta = kind(config)
+            numbers = sum(p.numel() for p in meta.parameters())
+            if numbers > limit:
+                raise ValueError(f"too large at {factor}: {numbers}")
+            model = kind(config)
         except _Late:
             raise
         except Exception as error:
-            last = last or error
+            yield error
             continue
         draw(model)
-        return model.eval()
-    raise last
+        yield model.eval()
+
+
+def prepare(name: str) -> tuple[PreTrainedModel, dict[str, Tensor] | None, str]:
+    """The first model that runs, and on what; or the first at all and why it does not."""
+    first: Any = None
+    why = error = None
+    begin = time.time()
+    for model in built(name):
+        if isinstance(model, Exception):
+            error = error or model
+            continue
+        if first is None:
+            first = model
+        elif time.time() - begin > 40:
+            break
+        for batch in batches(model):
+            try:
+                out = run(model, batch)
+                if out and all(torch.equal(a, b) for a, b in zip(out, run(model, batch))):
+                    return model, batch, ""
+                why = why or "not deterministic"
+            except _Late:
+                raise
+            except Exception as problem:
+                why = why or f"{type(problem).__name__}: {problem}"
+    if first is None:
+        raise error
+    return first, None, why or "nothing to call it with"
+
+
+def build(name: str) -> PreTrainedModel:
+    return prepare(name)[0]
 
 
 _KINDS: dict[str, Any] = {}
@@ -216,32 +349,23 @@ def run(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Tensor]:
 def outcome(name: str) -> tuple[str, str]:
     """What `sparsify` makes of an architecture, in one word, and more words."""
     try:
-        model = build(name)
+        model, batch, why = prepare(name)
     except Exception as error:
         return "not built", f"{type(error).__name__}: {error}"
-    batch: dict[str, Tensor] = {}
-    why, dense = None, []
-    try:
-        batch = inputs(model)
-        dense = run(model, batch)
-        again = run(model, batch)
-        if not dense or any(not torch.equal(a, b) for a, b in zip(dense, again)):
-            why = "not deterministic"
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
+    dense = [] if batch is None else run(model, batch)
     try:
         sparse = sparsify(model, 2, "topk", top_k=2, init="copy")
     except UserError as error:
         return ("sparse already" if "already has experts" in str(error) else "refused"), str(error)
     layers = moe_layers(sparse)
     words = f"{len(layers)} blocks: " + ", ".join(layers)
-    if why is not None:
+    if batch is None:
         return "not run", f"{words}; {why}"
     try:
         out = run(sparse, batch)
         error = max((relative(a, b) for a, b in zip(out, dense, strict=True)), default=float("inf"))
         for layer in layers.values():
-            layer.experts.down_proj.data.mul_(1.5)
+            layer.experts.down_proj.data.normal_(0, layer.experts.hidden**-0.5)
         moved = max(relative(a, b) for a, b in zip(run(sparse, batch), dense, strict=True))
         ran = sum(layer.routing is not None for layer in layers.values())
     except Exception as error:
@@ -272,7 +396,7 @@ if __name__ == "__main__":
     wanted = sys.argv[1:] or list(kinds_())
     for name in wanted:
         begin = time.time()
-        signal.alarm(90)
+        signal.alarm(120)
         try:
             word, more = outcome(name)
         except BaseException as error:

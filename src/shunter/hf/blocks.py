@@ -1,14 +1,17 @@
 """Where a Hugging Face model keeps its dense feed-forward blocks, read off what its modules compute, not their names.
 
-A block is a linear map down of an activation of a linear map up, act(up(x)), or of two, act(gate(x)) * up(x), which may be
-one map whose rows are both. `probing` runs the modules around with random numbers for what their linear maps give; where
-what one receives equals that formula of what others gave, they are a block.
+A block is a linear map down of an activation of a linear map up, act(up(x)), or of two, act(gate(x)) * up(x), which
+may be one map whose rows are both. `probing` runs the modules around with random numbers for what their linear maps
+give; where what one receives equals that formula of what others gave, they are a block.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import re
+import types
+import warnings
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError, one_line
 from ..experts import ACTIVATIONS
-from .probing import Event, Recording, Way, is_linear, record, sizes, ways
+from .probing import Event, Recording, Way, is_linear, record, sizes, trials
 
 __all__ = ["FeedForward", "Rows", "find_feed_forwards", "known_activation"]
 
@@ -30,10 +33,12 @@ class Rows:
     """Rows of the matrix (out, in) of a linear map, and of its bias.
 
     Args:
+        path: of the map, dotted.
         linear: the map.
         start, stop: the rows.
     """
 
+    path: str
     linear: nn.Module
     start: int
     stop: int
@@ -171,7 +176,7 @@ class _Seen:
 
 def _rows(event: Event) -> Rows:
     assert event.module is not None
-    return Rows(event.module, 0, event.out.shape[-1])
+    return Rows(event.path, event.module, 0, sizes(event.module)[0])
 
 
 def _equal(a: object, b: object) -> bool:
@@ -213,6 +218,19 @@ def _formulas(down: Event, before: list[Event]) -> Iterator[_Seen]:
                     same = gate is not up and gate.out.shape == up.out.shape and _equal(gate.args[0], up.args[0])
                     if same and _equal(act(gate.out) * up.out, h):
                         yield _Seen((gate, up), down, name)
+
+
+def _near_misses(recording: Recording) -> Iterator[tuple[str, str]]:
+    """The maps down of what would be blocks with an activation that is known, and what lies there instead."""
+    linears = recording.linears
+    for up, down in zip(linears, linears[1:], strict=False):
+        assert up.module is not None and down.module is not None
+        (wide, dim), (out, f) = sizes(up.module), sizes(down.module)
+        if dim == out and wide in (f, 2 * f) and f > dim:
+            inner = [e.module for e in recording.events if up.end < e.begin and e.end < down.begin]
+            kinds = dict.fromkeys(type(module).__name__ for module in inner if module is not None)
+            what = " and ".join(kinds) or "code of its own"
+            yield down.path, f"between {up.path} and {down.path} lies {what}, not just one of {', '.join(ACTIVATIONS)}"
 
 
 # ---- how a block is replaced
@@ -279,12 +297,15 @@ class _Place:
         recording, end = self.recordings[0], self.seen.down.path
         call, down = recording.first(path), recording.first(end)
         assert call is not None and down is not None
-        between = [event for event in recording.events if call.end < event.begin and event.end < down.begin]
-        plain = [event for event in between if event.module is None or not list(event.module.children())]
-        names = {event.path for event in plain}
-        superfluous = [name for name in dict.fromkeys(e.path for e in plain) if not names.intersection(_parents(name))]
+        value, way = call.out, []
+        for event in sorted(recording.events, key=lambda event: event.begin):
+            if call.end < event.begin and event.end < down.begin and event.args and _equal(event.args[0], value):
+                value = event.out
+                way.append(event)
+        names = {event.path for event in way}
+        superfluous = [name for name in dict.fromkeys(e.path for e in way) if not names.intersection(_parents(name))]
         for event in recording.events:
-            if event.path in superfluous and event not in between:
+            if event.path in superfluous and event not in way:
                 if not isinstance(event.module, nn.Dropout):
                     return f"{event.path} is at work elsewhere too"
                 superfluous.remove(event.path)
@@ -324,8 +345,8 @@ def _other(x: Tensor) -> Tensor:
     return torch.randn(x.shape, dtype=torch.float64, device="cpu")
 
 
-def _at(path: str, block: FeedForward) -> FeedForward:
-    """The block with paths within the model, of one with paths within the module at a path of it."""
+def _at(path: str, module: nn.Module, block: FeedForward) -> FeedForward:
+    """The block of a module at a path of the model, of the same block of a module of its kind, by paths within it."""
 
     def full(inner: str) -> str:
         return ".".join(part for part in (path, inner) if part)
@@ -333,6 +354,10 @@ def _at(path: str, block: FeedForward) -> FeedForward:
     return replace(
         block,
         path=full(block.path),
+        maps={
+            name: replace(rows, path=full(rows.path), linear=module.get_submodule(rows.path))
+            for name, rows in block.maps.items()
+        },
         superfluous=tuple(map(full, block.superfluous)),
         undropped=tuple((full(inner), name) for inner, name in block.undropped),
     )
@@ -341,10 +366,45 @@ def _at(path: str, block: FeedForward) -> FeedForward:
 # ---- the blocks of a model
 
 
-def _may_hold_block(module: nn.Module, taken: set[int]) -> bool:
-    """Whether the sizes of some linear maps inside, of no block yet, are those of maps up and down."""
-    free = [sizes(inner) for inner in module.modules() if is_linear(inner) and id(inner) not in taken]
-    return any((f, d) in free or (2 * f, d) in free for d, f in set(free))
+def _widths(module: nn.Module, taken: Container[int] = ()) -> list[int]:
+    """The widths d of which some linear maps inside, of no block yet, could be maps up and down."""
+    free = dict.fromkeys(sizes(inner) for inner in module.modules() if is_linear(inner) and id(inner) not in taken)
+    return list(dict.fromkeys(d for d, f in free if (f, d) in free or (2 * f, d) in free))
+
+
+def _kind(module: nn.Module) -> tuple[object, ...]:
+    """Equal for modules that compute alike with their own weights: layers of a stack."""
+    facts: list[object] = [repr(module)]
+    for path, inner in module.named_modules():
+        plain = {n: v for n, v in vars(inner).items() if isinstance(v, str | int | float | bool | types.FunctionType)}
+        facts.append((path, type(inner), *((n, v) for n, v in plain.items() if not n.startswith("layer_i"))))
+        facts += [(name, p.shape, p.dtype) for name, p in inner.named_parameters(recurse=False)]
+        facts.append("forward" in vars(inner))
+    return tuple(facts)
+
+
+def _analysed(module: nn.Module) -> tuple[list[FeedForward], dict[str, str]]:
+    """The blocks that a module shows, by paths within it; and of other maps down why they are in none."""
+    blocks: dict[str, FeedForward] = {}
+    reasons: dict[str, str] = {}
+    done: set[str] = set()
+    for way, recording in trials(module, _widths(module)):
+        if way.method in done:
+            continue
+        for down, reason in _near_misses(recording):
+            reasons.setdefault(down, reason)
+        for seen in _blocks_in(recording):
+            done.add(way.method)
+            down = seen.down.path
+            if down not in blocks:
+                found = _Place(module, way, seen, recording).block()
+                if isinstance(found, str):
+                    reasons[down] = found
+                else:
+                    blocks[down] = found
+        if "forward" in done:
+            break
+    return list(blocks.values()), {down: reason for down, reason in reasons.items() if down not in blocks}
 
 
 def _layer(path: str) -> str:
@@ -368,27 +428,24 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
                 )
             numbered[path] = module
     blocks: list[FeedForward] = []
-    reasons: dict[str, str] = {}
+    reasons: dict[int, str] = {}
     taken: set[int] = set()
+    kinds: dict[tuple[object, ...], tuple[list[FeedForward], dict[str, str]]] = {}
     for path, module in numbered.items():
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) or not _may_hold_block(module, taken):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or not _widths(module, taken):
             continue
-        for way in ways(module):
-            try:
-                recording = record(module, way)
-            except Exception:
-                continue
-            seen = [block for block in _blocks_in(recording) if id(block.down.module) not in taken]
-            if not seen:
-                continue
-            for block in seen:
-                found = _Place(module, way, block, recording).block()
-                if isinstance(found, str):
-                    reasons[path] = found
-                else:
-                    taken |= {id(rows.linear) for rows in found.maps.values()}
-                    blocks.append(_at(path, found))
-            break
+        kind = _kind(module)
+        if kind not in kinds:
+            kinds[kind] = _analysed(module)
+        found, missed = kinds[kind]
+        for block in (_at(path, module, block) for block in found):
+            maps = {id(rows.linear) for rows in block.maps.values()}
+            if not maps & taken:
+                taken |= maps
+                blocks.append(block)
+        for down, reason in missed.items():
+            reasons[id(module.get_submodule(down))] = f"{path} ({type(module).__name__}: {reason})"
+    left = [reason for down, reason in reasons.items() if down not in taken]
     widest: dict[str, int] = {}
     for block in blocks:
         widest[_layer(block.path)] = max(block.hidden, widest.get(_layer(block.path), 0))
@@ -396,17 +453,19 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
     stacks: dict[str, list[FeedForward]] = {}
     for block in sorted(blocks, key=lambda block: order[block.path]):
         layer = _layer(block.path)
-        if 2 * block.hidden > widest[layer]:  # else an adapter beside the block
-            stacks.setdefault(layer.rpartition(".")[0], []).append(block)
+        if block.hidden >= block.dim or 2 * block.hidden > widest[layer]:  # else an adapter beside the block
+            stacks.setdefault(re.sub(r"\b\d+\b", "*", block.path), []).append(block)
     if not stacks:
-        looked_at = [
-            f"{path} ({type(module).__name__}{': ' + reasons[path] if path in reasons else ''})"
+        seen = left or [
+            f"{path} ({type(module).__name__})"
             for path, module in numbered.items()
-            if path in reasons or any(is_linear(child) for child in module.children())
+            if any(is_linear(child) for child in module.children())
         ]
-        looked_at.sort(key=lambda line: [int(part) for part in line.split(" ")[0].split(".") if part.isdigit()])
         raise UserError(
             f"sparsify: no feed-forward block is known in {type(model).__name__}. Looked at: "
-            f"{', '.join(looked_at[:8]) or 'nothing'}. Put shunter.MoE into the model yourself"
+            f"{', '.join(seen[:3]) or 'nothing'}. Put shunter.MoE into the model yourself"
         )
+    if left:
+        more = f", and {len(left) - 1} more" if left[1:] else ""
+        warnings.warn(f"{type(model).__name__}: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=3)
     return list(stacks.values())

@@ -1,7 +1,7 @@
 """What the linear maps of a module receive and give while its own forward runs: a module and rows in, a recording out.
 
-The forward runs on a copy of the module in which random numbers stand in for every parameter and for the output of every
-linear map, in float64 on the CPU. So it costs no memory, whatever the size, dtype or device of the module, and
+The forward runs on a copy of the module in which random numbers stand in for every parameter and for the output of
+every linear map, in float64 on the CPU. So it costs no memory, whatever the size, dtype or device of the module, and
 whatever equality is found holds for any weights.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -21,17 +21,19 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Event", "Recording", "Way", "is_linear", "record", "sizes", "ways"]
+__all__ = ["Event", "Recording", "Way", "is_linear", "record", "sizes", "trials"]
 
 _ROWS = (2, 3)  # an image of so many patches
+_RETURNS: tuple[Callable[[Tensor], Any], ...] = (lambda x: (x, None), lambda x: x, lambda x: (x, None, None))
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_LARGE = 2**16  # more numbers than these are one number, repeated
+_LARGE = 2**12  # more numbers than these are one number, repeated
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, F.alpha_dropout, F.feature_alpha_dropout}
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes a linear map of its own weight, (out, in) or as in GPT-2 (in, out), and no more."""
-    if not isinstance(module, nn.Linear | Conv1D) or not _is_linear(type(module)):
+    kind: Any = type(module)
+    if not isinstance(module, nn.Linear | Conv1D) or not _is_linear(kind):
         return False
     weight = module.weight
     own = "forward" in vars(module) and not hasattr(module, "_hf_hook")
@@ -96,11 +98,13 @@ class Recording:
         training: in which mode it ran.
         events: the calls of the modules inside, of functions that they hold, and of the module itself (path "").
         dropouts: the times of dropouts, none of which dropped anything, and their probabilities.
+        failed: whether a part could not be computed, and returned what the way says.
     """
 
     training: bool
     events: list[Event] = field(default_factory=list)
     dropouts: list[tuple[int, float]] = field(default_factory=list)
+    failed: bool = False
     time: int = 0
 
     def tick(self) -> int:
@@ -128,11 +132,13 @@ class Way:
     """How a module of which nothing is known is called.
 
     Args:
+        method: what is called: its forward, or a method for the feed-forward part alone, whose arguments are known.
         shape: of what it takes, d among its sizes.
         fill: whether its other arguments, where they have no default, are hidden states too; else None.
         returns: what a part of it returns that fails, for it got less than it needs.
     """
 
+    method: str
     shape: tuple[int, ...]
     fill: bool
     returns: Callable[[Tensor], Any]
@@ -190,23 +196,24 @@ class _Probe:
     def run(self) -> Recording:
         """Call the module as the way says."""
         given: dict[str, Any] = {}
-        for parameter in list(inspect.signature(type(self.root).forward).parameters.values())[2:]:
+        called = self.root if self.way.method == "forward" else getattr(self.root, self.way.method)
+        for parameter in list(inspect.signature(getattr(type(self.root), self.way.method)).parameters.values())[2:]:
             if parameter.default is parameter.empty and parameter.kind not in _VARIADIC:
                 other = self.normal(*self.way.shape) if self.way.fill else None
                 given[parameter.name] = _ROWS if "dimensions" in parameter.name else other
         with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]), _NoDropout(self.recording):
-            self.root(self.normal(*self.way.shape), **given)
+            called(self.normal(*self.way.shape), **given)
         return self.recording
 
-    def normal(self, *shape: int) -> Tensor:
+    def normal(self, *shape: int, one: bool = False) -> Tensor:
         """Random numbers; a large tensor is one number, repeated."""
         size = torch.Size(shape)
-        few = size if size.numel() <= _LARGE else (1,) * len(size)
+        few = (1,) * len(size) if one or size.numel() > _LARGE else size
         return torch.randn(few, generator=self.generator, dtype=torch.float64, device="cpu").expand(size)
 
-    def _like(self, tensor: Tensor) -> Tensor:
+    def _like(self, tensor: Tensor, one: bool = False) -> Tensor:
         if tensor.is_floating_point():
-            return self.normal(*tensor.shape)
+            return self.normal(*tensor.shape, one=one)
         return torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
 
     def _copy(self, module: nn.Module, path: str) -> nn.Module:
@@ -223,7 +230,7 @@ class _Probe:
             state[name] = OrderedDict()
         state |= {"training": self.recording.training, "_compiled_call_impl": None, "gradient_checkpointing": False}
         state["_parameters"] = {
-            n: None if p is None else nn.Parameter(self._like(p), requires_grad=False)
+            n: None if p is None else nn.Parameter(self._like(p, one=is_linear(module)), requires_grad=False)
             for n, p in module._parameters.items()
         }
         state["_buffers"] = {n: None if b is None else self._like(b) for n, b in module._buffers.items()}
@@ -262,23 +269,41 @@ class _Probe:
             out = function(*args, **kwargs)
         except Exception:
             given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if not path or given is None:
+            if not path or given is None or (module is not None and is_linear(module)):
                 raise
             # What it computes needs more than is known here; it must not be what lies inside of a block.
             del recording.events[known:]
+            recording.failed = True
             out = self.way.returns(self.normal(*given.shape))
         recording.events.append(Event(path, module, args, kwargs, out, begin, recording.tick()))
         return out
 
 
-def ways(module: nn.Module) -> Iterator[Way]:
-    """The ways in which a module may be called, that of most modules first."""
-    widths = dict.fromkeys(sizes(inner)[1] for inner in module.modules() if is_linear(inner))
-    for d in widths:
-        for shape in ((2, 6, d), (2, *_ROWS, d), (2, d, *_ROWS), (6, d)):
-            for fill in (False, True):
-                for returns in (lambda x: (x, None), lambda x: x, lambda x: (x, None, None)):
-                    yield Way(shape, fill, returns)
+def trials(module: nn.Module, widths: Iterable[int]) -> Iterator[tuple[Way, Recording]]:
+    """The ways in which a module can be called, that of most modules first, each with its recording in evaluation.
+
+    Args:
+        module: any module.
+        widths: what d may be.
+    """
+    others = [name for name in dir(type(module)) if "feed_forward" in name and callable(getattr(type(module), name))]
+    for method in ("forward", *others):
+        parameters = list(inspect.signature(getattr(type(module), method)).parameters.values())[2:]
+        needs = any(p.default is p.empty and p.kind not in _VARIADIC for p in parameters)
+        for d in widths:
+            for shape in ((2, 6, d), (2, *_ROWS, d), (2, d, *_ROWS), (6, d)):
+                for fill in (False, True) if needs else (False,):
+                    for returns in _RETURNS:
+                        way = Way(method, shape, fill, returns)
+                        probe = _Probe(module, way, False, {}, {})
+                        try:
+                            recording = probe.run()
+                        except Exception:  # it cannot be called in this way
+                            pass
+                        else:
+                            yield way, recording
+                        if not probe.recording.failed:
+                            break
 
 
 def record(
@@ -292,7 +317,7 @@ def record(
 
     Args:
         module: any module.
-        way: of `ways`.
+        way: of `trials`.
         training: whether in training; else in evaluation. Nothing is dropped in either.
         instead: path of a module or function inside -> what runs in its place.
         probabilities: (path of a module, name of its attribute) -> the number that stands there.

@@ -41,8 +41,6 @@ class Dense:
     stacks: list[list[FeedForward]]
     on_disk: dict[str, str] = field(repr=False)
     """Name in the model -> name on disk."""
-    modules: dict[int, str] = field(repr=False)
-    """id of a module -> its name."""
 
     @classmethod
     def open(cls, folder: Path) -> Dense:
@@ -63,17 +61,16 @@ class Dense:
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
         on_disk = {name: disk for disk, name in names.items()}
-        modules = {id(module): name for name, module in model.named_modules()}
-        return cls(folder, checkpoint, config, model, names, unused, stacks, on_disk, modules)
+        return cls(folder, checkpoint, config, model, names, unused, stacks, on_disk)
 
     def _stored(self, block: FeedForward) -> Iterator[tuple[str, str, Rows, bool]]:
-        """A block's tensors: what each is, the name on disk of the one that it is rows of, which, and if it is a bias."""
+        """A block's tensors: what each is, the name on disk of that of which it is rows, which, and if it is a bias."""
         for part, rows in block.maps.items():
             for ending, attribute in (("", "weight"), ("_bias", "bias")):
                 if getattr(rows.linear, attribute, None) is not None:
                     yield (
                         part + ending,
-                        self.on_disk[f"{self.modules[id(rows.linear)]}.{attribute}"],
+                        self.on_disk[f"{rows.path}.{attribute}"],
                         rows,
                         bool(ending),
                     )
