@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from shunter import moe_layers, sparsify
 from shunter.errors import UserError
+from shunter.hf.blocks import find_feed_forwards
 
 _MAPPINGS = [
     "MODEL_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING",
@@ -102,7 +103,6 @@ def _resnet() -> dict[str, Any]:
     return {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": small}
 
 
-_ONE = {**_resnet(), "backbone_config": None}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 8, "context_length": 16},
     "informer": {"prediction_length": 8, "context_length": 16},
@@ -116,6 +116,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "table-transformer": _resnet(),
     "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2},
     "gemma3n_text": {"intermediate_size": 64},
+    "xmod": {"default_language": "en_XX"},
+    "mobilenet_v2": {}, "dinov3_vit": {"hidden_size": 32, "num_attention_heads": 4},
+    "hunyuan_vl_text": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 1},
+    "cohere_compass_text": {"layer_types": ["full_attention"] * 2},
 }  # fmt: skip
 
 
@@ -307,9 +312,26 @@ def prepare(name: str) -> tuple[PreTrainedModel, dict[str, Tensor] | None, str]:
                 raise
             except Exception as problem:
                 why = why or f"{type(problem).__name__}: {problem}"
+                if half := re.search(r"split_sizes to sum exactly to (\d+)", str(problem)):
+                    resection(model, int(half[1]))
     if first is None:
         raise error
     return first, None, why or "nothing to call it with"
+
+
+def resection(model: PreTrainedModel, half: int) -> None:
+    """Rotary positions in sections that fit the tiny heads."""
+    sections = [half - 2 * (half // 3), half // 3, half // 3]
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, dict) and "mrope_section" in value:
+                value["mrope_section"] = sections
+        if hasattr(module, "mrope_section"):
+            module.mrope_section = sections
+    for config in (model.config, *(getattr(model.config, n) for n in model.config.sub_configs)):
+        for field in ("rope_parameters", "rope_scaling"):
+            if isinstance(getattr(config, field, None), dict) and "mrope_section" in getattr(config, field):
+                getattr(config, field)["mrope_section"] = sections
 
 
 def build(name: str) -> PreTrainedModel:
@@ -351,7 +373,7 @@ def outcome(name: str) -> tuple[str, str]:
     try:
         model, batch, why = prepare(name)
     except Exception as error:
-        return "not built", f"{type(error).__name__}: {error}"
+        return on_meta(name, f"{type(error).__name__}: {error}")
     dense = [] if batch is None else run(model, batch)
     try:
         sparse = sparsify(model, 2, "topk", top_k=2, init="copy")
@@ -376,6 +398,21 @@ def outcome(name: str) -> tuple[str, str]:
     if moved < 1e-3:
         return "not reached", words
     return "exact", words
+
+
+def on_meta(name: str, why: str) -> tuple[str, str]:
+    """What is found in an architecture of its default size, without memory, where no tiny one could be built."""
+    config_class, kind = kinds_()[name]
+    try:
+        with torch.device("meta"):
+            model = kind(config_class())
+    except Exception as error:
+        return "not built", f"{why}; {type(error).__name__}: {error}"
+    try:
+        stacks = find_feed_forwards(model)
+    except UserError as error:
+        return ("sparse already" if "already has experts" in str(error) else "refused"), str(error)
+    return "not run", f"{sum(map(len, stacks))} blocks: " + ", ".join(block.path for stack in stacks for block in stack)
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
