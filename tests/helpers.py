@@ -44,6 +44,8 @@ def _act(name, h):
     scalar = {
         "silu": lambda v: v / (1 + torch.exp(-v)),
         "gelu": lambda v: v * 0.5 * (1 + torch.erf(v / math.sqrt(2))),
+        "quick_gelu": lambda v: v / (1 + torch.exp(-1.702 * v)),
+        "relu2": lambda v: v * v * (v > 0),
         "gelu_tanh": lambda v: 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
         "relu": lambda v: v.clamp_min(0),
     }

@@ -212,7 +212,8 @@ class MoE(RoutedLayer):
         num_experts: E.
         router: a name of `shunter.routers.names()`, a `Router` subclass, or a ready router.
         backend: "auto", or one of `shunter.experts.backend_names()`.
-        activation: "swiglu", "geglu", "geglu_tanh", "reglu" (gated), "silu", "gelu", "gelu_tanh" or "relu".
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu" (gated), "silu", "gelu", "gelu_tanh",
+            "quick_gelu", "relu" or "relu2".
         bias: whether the experts' projections have biases.
         num_shared_experts: how many experts of width f every token passes through besides, with weight 1.
         recompute: whether the experts' backward computes their pre-activations again instead of keeping them.

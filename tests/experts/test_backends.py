@@ -89,7 +89,10 @@ def test_equal_to_a_loop_over_tokens_in_float64(backend, activation, bias):
 
 
 @pytest.mark.parametrize("backend", ["reference", "padded"])
-@pytest.mark.parametrize("activation, bias", [("swiglu", False), ("geglu_tanh", True), ("gelu", True), ("silu", False)])
+@pytest.mark.parametrize(
+    "activation, bias",
+    [("swiglu", False), ("geglu_tanh", True), ("gelu", True), ("silu", False), ("quick_gelu", True), ("relu2", False)],
+)
 def test_gradcheck(backend, activation, bias):
     weights = random_weights(3, 4, 3, activation, bias)
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)

@@ -114,7 +114,13 @@ def test_passes_equal_those_of_float64(activation, dtype, scale, n, f):
 @needs_loops
 @pytest.mark.parametrize(
     "activation, relative, absolute",
-    [("silu", 4e-7, 1e-37), ("gelu", 8e-7, 2e-12), ("gelu_tanh", 2e-6, 2e-12), ("relu", 0, 0)],
+    [
+        ("silu", 4e-7, 1e-37),
+        ("gelu", 8e-7, 2e-12),
+        ("gelu_tanh", 2e-6, 2e-12),
+        ("relu", 0, 0),
+        ("quick_gelu", 2e-5, 1e-36),
+    ],
 )
 def test_activations_at_every_magnitude(activation, relative, absolute):
     """Near float64, of which gelu itself has no more digits far below zero; NaN stays NaN, infinity infinity."""

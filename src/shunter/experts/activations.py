@@ -21,6 +21,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "gelu": (F.gelu, False),
     "gelu_tanh": (lambda h: F.gelu(h, approximate="tanh"), False),
     "relu": (F.relu, False),
+    "quick_gelu": (lambda h: h * torch.sigmoid(1.702 * h), False),
+    "relu2": (lambda h: F.relu(h).square(), False),
 }
 
 
@@ -53,9 +55,23 @@ _RELU = _Pointwise(
     lambda grad, h, out: _aten.threshold_backward.grad_input(grad, h, 0, grad_input=out),
 )
 
+
+def _quick_gelu_backward(grad: Tensor, h: Tensor, out: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * h)
+    return torch.mul(grad, s + 1.702 * h * s * (1 - s), out=out)
+
+
+_QUICK_GELU = _Pointwise(lambda h, out: torch.mul(h, torch.sigmoid(1.702 * h), out=out), _quick_gelu_backward)
+
+_RELU2 = _Pointwise(
+    lambda h, out: _aten.relu.out(h, out=out).square_(),
+    lambda grad, h, out: torch.mul(grad, 2 * F.relu(h), out=out),
+)
+
 _POINTWISE = {
     "swiglu": _SILU, "geglu": _GELU, "geglu_tanh": _GELU_TANH, "reglu": _RELU,
     "silu": _SILU, "gelu": _GELU, "gelu_tanh": _GELU_TANH, "relu": _RELU,
+    "quick_gelu": _QUICK_GELU, "relu2": _RELU2,
 }  # fmt: skip
 
 

@@ -59,7 +59,8 @@ class Experts(RoutedExperts):
         num_experts: E.
         dim: d.
         hidden: f, the width of one expert.
-        activation: "swiglu", "geglu", "geglu_tanh", "reglu" (gated), "silu", "gelu", "gelu_tanh" or "relu".
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu" (gated), "silu", "gelu", "gelu_tanh",
+            "quick_gelu", "relu" or "relu2".
         bias: whether both projections have a bias.
         backend: "auto" or one of `shunter.experts.backend_names()`.
         recompute: whether the backward computes the pre-activations again instead of keeping them: less memory, about

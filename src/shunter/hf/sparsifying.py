@@ -51,8 +51,9 @@ def sparsify(
     `import shunter.hf`; without it they refuse the folder.
 
     Args:
-        model: any model whose blocks `shunter.hf.blocks` knows: Llama, Qwen, Mistral, Gemma, GPT-2, BERT, T5,
-            ViT and those built alike. Dropout inside a block (T5) is not kept; at its end it is.
+        model: any model with feed-forward blocks act(up(x)) or act(gate(x)) * up(x) before a map down, which
+            `shunter.hf.blocks` finds by what the model computes, be they modules or spread over a layer (docs:
+            architectures). Dropout between the maps is not kept; at the block's end it is.
         num_experts: E.
         router: a registered name, or a registered class.
         every: sparsify every n-th block, the n-th first (2: the second, fourth, …).
@@ -71,8 +72,12 @@ def sparsify(
         The same model.
 
     Raises:
-        ValueError: for unknown architectures (with the modules that were looked at), models that are sparse already,
-            impossible values, and a leaking router in a causal model.
+        UserError: for models without a block that is known (with what was looked at), that are sparse already or
+            offloaded, impossible values, and a leaking router in a causal model.
+        ValueError: for impossible options of the router.
+
+    Warns:
+        UserWarning: where some of a model's blocks are known and others, which stay dense, are not.
 
     Source: Fedus et al. 2022, section 2.1 and figure 1; `every`: section 3.3.
     """
@@ -86,6 +91,7 @@ def sparsify(
         options["vocab_size"] = model.config.get_text_config().vocab_size
     made = []
     for block in choose_blocks(find_feed_forwards(model), every, layers):
+        _must_be_here(block)
         width = block.hidden if hidden is None else hidden
         if init == "copy" and width != block.hidden:
             raise UserError(f"sparsify: init='copy' keeps the dense width {block.hidden}; leave hidden out")
@@ -96,7 +102,7 @@ def sparsify(
             router=name,
             backend=backend,
             activation=block.activation,
-            bias=block.up_bias is not None or block.down_bias is not None,
+            bias=block.bias,
             num_shared_experts=num_shared_experts,
             dropout=block.dropout,
             causal=_is_causal(model, block) and not allow_leak,
@@ -132,15 +138,29 @@ def make_layers(
     _put(model, made, check_batch(batch))
 
 
+def _must_be_here(block: FeedForward) -> None:
+    for rows in block.maps.values():
+        if rows.weight.is_meta and hasattr(rows.linear, "_hf_hook"):
+            raise UserError(f"sparsify: the weights of {rows.path} are offloaded; sparsify the model, then offload it")
+
+
 def _make(block: FeedForward, *, options: dict[str, Any], **sizes: Any) -> MoE:
-    return MoE(block.dim, **sizes, device=block.up.device, dtype=block.up.dtype, **options)
+    return MoE(block.dim, **sizes, device=block.down.device, dtype=block.down.dtype, **options)
 
 
 def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dict[str, str]) -> None:
+    places: dict[int, list[tuple[nn.Module, str]]] = {}  # a block that layers share is in several
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            places.setdefault(id(child), []).append((parent, name))
     for block, moe in made:
-        model.set_submodule(block.path, moe.train(model.training))
-        if block.second is not None:
-            model.set_submodule(block.second, nn.Identity())
+        for parent, name in places[id(model.get_submodule(block.path))]:
+            setattr(parent, name, moe.train(model.training))
+        for path in block.superfluous:
+            around, _, name = path.rpartition(".")
+            setattr(model.get_submodule(around), name, nn.Identity())
+        for path, name in block.undropped:
+            setattr(model.get_submodule(path), name, 0.0)
     model.config.shunter = describe_layers(model) | {"batch": batch}
     vars(model)["save_pretrained"] = partial(_save, model)  # of the instance: what is copied or pickled keeps it
     install(model, batch)
@@ -217,19 +237,22 @@ def choose_blocks(
 
 
 def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
-    """Whether the layer around a block attends causally, by its attention's own flag."""
+    """Whether the layer around a block attends causally: its attention says so, or the model generates with it."""
     parts = block.path.split(".")
     # The outermost number is the layer's: T5 numbers the parts of a layer too.
     number = next(i for i, part in enumerate(parts) if part.isdigit())
     layer = model.get_submodule(".".join(parts[: number + 1]))
-    return any(getattr(module, "is_causal", False) is True for module in layer.modules())
+    if any(getattr(module, "is_causal", False) is True for module in layer.modules()):
+        return True
+    decoder = model.get_decoder() if model.can_generate() else None  # whose attention need not say so
+    return decoder is not None and decoder is not model and any(module is layer for module in decoder.modules())
 
 
 @torch.no_grad()
 def _initialise(moe: MoE, block: FeedForward, init: str) -> None:
     assert isinstance(moe.experts, Experts)
     weights = moe.experts.weights
-    if weights.up.is_meta or block.up.is_meta:
+    if weights.up.is_meta or block.down.is_meta:
         return  # about to be loaded
     if init == "scratch":
         for experts in (moe.experts, moe.shared_experts):

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ...errors import UserError
-from ..blocks import FeedForward, find_feed_forwards
+from ..blocks import FeedForward, Rows, find_feed_forwards
 from .folders import match_names, model_class, on_meta, read_config
 from .reading import Checkpoint
 
@@ -42,8 +41,6 @@ class Dense:
     stacks: list[list[FeedForward]]
     on_disk: dict[str, str] = field(repr=False)
     """Name in the model -> name on disk."""
-    modules: dict[int, str] = field(repr=False)
-    """id of a module -> its name."""
 
     @classmethod
     def open(cls, folder: Path) -> Dense:
@@ -64,28 +61,30 @@ class Dense:
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
         on_disk = {name: disk for disk, name in names.items()}
-        modules = {id(module): name for name, module in model.named_modules()}
-        return cls(folder, checkpoint, config, model, names, unused, stacks, on_disk, modules)
+        return cls(folder, checkpoint, config, model, names, unused, stacks, on_disk)
 
-    def _linears(self, block: FeedForward) -> Iterator[tuple[str, str, bool]]:
-        """A block's tensors: what each is, its name on disk, and whether it lies there transposed."""
-        parts = ("gate", "up", "down")[-len(block.linears) :]
-        for part, module in zip(parts, block.linears, strict=True):
+    def _stored(self, block: FeedForward) -> Iterator[tuple[str, str, Rows, bool]]:
+        """A block's tensors: what each is, the name on disk of that of which it is rows, which, and if it is a bias."""
+        for part, rows in block.maps.items():
             for ending, attribute in (("", "weight"), ("_bias", "bias")):
-                if getattr(module, attribute, None) is not None:
-                    disk = self.on_disk[f"{self.modules[id(module)]}.{attribute}"]
-                    yield part + ending, disk, isinstance(module, Conv1D) and not ending
+                if getattr(rows.linear, attribute, None) is not None:
+                    yield (
+                        part + ending,
+                        self.on_disk[f"{rows.path}.{attribute}"],
+                        rows,
+                        bool(ending),
+                    )
 
     def disk_names(self, block: FeedForward) -> dict[str, str]:
         """A block's tensors on disk, by what they are: gate, up, down, gate_bias, up_bias, down_bias."""
-        return {part: disk for part, disk, _ in self._linears(block)}
+        return {part: disk for part, disk, *_ in self._stored(block)}
 
     def parts(self, block: FeedForward) -> dict[str, Tensor]:
         """A block's tensors: gate and up (f, d), down (d, f), biases where it has them."""
         found = {}
-        for part, disk, transposed in self._linears(block):
+        for part, disk, rows, is_bias in self._stored(block):
             tensor = self.checkpoint.read(disk)
-            found[part] = tensor.T if transposed else tensor
+            found[part] = (tensor.T if rows.is_transposed and not is_bias else tensor)[rows.start : rows.stop]
         return found
 
     def read(self, name: str) -> Tensor:
@@ -94,7 +93,7 @@ class Dense:
 
     def nbytes_of(self, block: FeedForward) -> int:
         """The bytes of a block."""
-        return sum(self.checkpoint.tensors[disk].nbytes for disk in self.disk_names(block).values())
+        return sum(self.checkpoint.tensors[disk].nbytes for disk in {*self.disk_names(block).values()})
 
     def dtype_of(self, blocks: list[FeedForward]) -> torch.dtype:
         """The one floating dtype of the blocks' tensors.

@@ -182,7 +182,7 @@ class _Start:
                 family = family_for(source.config, type(source.model).__name__)
                 if wanted not in (None, family):
                     raise UserError(f"a {source.config.model_type} model continues as {family.name}, not as {to}")
-                if len(widths) > 1 or any(block.up_bias is not None or block.down_bias is not None for block in blocks):
+                if len(widths) > 1 or any(block.bias for block in blocks):
                     raise UserError(f"{family.name} has no biases, and blocks of one width")
                 dtype = source.dtype_of(blocks)
                 if granularity > 1 and not family.float32_router and dtype.itemsize < 4:
@@ -228,7 +228,8 @@ class _Start:
                     new[piece.name] = "zeros" if all(piece.shape) else "empty: there is no shared expert"
             for part, disk in source.disk_names(block).items():
                 made = [piece.name for (key, _), piece in pieces.items() if key == part]
-                became[disk] = {"how": method.how, "to": list(dict.fromkeys(made))}
+                before = became.get(disk, {"to": []})["to"]  # gate and up may lie in one tensor
+                became[disk] = {"how": method.how, "to": list(dict.fromkeys([*before, *made]))}
         options = {"num_experts": self.num_experts, "top_k": self.top_k, "every": self.every, "seed": seed}
         facts = {
             "method": method.name,

@@ -170,10 +170,19 @@ class _Relu(NamedTuple):
     gated: bool
 
 
+class _QuickGelu(NamedTuple):
+    gated: bool
+
+
+class _Relu2(NamedTuple):
+    gated: bool
+
+
 # The activation that a loop computes is the type of an argument: each gets loops of its own.
 ACTIVATIONS = {
     "swiglu": _Silu(True), "geglu": _Gelu(True), "geglu_tanh": _GeluTanh(True), "reglu": _Relu(True),
     "silu": _Silu(False), "gelu": _Gelu(False), "gelu_tanh": _GeluTanh(False), "relu": _Relu(False),
+    "quick_gelu": _QuickGelu(False), "relu2": _Relu2(False),
 }  # fmt: skip
 
 
@@ -183,7 +192,9 @@ def _act(activation, x):
 
 @overload(_act)
 def _(activation, x):
-    return {_Silu: _silu, _Gelu: _gelu, _GeluTanh: _gelu_tanh, _Relu: _relu}[activation.instance_class]
+    return {
+        _Silu: _silu, _Gelu: _gelu, _GeluTanh: _gelu_tanh, _Relu: _relu, _QuickGelu: _quick_gelu, _Relu2: _relu2,
+    }[activation.instance_class]  # fmt: skip
 
 
 @register_jitable(fastmath={"contract"})
@@ -226,6 +237,19 @@ def _gelu_tanh(activation, x):
 @register_jitable(fastmath={"contract"})
 def _relu(activation, x):
     return (np.float32(0) if x <= 0 else x), (np.float32(1) if x > 0 else np.float32(0))
+
+
+@register_jitable(fastmath={"contract"})
+def _quick_gelu(activation, x):
+    """x sigmoid(1.702 x)."""
+    s = _sigmoid(x * np.float32(1.702))
+    return x * s, s + np.float32(1.702) * x * s * (np.float32(1) - s)
+
+
+@register_jitable(fastmath={"contract"})
+def _relu2(activation, x):
+    r = np.float32(0) if x <= 0 else x
+    return r * r, np.float32(2) * r
 
 
 # ---- decoding: products of few rows

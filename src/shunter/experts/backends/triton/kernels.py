@@ -43,6 +43,12 @@ def _activated(h, NAME: tl.constexpr):
     elif NAME == "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2 u
         s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * h * (1.0 + 0.044715 * h * h)))
         return h * s, s + h * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * h * h)
+    elif NAME == "quick_gelu":
+        s = 1.0 / (1.0 + tl.exp(-1.702 * h))
+        return h * s, s + 1.702 * h * s * (1.0 - s)
+    elif NAME == "relu2":
+        r = tl.where(h <= 0.0, 0.0, h)
+        return r * r, 2.0 * r
     else:
         tl.static_assert(NAME == "relu")
         return tl.where(h <= 0.0, 0.0, h), tl.where(h <= 0.0, 0.0, 1.0).to(h.dtype)
