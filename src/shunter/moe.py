@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils import checkpoint
 
 from . import context as contexts
 from . import routers
@@ -36,6 +39,10 @@ __all__ = [
 ]
 
 _ORDER = count()
+# The code that runs a backward, and what it runs a forward through again: a checkpoint, or a function's own backward.
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_OWN_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
+_CHECKPOINTS = checkpoint.__file__
 
 
 class _Call:
@@ -350,8 +357,19 @@ class MoE(RoutedLayer):
 
 
 def recomputing() -> bool:
-    """Whether this forward is activation checkpointing's second one, run from inside a backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """Whether this forward is activation checkpointing's second one, run from inside a backward.
+
+    A hook may run a forward of its own in a backward, as losses with cached gradients do: that one is a first.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _ENGINE:
+        code = frame.f_code
+        if code is _OWN_BACKWARD or (code.co_name == "unpack_hook" and code.co_filename == _CHECKPOINTS):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _outside_transforms() -> AbstractContextManager[Any]:

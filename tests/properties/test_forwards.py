@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import warnings
 import weakref
 
 import accelerate
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import shunter
 from shunter import MoE, aux_loss, moe_layers
+from shunter.training.balance import Balance
 
 
 def _llama():
@@ -153,3 +155,57 @@ def test_an_offloaded_model_computes_the_same(router):
         assert {p.device.type for p in offloaded.parameters()} == {"meta"}
     with torch.no_grad(), shunter.tell(offloaded, task=torch.tensor([2, 0])):
         assert torch.equal(offloaded(ids).logits, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_a_forward_of_a_hook_inside_a_backward_is_a_forward(checkpointing):
+    """As losses with cached gradients run it; what checkpointing runs again inside of it is none."""
+    model = shunter.sparsify(_llama(), 4, "topk", top_k=2, load_balancing_loss=0.5).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    ids = torch.randint(1, 50, (2, 6))
+    with torch.no_grad():
+        cached = model.model(ids, use_cache=False).last_hidden_state
+    cached.requires_grad_()
+
+    def run_again(gradient):
+        with torch.enable_grad():
+            inputs = model.get_input_embeddings()(ids)
+            out = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            torch.autograd.backward(out, gradient)
+
+    cached.register_hook(run_again)
+    balance = Balance(load_balancing_loss=0.0).attach(model)
+    with shunter.record(model) as seen:
+        cached.square().mean().backward()
+    balance.step()
+    balance.detach()
+    assert seen.lengths == [6, 6] and seen.forwards == [2]
+    assert all(layer.routing.num_tokens == 12 for layer in moe_layers(model).values())
+    assert all(p.grad is not None for layer in moe_layers(model).values() for p in layer.experts.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sparsified", "family"])
+@pytest.mark.parametrize("way", ["the model", "each block"])
+def test_a_model_that_was_compiled_before_is_heard(way, kind):
+    torch._dynamo.reset()
+    if kind == "sparsified":
+        model = shunter.sparsify(_llama(), 4, "topk", top_k=2)
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = AutoConfig.for_model("mixtral", vocab_size=50, num_key_value_heads=2, num_local_experts=4, **sizes)
+        model = AutoModelForCausalLM.from_config(config)
+    run = torch.compile(model, backend="eager") if way == "the model" else model
+    if way == "each block":
+        for block in model.model.layers:
+            block.compile(backend="eager")
+    ids = torch.randint(1, 50, (2, 6))
+    with torch.no_grad():
+        run(ids, use_cache=False)
+        with warnings.catch_warnings(record=True) as said, shunter.record(model) as seen:
+            run(ids, use_cache=False)
+        assert seen.lengths == [6, 6]
+        assert any("compiled before" in str(warning.message) for warning in said) or kind == "sparsified"
+        with shunter.record(model) as again:
+            model(ids, use_cache=False)
+    assert torch.equal(seen.experts, again.experts)

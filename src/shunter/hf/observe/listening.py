@@ -7,6 +7,7 @@ tell the choice, and the router beside them the logits; where the experts take s
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -183,6 +184,12 @@ def listening(model: nn.Module, callback: Callable[[str, Observation], None]) ->
     """
     found = require_taps(model)
     with ExitStack() as stack:
+        if _is_compiled(model):
+            warnings.warn(
+                f"{type(model).__name__} was compiled before it is listened to: it runs uncompiled while it is",
+                stacklevel=3,
+            )
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         around = stack.enter_context(noting_tokens(model, found))
         told: set[type] = set()
         for tap in found.values():
@@ -195,6 +202,17 @@ def listening(model: nn.Module, callback: Callable[[str, Observation], None]) ->
             for handle in _listen(tap, emit):
                 stack.callback(handle.remove)
         yield found
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether graphs exist, made by torch.compile, in which hooks that are set now would not be."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return True
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
+    forwards = {getattr(type(module).forward, "__code__", None) for module in model.modules()}
+    return any(code is not None and entries(code) for code in forwards)
 
 
 @contextmanager
