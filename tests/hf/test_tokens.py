@@ -27,8 +27,9 @@ def _rows(left=False):
     return rows, {"input_ids": ids, "attention_mask": mask.long()}, packed
 
 
+# With a cache, which a forward makes unless told otherwise, transformers itself attends across packed sequences.
 def _layers(model, **batch):
-    """The logits of a forward, and every layer's losses, loads and routing."""
+    """The logits of a forward, and the losses and the routing of every layer."""
     logits = model(**batch).logits
     return logits, {name: (layer.losses, layer.routing) for name, layer in shunter.moe_layers(model).items()}
 
