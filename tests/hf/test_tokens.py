@@ -210,3 +210,21 @@ def test_a_mask_of_unknown_form_is_refused(build):
     with shunter.tell(model, mask=real):
         model(ids, attention_mask=torch.ones(1, 1, 1, 6, 6))
     assert torch.equal(heard[0], real[0])
+
+
+@pytest.mark.parametrize("family", ["shunter", "transformers"])
+def test_the_balance_of_sequences_is_that_of_the_padded_batch(family, build):
+    if family == "shunter":
+        model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = MixtralForCausalLM(MixtralConfig(vocab_size=50, **sizes, num_key_value_heads=2, num_local_experts=4))
+    model.train()
+    _, padded, packed = _rows()
+    found = []
+    for batch in (padded, {name: packed[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}):
+        balance = shunter.BalanceCallback(load_balancing_loss=1.0, scope="sequence").attach(model)
+        model(**batch)
+        found.append(balance.loss())
+        balance.detach()
+    assert torch.allclose(*found, atol=1e-6)
