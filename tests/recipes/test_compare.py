@@ -202,7 +202,7 @@ def test_options_are_the_routers_own(small):
         ("switch:jitter", "option=value"),
         ("switch:jitter=[", "not a YAML value"),
         ("task", "needs task"),
-        ("domain", "needs domain"),
+        ("speech:embedding_dim=3", "needs embedding"),
         ("expert_choice", "in evaluation too, so its loss would be no causal model's; leave it out, or set"),
         ("gshard", "leave it out, evaluate it by :eval_capacity_factor=dropless, or set"),
         ("hash:vocab_size=5", "vocab_size is that of the data's tokenizer"),

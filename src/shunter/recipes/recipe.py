@@ -22,7 +22,10 @@ class Prepared(Protocol):
 
     @property
     def train(self) -> Dataset[Any]:
-        """The items in training order, each the keywords of a model's forward."""
+        """The items in training order, each the keywords of a model's forward.
+
+        What has the name of a field of `shunter.routers.Context` (domain, language, …) is told to the layers instead.
+        """
 
     @property
     def domains(self) -> list[dict[str, Any]]:

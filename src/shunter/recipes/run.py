@@ -26,8 +26,9 @@ from ..durable import MANIFEST, make_folder, new_folder, only_process, seal, sea
 from ..environment import run_versions
 from ..errors import Diverged, UserError, one_line
 from ..hf.checkpoints.reading import read_json
+from ..moe import dropless, tell
 from ..training.checkpoints import Checkpoints
-from ..training.loop import train_model
+from ..training.loop import told_and_given, train_model
 from .config import dump_config, load_config
 from .recipe import Prepared, Recipe
 from .registry import find
@@ -119,8 +120,10 @@ def rehearse(recipe: Recipe[Any, Any], name: str, config: RunConfig, data: Any) 
     try:
         model: Any = recipe.build(config, data, sparse=name != "dense")
         batch = {key: value.to(device) for key, value in default_data_collator([data.train[0]] * 2).items()}
-        model.to(device).train()(**batch).loss.backward()
-        model.eval()(**batch)
+        told, given = told_and_given(batch)
+        with tell(model, **told):
+            model.to(device).train()(**given).loss.backward()
+            model.eval()(**given)
         recipe.ledger(model, config)
     except UserError:
         raise
@@ -381,14 +384,21 @@ def load_model(run: Path, which: str) -> PreTrainedModel:
     return recipe_of(run).load(folder)
 
 
-def evaluate_run(run: Path) -> dict[str, Any]:
+def evaluate_run(run: Path, *, without_drops: bool = False) -> dict[str, Any]:
     """Evaluate both models of a run folder again, on the run's own held-out data.
+
+    Args:
+        run: the folder.
+        without_drops: evaluate the sparse model by `shunter.dropless`, whatever capacity it was trained with.
 
     Raises:
         UserError: where the folder holds no finished run, or its data have changed.
+        ValueError: where its router decides by its capacity, and without_drops is asked for.
     """
     recipe, config = configuration_of(run)
     models = {which: load_model(run, which) for which in MODELS}
+    if without_drops:
+        dropless(models["sparse"])
     data: Prepared = recipe.prepare(config)
     _check_data(recipe, data, str(read_json(run / "data.json").get("fingerprint")))
     return {which: recipe.evaluate(model, data) for which, model in models.items()}
