@@ -77,7 +77,7 @@ def test_labels_that_the_text_has_not_are_named(corpus, tmp_path, capsys):
     args = [*SMALL, f"data.source=['{corpus}']", "sparse.router=language"]
     assert main(["train", "text", "--run", str(tmp_path / "run"), *args]) == 2
     said = capsys.readouterr().err.strip()
-    assert "Language needs language" in said and "\n" not in said
+    assert "router 'language' needs language of each token, which plain text has not" in said and "\n" not in said
 
 
 def test_a_run_is_evaluated_without_drops_in_one_word(corpus, tmp_path, capsys):

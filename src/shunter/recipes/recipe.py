@@ -77,6 +77,10 @@ class Recipe(ABC, Generic[C, D]):
         forward has `shunter.aux_loss` in it (`shunter.sparsify` sees to that).
         """
 
+    def tells(self, name: str, config: C) -> bool:
+        """Whether the batches of a configuration's data tell a field of `Context`; by default what `knows` says."""
+        return name in self.knows
+
     def load(self, folder: Path) -> PreTrainedModel:
         """A model that `save_pretrained` wrote, in evaluation mode; by default of any class that transformers finds.
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..analysis.inspect.inspecting import specialisation
 from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import TEXT
+from ..data.documents import built_in_domains, read_domains
 from ..data.windows import EvalDomain, TextData, prepare
 from ..errors import UserError, one_line
 from ..hf import sparsify
@@ -31,7 +32,15 @@ class TextRecipe(Recipe[TextConfig, TextData]):
     name = "text"
     config = TextConfig
     words = TEXT
-    knows = ("mask", "token_ids", "sequence", "position", "domain", "language")
+    knows = ("mask", "token_ids", "sequence", "position", "domain")
+
+    def tells(self, name: str, config: TextConfig) -> bool:
+        """What `knows` says, and the language where some document's is known."""
+        if name != "language":
+            return super().tells(name, config)
+        source, most = config.data.source, config.data.max_bytes
+        domains = built_in_domains(most) if source is None else read_domains(source, most)
+        return any(language is not None for domain in domains for language in domain.languages)
 
     def prepare(self, config: TextConfig) -> TextData:
         """Windows of the configuration's text."""
