@@ -106,7 +106,9 @@ def check_router(recipe: Recipe[Any, Any], config: RunConfig, router: str) -> No
         UserError: naming what they lack.
     """
     if lacking := [need for need in routers.find(router).needs if not recipe.tells(need, config)]:
-        raise UserError(f"router {router!r} needs {', '.join(lacking)} of each token, which plain {recipe.name} has not")
+        raise UserError(
+            f"router {router!r} needs {', '.join(lacking)} of each token, which plain {recipe.name} has not"
+        )
 
 
 def rehearse(recipe: Recipe[Any, Any], name: str, config: RunConfig, data: Any) -> None:
