@@ -1,6 +1,7 @@
 """The text: domains, splits without leaks, exact bytes, an order that depends on the seed and the index alone."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shunter.data.documents import built_in_domains, read_domains
-from shunter.data.windows import _bytes, _split, train_tokenizer
+from shunter.data.windows import _bytes, _split, prepare, train_tokenizer
 from shunter.errors import UserError
 from shunter.recipes.text import RECIPE
 
@@ -119,6 +120,45 @@ def test_data_json_tells_what_was_read(small):
     described = json.loads(json.dumps(RECIPE.prepare(small()).describe()))
     assert described["vocab_size"] == 257 and described["tokenizer"] == "bytes"
     assert all(d["train_tokens"] > 0 and d["eval_bytes"] > 0 and d["passes"] > 0 for d in described["domains"])
+
+
+def test_every_window_has_its_domain_and_every_token_the_language_of_its_document(tmp_path):
+    """Each document is of one letter, which says its domain and its language; after it the end token is its own too."""
+    letters = {"a": ("one", "fr"), "b": ("one", "de"), "c": ("two", None), "d": ("two", "de"), "e": ("one", None)}
+    records = [
+        {"text": letter * random.randint(30, 60), "domain": domain} | ({"language": language} if language else {})
+        for letter, (domain, language) in letters.items()
+        for _ in range(12)
+    ]
+    random.shuffle(records)
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = prepare([str(file)], sequence_length=16, num_windows=90, tokenizer="bytes", eval_share=0.3)
+    assert data.languages == ["de", "fr", "unknown"] and data.label_counts == {"domain": 2, "language": 3}
+    assert data.describe()["languages"] == data.languages
+    names = [domain["name"] for domain in data.domains]
+    rows = [data.train[i] for i in range(90)]
+    rows += [
+        {"input_ids": ids, "domain": domain, "language": language}
+        for held_out in data.eval
+        for ids, domain, language in zip(held_out.input_ids, *held_out.labels.values(), strict=True)
+    ]
+    ends = 0
+    for row in rows:
+        before = None
+        for token, language in zip(row["input_ids"].tolist(), row["language"].tolist(), strict=True):
+            letter = data.tokenizer.decode([token])
+            if letter in letters:
+                domain, spoken = letters[letter]
+                assert names[int(row["domain"])] == domain and data.languages[language] == (spoken or "unknown")
+            elif before is not None:
+                assert language == before, "the end token is of the document that it ends"
+                ends += 1
+            before = language
+    assert ends > 10
+    (tmp_path / "plain.txt").write_text("abc " * 99)
+    plain = prepare([str(tmp_path / "plain.txt")], sequence_length=16, num_windows=4, tokenizer="bytes")
+    assert plain.languages == [] and set(plain.train[0]) == {"input_ids", "labels", "domain"}
 
 
 def test_languages_stay_with_their_documents(tmp_path):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .. import metrics
 from ..durable import write
 from ..errors import NotWritten, UserError
+from .ledger import TRAINING_FLOPS
 
 __all__ = ["Metrics"]
 
@@ -91,7 +92,11 @@ class Score:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What one finished model reached and cost. `flops_per_token` counts the forward pass; `shown` as `Words.shown`."""
+    """What one finished model reached and cost.
+
+    `flops_per_token` and `params_active` are of a forward pass in evaluation, `training_flops` of the whole training;
+    `shown` as `Words.shown`.
+    """
 
     eval_loss: float
     shown: dict[str, float]
@@ -102,6 +107,7 @@ class ModelSummary:
     tokens: float
     peak_rss_bytes: float
     domains: dict[str, Any] = field(default_factory=dict)
+    training_flops: float = math.nan
 
     def as_json(self) -> dict[str, Any]:
         """As summary.json and compare.json have it."""
@@ -315,7 +321,7 @@ def _shown(run: Run, row: dict[str, Any]) -> dict[str, float]:
     return {key: _number(row[key]) for key in run.words.shown}
 
 
-_NUMBERS = [name for name in ModelSummary.__dataclass_fields__ if name not in ("shown", "domains")]
+_NUMBERS = [name for name in ModelSummary.__dataclass_fields__ if name not in ("shown", "domains", "training_flops")]
 
 
 def summarise(
@@ -361,7 +367,8 @@ def _share_of_steps(evals: list[dict[str, Any]], target: float, steps: int) -> f
 
 def _model_summary(run: Run, row: dict[str, Any]) -> ModelSummary:
     numbers: dict[str, Any] = {key: _number(row[key]) for key in _NUMBERS}
-    return ModelSummary(**numbers, shown=_shown(run, row))
+    spent = TRAINING_FLOPS * numbers["flops_per_token"] * numbers["tokens"]  # as runs before they counted it say
+    return ModelSummary(**numbers, shown=_shown(run, row), training_flops=_number(row.get("training_flops", spent)))
 
 
 def _read_summary(run: Run) -> None:

@@ -54,6 +54,9 @@ def add_verbs(verbs: Any) -> None:
 
     evaluate = verbs.add_parser("eval", help="evaluate a run's models again")
     evaluate.add_argument("run", type=Path)
+    evaluate.add_argument(
+        "--dropless", action="store_true", help="drop no token, whatever the capacity was in training"
+    )
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(verb=_eval)
 
@@ -140,8 +143,8 @@ def _compare(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from ..recipes.run import evaluate_run, recipe_of, summarised
 
-    found = evaluate_run(args.run)
-    for which, said in summarised(args.run).items():
+    found = evaluate_run(args.run, without_drops=args.dropless)
+    for which, said in ({} if args.dropless else summarised(args.run)).items():
         if not math.isclose(found[which]["loss"], said, rel_tol=_SAME):
             now = found[which]["loss"]
             print(f"{which}: the loss is {now:.6f}, and {args.run / 'summary.json'} says {said:.6f}", file=sys.stderr)

@@ -31,11 +31,14 @@ class EvalDomain:
         name: the domain.
         input_ids: (windows, sequence length) int64.
         predicted_bytes: the UTF-8 bytes that the predicted tokens (all but the first of each window) stand for.
+        labels: what is known of the tokens: "domain" (windows,) int64, the domain's place among all, and, where some
+            language is known, "language" (windows, sequence length) int64, numbers of `TextData.languages`.
     """
 
     name: str
     input_ids: Tensor
     predicted_bytes: int
+    labels: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class TextData:
         tokenizer: saved with the models.
         domains: a record of each domain for people: name, license, source, bytes and tokens of both splits, repeats.
         fingerprint: SHA-256 over all windows and the tokenizer.
+        kind: of the tokenizer.
+        languages: the names of the languages, in the order of their labels; the last is "unknown" where some document's
+            is. Empty where none is known.
     """
 
     train: Dataset[dict[str, Tensor]]
@@ -56,6 +62,13 @@ class TextData:
     domains: list[dict[str, Any]]
     fingerprint: str
     kind: str = field(default="bpe")
+    languages: list[str] = field(default_factory=list)
+
+    @property
+    def label_counts(self) -> dict[str, int]:
+        """How many values each label of the tokens has."""
+        counts = {"domain": len(self.domains), "language": len(self.languages)}
+        return {name: count for name, count in counts.items() if count}
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the tokenizer."""
@@ -68,14 +81,18 @@ class TextData:
             "fingerprint": self.fingerprint,
             "vocab_size": len(self.tokenizer),
             "tokenizer": self.kind,
+            "languages": self.languages,
         }
 
 
 class _Windows(Dataset[dict[str, Tensor]]):
-    """Item i is the i-th window of training, a function of the seed and i: domains in turn, each in its own order."""
+    """Item i is the i-th window of training, a function of the seed and i: domains in turn, each in its own order.
 
-    def __init__(self, domains: list[Tensor], length: int, seed: int) -> None:
-        self.domains, self.length = domains, length
+    Its domain, and its tokens' languages where some are known, come with it.
+    """
+
+    def __init__(self, domains: list[Tensor], languages: list[Tensor], length: int, seed: int) -> None:
+        self.domains, self.languages, self.length = domains, languages, length
         generator = torch.Generator().manual_seed(seed)
         rounds = -(-length // len(domains))
         self.orders = []
@@ -90,8 +107,10 @@ class _Windows(Dataset[dict[str, Tensor]]):
         if not 0 <= i < self.length:
             raise IndexError(i)
         turn, which = divmod(i, len(self.domains))
-        ids = self.domains[which][self.orders[which][turn]]
-        return {"input_ids": ids, "labels": ids}
+        row = self.orders[which][turn]
+        ids = self.domains[which][row]
+        item = {"input_ids": ids, "labels": ids, "domain": torch.tensor(which)}
+        return item | ({"language": self.languages[which][row]} if self.languages else {})
 
 
 def prepare(
@@ -131,15 +150,25 @@ def prepare(
         tokenizer = train_tokenizer(texts, vocab_size if tokenizer == "bpe" else None)
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     length = sequence_length
-    train_windows, held_out, records = [], [], []
+    known = sorted({language for domain in domains for language in domain.languages if language is not None})
+    spoken = {domain.name: _languages(domain, eval_share) for domain in domains}
+    unknown = any(None in part for parts in spoken.values() for part in parts)
+    names = [*known, *(["unknown"] if unknown else [])] if known else []
+    train_windows, train_languages, held_out, records = [], list[Tensor](), [], []
     needed = -(-num_windows // len(domains))
-    for domain in domains:
-        parts = [_window(documents, tokenizer, length, domain.name) for documents in splits[domain.name]]
-        train, evaluation = parts[0], parts[1][:eval_windows]
+    for place, domain in enumerate(domains):
+        parts = []
+        for documents, languages in zip(splits[domain.name], spoken[domain.name], strict=True):
+            numbers = [names.index(language or "unknown") for language in languages] if names else [0] * len(documents)
+            parts.append(_window(documents, numbers, tokenizer, length, domain.name))
+        (train, train_language), (evaluation, eval_language) = parts[0], [part[:eval_windows] for part in parts[1]]
         for part in (train, evaluation):
             digest.update(np.ascontiguousarray(part.numpy()).tobytes())
         train_windows.append(train)
-        held_out.append(EvalDomain(domain.name, evaluation, _bytes(evaluation[:, 1:], tokenizer)))
+        if names:
+            train_languages.append(train_language)
+        labels = {"domain": torch.full((len(evaluation),), place)} | ({"language": eval_language} if names else {})
+        held_out.append(EvalDomain(domain.name, evaluation, _bytes(evaluation[:, 1:], tokenizer), labels))
         sizes = [sum(len(document.encode()) for document in documents) for documents in splits[domain.name]]
         records.append(
             {
@@ -153,8 +182,8 @@ def prepare(
                 "passes": round(needed / len(train), 2),
             }
         )
-    windows = _Windows(train_windows, num_windows, seed)
-    return TextData(windows, held_out, tokenizer, records, digest.hexdigest(), kind)
+    windows = _Windows(train_windows, train_languages, num_windows, seed)
+    return TextData(windows, held_out, tokenizer, records, digest.hexdigest(), kind, names)
 
 
 def _split(domain: Domain, share: float) -> tuple[list[str], list[str]]:
@@ -169,6 +198,16 @@ def _split(domain: Domain, share: float) -> tuple[list[str], list[str]]:
     while documents and sum(map(len, held_out)) < share * total and len(documents) > 1:
         held_out.append(documents.pop())
     return documents, held_out
+
+
+def _languages(domain: Domain, share: float) -> tuple[list[str | None], list[str | None]]:
+    """The languages of the documents that `_split` trains on and holds out, in its order."""
+    languages = list(domain.languages) or [None] * len(domain.documents)
+    train, held_out = _split(domain, share)
+    if len(domain.documents) == 1:
+        return languages, languages
+    random.Random(0).shuffle(languages)
+    return languages[: len(train)], languages[: len(train) - 1 : -1][: len(held_out)]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedTokenizerFast:
@@ -189,18 +228,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
 
 
-def _window(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, length: int, domain: str) -> Tensor:
-    """The documents as windows (n, length), an end token after each document; the last short piece is left out."""
+def _window(
+    documents: Sequence[str], languages: Sequence[int], tokenizer: PreTrainedTokenizerFast, length: int, domain: str
+) -> tuple[Tensor, Tensor]:
+    """The documents as windows (n, length), an end token after each document; the last short piece is left out.
+
+    And the language of each token (n, length), by the numbers of the documents' languages.
+    """
     end = tokenizer.eos_token_id
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
     ids = [i for document in encoded for i in (*document.ids, end)]
+    spoken = [number for document, number in zip(encoded, languages, strict=True) for _ in range(len(document.ids) + 1)]
     count = len(ids) // length
     if count == 0:
         raise UserError(
             f"domain {domain!r} is too small: a split of it has {len(ids)} tokens, and a window takes {length}; "
             "give more text or a shorter data.sequence_length"
         )
-    return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
+    rows, numbers = (torch.tensor(part[: count * length], dtype=torch.int64) for part in (ids, spoken))
+    return rows.reshape(count, length), numbers.reshape(count, length)
 
 
 def _bytes(ids: Tensor, tokenizer: PreTrainedTokenizerFast) -> int:

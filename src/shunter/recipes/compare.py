@@ -13,17 +13,15 @@ import yaml
 from pydantic import ValidationError
 
 from .. import routers
-from ..analysis.ledger import TRAINING_FLOPS, Ledger
 from ..analysis.pages.compare_figures import comparison
 from ..analysis.pages.style import PAPER, style
 from ..analysis.runs import Metrics, Words
 from ..durable import write, writing
 from ..environment import run_versions
 from ..errors import UserError, one_line
-from ..moe import moe_layers
 from .config import parse_value
 from .recipe import Recipe
-from .run import Begun, account, begin, check_router, configuration_of, load_model, train_one
+from .run import account, begin, check_router, configuration_of, train_one
 from .sections import RunConfig, SparseConfig
 
 __all__ = ["compare", "draw", "parse_routers", "resumed", "table", "with_router"]
@@ -83,7 +81,7 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"router {spec!r}: {setting} is not a YAML value ({one_line(error)})") from None
     if name in routers.names():
-        check_router(recipe, name)
+        check_router(recipe, config, name)
     sparse = config.sparse.model_dump() | {"router": name, "options": options, "top_k": options.pop("top_k", None)}
     try:
         insisting = type(config).model_validate(config.model_dump() | {"sparse": sparse | {"allow_leak": True}})
@@ -151,7 +149,7 @@ def compare(
         rows = []
         for spec, own in configs.items():
             name = folder_of(spec)
-            row = {"router": spec} | account(begun, name, train_one(begun, name)).as_json() | _spent(begun, name)
+            row = {"router": spec} | account(begun, name, train_one(begun, name)).as_json()
             rows.append(row if spec == "dense" else row | _routing(begun.metrics, name) | {"leak": _leak(own)})
             result = {
                 "models": rows,
@@ -193,32 +191,6 @@ def _routing(metrics: Metrics, name: str) -> dict[str, float]:
     last = [line for line in lines if line["step"] > (1 - LAST) * lines[-1]["step"]]
     return {
         key: math.fsum(line[key] for line in last) / len(last) for key in ("balance", "dropped", "experts_per_token")
-    }
-
-
-def _spent(begun: Begun, name: str) -> dict[str, float]:
-    """What a token costs in the last evaluation, and FLOPs of the whole training, by the experts taken indeed."""
-    config, model = begun.configs[name], load_model(begun.folder, name)
-    layers = moe_layers(model).values()
-    lines = begun.metrics.lines(name)
-
-    def cost(taken: float | None) -> Ledger:
-        for layer in layers:
-            if layer.decider.chooses != "slots":  # whose experts compute slots, however many tokens hear of them
-                layer.experts_taken = taken
-        return begun.recipe.ledger(model, config)
-
-    spent, before = 0.0, 0
-    for line in lines:
-        if line["kind"] == "train":
-            spent += (line["tokens"] - before) * cost(line.get("experts_per_token")).flops_per_token
-            before = line["tokens"]
-    passes = max((layer.decider.passes for layer in layers), default=1)
-    evaluated = cost([line for line in lines if line["kind"] == "eval"][-1].get("experts_per_token"))
-    return {
-        "flops_per_token": evaluated.flops_per_token,
-        "params_active": evaluated.params_active,
-        "training_flops": TRAINING_FLOPS * passes * spent,
     }
 
 

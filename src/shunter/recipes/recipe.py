@@ -22,7 +22,10 @@ class Prepared(Protocol):
 
     @property
     def train(self) -> Dataset[Any]:
-        """The items in training order, each the keywords of a model's forward."""
+        """The items in training order, each the keywords of a model's forward.
+
+        What has the name of a field of `shunter.routers.Context` (domain, language, …) is told to the layers instead.
+        """
 
     @property
     def domains(self) -> list[dict[str, Any]]:
@@ -73,6 +76,10 @@ class Recipe(ABC, Generic[C, D]):
         A function of its arguments: both are built once more to see that they run. In training, the `loss` of a
         forward has `shunter.aux_loss` in it (`shunter.sparsify` sees to that).
         """
+
+    def tells(self, name: str, config: C) -> bool:
+        """Whether the batches of a configuration's data tell a field of `Context`; by default what `knows` says."""
+        return name in self.knows
 
     def load(self, folder: Path) -> PreTrainedModel:
         """A model that `save_pretrained` wrote, in evaluation mode; by default of any class that transformers finds.

@@ -20,14 +20,16 @@ from transformers.utils import logging as hf_logging
 
 from .. import routers
 from ..analysis import runs
+from ..analysis.ledger import TRAINING_FLOPS, Ledger
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import MODELS, Metrics, ModelSummary
 from ..durable import MANIFEST, make_folder, new_folder, only_process, seal, sealed, verify, write
 from ..environment import run_versions
 from ..errors import Diverged, UserError, one_line
 from ..hf.checkpoints.reading import read_json
+from ..moe import dropless, moe_layers, tell
 from ..training.checkpoints import Checkpoints
-from ..training.loop import train_model
+from ..training.loop import told_and_given, train_model
 from .config import dump_config, load_config
 from .recipe import Prepared, Recipe
 from .registry import find
@@ -81,7 +83,7 @@ def train(
     """
     if (run / "routers.json").exists():
         raise UserError(f"{run} holds a comparison; go on with shunter compare {recipe.name} --resume --run {run}")
-    check_router(recipe, config.sparse.router)
+    check_router(recipe, config, config.sparse.router)
     with begin(recipe, config, run, dict.fromkeys(MODELS, config), resume=resume, as_json=as_json) as begun:
         costs = {which: train_one(begun, which) for which in MODELS}
         accounts = {which: account(begun, which, costs[which]) for which in MODELS}
@@ -97,13 +99,13 @@ def train(
     return summary
 
 
-def check_router(recipe: Recipe[Any, Any], router: str) -> None:
-    """See that the recipe's batches tell what the router needs.
+def check_router(recipe: Recipe[Any, Any], config: RunConfig, router: str) -> None:
+    """See that the batches of the recipe's data tell what the router needs.
 
     Raises:
         UserError: naming what they lack.
     """
-    if lacking := [need for need in routers.find(router).needs if need not in recipe.knows]:
+    if lacking := [need for need in routers.find(router).needs if not recipe.tells(need, config)]:
         raise UserError(
             f"router {router!r} needs {', '.join(lacking)} of each token, which plain {recipe.name} has not"
         )
@@ -119,8 +121,10 @@ def rehearse(recipe: Recipe[Any, Any], name: str, config: RunConfig, data: Any) 
     try:
         model: Any = recipe.build(config, data, sparse=name != "dense")
         batch = {key: value.to(device) for key, value in default_data_collator([data.train[0]] * 2).items()}
-        model.to(device).train()(**batch).loss.backward()
-        model.eval()(**batch)
+        told, given = told_and_given(batch)
+        with tell(model, **told):
+            model.to(device).train()(**given).loss.backward()
+            model.eval()(**given)
         recipe.ledger(model, config)
     except UserError:
         raise
@@ -330,10 +334,25 @@ def _trained(folder: Path, name: str, identity: dict[str, Any], metrics: Metrics
 
 
 def account(begun: Begun, name: str, costs: dict[str, float]) -> ModelSummary:
-    """What one trained model of a run reached and cost."""
+    """What one trained model of a run reached and cost, by the experts that its tokens took indeed."""
     recipe, config = begun.recipe, begun.configs[name]
-    found = recipe.ledger(load_model(begun.folder, name), config)
-    last = [line for line in begun.metrics.lines(name) if line["kind"] == "eval"][-1]
+    model, lines = load_model(begun.folder, name), begun.metrics.lines(name)
+    layers = moe_layers(model).values()
+
+    def cost(taken: float | None) -> Ledger:
+        for layer in layers:
+            if layer.decider.chooses != "slots":  # whose experts compute slots, however many tokens hear of them
+                layer.experts_taken = taken
+        return recipe.ledger(model, config)
+
+    spent, before = 0.0, 0
+    for line in lines:
+        if line["kind"] == "train":
+            spent += (line["tokens"] - before) * cost(line.get("experts_per_token")).flops_per_token
+            before = line["tokens"]
+    passes = max((layer.decider.passes for layer in layers), default=1)
+    last = [line for line in lines if line["kind"] == "eval"][-1]
+    found = cost(last.get("experts_per_token"))
     return ModelSummary(
         eval_loss=last["loss"],
         shown={key: last[key] for key in recipe.words.shown},
@@ -344,6 +363,7 @@ def account(begun: Begun, name: str, costs: dict[str, float]) -> ModelSummary:
         tokens=config.training.steps * recipe.tokens_per_step(config),
         peak_rss_bytes=costs["peak_rss_bytes"],
         domains=last["domains"],
+        training_flops=TRAINING_FLOPS * passes * spent,
     )
 
 
@@ -381,14 +401,21 @@ def load_model(run: Path, which: str) -> PreTrainedModel:
     return recipe_of(run).load(folder)
 
 
-def evaluate_run(run: Path) -> dict[str, Any]:
+def evaluate_run(run: Path, *, without_drops: bool = False) -> dict[str, Any]:
     """Evaluate both models of a run folder again, on the run's own held-out data.
+
+    Args:
+        run: the folder.
+        without_drops: evaluate the sparse model by `shunter.dropless`, whatever capacity it was trained with.
 
     Raises:
         UserError: where the folder holds no finished run, or its data have changed.
+        ValueError: where its router decides by its capacity, and without_drops is asked for.
     """
     recipe, config = configuration_of(run)
     models = {which: load_model(run, which) for which in MODELS}
+    if without_drops:
+        dropless(models["sparse"])
     data: Prepared = recipe.prepare(config)
     _check_data(recipe, data, str(read_json(run / "data.json").get("fingerprint")))
     return {which: recipe.evaluate(model, data) for which, model in models.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -107,18 +109,25 @@ class SparseConfig(_Section):
             raise ValueError(f"router {self.router!r}: {router.leak}; set sparse.allow_leak=true if you insist")
         return self
 
-    def router_options(self, vocab_size: int) -> dict[str, Any]:
-        """What the router is created with."""
+    def router_options(self, vocab_size: int, labels: Mapping[str, int] = MappingProxyType({})) -> dict[str, Any]:
+        """What the router is created with, for so many token ids and so many values of each label of the tokens.
+
+        Where there are more values than experts, these take turns.
+        """
         options: dict[str, Any] = dict(self.options)
         if self.top_k is not None:
             options["top_k"] = self.top_k
-        if "vocab_size" in routers.options(self.router):
+        known = routers.options(self.router)
+        if "vocab_size" in known:
             options["vocab_size"] = vocab_size
+        values = max((labels.get(need, 0) for need in routers.find(self.router).needs), default=0)
+        if "experts" in known and values > self.num_experts:
+            options.setdefault("experts", [value % self.num_experts for value in range(values)])
         return options
 
-    def build_router(self, dim: int, vocab_size: int) -> Router:
+    def build_router(self, dim: int, vocab_size: int, labels: Mapping[str, int] = MappingProxyType({})) -> Router:
         """The router of one layer, as the sparse model will have it."""
-        return routers.create(self.router, dim, self.num_experts, **self.router_options(vocab_size))
+        return routers.create(self.router, dim, self.num_experts, **self.router_options(vocab_size, labels))
 
 
 class TrainingConfig(_Section):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..analysis.inspect.inspecting import specialisation
 from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import TEXT
+from ..data.documents import built_in_domains, read_domains
 from ..data.windows import EvalDomain, TextData, prepare
 from ..errors import UserError, one_line
 from ..hf import sparsify
+from ..moe import tell
 from . import run
 from .recipe import Recipe
 from .sections import TextConfig
@@ -28,7 +32,15 @@ class TextRecipe(Recipe[TextConfig, TextData]):
     name = "text"
     config = TextConfig
     words = TEXT
-    knows = ("mask", "token_ids", "sequence", "position")
+    knows = ("mask", "token_ids", "sequence", "position", "domain")
+
+    def tells(self, name: str, config: TextConfig) -> bool:
+        """What `knows` says, and the language where some document's is known."""
+        if name != "language":
+            return super().tells(name, config)
+        source, most = config.data.source, config.data.max_bytes
+        domains = built_in_domains(most) if source is None else read_domains(source, most)
+        return any(language is not None for domain in domains for language in domain.languages)
 
     def prepare(self, config: TextConfig) -> TextData:
         """Windows of the configuration's text."""
@@ -47,9 +59,11 @@ class TextRecipe(Recipe[TextConfig, TextData]):
 
     def build(self, config: TextConfig, data: TextData, sparse: bool) -> PreTrainedModel:
         """A Llama or Qwen3 of the data's vocabulary."""
-        return self.build_model(config, len(data.tokenizer), sparse)
+        return self.build_model(config, len(data.tokenizer), sparse, data.label_counts)
 
-    def build_model(self, config: TextConfig, vocab_size: int, sparse: bool) -> PreTrainedModel:
+    def build_model(
+        self, config: TextConfig, vocab_size: int, sparse: bool, labels: Mapping[str, int] = MappingProxyType({})
+    ) -> PreTrainedModel:
         """The dense model, or its sparse twin: the same initial weights outside the feed-forward blocks."""
         m, s = config.model, config.sparse
         shape = AutoConfig.for_model(
@@ -66,13 +80,16 @@ class TextRecipe(Recipe[TextConfig, TextData]):
             bos_token_id=None,
             eos_token_id=None,
         )
-        router = s.build_router(m.dim, vocab_size)
+        router = s.build_router(m.dim, vocab_size, labels)
         hidden = s.hidden or run.expert_width(m.hidden, router, config.data.sequence_length)
         set_seed(config.seed)
         model = AutoModelForCausalLM.from_config(shape)
         if not sparse:
             return model
-        options: dict[str, Any] = s.router_options(vocab_size) | {"allow_leak": s.allow_leak, "backend": s.backend}
+        options: dict[str, Any] = s.router_options(vocab_size, labels) | {
+            "allow_leak": s.allow_leak,
+            "backend": s.backend,
+        }
         return sparsify(model, s.num_experts, s.router, every=s.every, hidden=hidden, **options)
 
     def evaluate(self, model: PreTrainedModel, data: TextData) -> dict[str, Any]:
@@ -93,7 +110,8 @@ class TextRecipe(Recipe[TextConfig, TextData]):
 
     def specialisation(self, model: PreTrainedModel, data: TextData) -> dict[str, Any]:
         """Which domains and tokens each expert took of the held-out windows."""
-        return specialisation(model, {d.name: d.input_ids for d in data.eval}, data.tokenizer)
+        told = {name: torch.cat([d.labels[name] for d in data.eval]) for name in data.label_counts}
+        return specialisation(model, {d.name: d.input_ids for d in data.eval}, data.tokenizer, told=told)
 
 
 RECIPE = TextRecipe()
@@ -111,8 +129,10 @@ def evaluate(model: PreTrainedModel, domains: list[EvalDomain], batch_size: int 
     for domain in domains:
         total, count = 0.0, 0
         for start in range(0, len(domain.input_ids), batch_size):
-            ids = domain.input_ids[start : start + batch_size].to(model.device)
-            logits = model(input_ids=ids).logits[:, :-1]
+            some = slice(start, start + batch_size)
+            ids = domain.input_ids[some].to(model.device)
+            with tell(model, **{name: label[some].to(model.device) for name, label in domain.labels.items()}):
+                logits = model(input_ids=ids).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(
                 logits.reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1), reduction="sum"
             )

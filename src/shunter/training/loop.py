@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,19 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis.runs import Metrics
+from ..context import KNOWN
 from ..durable import why_not_written
 from ..environment import _reset_peak_rss, peak_rss_bytes
 from ..errors import Diverged, Interrupted, NotWritten
 from ..losses import consistency_loss
 from ..metrics import balance
-from ..moe import RoutedLayer, aux_loss, expect_steps, moe_layers, update_routers
+from ..moe import RoutedLayer, aux_loss, expect_steps, moe_layers, tell, update_routers
 from ..routers.thor import Thor
 from .alarms import LoadAlarm, SpikeAlarm
 from .checkpoints import MEMORY, Checkpoints
 from .guards import CURES, NaNGuard, not_finite
 
-__all__ = ["train_model"]
+__all__ = ["told_and_given", "train_model"]
 
 Evaluate = Callable[[PreTrainedModel], dict[str, Any]]
 
@@ -250,10 +251,12 @@ class _Trainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         alpha = _consistency(model)
-        passes = [
-            super(_Trainer, self).compute_loss(model, inputs, True, num_items_in_batch)
-            for _ in range(1 if alpha is None else 2)
-        ]
+        told, inputs = told_and_given(inputs)
+        with tell(model, **told):
+            passes = [
+                super(_Trainer, self).compute_loss(model, inputs, True, num_items_in_batch)
+                for _ in range(1 if alpha is None else 2)
+            ]
         losses, (outputs, *others) = [loss for loss, _ in passes], [output for _, output in passes]
         disagreement = torch.zeros_like(losses[0])
         if alpha is not None:
@@ -263,6 +266,12 @@ class _Trainer(Trainer):
         self.watch.add(losses, disagreement, model)
         loss = sum(losses[1:], losses[0]) + disagreement
         return (loss, outputs) if return_outputs else loss
+
+
+def told_and_given(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a batch is told to the layers, being a field of `Context`, and what its forward is given."""
+    told = {name: value for name, value in batch.items() if name in KNOWN}
+    return told, {name: value for name, value in batch.items() if name not in KNOWN}
 
 
 def _consistency(model: nn.Module) -> float | None:
@@ -314,6 +323,7 @@ def train_model(
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            remove_unused_columns=False,  # what is told to the layers is no keyword of the forward
             **arguments,
         ),
         train_dataset=dataset,

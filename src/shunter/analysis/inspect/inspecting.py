@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -158,7 +159,11 @@ def inspect(
 
 
 def specialisation(
-    model: PreTrainedModel, domains: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
+    model: PreTrainedModel,
+    domains: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 32,
+    told: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Measure which domains and which tokens of held-out text the experts of a language model serve.
 
@@ -167,6 +172,7 @@ def specialisation(
         domains: name -> (windows, sequence length) token ids.
         tokenizer: the model's own.
         batch_size: windows a forward.
+        told: what layers are told of the windows of all domains, in order, by names of `Context`: (windows, …).
 
     Returns:
         What specialisation.json of a run holds: {"domains": names, "layers": {layer: {"load": (E,) shares of all
@@ -177,6 +183,11 @@ def specialisation(
     """
     windows = [Window(ids, name) for name, rows in domains.items() for ids in rows.tolist()]
     material = window_material(model, tokenizer, windows, list(domains), batch_size=batch_size)
+    parts = [
+        {name: value[i : i + batch_size] for name, value in told.items()} for i in range(0, len(windows), batch_size)
+    ]
+    batches = [replace(batch, told=part) for batch, part in zip(material.batches, parts, strict=True)]
+    material = replace(material, batches=batches)
     recording = record(model, material, lambda batches, what, total: batches)
     if recording.batches < len(material.batches):
         raise KeyboardInterrupt

@@ -51,10 +51,14 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward: the model's keyword arguments, and the class that each row of its logits should give, or -100."""
+    """One forward: the model's keyword arguments, and the class that each row of its logits should give, or -100.
+
+    And what its layers are told of the tokens besides, by names of `Context`.
+    """
 
     inputs: dict[str, Tensor]
     targets: Tensor
+    told: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ...hf.observe.listening import Decisions, Observation, listening
+from ...moe import tell
 from .material import Batch, Material
 
 __all__ = ["Loss", "Progress", "Recording", "batch_losses", "record"]
@@ -88,7 +89,8 @@ def record(model: PreTrainedModel, material: Material, progress: Progress) -> Re
 def batch_losses(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     """The cross-entropy in nats of each target of a batch, in float32, NaN where it has none; None without logits."""
     device = next(model.parameters()).device
-    output = model(**{name: value.to(device) for name, value in batch.inputs.items()})
+    with tell(model, **{name: value.to(device) for name, value in batch.told.items()}):
+        output = model(**{name: value.to(device) for name, value in batch.inputs.items()})
     logits = getattr(output, "logits", None)
     targets = batch.targets.to(device)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:

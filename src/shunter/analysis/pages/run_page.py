@@ -94,6 +94,7 @@ def _costs(summary: Summary) -> list[dict[str, Any]]:
         ("Parameters stored", "all experts", "si", lambda model: model.params_total),
         ("Parameters active", "used by one token", "si", lambda model: model.params_active),
         ("Compute per token", "FLOPs, forward pass", "si", lambda model: model.flops_per_token),
+        ("Compute of training", "FLOPs", "si", lambda model: model.training_flops),
     )
     return [
         {"label": label, "unit": unit, "format": form, "dense": value(summary.dense), "sparse": value(summary.sparse)}
@@ -113,7 +114,10 @@ def _loss_figures(run: Run) -> list[dict[str, Any]]:
     one = dict.fromkeys(MODELS, 1.0)
     axes = [("tokens", "against tokens", run_figures.Axis("tokens read in training", "tokens", one))]
     if run.summary:
-        flops = {model: TRAINING_FLOPS * _model(run.summary, model).flops_per_token for model in MODELS}
+        models = {name: _model(run.summary, name) for name in MODELS}
+        flops = {
+            name: model.training_flops / model.tokens if model.tokens else math.nan for name, model in models.items()
+        }
         if all(math.isfinite(value) for value in flops.values()):
             axes.append(("flops", "against compute", run_figures.Axis("training FLOPs", "tokens", flops)))
     axes.append(("seconds", "against time", run_figures.Axis("seconds of training", "seconds", one)))
