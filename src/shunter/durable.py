@@ -279,11 +279,16 @@ def _claim(path: Path, folder: bool) -> tuple[Path, int]:
     while True:
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         part.mkdir() if folder else part.touch(exist_ok=False)
-        with suppress(FileNotFoundError):  # another process took it for one that a killed one left
+        try:
             descriptor = os.open(part, os.O_RDONLY | os.O_NONBLOCK)
             if _lock(descriptor) and part.exists():
                 return part, descriptor
             os.close(descriptor)
+        except FileNotFoundError:  # another process took it for one that a killed one left
+            continue
+        except OSError:
+            part.rmdir() if folder else part.unlink()
+            raise
 
 
 def _sweep(path: Path) -> None:
@@ -333,4 +338,5 @@ def why_not_written(error: Exception, numbers: tuple[int, ...] = (*_NO_ROOM, *_R
     for number in numbers:
         if os.strerror(number) in said or f"(os error {number})" in said:
             return os.strerror(number)
-    return "the disk is full, or does not take it" if "PytorchStreamWriter" in said else ""
+    of_torch = "PytorchStreamWriter" in said or "inline_container" in said
+    return "the disk is full, or does not take it" if of_torch else ""

@@ -332,12 +332,13 @@ def train_model(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         if reason := why_not_written(error):
-            where = f"{checkpoints.folder / 'partial'}, a checkpoint at step {trainer.state.global_step},"
-            raise NotWritten(f"{where} cannot be written: {reason}") from error
+            step = trainer.state.global_step
+            raise NotWritten(f"{checkpoints.folder}/checkpoint-{step} cannot be written: {reason}") from error
         raise
     finally:
         if watch.bar is not None:
             watch.bar.close()
+        shutil.rmtree(checkpoints.partial, ignore_errors=True)
     if watch.stop and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"{name} model, step {trainer.state.global_step} of {trainer.state.max_steps}")
     return {"seconds": watch.seconds, "peak_rss_bytes": peak_rss_bytes()}
