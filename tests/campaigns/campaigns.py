@@ -33,16 +33,16 @@ class Result:
     detected: int = 0
     failures: list = field(default_factory=list)
 
-    def count(self, case, fault, *, detected=False):
-        """One more fault: what is wrong after it, in words, or nothing."""
-        self.injected += 1
+    def count(self, case, fault, *, detected=False, faults=1):
+        """One more case, of some faults: what is wrong after it, in words, or nothing."""
+        self.injected += faults
         if fault:
             again = f"python -m tests.campaigns {self.campaign}={self.size} --seed {self.seed} --only {case}"
             self.failures.append(f"{fault} [{again}]")
         elif detected:
             self.detected += 1
         else:
-            self.survived += 1
+            self.survived += faults
 
     def as_json(self):
         """As the results file has it."""
@@ -62,14 +62,19 @@ def cases(size, only):
 def kills(folder, size, seed, only=None):
     """A: SIGKILL at a random time, again and again until a run ends."""
     result, made = Result("kills", "SIGKILL at random times of a run, first and resumed", seed, size), jobs(folder)
-    for case in cases(size, only):
+    for case in cases(size, only):  # of up to three kills, until there were enough
+        if result.injected >= size:
+            break
         draw = random.Random(f"{seed} {case}")
         job = draw.choice(made)
         with fresh(folder) as run:
-            for _ in range(draw.choice((1, 1, 2, 3))):
-                if job.go(run, kill_after=draw.uniform(0.0, 1.2)).code == 0:
+            killed = 0
+            for _ in range(draw.randrange(1, 4)):
+                ended = job.go(run, kill_after=draw.uniform(0.0, 1.2))
+                killed += ended.code == -signal.SIGKILL
+                if ended.code == 0:
                     break
-            result.count(case, job.finish(run))
+            result.count(case, job.finish(run), faults=killed)
     return result
 
 

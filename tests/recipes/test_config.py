@@ -64,7 +64,7 @@ def test_numbers_without_a_dot_are_numbers_and_texts_like_them_stay_texts(tmp_pa
 
 @pytest.mark.parametrize("name", routers.names())
 def test_every_option_of_every_router_has_a_type(name):
-    for option, kind in routers.options(name).items():
+    for option, kind in routers.option_types(name).items():
         assert kind is not Any, option
 
 
