@@ -207,7 +207,7 @@ def test_options_are_the_routers_own(small):
         ("gshard", "leave it out, evaluate it by :eval_capacity_factor=dropless, or set"),
         ("hash:vocab_size=5", "vocab_size is that of the data's tokenizer"),
         ("topk:top_k=true", "top_k: must not be true or false"),
-        ("topk:expert_groups=true", "expert_groups is a number; got True"),
+        ("topk:expert_groups=true", "expert_groups=True: Input should be a valid integer"),
         ("topk:top_k=99", "top_k 99"),
         ("topk:capacity_factor=many", "an option cannot be used"),
     ],
