@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/python tools/install.py
 	touch $@
 
-.PHONY: train test lint docs release bench-gpu test-slow
+.PHONY: train test lint docs release bench-gpu test-slow campaigns
 train: .venv/ready
 	$(BIN)/shunter train text
 
@@ -34,6 +34,10 @@ release: .venv/ready
 # What is too slow for every change: more routers stopped and resumed, real weights.
 test-slow: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
+
+# Thousands of kills, power losses, full disks and damaged files against small runs; the results go to the documentation.
+campaigns: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns --out docs/results
 
 # Needs an NVIDIA GPU; without one it says so.
 bench-gpu: .venv/ready

@@ -279,11 +279,16 @@ def _claim(path: Path, folder: bool) -> tuple[Path, int]:
     while True:
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         part.mkdir() if folder else part.touch(exist_ok=False)
-        with suppress(FileNotFoundError):  # another process took it for one that a killed one left
+        try:
             descriptor = os.open(part, os.O_RDONLY | os.O_NONBLOCK)
             if _lock(descriptor) and part.exists():
                 return part, descriptor
             os.close(descriptor)
+        except FileNotFoundError:  # another process took it for one that a killed one left
+            continue
+        except OSError:
+            part.rmdir() if folder else part.unlink()
+            raise
 
 
 def _sweep(path: Path) -> None:
@@ -329,8 +334,8 @@ def why_not_written(error: Exception, numbers: tuple[int, ...] = (*_NO_ROOM, *_R
     if isinstance(error, OSError):
         at = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{at}" if error.errno in numbers else ""
-    said = str(error)  # of Rust (safetensors, tokenizers) and C++ (torch.save)
+    said = str(error)  # of Rust (safetensors, tokenizers), which names no number
     for number in numbers:
         if os.strerror(number) in said or f"(os error {number})" in said:
             return os.strerror(number)
-    return "the disk is full, or does not take it" if "PytorchStreamWriter" in said else ""
+    return ""

@@ -27,7 +27,7 @@ from ..analysis.runs import Metrics
 from ..context import KNOWN
 from ..durable import why_not_written
 from ..environment import _reset_peak_rss, peak_rss_bytes
-from ..errors import Diverged, Interrupted, NotWritten
+from ..errors import Diverged, Interrupted, NotWritten, one_line
 from ..losses import consistency_loss
 from ..metrics import balance
 from ..moe import RoutedLayer, aux_loss, expect_steps, moe_layers, tell, update_routers
@@ -63,7 +63,7 @@ class _Watch(TrainerCallback):
         self.name, self.metrics, self.evaluate = name, metrics, evaluate
         self.checkpoints, self.guard = checkpoints, guard
         self.tokens_per_step, self.eval_every, self.log_every = tokens_per_step, eval_every, log_every
-        self.stop = False
+        self.stop = self.saving = False
         self.seconds = 0.0
         self.window = dict.fromkeys(_WINDOW, 0.0)
         self.load: dict[str, Tensor] = {}
@@ -121,6 +121,7 @@ class _Watch(TrainerCallback):
             self._evaluate(model, step)
         if self.stop and not last:
             control.should_save = control.should_training_stop = True
+        self.saving = control.should_save
 
     def _count(self, step: int) -> None:
         """Add a step that was taken to the window, and see whether anything in it is alarming."""
@@ -151,9 +152,11 @@ class _Watch(TrainerCallback):
         if name := not_finite(kwargs["model"], kwargs["optimizer"]):
             shutil.rmtree(part)
             self._alarm(state.global_step, f"{name} is not finite: no checkpoint")
+            self.saving = False
             return
         (part / MEMORY).write_text(json.dumps(memory), encoding="utf-8")
         self.checkpoints.add(part)
+        self.saving = False
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint's memory."""
@@ -340,14 +343,18 @@ def train_model(
     try:
         with _interruptible(watch):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NotWritten:
+        raise
     except Exception as error:
-        if reason := why_not_written(error):
-            where = f"{checkpoints.folder / 'partial'}, a checkpoint at step {trainer.state.global_step},"
-            raise NotWritten(f"{where} cannot be written: {reason}") from error
+        # Writers in C++ may say no more than "iostream error".
+        if reason := why_not_written(error) or (one_line(error) if watch.saving else ""):
+            step = trainer.state.global_step
+            raise NotWritten(f"{checkpoints.folder}/checkpoint-{step} cannot be written: {reason}") from error
         raise
     finally:
         if watch.bar is not None:
             watch.bar.close()
+        shutil.rmtree(checkpoints.partial, ignore_errors=True)
     if watch.stop and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"{name} model, step {trainer.state.global_step} of {trainer.state.max_steps}")
     return {"seconds": watch.seconds, "peak_rss_bytes": peak_rss_bytes()}
