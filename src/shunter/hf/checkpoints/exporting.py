@@ -72,7 +72,7 @@ def _planned(folder: Path, to: str) -> Plan:
         UserError: where there is none.
     """
     checkpoint = Checkpoint(folder)
-    config = read_config(folder, len(checkpoint.tensors))
+    config = read_config(folder, checkpoint.tensors)
     source = _format_of(config, folder)
     target = _target(source, config, folder, to)
     sparse, here = source.read(checkpoint, config)
