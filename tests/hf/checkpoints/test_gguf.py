@@ -1,6 +1,7 @@
 """GGUF: what llama.cpp's layout says, back in transformers' layout; and a real model that is one sentence away."""
 
 import math
+import struct
 import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
@@ -284,6 +285,18 @@ def test_headers_that_lie_are_refused_before_anything_is_believed(model, tmp_pat
         tracemalloc.stop()
         assert peak < 50_000_000
     assert refused > 30
+
+
+def test_headers_of_more_than_any_model_has_are_refused(tmp_path):
+    def text(words):
+        return struct.pack("<Q", len(words)) + words
+
+    many = b"".join(text(b"f%d" % i) + struct.pack("<IB", 0, 0) for i in range(20_000))
+    array = text(b"general.a") + struct.pack("<IIQ", 9, 0, 5_000_000) + bytes(5_000_000)
+    for count, fields, says in ((20_000, many, "20,000 fields"), (1, array, "more than 2,000,000 values")):
+        (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, count) + fields)
+        with pytest.raises(ValueError, match=says):
+            _read(tmp_path / "a.gguf")
 
 
 def test_damaged_files_are_one_clear_error(model, tmp_path, capsys):

@@ -13,6 +13,8 @@ __all__ = ["check_header"]
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _ARRAY = 8, 9
 _LONGEST_NAME, _MOST_SIZES = 65535, 4
+_MOST_FIELDS, _MOST_TENSORS = 10_000, 100_000
+_MOST_VALUES = 2_000_000  # of arrays; a vocabulary of 262,144 tokens with its merges has 1,300,000
 
 
 class _Header:
@@ -21,6 +23,7 @@ class _Header:
     def __init__(self, file: Path) -> None:
         self.file, self.stream = file, open_file(file)
         self.size = os.fstat(self.stream.fileno()).st_size
+        self.values = 0  # of arrays so far
 
     def refuse(self, why: str) -> UserError:
         return UserError(f"{self.file}: is damaged or not a GGUF file: {why}")
@@ -34,6 +37,7 @@ class _Header:
         return self.size - self.stream.tell()
 
     def number(self, count: int) -> int:
+        """An unsigned one of so many bytes."""
         return int.from_bytes(self.take(count), "little")
 
     def count(self, what: str, least: int) -> int:
@@ -56,13 +60,17 @@ class _Header:
             self.text(f"the text {name}", self.size)
         elif kind == _ARRAY:
             inner = self.number(4)
-            if inner in _BYTES:
-                self.take(_BYTES[inner] * self.count(f"values of {name}", _BYTES[inner]))
-            elif inner == _TEXT:
-                for _ in range(self.count(f"texts of {name}", 8)):
-                    self.text(f"a text of {name}", self.size)
-            else:
+            if inner not in _BYTES and inner != _TEXT:
                 raise self.refuse(f"{name} is an array of the kind {inner}, of which there is none")
+            count = self.count(f"values of {name}", _BYTES.get(inner, 8))
+            self.values += count
+            if self.values > _MOST_VALUES:
+                raise self.refuse(f"its fields have more than {_MOST_VALUES:,} values")
+            if inner in _BYTES:
+                self.take(_BYTES[inner] * count)
+            else:
+                for _ in range(count):
+                    self.text(f"a text of {name}", self.size)
         else:
             raise self.refuse(f"{name} is of the kind {kind}, of which there is none")
 
@@ -81,6 +89,8 @@ def check_header(file: Path) -> None:
         if version not in (2, 3):
             raise header.refuse(f"it is of version {version}; 2 and 3 are read, in little-endian order")
         num_tensors, num_fields = header.count("tensors", 24), header.count("fields", 13)
+        if num_tensors > _MOST_TENSORS or num_fields > _MOST_FIELDS:
+            raise header.refuse(f"it says {num_tensors:,} tensors and {num_fields:,} fields, which no model has")
         names: set[str] = set()
         alignment = 32
         for _ in range(num_fields):
