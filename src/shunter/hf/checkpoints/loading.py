@@ -70,17 +70,28 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
     if made_here(config):
         model = from_pretrained(str(folder), **options)
     else:
-        model = _load(model_class(config, str(folder)), str(folder), {"use_safetensors": True, **options})
+        kind = model_class(config, str(folder))
+        quantised = getattr(config, "quantization_config", None) is not None
+        _refuse_more(folder, on_meta(kind, config, folder), checkpoint, 16 if quantised else 2)
+        model = _load(kind, str(folder), {"use_safetensors": True, **options})
         # The grouped product that transformers takes by default knows rows of 16 bytes or a multiple, and no float64.
         stacks = [p for p in model.parameters() if p.dim() == 3]
         if any(p.dtype == torch.float64 or p.shape[-1] * p.element_size() % 16 for p in stacks):
             model.set_experts_implementation("eager")
-        if getattr(config, "quantization_config", None) is None:
+        if not quantised:
             _refuse_integers(folder, model, checkpoint)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"{folder}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
     return model.eval()
+
+
+def _refuse_more(folder: Path, model: PreTrainedModel, checkpoint: Checkpoint, times: int) -> None:
+    """Raises UserError where a model is far larger than what its folder holds: transformers would draw the rest."""
+    wanted = sum(tensor.numel() for tensor in model.state_dict().values())
+    held = sum(stored.numel for stored in checkpoint.tensors.values())
+    if wanted > times * held + 10**6:  # tied weights are held once
+        raise UserError(f"{folder}: config.json describes a model of {wanted:,} numbers; the folder holds {held:,}")
 
 
 def _refuse_integers(folder: Path, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
