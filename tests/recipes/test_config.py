@@ -1,5 +1,6 @@
 """One typed configuration: whatever is given ends in a configuration or in one line."""
 
+import os
 from typing import Any
 
 import pytest
@@ -128,6 +129,29 @@ def test_unreadable_files_name_the_file(name, content, tmp_path):
         load_config(TextConfig, tmp_path / name, [])
     with pytest.raises(UserError, match="No such file"):
         load_config(TextConfig, tmp_path / "missing.yaml", [])
+
+
+BOMB = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.yaml", BOMB.encode(), "the alias"),
+        ("a.yaml", b"[" * 100_000, "not readable as YAML"),
+        ("a.yaml", b"a: 1\n" * 10**5, "larger than"),
+        ("a.toml", b"a = " + b"[" * 100_000, "not readable as TOML"),
+        ("a.yaml", None, "is a FIFO"),
+    ],
+)
+def test_hostile_files_are_one_line(name, content, says, tmp_path):
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        load_config(TextConfig, tmp_path / name, [])
+    assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 _value = st.recursive(

@@ -108,7 +108,7 @@ def _inspect_models(
 
 
 def _material(subject: Inspected, data: Sequence[str] | None, tokens: int, length: int) -> Material:
-    from ..analysis.inspect.material import Document, image_material, text_material
+    from ..analysis.inspect.material import image_material, text_material
     from ..data.documents import built_in_domains, read_domains
 
     if subject.model.main_input_name == "pixel_values":
@@ -116,9 +116,4 @@ def _material(subject: Inspected, data: Sequence[str] | None, tokens: int, lengt
             raise UserError("this model sees images, and none are built in; give --data with a folder of images")
         return image_material(subject.model, subject.folder, data, tokens=tokens)
     domains = built_in_domains() if data is None else read_domains(data)
-    documents = [
-        Document(text, domain.name, language)
-        for domain in domains
-        for text, language in zip(domain.documents, domain.languages or [None] * len(domain.documents), strict=True)
-    ]
-    return text_material(subject.model, subject.tokenizer(), documents, tokens=tokens, length=length)
+    return text_material(subject.model, subject.tokenizer(), domains, tokens=tokens, length=length)

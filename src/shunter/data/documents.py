@@ -51,8 +51,8 @@ class Domain:
 
     name: str
     documents: Sequence[str]
-    license: str
-    source: str
+    license: str = ""
+    source: str = ""
     languages: Sequence[str | None] = ()
 
 

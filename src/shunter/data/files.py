@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import escaped
+from ..errors import UserError, escaped
 
 __all__ = ["files_in", "say_left_out"]
 
@@ -20,6 +20,9 @@ def files_in(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], 
 
     Left out are hidden files and folders (.git, AppleDouble's ._name), what is no regular file, links to somewhere
     outside of the folder, and what is not wanted. Links to folders are not followed.
+
+    Raises:
+        UserError: where there are more than a hundred thousand.
     """
     root = folder.resolve()
     found: list[Path] = []
@@ -34,7 +37,7 @@ def files_in(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], 
             good = real.is_file() and real.is_relative_to(root) and not name.startswith(".") and wanted(file)
             (found if good else left_out).append(file)
         if len(found) + len(left_out) > _MOST:
-            break
+            raise UserError(f"{folder}: holds more than {_MOST:,} files; give some of its folders")
     return found, left_out
 
 

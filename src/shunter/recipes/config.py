@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError, one_line
+from ..untrusted import read_file
 from .sections import nearest
 
 __all__ = ["dump_config", "load_config", "parse_value"]
@@ -61,12 +62,17 @@ def dump_config(config: BaseModel) -> str:
     return yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+_MAX_BYTES = 200_000  # of a file of settings; a second of reading YAML
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_file(file, _MAX_BYTES).decode("utf-8")
         tree = tomllib.loads(text) if file.suffix == ".toml" else parse_value(text)
     except OSError as error:
         raise UserError(one_line(f"{file}: {error.strerror or error}")) from None
+    except UserError:
+        raise
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         kind = "TOML" if file.suffix == ".toml" else "YAML"
         raise UserError(one_line(f"{file}: not readable as {kind}: {error}")) from None
@@ -83,11 +89,19 @@ def parse_value(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 3e-4 as a number, which YAML 1.1 takes for text for want of a dot."""
+    """Reads 3e-4 as a number, which YAML 1.1 takes for text for want of a dot; no aliases, which can grow at will."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"the alias *{self.peek_event().anchor} is not read; write its value out")
+        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would read as numbers."""
+    """Quotes the texts that `_Loader` would read as numbers; writes a value out as often as it comes."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")

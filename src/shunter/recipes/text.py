@@ -9,15 +9,16 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from ..analysis.inspect.inspecting import specialisation
 from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import TEXT
 from ..data.documents import built_in_domains, read_domains
 from ..data.windows import EvalDomain, TextData, prepare
-from ..errors import UserError, one_line
+from ..errors import UserError
 from ..hf import sparsify
+from ..hf.checkpoints.folders import load_tokenizer
 from ..moe import tell
 from . import run
 from .recipe import Recipe
@@ -157,10 +158,7 @@ def generate(folder: Path, which: str, prompt: str, max_new_tokens: int, tempera
     if (recipe := run.recipe_of(folder)) is not RECIPE:
         raise UserError(f"{folder} is a run of {recipe.name}, which does not continue text")
     model: Any = run.load_model(folder, which)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder / which, trust_remote_code=False)
-    except Exception as error:  # a damaged file fails in as many ways as there are readers
-        raise UserError(f"{folder / which}: its tokenizer cannot be loaded: {one_line(error)}") from None
+    tokenizer = load_tokenizer(folder / which)
     set_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.numel() == 0:

@@ -19,7 +19,11 @@ def plant(monkeypatch):
 def text_file(tmp_path):
     file = tmp_path / "text.jsonl"
     hostile = ["</script><script>alert(1)</script>", "\u202eevil", "{{ 7 * 7 }}", "\x00"]
-    rows = [{"text": d.text, "domain": d.domain, "language": d.language} for d in random_documents()]
+    rows = [
+        {"text": text, "domain": domain.name, "language": domain.languages[i] if domain.languages else None}
+        for domain in random_documents()
+        for i, text in enumerate(domain.documents)
+    ]
     rows += [{"text": text * 20, "domain": text.strip("\x00") or "nul"} for text in hostile]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

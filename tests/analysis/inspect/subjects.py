@@ -16,8 +16,9 @@ from transformers import (
 import shunter
 from shunter import Routing, cli, routers
 from shunter.analysis.inspect.inspecting import Inspected
-from shunter.analysis.inspect.material import Document, text_material
+from shunter.analysis.inspect.material import text_material
 from shunter.analysis.inspect.tokens import KINDS, kind
+from shunter.data.documents import Domain
 from shunter.data.windows import train_tokenizer
 
 EXPERTS = 4
@@ -85,12 +86,11 @@ def letters(count):
 
 def random_documents(length=32):
     """Random letters in two domains, one of them in two languages; a mark in every window tells which."""
-    found = []
-    for domain, language, marks in (("a", None, ""), ("b", "x", "Q"), ("b", "y", "QZ")):
-        for _ in range(40):
-            text = "".join(letters(6) + (marks[i % len(marks)] if marks else "") for i in range(12))
-            found.append(Document(text, domain, language))
-    return found
+
+    def texts(marks):
+        return ["".join(letters(6) + (marks[i % len(marks)] if marks else "") for i in range(12)) for _ in range(40)]
+
+    return [Domain("a", texts("")), Domain("b", texts("Q") + texts("QZ"), languages=["x"] * 40 + ["y"] * 40)]
 
 
 def sparse(router="topk", **options):

@@ -8,8 +8,9 @@ pytest.importorskip("jinja2")
 
 import shunter
 from shunter.analysis.inspect.inspecting import Inspected, inspect
-from shunter.analysis.inspect.material import Document, image_material, text_material
+from shunter.analysis.inspect.material import image_material, text_material
 from shunter.analysis.pages.inspect_page import LABELS, render
+from shunter.data.documents import Domain
 from tests.analysis.inspect.subjects import (
     BYTES,
     EXPERTS,
@@ -30,7 +31,8 @@ def test_planted_specialisation_is_named(plant, label):
     plant(RULES[label])
     subject = sparse("planted")
     if label == "language":  # of one domain alone, or a language would tell nothing that the domain does not
-        documents = [d for d in random_documents() if d.domain == "b"] + [Document(letters(400), "b", "z")] * 6
+        third = Domain("b", [letters(400)] * 6, languages=["z"] * 6)
+        documents = [random_documents()[1], third]
         material = text_material(subject.model, BYTES, documents, tokens=6000, length=32)
     else:
         material = material_of(subject)

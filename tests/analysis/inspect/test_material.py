@@ -9,7 +9,8 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 import shunter
 from shunter.analysis.inspect.inspecting import Inspected, inspect
-from shunter.analysis.inspect.material import Document, text_material
+from shunter.analysis.inspect.material import text_material
+from shunter.data.documents import Domain
 from shunter.errors import UserError
 from tests.analysis.inspect.subjects import BYTES, EXPERTS, LM, material_of, mixtral, random_documents, sparse
 
@@ -50,7 +51,7 @@ def test_a_tokenizer_of_another_model_is_refused():
 
 def test_short_text_is_one_short_window_and_long_windows_fit_the_model():
     subject = sparse("topk")
-    short = text_material(subject.model, BYTES, [Document("hello there", "a")])
+    short = text_material(subject.model, BYTES, [Domain("a", ["hello there"])])
     assert short.tokens == len("hello there") + 1
     long = text_material(subject.model, BYTES, random_documents(), tokens=3000, length=10_000)
     assert long.window == 64

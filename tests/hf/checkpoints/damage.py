@@ -1,7 +1,9 @@
 """What can be wrong with a model folder: (folder, marker) damages it; code in it that ran would make the marker."""
 
 import json
+import os
 import pickle
+import struct
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -177,4 +179,84 @@ SPARSE = {
 OTHER = {
     "a layer missing": layers(LAYER),
     "a layer of another size": layers({**LAYER, "hidden": 47}, {**LAYER, "name": "model.layers.1.mlp"}),
+}
+
+
+def fifo(name):
+    def damage(folder, marker):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def link_to(name, target):
+    """A link in place of a file: to a file outside, which would do, or to a device."""
+
+    def damage(folder, marker):
+        outside = marker.parent / f"outside-{name}"
+        if target is None:
+            (folder / name).rename(outside)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target or outside)
+
+    return damage
+
+
+def integers(folder, marker):
+    found = load_file(folder / "model.safetensors")
+    save_file({name: t.to(torch.int32) for name, t in found.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def many_tensors(folder, marker):
+    """A small header for each of a million tensors without elements."""
+    names = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(10**6))
+    raw = b"{" + names.encode() + b"}"
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+
+
+def bytes_of(name, content):
+    def damage(folder, marker):
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def extra(**changes):
+    """Fields of config.json, and of what it says of each sparse layer, made huge."""
+
+    def damage(folder, marker):
+        found = json.loads((folder / "config.json").read_text())
+        for layer in found.get("shunter", {}).get("layers", []):
+            layer.update({name: value for name, value in changes.items() if name in layer})
+        (folder / "config.json").write_text(json.dumps(found | changes))
+
+    return damage
+
+
+HOSTILE = {
+    "weights a FIFO": fifo("model.safetensors"),
+    "config a FIFO": fifo("config.json"),
+    "generation settings a FIFO": fifo("generation_config.json"),
+    "tokenizer a FIFO": fifo("tokenizer.json"),
+    "config a device": link_to("config.json", "/dev/zero"),
+    "config a link": link_to("config.json", None),
+    "tokenizer a link": link_to("tokenizer.json", None),
+    "templates a link": link_to("additional_chat_templates", "/etc"),
+    "tokenizer elsewhere": text("tokenizer_config.json", '{"tokenizer_file": "/etc/passwd"}'),
+    "tokenizer up": text("tokenizer_config.json", '{"vocab_file": "../../../../../../../../etc/passwd"}'),
+    "an adapter": text("adapter_config.json", '{"base_model_name_or_path": "/etc"}'),
+    "a distributed checkpoint": text("shard-00000-model-00001-of-00001.safetensors", ""),
+    "config deep": bytes_of("config.json", b'{"a":' * 200_000),
+    "config of lists": bytes_of("config.json", b'{"model_type": [' + b"[]," * 3_000_000 + b"[]]}"),
+    "config of 200 MB": bytes_of("config.json", b" " * 200_000_000),
+    "config with a number of many digits": bytes_of("config.json", b'{"hidden_size": ' + b"9" * 10_000 + b"}"),
+    "a million tensors": many_tensors,
+    "weights of integers": integers,
+    "huge vocabulary": config(vocab_size=2**31 - 1),
+    "huge positions": config(max_position_embeddings=2**31 - 1),
+    "huge lists of layers": config(layer_types=None, num_hidden_layers=2**30),
+    "huge sizes within": config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "size": 2**30}),
+    "huge experts": extra(num_experts=2**30, num_local_experts=2**30),
+    "huge width": extra(hidden=2**30, intermediate_size=2**30),
 }

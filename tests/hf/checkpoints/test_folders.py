@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import tracemalloc
 
 import pytest
 
@@ -10,7 +11,7 @@ import shunter
 from shunter.cli import main
 from shunter.recipes.config import dump_config
 from shunter.recipes.sections import TextConfig
-from tests.hf.checkpoints.damage import DAMAGE, OTHER, SPARSE, Evil, config
+from tests.hf.checkpoints.damage import DAMAGE, HOSTILE, OTHER, SPARSE, Evil, config
 
 
 def command(verb, folder, out):
@@ -60,6 +61,36 @@ def test_one_clear_line(verb, damage, whole, tmp_path, capsys, monkeypatch):
     assert len(lines) == 1 and lines[0].startswith(f"shunter {verb.split()[0]}: ") and not said.out, said.err
     assert str(tmp_path) in lines[0] and "report this" not in lines[0]
     assert sorted(tmp_path.rglob("*")) == before and not marker.exists()
+
+
+@pytest.mark.parametrize("verb", ["upcycle", "export", "inspect native"])
+@pytest.mark.parametrize("damage", HOSTILE)
+def test_hostile_folders_cost_little(damage, verb, whole, tmp_path, capsys):
+    """Memory stays below that of the files and 256 MB; nothing blocks, and nothing outside of the folder is read."""
+    folder = tmp_path / "run" / KIND[verb]
+    shutil.copytree(whole[KIND[verb]], folder)
+    HOSTILE[damage](folder, tmp_path / "marker")
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    capsys.readouterr()
+    tracemalloc.start()
+    code = main(command(verb, folder, tmp_path / "out"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    said = capsys.readouterr()
+    assert code == 2 and len(said.err.splitlines()) == 1 and str(folder) in said.err and not said.out, said.err
+    assert peak < size + 256_000_000
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_control_characters_are_escaped_on_a_terminal(whole, tmp_path, capsys):
+    folder = tmp_path / "evil\x1b]0;title\x07\n\u202e"
+    shutil.copytree(whole["dense"], folder)
+    DAMAGE["truncated"](folder, tmp_path / "marker")
+    capsys.readouterr()
+    assert main(["upcycle", str(folder), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and said.rstrip("\n").isprintable()
+    assert "evil\\x1b]0;title\\x07\\n\\u202e" in said
 
 
 def test_pickles_and_code_beside_sound_weights_are_left_alone(whole, tmp_path):

@@ -1,16 +1,27 @@
 """GGUF: what llama.cpp's layout says, back in transformers' layout; and a real model that is one sentence away."""
 
 import math
+import struct
+import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import shunter
 from shunter.cli import main
-from shunter.hf.checkpoints.gguf import unpack
+from shunter.hf.checkpoints.gguf import _read, unpack
 
 gguf = pytest.importorskip("gguf")
 
@@ -31,9 +42,13 @@ def permuted(weight, heads):
     return weight[order]
 
 
-def write(file, model, architecture="llama", quantised=False, extra=(), rope_scaling=None):
+def write(
+    file, model, architecture="llama", quantised=False, extra=(), rope_scaling=None, fields=(), split=0, by_expert=False
+):
+    """The file of a model; fields are (name, value), split is after how many tensors a file ends."""
     config, tensors = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(str(file), architecture)
+    options = {"split_max_tensors": split} if split else {}
+    writer = gguf.GGUFWriter(str(file), architecture, **options)
     writer.add_context_length(64)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -42,6 +57,9 @@ def write(file, model, architecture="llama", quantised=False, extra=(), rope_sca
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(50000.0)
     writer.add_layer_norm_rms_eps(1e-5)
+    for name, value in fields:
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
+        add[type(value)](f"{architecture}.{name}", value)
     if rope_scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     letters = [*map(chr, range(0x21, 0x7F)), *map(chr, range(0xA1, 0xAD)), *map(chr, range(0xAE, 0x100))]
@@ -57,12 +75,23 @@ def write(file, model, architecture="llama", quantised=False, extra=(), rope_sca
     parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
     parts |= {f"self_attn.{p}_proj": f"attn_{p}" for p in "qkv"} | {"self_attn.o_proj": "attn_output"}
     parts |= {f"mlp.{p}_proj": f"ffn_{p}" for p in ("gate", "up", "down")}
+    parts |= {"mlp.gate": "ffn_gate_inp", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
     for i in range(config.num_hidden_layers):
         names |= {f"model.layers.{i}.{theirs}": f"blk.{i}.{ours}" for theirs, ours in parts.items()}
     for name, tensor in tensors.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if "q_proj" in name or "k_proj" in name:
+        if ".experts." in name:
+            layer = name.split(".")[2]
+            parts_of = tensor.chunk(2, 1) if name.endswith("gate_up_proj") else [tensor]
+            for part, values in zip(("gate", "up") if len(parts_of) == 2 else ("down",), parts_of, strict=True):
+                if by_expert:
+                    for e, expert in enumerate(values):
+                        writer.add_tensor(f"blk.{layer}.ffn_{part}.{e}.weight", expert.contiguous().numpy())
+                else:
+                    writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", values.contiguous().numpy())
+            continue
+        if ("q_proj" in name or "k_proj" in name) and architecture == "llama":
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = permuted(tensor, heads)
         data, kind = tensor.numpy(), None
@@ -70,8 +99,8 @@ def write(file, model, architecture="llama", quantised=False, extra=(), rope_sca
             kind = gguf.GGMLQuantizationType.Q8_0
             data = gguf.quantize(data, kind)
         writer.add_tensor(names[name.removesuffix(".weight")] + ".weight", data, raw_dtype=kind)
-    for name in extra:
-        writer.add_tensor(name, torch.zeros(4).numpy())
+    for name, values in dict(extra).items():
+        writer.add_tensor(name, values.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -124,7 +153,20 @@ def test_a_quantised_file_is_upcycled_in_one_command(model, tmp_path, capsys):
     "options, message",
     [
         ({"architecture": "gemma"}, "only llama"),
-        ({"extra": ["rope_freqs.weight"]}, "'rope_freqs.weight', which a Llama model has no place for"),
+        ({"extra": {"rope_freqs.weight": torch.zeros(4)}}, "'rope_freqs.weight', which a Llama model has no place for"),
+        ({"extra": {"rope_freqs.weight": torch.tensor([1.0, 2, 3, 4])}}, "which a Llama model has no place for"),
+        ({"extra": {"blk.0.attn_q.bias": torch.zeros(32)}}, "'blk.0.attn_q.bias', which such a model has no place for"),
+        ({"extra": {"blk.0.attn_sinks.weight": torch.zeros(4)}}, "no place for"),
+        ({"extra": {"blk.7.attn_norm.weight": torch.zeros(32)}}, "no place for"),
+        ({"fields": [("attention.sliding_window", 16)]}, "the field llama.attention.sliding_window, which is not"),
+        ({"fields": [("attention.scale", 0.5)]}, "the field llama.attention.scale"),
+        ({"fields": [("attention.causal", False)]}, "the field llama.attention.causal"),
+        ({"fields": [("attention.clamp_kqv", 8.0)]}, "the field llama.attention.clamp_kqv"),
+        ({"fields": [("attention.value_length", 4)]}, "its values are of another width than its keys"),
+        ({"fields": [("rope.dimension_count", 4)]}, "rotates a part of each head only"),
+        ({"fields": [("attention.key_length", "8")]}, "attention.key_length is '8', not one number"),
+        ({"fields": [("logit_scale", 2.0)]}, "the field llama.logit_scale"),
+        ({"fields": [("expert_count", 4)]}, "lacks the field llama.expert_used_count"),
         ({"rope_scaling": True}, "scales its rotary embeddings"),
     ],
 )
@@ -133,6 +175,128 @@ def test_what_is_not_understood_is_said(options, message, model, tmp_path):
     with pytest.raises(ValueError, match=message):
         unpack(tmp_path / "tiny.gguf", tmp_path / "dense")
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize(
+    "fields, factor",
+    [
+        ([("rope.scale_linear", 4.0)], 4.0),
+        ([("rope.scaling.factor", 2.5)], 2.5),
+        ([("rope.scaling.type", "linear"), ("rope.scaling.factor", 2.0)], 2.0),
+        ([("rope.scaling.type", "linear"), ("rope.scale_linear", 2.0)], 2.0),
+        ([("rope.scaling.type", "none"), ("rope.scaling.factor", 2.0)], None),
+        ([("rope.scaling.factor", 0.0)], None),
+        ([("rope.scaling.factor", 1.0), ("attention.key_length", 8), ("attention.value_length", 8)], None),
+    ],
+)
+def test_a_scaled_rope_is_read_as_llama_cpp_does(fields, factor, model, tmp_path):
+    """A factor without a type, or by the name that it had at first, is linear: positions are divided by it."""
+    write(tmp_path / "tiny.gguf", model, fields=fields)
+    unpack(tmp_path / "tiny.gguf", tmp_path / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    ids, positions = torch.randint(260, (2, 9)), torch.arange(9)[None]
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions / (factor or 1)).logits
+        torch.testing.assert_close(loaded(ids, position_ids=positions).logits, expected)
+        assert factor is None or not torch.allclose(model(ids).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("factor, original", [(8.0, 8192), (32.0, 8192), (4.0, 1024)])
+def test_the_rope_of_llama_3_is_read(factor, original, tmp_path):
+    """rope_freqs.weight is by what each frequency is divided."""
+    rope = {"rope_type": "llama3", "rope_theta": 50000.0, "factor": factor, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": original}
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "head_dim": 32}, rope_parameters=rope, rms_norm_eps=1e-5)).eval()
+    plain = 50000.0 ** (-torch.arange(0, 32, 2) / 32)
+    freqs = plain / model.model.rotary_emb.inv_freq
+    assert freqs.max() > 1.5
+    fields = [("attention.key_length", 32), ("attention.value_length", 32)]
+    write(tmp_path / "tiny.gguf", model, extra={"rope_freqs.weight": freqs}, fields=fields)
+    unpack(tmp_path / "tiny.gguf", tmp_path / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq, rtol=1e-4, atol=0)
+
+
+def test_a_file_that_is_split_is_read_whole_or_not(model, tmp_path):
+    write(tmp_path / "tiny.gguf", model, split=8)
+    files = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert len(files) == 3
+    unpack(files[0], tmp_path / "dense")
+    loaded, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict(), model.state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in loaded)
+    with pytest.raises(ValueError, match=r"is one of 3 files of a model; give the first, NAME-00001-of-00003.gguf"):
+        unpack(files[1], tmp_path / "other")
+    files[2].unlink()
+    with pytest.raises(ValueError, match="tiny-00003-of-00003.gguf: no such file"):
+        unpack(files[0], tmp_path / "other")
+    write(tmp_path / "tiny.gguf", model, split=9)
+    sorted(tmp_path.glob("tiny-*.gguf"))[2].write_bytes(files[1].read_bytes())
+    with pytest.raises(ValueError, match=r"again, which another of the files has"):
+        unpack(files[0], tmp_path / "other")
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_sparse_models_are_read_and_exported(family, by_expert, tmp_path, capsys):
+    """With all experts of a layer in one tensor, and with each by itself as at first."""
+    rope = {"rope_type": "default", "rope_theta": 50000.0}
+    sizes = {**SIZES, "rope_parameters": rope, "rms_norm_eps": 1e-5, "num_experts_per_tok": 3}
+    fields = [("expert_count", 4), ("expert_used_count", 3)]
+    if family == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+    else:
+        extra = {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **extra))
+        fields += [("expert_feed_forward_length", 16), ("attention.key_length", 8), ("attention.value_length", 8)]
+    model = model.eval()
+    architecture = "llama" if family == "mixtral" else "qwen3moe"
+    write(tmp_path / "tiny.gguf", model, architecture, fields=fields, by_expert=by_expert)
+    unpack(tmp_path / "tiny.gguf", tmp_path / "sparse")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", output_loading_info=True)
+    assert type(loaded) is type(model)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    ids = torch.randint(260, (2, 9))
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
+    assert main(["export", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "ours")]) == 0
+    assert "largest difference" in capsys.readouterr().out
+    ours = shunter.from_pretrained(str(tmp_path / "ours"))
+    torch.testing.assert_close(logits(ours, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+    assert main(["upcycle", str(tmp_path / "tiny.gguf"), "--out", str(tmp_path / "twice")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ours", "sparse", "tiny.gguf"]
+
+
+def test_headers_that_lie_are_refused_before_anything_is_believed(model, tmp_path):
+    """Of every number of the header one after the other, made huge: an error, or the number does not matter."""
+    write(tmp_path / "tiny.gguf", model)
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    file, refused = tmp_path / "lies.gguf", 0
+    for at in [*range(8, 400, 4), *range(400, 9000, 97)]:
+        file.write_bytes(whole[:at] + b"\xff\xff\xff\x3f" + whole[at + 4 :])
+        tracemalloc.start()
+        try:
+            _read(file)
+        except ValueError as error:
+            refused += 1
+            assert str(file) in str(error) and len(str(error).splitlines()) == 1
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 50_000_000
+    assert refused > 30
+
+
+def test_headers_of_more_than_any_model_has_are_refused(tmp_path):
+    def text(words):
+        return struct.pack("<Q", len(words)) + words
+
+    many = b"".join(text(b"f%d" % i) + struct.pack("<IB", 0, 0) for i in range(20_000))
+    array = text(b"general.a") + struct.pack("<IIQ", 9, 0, 5_000_000) + bytes(5_000_000)
+    for count, fields, says in ((20_000, many, "20,000 fields"), (1, array, "more than 2,000,000 values")):
+        (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, count) + fields)
+        with pytest.raises(ValueError, match=says):
+            _read(tmp_path / "a.gguf")
 
 
 def test_damaged_files_are_one_clear_error(model, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Record and replay: the same experts, weighed by the present logits, in every family and in Shunter's layers."""
 
 import copy
+import os
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
@@ -479,6 +481,14 @@ def test_files_round_trip_and_damaged_ones_are_refused(tmp_path):
         (tmp_path / "cut").write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="cut is not a routing record"):
             RoutingRecord.load(tmp_path / "cut")
+    for about in ("[" * 10**5, '{"lengths": [1e999], "layers": null, "forwards": null}', "{}"):
+        metadata = {"format": "shunter routing record 1", "record": about}
+        save_file({"experts": torch.zeros(1, 1, 1, dtype=torch.int16)}, tmp_path / "cut", metadata)
+        with pytest.raises(ValueError, match="cut is not a routing record"):
+            RoutingRecord.load(tmp_path / "cut")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: is a FIFO"):
+        RoutingRecord.load(tmp_path / "pipe")
     (tmp_path / "cut").write_bytes(whole.replace(b'\\"lengths\\": [7', b'\\"lengths\\": [8', 1))
     with pytest.raises(ValueError, match="do not add up"):
         RoutingRecord.load(tmp_path / "cut")

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from ...errors import UserError, one_line
-from ...hf.checkpoints.folders import local_folder
+from ...errors import UserError
+from ...hf.checkpoints.folders import load_tokenizer, local_folder
 from ...hf.checkpoints.loading import load_folder
 from ...hf.observe.taps import taps
 from ...metrics import expert_load
@@ -54,10 +54,7 @@ class Inspected:
         Raises:
             UserError: where there is none.
         """
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except Exception as error:  # a damaged folder fails in as many ways as there are readers
-            raise UserError(f"{self.folder}: no tokenizer can be loaded: {one_line(error)}") from None
+        tokenizer = load_tokenizer(self.folder)
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         return tokenizer
 

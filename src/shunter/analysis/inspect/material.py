@@ -15,30 +15,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
+from ...data.documents import Domain
 from ...data.images import Normalisation, find_images, read_image
 from ...errors import UserError
 from .tokens import KINDS, kind, token_text
 
-__all__ = ["Batch", "Document", "Material", "Stream", "Window", "image_material", "text_material", "window_material"]
+__all__ = ["Batch", "Material", "Stream", "Window", "image_material", "text_material", "window_material"]
 
 POSITIONS = 128  # at most; longer windows have runs of positions for one label
 MASK_EVERY = 7  # of the tokens of a masked language model's text
 IMAGES = 16  # of a forward
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text with what is known of it.
-
-    Args:
-        text: itself.
-        domain: its kind, for people.
-        language: its language; None where it is not known.
-    """
-
-    text: str
-    domain: str
-    language: str | None = None
 
 
 class Window(NamedTuple):
@@ -139,7 +125,7 @@ class Material:
 def text_material(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
+    documents: Sequence[Domain],
     *,
     tokens: int = 16384,
     length: int = 128,
@@ -150,7 +136,7 @@ def text_material(
     Args:
         model: causal, masked or encoder-decoder language model (the encoder then reads the first half of a window).
         tokenizer: the model's own.
-        documents: the text.
+        documents: the text, by domain.
         tokens: how many at most, in all.
         length: of a window, at most.
         batch_size: windows of a forward.
@@ -159,9 +145,10 @@ def text_material(
         UserError: where there is no text, or the tokenizer is not the model's.
     """
     groups: dict[tuple[str, str | None], list[str]] = {}
-    for document in documents:
-        if document.text.strip():
-            groups.setdefault((document.domain, document.language), []).append(document.text)
+    for part in documents:
+        for text, language in zip(part.documents, part.languages or [None] * len(part.documents), strict=True):
+            if text.strip():
+                groups.setdefault((part.name, language), []).append(text)
     if not groups:
         raise UserError("the data hold no text; give --data files with at least a few sentences")
     length = min(length, _longest(model))

@@ -50,7 +50,7 @@ class Dense:
             UserError: naming the folder or file and what is wrong with it.
         """
         checkpoint = Checkpoint(folder)
-        config = read_config(folder, len(checkpoint.tensors))
+        config = read_config(folder, checkpoint.tensors)
         if getattr(config, "shunter", None) is not None:
             raise UserError(f"{folder}: is sparse already; Shunter made it")
         kind = model_class(config, str(folder))

@@ -7,6 +7,7 @@ guessed from shapes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from . import converting
 from .converting import Plan, convert, loader_of, megabytes
 from .folders import local_folder, match_names, model_class, read_config
 from .formats import OWN, Format, find, made_here
+from .gguf import unpacked
 from .layouts import Form, layers_of
 from .native import FAMILIES, family_for
 from .reading import Checkpoint, Stored
@@ -42,7 +44,7 @@ def export(
 
     Args:
         model: the folder of a model that `sparsify` made and `save_pretrained` wrote (or `upcycle`), or of one of the
-            families.
+            families; or a GGUF file of Mixtral or Qwen3-MoE.
         out: the folder to make; it appears when it is whole.
         to: "shunter", or the family's name; "auto" is the family for a model of Shunter's, and "shunter" for others.
         check: load both models in float32 (float64 for float64) and compare their logits; a difference beyond rounding
@@ -58,9 +60,19 @@ def export(
             damaged folders and an `out` that exists; nothing is left behind.
     """
     memory = Memory()
-    folder = local_folder(model)
+    is_gguf = Path(model).suffix == ".gguf"
+    with unpacked(Path(model), Path(out).parent) if is_gguf else nullcontext(local_folder(model)) as folder:
+        return convert("export", _planned(folder, to), Path(out), memory, check, max_shard_bytes)
+
+
+def _planned(folder: Path, to: str) -> Plan:
+    """The plan of the new folder.
+
+    Raises:
+        UserError: where there is none.
+    """
     checkpoint = Checkpoint(folder)
-    config = read_config(folder, len(checkpoint.tensors))
+    config = read_config(folder, checkpoint.tensors)
     source = _format_of(config, folder)
     target = _target(source, config, folder, to)
     sparse, here = source.read(checkpoint, config)
@@ -68,8 +80,7 @@ def export(
         there = target.write(sparse)
     except ValueError as error:
         raise UserError(f"export: cannot write {target.name}: {error}") from None
-    plan = _plan(checkpoint, sparse, here, there)
-    return convert("export", plan, Path(out), memory, check, max_shard_bytes)
+    return _plan(checkpoint, sparse, here, there)
 
 
 def describe(receipt: dict[str, Any]) -> str:

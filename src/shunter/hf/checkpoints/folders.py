@@ -9,17 +9,28 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ...errors import UserError, one_line
+from ...untrusted import open_file
 from ..config_file import as_dense
-from .reading import Stored, read_json
+from .reading import Stored, inside, read_json
 
-__all__ = ["COMPUTED", "local_folder", "match_names", "model_class", "on_meta", "read_config", "without_marks"]
+__all__ = [
+    "COMPUTED",
+    "load_tokenizer",
+    "local_folder",
+    "match_names",
+    "model_class",
+    "on_meta",
+    "read_config",
+    "without_marks",
+]
 
-_MOST, _MOST_LAYERS = 2**31, 1000
+_MOST, _MOST_LAYERS, _MOST_MODULES = 2**31, 1000, 50_000
+_MOST_PLACES, _MOST_ROTATED = 2**20, 2**25
 
 COMPUTED = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.attn\.(masked_)?bias$")
 """Buffers of old checkpoints that models compute themselves today."""
@@ -43,20 +54,22 @@ def local_folder(model: str | Path) -> Path:
         raise UserError(f"{model}: no such folder, and not a model that can be downloaded: {one_line(error)}") from None
 
 
-def read_config(folder: Path, num_tensors: int, quantised: bool = False) -> PreTrainedConfig:
-    """A folder's configuration, by transformers, without running code from the folder.
+def read_config(folder: Path, tensors: Mapping[str, Stored], quantised: bool = False) -> PreTrainedConfig:
+    """A folder's configuration, by transformers, without running code from the folder or reading a file outside of it.
 
     Args:
         folder: holds config.json.
-        num_tensors: how many tensors the folder holds: a configuration cannot have more layers.
+        tensors: those of the folder: a configuration cannot have more layers, nor sizes beyond theirs.
         quantised: whether a model may be quantised.
 
     Raises:
-        UserError: where it is missing, damaged, absurd, or of a model that transformers does not have.
+        UserError: where it is missing, damaged, absurd, or of a model that transformers does not have, and where the
+            folder holds what would make transformers read something else.
     """
+    _check_companions(folder)
     file = folder / "config.json"
     raw = read_json(file)
-    _plausible(file, raw, num_tensors)
+    _plausible(file, raw, len(tensors), max((side for stored in tensors.values() for side in stored.shape), default=0))
     if "quantization_config" in raw and not quantised:
         raise UserError(f"{folder}: the weights are quantised; dequantise them first")
     if "transformers_weights" in as_dense(raw):
@@ -70,6 +83,43 @@ def read_config(folder: Path, num_tensors: int, quantised: bool = False) -> PreT
     return without_marks(config)
 
 
+_READ = {".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt"}
+
+
+def _check_companions(folder: Path) -> None:
+    """Raises UserError where a file that transformers may read is no plain one, or would lead it to other files."""
+    templates = folder / "additional_chat_templates"
+    for file in sorted([*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else [])]):
+        if re.match(r"shard-\d{5}-model-", file.name):
+            raise UserError(f"{file}: is of a distributed checkpoint, which would be read in place of the weights")
+        if file.name == "adapter_config.json":
+            raise UserError(f"{file}: is of an adapter, which would change the model; merge it and save the model")
+        if file.suffix.lower() in _READ or file == templates:
+            inside(file)
+            if file != templates:
+                open_file(file).close()
+    settings = folder / "tokenizer_config.json"
+    for name, value in (read_json(settings) if settings.exists() else {}).items():
+        elsewhere = isinstance(value, str) and name.endswith("_file") and re.search(r"[/\\]", value)
+        if elsewhere and Path(folder, value).exists():
+            raise UserError(f"{settings}: {name}={value!r} leads out of the folder; put the file itself there")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, by transformers, without running code from the folder or reading a file outside of it.
+
+    Raises:
+        UserError: where there is none that can be loaded.
+    """
+    _check_companions(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library in Rust is no Exception
+        raise UserError(f"{folder}: no tokenizer can be loaded: {one_line(error)}") from None
+
+
 def without_marks(config: PreTrainedConfig) -> PreTrainedConfig:
     """A configuration as transformers read it; of a sparse one, without the layers that an Auto class is to put in."""
     if getattr(config, "shunter", None) is not None:
@@ -77,19 +127,33 @@ def without_marks(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _plausible(file: Path, values: dict[str, Any], num_tensors: int) -> None:
+# What is no size, whatever its number: parts of the names of fields.
+_NO_SIZE = ("base", "freq", "theta", "token_id")
+# How long a text may be: no table of it need be in the folder where the embedding rotates.
+_LENGTHS = ("context", "length", "max_", "n_ctx", "position", "seq", "window")
+
+
+def _plausible(file: Path, values: dict[str, Any], num_tensors: int, largest: int, rotates: bool = False) -> None:
+    """Raises UserError for numbers that would build what no tensor of the folder is there for."""
+    rotates = rotates or any("rope" in name for name in values)
     for name, value in values.items():
         if isinstance(value, dict):
-            _plausible(file, value, num_tensors)
-        elif isinstance(value, list):
-            for entry in value:
-                _plausible(file, entry if isinstance(entry, dict) else {}, num_tensors)
-        elif isinstance(value, int) and not -_MOST < value < _MOST:
-            raise UserError(f"{file}: {name}={value} is absurd")
-        elif isinstance(value, int) and "layer" in name and value > max(num_tensors, _MOST_LAYERS):
-            raise UserError(f"{file}: {name}={value}, but the folder holds {num_tensors} tensors in all")
-        elif name == "num_labels" and isinstance(value, int) and value > 10**6:
-            raise UserError(f"{file}: {name}={value} is absurd")
+            _plausible(file, value, num_tensors, largest, rotates)
+        numbers = value if isinstance(value, list) else [value]
+        for entry in numbers:
+            if isinstance(entry, dict):
+                _plausible(file, entry if value is not entry else {}, num_tensors, largest, rotates)
+            if isinstance(entry, bool) or not isinstance(entry, int):
+                continue
+            if not -_MOST < entry < _MOST:
+                raise UserError(f"{file}: {name}={entry} is absurd")
+            if any(part in name for part in _NO_SIZE):
+                continue
+            if ("layer" in name or "depth" in name or "block" in name) and entry > max(num_tensors, _MOST_LAYERS):
+                raise UserError(f"{file}: {name}={entry}, but the folder holds {num_tensors} tensors in all")
+            length = any(part in name for part in _LENGTHS)
+            if entry > max(largest, (_MOST_ROTATED if rotates else _MOST_PLACES) if length else _MOST_PLACES):
+                raise UserError(f"{file}: {name}={entry} is absurd: no tensor of the folder has a side above {largest}")
 
 
 def model_class(config: PreTrainedConfig, path: str) -> type[PreTrainedModel]:
@@ -116,11 +180,22 @@ def on_meta(
     Raises:
         UserError: where the configuration does not describe one.
     """
+    count = 0
+
+    def note(module: Any, name: str, child: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_MODULES:
+            raise ValueError(f"it would have more than {_MOST_MODULES:,} modules")
+
+    watch = torch.nn.modules.module.register_module_module_registration_hook(note)
     try:
         with torch.device("meta"):
             return kind(config)
     except Exception as error:  # as many ways to fail as there are fields
         raise UserError(f"{folder}: config.json does not describe a model: {one_line(error)}") from None
+    finally:
+        watch.remove()
 
 
 def match_names(
@@ -156,6 +231,9 @@ def match_names(
                 raise UserError(
                     f"{folder}: {disk!r} has shape {list(stored.shape)}; config.json asks for {list(state[name].shape)}"
                 )
+            ours, theirs = state[name].dtype, stored.dtype
+            if ours != theirs and not (ours.is_floating_point and theirs.is_floating_point):
+                raise UserError(f"{folder}: {disk!r} is of {theirs}; the model has {ours} there")
             names[disk] = name
         elif any(re.search(pattern, name) for pattern in ignored):
             unused.append(disk)

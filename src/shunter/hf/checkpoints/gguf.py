@@ -1,11 +1,12 @@
-"""GGUF files of dense Llama models as folders that transformers loads, so that they can be upcycled too.
+"""GGUF files of Llama, Mixtral and Qwen3-MoE models as folders that transformers loads, to be upcycled or exported.
 
-Tensors pass one by one, dequantised to float32. What a file says that is not understood here is an error, never left
-out: a scaled rope, a bias, a tensor of another kind.
+Tensors pass one by one, dequantised to float32. What a file says of the model that is not understood here is an error,
+never left out: a field, a scaling of the rope, a bias, a tensor of another kind.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ...durable import aside, make_folder, new_folder
 from ...errors import UserError, one_line
+from .folders import match_names, model_class, on_meta
+from .gguf_header import check_header
 from .reading import Stored
 from .writing import Writer
 
@@ -30,16 +34,34 @@ _NAMES = {
     r"blk\.(\d+)\.attn_norm\.weight": "model.layers.{}.input_layernorm.weight",
     r"blk\.(\d+)\.ffn_norm\.weight": "model.layers.{}.post_attention_layernorm.weight",
     r"blk\.(\d+)\.attn_([qkv])\.weight": "model.layers.{}.self_attn.{}_proj.weight",
+    r"blk\.(\d+)\.attn_([qk])_norm\.weight": "model.layers.{}.self_attn.{}_norm.weight",
     r"blk\.(\d+)\.attn_output\.weight": "model.layers.{}.self_attn.o_proj.weight",
     r"blk\.(\d+)\.ffn_(gate|up|down)\.weight": "model.layers.{}.mlp.{}_proj.weight",
+    r"blk\.(\d+)\.ffn_gate_inp\.weight": "model.layers.{}.mlp.gate.weight",
 }
+# All experts of a layer in one tensor, or, in older files, one by itself.
+_EXPERTS = r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps|\.(\d+))\.weight"
+
+_ROPE_FREQS = "rope_freqs.weight"
+
+# The fields of a model that are understood, behind the name of its architecture.
+_FIELDS = {
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
+    "attention.value_length", "block_count", "context_length", "embedding_length", "expert_count",
+    "expert_feed_forward_length", "expert_used_count", "feed_forward_length", "rope.dimension_count", "rope.freq_base",
+    "rope.scale_linear", "rope.scaling.factor", "rope.scaling.finetuned", "rope.scaling.original_context_length",
+    "rope.scaling.type", "tensor_data_layout", "vocab_size",
+}  # fmt: skip
+
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write the model in a GGUF file as a folder of transformers: weights in float32, configuration, tokenizer.
 
     Args:
-        file: of a dense model of the architecture "llama", in any quantisation that the package gguf knows.
+        file: of the architecture "llama", dense or with experts (Mixtral), or "qwen3moe", in any quantisation that the
+            package gguf knows; of a model that is split into several files, the first.
         out: the folder to make; it appears when it is whole.
         max_shard_bytes: of a file.
 
@@ -48,14 +70,19 @@ def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_0
             is not installed.
     """
     file = Path(file)
-    reader = _open(file)
-    config = _config(file, reader)
-    tensors = {_name(file, tensor.name): tensor for tensor in reader.tensors}
-    specs = {name: Stored(torch.float32, tuple(map(int, tensor.shape[::-1]))) for name, tensor in tensors.items()}
+    fields, tensors = _open(file)
+    config = _config(file, fields, tensors)
+    tensors.pop(_ROPE_FREQS, None)  # it is in the configuration
+    specs: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        target, shape = _target(file, name, _shape(tensor), config)
+        specs[target] = Stored(torch.float32, shape)
+    match_names(file, on_meta(model_class(config, str(file)), config, file), specs)
     with new_folder(Path(out)) as folder:
         writer = Writer(folder, specs, max_shard_bytes)
         for name, tensor in tensors.items():
-            writer.write(name, _values(file, name, tensor, config))
+            for target, offset, values in _pieces(name, _values(file, name, tensor, config), config):
+                writer.write(target, values, offset)
         writer.finish()
         config.save_pretrained(folder)
         try:
@@ -74,83 +101,223 @@ def unpacked(file: Path, beside: Path) -> Iterator[Path]:
         yield folder / file.stem
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a model's first file, and the tensors of all of its files, by name."""
+    first = _read(file)
+    fields = {name: _plain(field.contents()) for name, field in first.fields.items() if not _is_vocabulary(name)}
+    tensors = {tensor.name: tensor for tensor in first.tensors}
+    count = fields.get("split.count", 1)
+    if count != 1:
+        found = _SPLIT.fullmatch(file.name)
+        if not found or fields.get("split.no") != 0 or found[3] != f"{count:05}" or found[2] != "00001":
+            raise UserError(
+                f"{file}: is one of {count} files of a model; give the first, NAME-00001-of-{count:05}.gguf"
+            )
+        for number in range(2, count + 1):
+            part = file.with_name(f"{found[1]}-{number:05}-of-{count:05}.gguf")
+            for tensor in _read(part).tensors:
+                if tensors.setdefault(tensor.name, tensor) is not tensor:
+                    raise UserError(f"{part}: has the tensor {tensor.name!r} again, which another of the files has")
+        total = fields.get("split.tensors.count", len(tensors))
+        if total != len(tensors):
+            raise UserError(f"{file}: its {count} files hold {len(tensors)} tensors, not the {total} that they should")
+    return fields, tensors
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.startswith("tokenizer.ggml.") and not name.endswith("_token_id")
+
+
+def _read(file: Path) -> Any:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     try:
         from gguf import GGUFReader
     except ImportError:
         raise UserError(f"{file}: reading GGUF needs the package gguf; pip install gguf") from None
+    check_header(file)
     try:
         return GGUFReader(file)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         raise UserError(f"{file}: is damaged or not a GGUF file: {one_line(error)}") from None
 
 
-def _config(file: Path, reader: Any) -> LlamaConfig:
-    def value(name: str, default: Any = None) -> Any:
-        field = reader.fields.get(name)
-        if field is None and default is None:
-            raise UserError(f"{file}: lacks the field {name}")
-        found = default if field is None else field.contents()
-        # Its floats are float32: the shortest decimal number that is the same.
-        return float(str(np.float32(found))) if isinstance(found, float) else found
+def _plain(found: Any) -> Any:
+    # Its floats are float32: the shortest decimal number that is the same.
+    return float(str(np.float32(found))) if isinstance(found, float) else found
 
-    architecture = value("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{file}: is a {architecture} model; only llama is read. Convert it with transformers")
-    if value("llama.expert_count", 0):
-        raise UserError(f"{file}: is sparse already")
-    if value("llama.rope.scaling.type", "none") != "none":
-        raise UserError(f"{file}: scales its rotary embeddings, which is not read; convert it with transformers")
-    heads, dim = value("llama.attention.head_count"), value("llama.embedding_length")
-    names = {tensor.name: tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in names:
-        raise UserError(f"{file}: lacks the tensor token_embd.weight")
-    width = value("llama.attention.key_length", dim // heads)
-    if value("llama.rope.dimension_count", width) != width:
-        raise UserError(f"{file}: rotates a part of each head only, which is not read; convert it with transformers")
-    begin, end = (value(f"tokenizer.ggml.{which}_token_id", -1) for which in ("bos", "eos"))
-    try:
-        return LlamaConfig(
-            vocab_size=int(names["token_embd.weight"].shape[1]),
-            hidden_size=dim,
-            intermediate_size=value("llama.feed_forward_length"),
-            num_hidden_layers=value("llama.block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=value("llama.attention.head_count_kv", heads),
-            head_dim=width,
-            max_position_embeddings=value("llama.context_length"),
-            rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
-            rope_parameters={"rope_type": "default", "rope_theta": value("llama.rope.freq_base", 10000.0)},
-            tie_word_embeddings="output.weight" not in names,
-            architectures=["LlamaForCausalLM"],
-            dtype="float32",
-            bos_token_id=None if begin == -1 else begin,
-            eos_token_id=None if end == -1 else end,
+
+def _config(file: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> PreTrainedConfig:
+    architecture = fields.get("general.architecture")
+    if architecture not in ("llama", "qwen3moe"):
+        raise UserError(
+            f"{file}: is a {str(architecture)[:40]} model; only llama and qwen3moe are read. Convert it with "
+            "transformers"
         )
-    except (TypeError, ZeroDivisionError) as error:
+    unknown = [name for name in fields if name.startswith(f"{architecture}.")]
+    unknown = [name for name in unknown if name.partition(".")[2] not in _FIELDS]
+    if unknown:
+        raise UserError(f"{file}: has the field {unknown[0]}, which is not understood; convert it with transformers")
+
+    def number(name: str, default: float | None = None, kind: Any = int) -> Any:
+        found: Any = fields.get(f"{architecture}.{name}", default)
+        if found is None:
+            raise UserError(f"{file}: lacks the field {architecture}.{name}")
+        if isinstance(found, bool) or not isinstance(found, int | kind) or not 0 <= found < 2**40:
+            raise UserError(
+                f"{file}: the field {architecture}.{name} is {repr(found)[:80]}, not one number of its kind"
+            )
+        return found
+
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{file}: lacks the tensor token_embd.weight")
+    heads, dim, layers = number("attention.head_count"), number("embedding_length"), number("block_count")
+    if not 0 < layers <= len(tensors) or not heads:
+        raise UserError(
+            f"{file}: has {layers} blocks and {heads} heads by its fields, but {len(tensors)} tensors in all"
+        )
+    width = number("attention.key_length", dim // heads)
+    if number("attention.value_length", width) != width:
+        raise UserError(f"{file}: its values are of another width than its keys, which is not read")
+    if number("rope.dimension_count", width) != width:
+        raise UserError(f"{file}: rotates a part of each head only, which is not read; convert it with transformers")
+    context, experts = number("context_length"), number("expert_count", 0)
+    begin, end = (fields.get(f"tokenizer.ggml.{which}_token_id", -1) for which in ("bos", "eos"))
+    values: dict[str, Any] = {
+        "vocab_size": _shape(tensors["token_embd.weight"])[0],
+        "hidden_size": dim,
+        "intermediate_size": number("feed_forward_length", 0 if experts else None),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": width,
+        "max_position_embeddings": context,
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon", None, float),
+        "rope_parameters": _rope(file, fields, architecture, number, tensors.get(_ROPE_FREQS), width, context),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "dtype": "float32",
+        "bos_token_id": None if begin == -1 else begin,
+        "eos_token_id": None if end == -1 else end,
+    }
+    family = "llama"
+    if experts:
+        family = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}[architecture]
+        values["num_experts_per_tok"] = number("expert_used_count")
+        per_expert = number("expert_feed_forward_length", values["intermediate_size"])
+        if family == "mixtral":
+            values |= {"num_local_experts": experts, "intermediate_size": per_expert, "sliding_window": None}
+        else:
+            # Both divide a token's weights by their sum.
+            values |= {"num_experts": experts, "moe_intermediate_size": per_expert, "norm_topk_prob": True}
+    elif architecture != "llama":
+        raise UserError(f"{file}: is a {architecture} model without experts")
+    name = {"llama": "Llama", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}[family]
+    try:
+        return AutoConfig.for_model(family, architectures=[f"{name}ForCausalLM"], **values)
+    except Exception as error:  # as many ways to fail as there are fields
         raise UserError(f"{file}: does not describe a model: {one_line(error)}") from None
 
 
-def _name(file: Path, name: str) -> str:
+def _rope(
+    file: Path, fields: dict[str, Any], architecture: str, number: Any, freqs: Any, width: int, context: int
+) -> dict[str, Any]:
+    """The rotary embeddings as llama.cpp reads them: a factor without a type, or by its old name, is linear."""
+    kind = fields.get(f"{architecture}.rope.scaling.type", "linear")
+    factor = number("rope.scaling.factor", 0.0, float) or number("rope.scale_linear", 0.0, float) or 1.0
+    base = {"rope_theta": number("rope.freq_base", 10000.0, float)}
+    if kind not in ("none", "linear"):
+        raise UserError(
+            f"{file}: scales its rotary embeddings by {str(kind)[:40]}, which is not read; convert it with transformers"
+        )
+    linear = kind == "linear" and factor != 1
+    if freqs is None:
+        return {"rope_type": "linear", "factor": factor, **base} if linear else {"rope_type": "default", **base}
+    found = _llama3(np.asarray(freqs.data, dtype=np.float64).reshape(-1), base["rope_theta"], width, context)
+    if found is None or linear:
+        raise UserError(
+            f"{file}: has the tensor {_ROPE_FREQS!r}, which a Llama model has no place for: it scales the rotary "
+            "embeddings as no Llama of transformers does"
+        )
+    return found | base
+
+
+def _llama3(given: Any, theta: float, width: int, context: int) -> dict[str, Any] | None:
+    """Llama 3's scaling that has these factors (width / 2,) by which frequencies are divided; None where none has."""
+    if given.shape != (width // 2,) or not np.isfinite(given).all() or given.max() < 1:
+        return None
+    if np.all(given == 1):
+        return {"rope_type": "default"}
+    factor, low, high = float(given.max()), 1.0, 4.0
+    turns = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)  # tokens of a full turn
+    for original in (2**power for power in range(8, 21)):
+        smooth = np.clip((original / turns - low) / (high - low), 0, 1)
+        if np.allclose(1 / ((1 - smooth) / factor + smooth), given, rtol=1e-4, atol=0):
+            scaling = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+            return {"rope_type": "llama3", **scaling, "original_max_position_embeddings": original}
+    return None
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(map(int, tensor.shape[::-1]))
+
+
+def _num_experts(config: PreTrainedConfig) -> int:
+    names = ("num_local_experts", "num_experts")
+    return next((int(getattr(config, name)) for name in names if hasattr(config, name)), 0)
+
+
+def _sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """E, f and d."""
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return _num_experts(config), width, config.hidden_size
+
+
+def _target(file: Path, name: str, shape: tuple[int, ...], config: PreTrainedConfig) -> tuple[str, tuple[int, ...]]:
+    """The name in transformers of the tensor that one of the file is, or is a part of; and its shape."""
     for pattern, ours in _NAMES.items():
-        found = re.fullmatch(pattern, name)
-        if found:
-            return ours.format(*found.groups())
-    raise UserError(f"{file}: has the tensor {name!r}, which a Llama model has no place for; it is left over")
+        if plain := re.fullmatch(pattern, name):
+            return ours.format(*plain.groups()), shape
+    found = re.fullmatch(_EXPERTS, name)
+    experts, width, dim = _sizes(config)
+    if not found or not experts:
+        raise UserError(f"{file}: has the tensor {name!r}, which such a model has no place for; it is left over")
+    layer, part, one = found.groups()
+    expected = (dim, width) if part == "down" else (width, dim)
+    if shape != (expected if one else (experts, *expected)) or (one and int(one) >= experts):
+        raise UserError(f"{file}: {name!r} has shape {list(shape)}; its fields ask for {experts} of {list(expected)}")
+    path = f"model.layers.{layer}.mlp.experts"
+    if part == "down":
+        return f"{path}.down_proj", (experts, dim, width)
+    return f"{path}.gate_up_proj", (experts, 2 * width, dim)
 
 
-def _values(file: Path, name: str, tensor: Any, config: LlamaConfig) -> torch.Tensor:
+def _pieces(name: str, values: Tensor, config: PreTrainedConfig) -> Iterator[tuple[str, int, Tensor]]:
+    """Where the values of a tensor of the file come to lie: in which tensor, behind how many of its elements."""
+    target, _ = _target(Path(), name, tuple(values.shape), config)
+    found = re.fullmatch(_EXPERTS, name)
+    if found is None:
+        yield target, 0, values
+        return
+    _, width, dim = _sizes(config)
+    _, part, one = found.groups()
+    for e, expert in enumerate(values) if one is None else [(int(one), values)]:
+        size = width * dim
+        yield target, e * size if part == "down" else (2 * e + (part == "up")) * size, expert
+
+
+def _values(file: Path, name: str, tensor: Any, config: PreTrainedConfig) -> Tensor:
     from gguf import dequantize
 
     try:
         values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-    except NotImplementedError as error:
+    except Exception as error:  # a kind that is not known, or sizes that are none
         raise UserError(f"{file}: {name}: {one_line(error)}") from None
-    found = torch.from_numpy(values).reshape(tuple(map(int, tensor.shape[::-1])))
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None:
+    found = torch.from_numpy(values).reshape(_shape(tensor))
+    if not bool(found.isfinite().all()):
+        raise UserError(f"{file}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
+    turned = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = turned.get(name.split(".")[-2])
+    if heads is None or config.model_type == "qwen3_moe":
         return found
     # llama.cpp turns neighbouring pairs of a head's rows, transformers the first half with the second.
     return found.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(found.shape)

@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from ...errors import UserError, one_line
+from ...errors import UserError
 from ..blocks import FeedForward
 from .dense import Dense
+from .folders import load_tokenizer
 
 __all__ = ["Method", "MethodName", "Parts", "drawn_gate", "gates", "mean"]
 
@@ -166,9 +166,9 @@ def gates(source: Dense, blocks: list[FeedForward], prompts: Sequence[Sequence[s
         UserError: where the folder has no tokenizer, or the prompts of some siblings look alike to the model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"upcycle: prompts need a tokenizer in {source.folder}: {one_line(error)}") from None
+        tokenizer = load_tokenizer(source.folder)
+    except UserError as error:
+        raise UserError(f"upcycle: prompts need a tokenizer: {error}") from None
     model: Any = type(source.model).from_pretrained(source.folder, dtype=torch.float32, use_safetensors=True)
     model.eval()
     sums = torch.zeros(len(blocks), len(prompts), blocks[0].dim, dtype=torch.float64)

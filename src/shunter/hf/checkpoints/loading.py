@@ -41,7 +41,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     folder = Path(path)
     if folder.is_dir() and not kwargs.get("subfolder"):
         checkpoint = Checkpoint(folder)
-        config = read_config(folder, len(checkpoint.tensors))
+        config = read_config(folder, checkpoint.tensors)
         model = on_meta(sparse_class(config, path), config, folder)
         split, stacked = split_layers(model, checkpoint)
         rest = {name: stored for name, stored in checkpoint.tensors.items() if name not in split}
@@ -66,19 +66,41 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
         UserError: naming the folder or file and what is wrong with it.
     """
     checkpoint = Checkpoint(folder)
-    config = read_config(folder, len(checkpoint.tensors), quantised=True)
+    config = read_config(folder, checkpoint.tensors, quantised=True)
     if made_here(config):
         model = from_pretrained(str(folder), **options)
     else:
-        model = _load(model_class(config, str(folder)), str(folder), {"use_safetensors": True, **options})
+        kind = model_class(config, str(folder))
+        quantised = getattr(config, "quantization_config", None) is not None
+        _refuse_more(folder, on_meta(kind, config, folder), checkpoint, 16 if quantised else 2)
+        model = _load(kind, str(folder), {"use_safetensors": True, **options})
         # The grouped product that transformers takes by default knows rows of 16 bytes or a multiple, and no float64.
         stacks = [p for p in model.parameters() if p.dim() == 3]
         if any(p.dtype == torch.float64 or p.shape[-1] * p.element_size() % 16 for p in stacks):
             model.set_experts_implementation("eager")
+        if not quantised:
+            _refuse_integers(folder, model, checkpoint)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"{folder}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
     return model.eval()
+
+
+def _refuse_more(folder: Path, model: PreTrainedModel, checkpoint: Checkpoint, times: int) -> None:
+    """Raises UserError where a model is far larger than what its folder holds: transformers would draw the rest."""
+    wanted = sum(tensor.numel() for tensor in model.state_dict().values())
+    held = sum(stored.numel for stored in checkpoint.tensors.values())
+    if wanted > times * held + 10**6:  # tied weights are held once
+        raise UserError(f"{folder}: config.json describes a model of {wanted:,} numbers; the folder holds {held:,}")
+
+
+def _refuse_integers(folder: Path, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raises UserError for integers on disk where the model has none: transformers makes weights of them."""
+    known = {name.rpartition(".")[2] for name, t in model.state_dict().items() if not t.is_floating_point()}
+    for name, stored in checkpoint.tensors.items():
+        computed = any(re.search(pattern, name) for pattern in COMPUTED)
+        if not stored.dtype.is_floating_point and name.rpartition(".")[2] not in known and not computed:
+            raise UserError(f"{folder}: {name!r} is of {stored.dtype}, where the model has floating-point numbers")
 
 
 def _load(kind: Any, path: str, options: dict[str, Any]) -> Any:

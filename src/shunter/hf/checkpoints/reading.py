@@ -6,8 +6,8 @@ opened.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ...durable import sealed, verify
-from ...errors import UserError
+from ...errors import UserError, one_line
+from ...untrusted import open_file, parse_json, read_file
 
 __all__ = ["CODES", "INDEX", "SINGLE", "Checkpoint", "Stored", "inside", "read_json", "read_texts"]
 
@@ -125,7 +126,7 @@ class Checkpoint:
                 raise UserError(f"{file}: places {name!r} in {shard}, which does not hold it")
 
     def must_hold(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises UserError where the folder lacks a tensor, or holds it in another shape."""
+        """Raises UserError where the folder lacks a weight, or holds it in another shape or as integers."""
         if name not in self.tensors:
             raise UserError(f"{self.folder}: lacks the tensor {name!r}")
         if self.tensors[name].shape != shape:
@@ -133,6 +134,8 @@ class Checkpoint:
                 f"{self.folder}: {name!r} has shape {list(self.tensors[name].shape)}; config.json asks for "
                 f"{list(shape)}"
             )
+        if not self.tensors[name].dtype.is_floating_point:
+            raise UserError(f"{self.folder}: {name!r} is of {self.tensors[name].dtype}, not of floating point")
 
     @property
     def nbytes(self) -> int:
@@ -204,29 +207,31 @@ def read_texts(file: Path) -> list[list[str]]:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(read_file(file))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({one_line(error)})") from None
 
 
 def _header(file: Path) -> dict[str, Stored]:
     """The tensors of one file, its header checked against the file's size."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise UserError(f"{file}: is truncated or not a safetensors file ({size} bytes)")
         raw = stream.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header = parse_json(raw, _without_duplicates)
         if not isinstance(header, dict):
             raise UserError("it is not an object")
         header.pop("__metadata__", None)
         tensors = {name: _entry(name, entry) for name, entry in header.items()}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: its header is damaged: {str(error)[:200]}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: its header is damaged: {one_line(str(error)[:200])}") from None
     found, end = {}, 0
     for name, (dtype, shape, start, stop) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         stored = Stored(dtype, shape, file, 8 + length + start)

@@ -60,7 +60,7 @@ def upcycle(
     Copies keep the function: each token's weights sum to 1 and its experts are equal, whatever the new router says.
 
     Args:
-        model: the folder of any dense model that `sparsify` knows, in safetensors; or a GGUF file of a Llama model.
+        model: the folder of any dense model that `sparsify` knows, in safetensors; or a GGUF file of a dense Llama.
         out: the folder to make; it appears when it is whole.
         num_experts: E; 8 by default, and the number of siblings where there are any.
         top_k: k, how many experts a token takes.

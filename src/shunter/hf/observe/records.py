@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...metrics import QUANTILES, Margins, near_tie, summarise
+from ...untrusted import open_file, parse_json
 
 __all__ = ["NearTies", "RoutingRecord"]
 
@@ -266,12 +268,13 @@ class RoutingRecord:
             FileNotFoundError: where there is none.
         """
         try:
+            open_file(Path(path)).close()
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError("it is of another kind")
                 tensors = {name: file.get_tensor(name) for name in ("experts", "margin", "size") if name in file.keys()}
-            about = json.loads(metadata["record"])
+            about = parse_json(metadata["record"])
             return cls(
                 tensors.pop("experts"),
                 about["lengths"],
@@ -282,7 +285,7 @@ class RoutingRecord:
                 exchanged=about.get("exchanged", False),
                 **tensors,
             )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a routing record of RoutingRecord.save: {error}") from error
 
 
