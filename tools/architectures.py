@@ -419,7 +419,7 @@ WORDS = {
     "exact": "the outputs of a tiny random model are the same with copies in the place of its blocks",
     "found": "the blocks are found and proved, but no tiny model of it ran here, so no outputs were compared",
     "refused": "there are maps of fitting sizes, and more between them than an activation that the experts have",
-    "none": "there are no linear maps d to f to d",
+    "none": "no block of linear maps was seen at work: convolutions, recurrences, or layers that do not run alone",
     "sparse": "it has experts already",
     "not built": "no model of it could be built here",
     "wrong": "the outputs differ",
