@@ -1,4 +1,10 @@
-"""Every architecture of the installed transformers as a tiny random model, and what `sparsify` makes of it."""
+"""What `sparsify` makes of every architecture of the installed transformers, printed as docs/architectures.md.
+
+python tools/architectures.py > docs/architectures.md
+
+A tiny random model of each is built from its default configuration with smaller numbers, called with random inputs,
+made sparse with copies of its blocks as experts, and called again. It takes half an hour.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +15,13 @@ import signal
 import sys
 import time
 import warnings
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, logging
 from transformers.models.auto import modeling_auto
@@ -60,7 +70,8 @@ def tiny(kind: type[PreTrainedConfig], factor: int, way: str = "few", **changes:
     return kind(**given)
 
 
-def shrunk(name: str, value: Any, factor: int, way: str = "few") -> Any:
+def shrunk(name: str, value: Any, factor: int, way: str) -> Any:
+    """A field of a configuration, smaller where it is a width, a number of layers or of words."""
     if isinstance(value, bool) or value is None:
         return value
     if name == "layer_types" or name.endswith("_layer_types") or name == "layers_block_type":
@@ -98,7 +109,10 @@ def _resnet() -> dict[str, Any]:
     from transformers import ResNetConfig
 
     small = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1], out_features=["stage2", "stage3", "stage4"]
+        embedding_size=16,
+        hidden_sizes=[16, 16, 32, 32],
+        depths=[1, 1, 1, 1],
+        out_features=["stage2", "stage3", "stage4"],
     )
     return {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": small}
 
@@ -124,7 +138,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@cache
 def kinds() -> dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
+    """model_type -> its configuration and its model, that without a head where there is one."""
     found: dict[str, Any] = {}
     for mapping in _MAPPINGS:
         table = getattr(modeling_auto, mapping)
@@ -148,7 +164,7 @@ def draw(model: nn.Module) -> None:
             continue
         if p.dim() >= 2:
             fan = p.shape[-1] if p.dim() == 2 else p[0].numel()
-            p.normal_(0, fan ** -0.5)
+            p.normal_(0, fan**-0.5)
         elif "bias" in name:
             p.normal_(0, 0.2)
         else:
@@ -162,7 +178,13 @@ def batches(model: PreTrainedModel) -> Any:
     needed = {n for n, p in names.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
     def of(*attributes: str, default: Any) -> Any:
-        for holder in (config, *(getattr(config, n, None) for n in ("text_config", "vision_config", "audio_config", "encoder", "encoder_config"))):
+        for holder in (
+            config,
+            *(
+                getattr(config, n, None)
+                for n in ("text_config", "vision_config", "audio_config", "encoder", "encoder_config")
+            ),
+        ):
             for attribute in attributes:
                 try:
                     value = getattr(holder, attribute, None)
@@ -202,7 +224,11 @@ def batches(model: PreTrainedModel) -> Any:
             yield {**ids, **ids_out}
         yield dict(ids)
         if "visual_feats" in names:
-            yield {**ids, "visual_feats": torch.randn(2, 3, of("visual_feat_dim", default=32)), "visual_pos": torch.rand(2, 3, of("visual_pos_dim", default=4))}
+            yield {
+                **ids,
+                "visual_feats": torch.randn(2, 3, of("visual_feat_dim", default=32)),
+                "visual_pos": torch.rand(2, 3, of("visual_pos_dim", default=4)),
+            }
     if "pixel_values" in names:
         for p in pixels:
             if not ids:
@@ -222,11 +248,23 @@ def batches(model: PreTrainedModel) -> Any:
         for shape in ((2, bins, 3000), (2, 64, bins), (2, bins, 64), (2, 1, 1001, bins)):
             yield {**ids, **ids_out, "input_features": torch.randn(shape)}
             if "input_features_mask" in names:
-                yield {"input_features": torch.randn(shape), "input_features_mask": torch.ones(2, max(shape[1:]), dtype=torch.long)}
+                yield {
+                    "input_features": torch.randn(shape),
+                    "input_features_mask": torch.ones(2, max(shape[1:]), dtype=torch.long),
+                }
             if "attention_mask" in names:
-                yield {"input_features": torch.randn(shape), "attention_mask": torch.ones(2, max(shape[1:]), dtype=torch.long), **ids_out}
+                yield {
+                    "input_features": torch.randn(shape),
+                    "attention_mask": torch.ones(2, max(shape[1:]), dtype=torch.long),
+                    **ids_out,
+                }
     if "input_values" in names:
-        for shape in ((2, 4000), (2, 1, 4000), (2, of("max_length", default=1024), bins), (2, 9, of("num_mel_bins", default=80))):
+        for shape in (
+            (2, 4000),
+            (2, 1, 4000),
+            (2, of("max_length", default=1024), bins),
+            (2, 9, of("num_mel_bins", default=80)),
+        ):
             yield {**ids, "input_values": torch.randn(shape), **ids_out}
             if "decoder_input_values" in names:
                 yield {"input_values": torch.randint(3, 40, (2, 8)), "decoder_input_values": torch.randn(2, 6, 80)}
@@ -240,33 +278,46 @@ def batches(model: PreTrainedModel) -> Any:
         lags = max(getattr(config, "lags_sequence", None) or [0])
         past, future = length + lags, of("prediction_length", default=8)
         one = {
-            "past_values": torch.randn(2, past).abs(), "past_time_features": torch.randn(2, past, config.num_time_features if hasattr(config, "num_time_features") else 0),
-            "past_observed_mask": torch.ones(2, past), "future_values": torch.randn(2, future).abs(),
-            "future_time_features": torch.randn(2, future, config.num_time_features if hasattr(config, "num_time_features") else 0),
+            "past_values": torch.randn(2, past).abs(),
+            "past_time_features": torch.randn(
+                2, past, config.num_time_features if hasattr(config, "num_time_features") else 0
+            ),
+            "past_observed_mask": torch.ones(2, past),
+            "future_values": torch.randn(2, future).abs(),
+            "future_time_features": torch.randn(
+                2, future, config.num_time_features if hasattr(config, "num_time_features") else 0
+            ),
         }
         yield one
-        yield {"past_values": torch.randn(2, length), "freq": torch.zeros(2, 1, dtype=torch.long), "past_values_padding": torch.zeros(2, length + 8)}
+        yield {
+            "past_values": torch.randn(2, length),
+            "freq": torch.zeros(2, 1, dtype=torch.long),
+            "past_values_padding": torch.zeros(2, length + 8),
+        }
     if "states" in names:
         yield {
-            "states": torch.randn(2, 4, config.state_dim), "actions": torch.randn(2, 4, config.act_dim),
-            "rewards": torch.randn(2, 4, 1), "returns_to_go": torch.randn(2, 4, 1),
-            "timesteps": torch.arange(4).expand(2, 4), "attention_mask": torch.ones(2, 4),
+            "states": torch.randn(2, 4, config.state_dim),
+            "actions": torch.randn(2, 4, config.act_dim),
+            "rewards": torch.randn(2, 4, 1),
+            "returns_to_go": torch.randn(2, 4, 1),
+            "timesteps": torch.arange(4).expand(2, 4),
+            "attention_mask": torch.ones(2, 4),
         }
     if "inputs" in names:
         yield {"inputs": torch.randint(3, vocab, (2, 8))}
 
 
-class _Late(Exception):
-    pass
+class _Late(BaseException):
+    """The time of an architecture is over."""
 
 
 def _alarm(*args: Any) -> None:
-    raise _Late("time limit")
+    raise _Late
 
 
 def built(name: str, limit: int = 30_000_000) -> Any:
     """Tiny models of an architecture, or errors."""
-    config_class, kind = kinds_()[name]
+    config_class, kind = kinds()[name]
     for factor, way in itertools.product((16, 8, 4), ("few", "slice", "all")):
         try:
             torch.manual_seed(0)
@@ -305,7 +356,7 @@ def prepare(name: str) -> tuple[PreTrainedModel, dict[str, Tensor] | None, str]:
         for batch in batches(model):
             try:
                 out = run(model, batch)
-                if out and all(torch.equal(a, b) for a, b in zip(out, run(model, batch))):
+                if out and all(torch.equal(a, b) for a, b in zip(out, run(model, batch), strict=True)):
                     return model, batch, ""
                 why = why or "not deterministic"
             except _Late:
@@ -334,20 +385,8 @@ def resection(model: PreTrainedModel, half: int) -> None:
                 getattr(config, field)["mrope_section"] = sections
 
 
-def build(name: str) -> PreTrainedModel:
-    return prepare(name)[0]
-
-
-_KINDS: dict[str, Any] = {}
-
-
-def kinds_() -> dict[str, Any]:
-    if not _KINDS:
-        _KINDS.update(kinds())
-    return _KINDS
-
-
 def run(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Every floating tensor of a model's output; random numbers in it are the same each time."""
     torch.manual_seed(1)
     with torch.no_grad():
         out = model(**batch)
@@ -368,78 +407,160 @@ def run(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Tensor]:
     return found
 
 
-def outcome(name: str) -> tuple[str, str]:
-    """What `sparsify` makes of an architecture, in one word, and more words."""
+class Outcome(NamedTuple):
+    """What becomes of an architecture: one of WORDS, where its blocks are, and why not."""
+
+    word: str
+    blocks: str = ""
+    why: str = ""
+
+
+WORDS = {
+    "exact": "the outputs of a tiny random model are the same with copies in the place of its blocks",
+    "found": "the blocks are found and proved, but no tiny model of it ran here, so no outputs were compared",
+    "refused": "there are maps of fitting sizes, and more between them than an activation that the experts have",
+    "none": "no block of linear maps was seen at work: convolutions, recurrences, or layers that do not run alone",
+    "sparse": "it has experts already",
+    "not built": "no model of it could be built here",
+    "wrong": "the outputs differ",
+}
+
+
+def outcome(name: str, seconds: int = 90) -> Outcome:
+    """What `sparsify` makes of an architecture, within a time."""
+    signal.signal(signal.SIGALRM, _alarm)
+    signal.alarm(seconds)
+    try:
+        return _outcome(name)
+    except _Late:
+        pass
+    finally:
+        signal.alarm(0)
+    return on_meta(name, "its tiny model took too long")
+
+
+def _outcome(name: str) -> Outcome:
     try:
         model, batch, why = prepare(name)
     except Exception as error:
         return on_meta(name, f"{type(error).__name__}: {error}")
     dense = [] if batch is None else run(model, batch)
     try:
+        found = patterns(block.path for stack in find_feed_forwards(model) for block in stack)
         sparse = sparsify(model, 2, "topk", top_k=2, init="copy")
     except UserError as error:
-        return ("sparse already" if "already has experts" in str(error) else "refused"), str(error)
-    layers = moe_layers(sparse)
-    words = f"{len(layers)} blocks: " + ", ".join(layers)
+        return refusal(error)
     if batch is None:
-        return "not run", f"{words}; {why}"
+        return Outcome("found", found, why)
     try:
-        out = run(sparse, batch)
-        error = max((relative(a, b) for a, b in zip(out, dense, strict=True)), default=float("inf"))
-        for layer in layers.values():
+        error = distance(run(sparse, batch), dense)
+        for layer in moe_layers(sparse).values():
             layer.experts.down_proj.data.normal_(0, layer.experts.hidden**-0.5)
-        moved = max(relative(a, b) for a, b in zip(run(sparse, batch), dense, strict=True))
-        ran = sum(layer.routing is not None for layer in layers.values())
-    except Exception as error:
-        return "wrong", f"{words}; {type(error).__name__}: {error}"
-    words = f"{error:.1e}, moved {moved:.1e}, {ran} ran, {words}"
+        moved = distance(run(sparse, batch), dense)
+    except Exception as problem:
+        return Outcome("wrong", found, f"{type(problem).__name__}: {problem}")
     if error > 1e-4:
-        return "wrong", words
-    if moved < 1e-3:
-        return "not reached", words
-    return "exact", words
+        return Outcome("wrong", found, f"by {error:.1e} of the largest output")
+    return Outcome("exact", found) if moved > 1e-3 else Outcome("found", found, "no output depends on them")
 
 
-def on_meta(name: str, why: str) -> tuple[str, str]:
+def on_meta(name: str, why: str) -> Outcome:
     """What is found in an architecture of its default size, without memory, where no tiny one could be built."""
-    config_class, kind = kinds_()[name]
+    config, kind = kinds()[name]
     try:
         with torch.device("meta"):
-            model = kind(config_class())
-    except Exception as error:
-        return "not built", f"{why}; {type(error).__name__}: {error}"
+            model = kind(config())
+    except Exception:
+        return Outcome("not built", why=why)
     try:
         stacks = find_feed_forwards(model)
     except UserError as error:
-        return ("sparse already" if "already has experts" in str(error) else "refused"), str(error)
-    return "not run", f"{sum(map(len, stacks))} blocks: " + ", ".join(block.path for stack in stacks for block in stack)
+        return refusal(error)
+    return Outcome("found", patterns(block.path for stack in stacks for block in stack), why)
+
+
+def refusal(error: UserError) -> Outcome:
+    """What the error of a model that is refused says."""
+    words = str(error)
+    if "already has experts" in words:
+        return Outcome("sparse")
+    first = re.search(r"Looked at: \S+ \((\w+: .*?)(, not just|\))", words)
+    return Outcome("refused", why=first[1]) if first else Outcome("none")
+
+
+def patterns(paths: Iterable[str]) -> str:
+    """Where blocks are, each number a star."""
+    starred = [re.sub(r"\b\d+\b", "*", path) for path in paths]
+    return ", ".join(f"`{path}`" for path in dict.fromkeys(starred))
+
+
+def distance(values: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest difference of outputs, in multiples of the largest number in each."""
+    return max(relative(*pair) for pair in zip(values, exact, strict=True))
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
-    if value.shape != exact.shape:
-        return float("inf")
+    """The largest difference, in multiples of the largest number."""
     finite = exact.isfinite()
-    if not torch.equal(value.isfinite(), finite):
+    if value.shape != exact.shape or not torch.equal(value.isfinite(), finite):
         return float("inf")
     if not finite.any():
         return 0.0
     return float((value - exact)[finite].abs().max() / exact[finite].abs().max().clamp_min(1e-6))
 
 
+def row(name: str, found: Outcome) -> str:
+    """Of the table."""
+    why = " ".join(found.why.replace("|", "/").split())
+    return f"| {name} | {found.word} | {found.blocks or (why[:200] if found.word != 'sparse' else '')} |"
+
+
+def page(rows: dict[str, Outcome]) -> str:
+    """The page of all architectures."""
+    counts = Counter(found.word for found in rows.values())
+    shaped = counts["exact"] + counts["refused"] + counts["wrong"]
+    unlisted = ("sparse", "none", "not built")
+    listed = "\n".join(row(name, found) for name, found in rows.items() if found.word not in unlisted)
+    words = "\n".join(f"- {word}: {counts[word]}; {meaning}." for word, meaning in WORDS.items())
+    others = "\n\n".join(
+        f"{word.capitalize()}: {', '.join(name for name, found in rows.items() if found.word == word)}."
+        for word in ("sparse", "none", "not built")
+    )
+    return PAGE.format(
+        version=transformers.__version__, total=len(rows), words=words, exact=counts["exact"], shaped=shaped,
+        share=100 * counts["exact"] / shaped, rows=listed, others=others,
+    )  # fmt: skip
+
+
+PAGE = """\
+# Architectures whose feed-forward blocks become sparse
+
+`shunter.sparsify` and `shunter upcycle` find feed-forward blocks by what a model computes: a linear map down of an
+activation of a linear map up, or of two maps and a gate, be they a module of their own, spread over a layer, or one
+map for both. They replace that and nothing else: norms, residuals, scales, attention and dropout behind the block stay.
+Each kind of layer is run, with random numbers for its weights, before it is touched; what is not exactly such a block
+is refused in a line that names it.
+
+This page is the output of `python tools/architectures.py` with transformers {version}: its {total} architectures, in
+tiny random models where such could be built and called without their processors.
+
+{words}
+
+So {exact} of the {shaped} architectures with blocks that ran here are exact, {share:.1f} %.
+
+| architecture | outcome | where the blocks are, or why not |
+|---|---|---|
+{rows}
+
+{others}
+"""
+
+
 if __name__ == "__main__":
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _alarm)
-    wanted = sys.argv[1:] or list(kinds_())
-    for name in wanted:
-        begin = time.time()
-        signal.alarm(120)
-        try:
-            word, more = outcome(name)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            word, more = "crashed", f"{type(error).__name__}: {error}"
-        finally:
-            signal.alarm(0)
-        print(f"{word}\t{name}\t{time.time() - begin:.1f}\t{' '.join(more.split())[:600]}", flush=True)
+    rows = {}
+    for name in sys.argv[1:] or sorted(kinds()):
+        rows[name] = outcome(name)
+        print(row(name, rows[name]), file=sys.stderr, flush=True)
+    print(page(rows), end="")

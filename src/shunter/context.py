@@ -167,7 +167,8 @@ def of_tokens(x: Tensor, told: Mapping[str, Tensor | None], around: Context, req
             sequences, the others together are places in a sequence.
         told: names of `Context` and what the layer itself was told, in the shape (...) or with fewer leading sizes:
             one value for each sequence, or one for all.
-        around: what the model around was told, likewise; it counts where the layer was told nothing.
+        around: what the model around was told, likewise; it counts where the layer was told nothing. Where x is the
+            rows (T, d) of all its tokens, as OPT hands them on, they are in its order.
         required: what the router needs. Sequence and position are then taken from x where nobody told. What only the
             model around knows, of other tokens than these, is left out where it is not needed.
 
@@ -185,7 +186,7 @@ def of_tokens(x: Tensor, told: Mapping[str, Tensor | None], around: Context, req
         if value is not None and not _fits(name, value, shape):
             raise ValueError(_misfit(name, value, x))
         if value is None:
-            value = getattr(around, name)
+            value = _in_rows(name, getattr(around, name), shape)
             if value is not None and not _fits(name, value, shape):
                 if name in required or (name == "mask" and not bool(value.all())):
                     raise ValueError(
@@ -221,6 +222,14 @@ def places_in(sequence: Tensor, mask: Tensor | None) -> Tensor:
 def _leading(name: str, value: Tensor) -> int:
     """How many leading sizes of a value are those of tokens; the others are its own."""
     return value.dim() - 1 if name in ("embedding", "experts") else value.dim()
+
+
+def _in_rows(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """What the model around knows of its tokens (B, S), for each of as many rows where a layer is given rows."""
+    leading = 0 if value is None else _leading(name, value)
+    if value is None or len(shape) != 1 or leading < 2 or value.shape[:leading].numel() != shape[0]:
+        return value
+    return value.flatten(0, leading - 1)
 
 
 def _fits(name: str, value: Tensor, shape: torch.Size) -> bool:

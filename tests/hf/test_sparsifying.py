@@ -11,6 +11,8 @@ from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralFo
 import shunter
 from shunter.errors import UserError
 
+from .conftest import BLOCKS
+
 OLD = {
     "allow_leak": False,
     "backend": "auto",
@@ -39,7 +41,7 @@ def test_copies_compute_what_the_dense_model_does(architecture, build, inputs):
     if "attention_mask" in batch:
         error = error * (batch["labels"] != -100)[..., None]  # padding is not computed
     assert error.abs().max() < 1e-5
-    assert len(shunter.moe_layers(sparse)) == (4 if architecture.startswith("t5") else 2)
+    assert len(shunter.moe_layers(sparse)) == BLOCKS.get(architecture, 2)
 
 
 def test_every_parameter_of_the_experts_learns(architecture, build, inputs):
@@ -152,9 +154,10 @@ def test_a_layer_that_was_put_in_by_hand_is_saved(router, options, build, inputs
 
 def test_layers_of_two_sizes_and_routers(architecture, build, inputs, tmp_path):
     model = shunter.sparsify(build(architecture), 4, "topk", top_k=2)
-    _exchange(model, shunter.sparsify(build(architecture), 3, "switch", hidden=20, capacity_factor=None), 1)
+    _exchange(model, shunter.sparsify(build(architecture), 3, "switch", hidden=20, capacity_factor=None), -1)
     model.save_pretrained(tmp_path)
-    assert [(e["num_experts"], e["router"]) for e in _entries(tmp_path)][:2] == [(4, "topk"), (3, "switch")]
+    *others, last = [(e["num_experts"], e["router"]) for e in _entries(tmp_path)]
+    assert last == (3, "switch") and set(others) <= {(4, "topk")}
     loaded = shunter.from_pretrained(str(tmp_path)).eval()
     batch = inputs(architecture)
     assert torch.equal(_logits(model, batch), _logits(loaded, batch))

@@ -428,7 +428,7 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
                 )
             numbered[path] = module
     blocks: list[FeedForward] = []
-    reasons: dict[int, str] = {}
+    reasons: dict[int, tuple[str, str]] = {}
     taken: set[int] = set()
     kinds: dict[tuple[object, ...], tuple[list[FeedForward], dict[str, str]]] = {}
     for path, module in numbered.items():
@@ -444,8 +444,9 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
                 taken |= maps
                 blocks.append(block)
         for down, reason in missed.items():
-            reasons[id(module.get_submodule(down))] = f"{path} ({type(module).__name__}: {reason})"
-    left = [reason for down, reason in reasons.items() if down not in taken]
+            reasons[id(module.get_submodule(down))] = path, f"{path} ({type(module).__name__}: {reason})"
+    known = {_layer(block.path) for block in blocks}
+    left = [why for down, (path, why) in reasons.items() if down not in taken and _layer(path) not in known]
     widest: dict[str, int] = {}
     for block in blocks:
         widest[_layer(block.path)] = max(block.hidden, widest.get(_layer(block.path), 0))

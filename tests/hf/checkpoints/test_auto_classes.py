@@ -16,7 +16,8 @@ from tests.hf.checkpoints.models import save_tokenizer
 from tests.hf.conftest import VOCAB
 
 AUTO = {
-    "bert": "AutoModelForMaskedLM",
+    **dict.fromkeys(("albert", "bert", "modernbert", "roberta-prelayernorm"), "AutoModelForMaskedLM"),
+    "bart": "AutoModelForSeq2SeqLM",
     "t5": "AutoModelForSeq2SeqLM",
     "t5_gated": "AutoModelForSeq2SeqLM",
     "vit": "AutoModelForImageClassification",

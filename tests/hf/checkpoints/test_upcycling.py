@@ -21,6 +21,7 @@ from tests.hf.checkpoints.models import (
     logits,
     relative,
 )
+from tests.hf.conftest import BLOCKS
 
 
 @pytest.mark.parametrize("method", ["copy", "split"])
@@ -79,7 +80,7 @@ def test_the_receipt_accounts_for_every_tensor(name, to, dense, tmp_path):
         if entry["how"] == "copied":
             assert torch.equal(after[entry["to"][0]], before[old])
     assert sum(tensor.nbytes for tensor in after.values()) == receipt["sparse_bytes"]
-    assert sum("router" in words for words in receipt["new"].values()) == (4 if name.startswith("t5") else 2)
+    assert sum("router" in words for words in receipt["new"].values()) == BLOCKS.get(name, 2)
 
 
 @pytest.mark.parametrize("every", [1, 2])
