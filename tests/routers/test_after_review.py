@@ -137,6 +137,14 @@ def test_top_p_takes_the_fewest_experts_that_reach_p(threshold):
     assert (fewest >= torch.where(matrix > 0, 0, probs).amax(1)).all(), "the best are taken"
 
 
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.7, "init_scale": 1.0}, {"max_experts": 3}, {"threshold": 1.0}])
+@pytest.mark.parametrize("experts", [8, 24, 64])
+def test_what_top_p_will_take_is_known_before(experts, options):
+    routers = [create("top_p", 128, experts, **options) for _ in range(20)]
+    taken = sum(r.assign(r.score(torch.randn(100, 128))).token.numel() for r in routers) / 2000
+    assert routers[0].experts_per_token == pytest.approx(taken, rel=0.1)
+
+
 def test_unsure_tokens_take_more_experts():
     router = create("top_p", 6, 8, threshold=0.5)
     sure, unsure = torch.zeros(1, 8), torch.zeros(1, 8)

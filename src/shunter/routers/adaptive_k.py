@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, ClassVar
 
 import torch
@@ -90,9 +90,21 @@ class TopP(_Variable):
             raise ValueError(f"max_experts {max_experts} must be between 1 and num_experts, {num_experts}")
         self.threshold = threshold
         self.max_experts = max_experts
-        # p E, what a token takes that is sure of none, as the first ones nearly are.
-        self.mean_experts.fill_(min(math.ceil(round(threshold * num_experts, 6)), max_experts or num_experts))
         self.coefficients["entropy_loss"] = entropy_loss
+        self.mean_experts.fill_(self._expected())
+
+    def _expected(self) -> float:
+        """How many experts a token takes by the initial weights, if its numbers have a mean square of 1.
+
+        Its logits are then normal with standard deviation s = 0.88 sqrt(init_scale), 0.88 being what the cut of the
+        initial weights leaves, and the share p of such probabilities is in their largest 1 - Phi(Phi^-1(1 - p) + s).
+        """
+        most = float(self.max_experts or self.num_experts)
+        if self.threshold == 1:
+            return most
+        normal, spread = NormalDist(), 0.88 * self.init_scale**0.5 * self.logit_scale
+        share = 1 - normal.cdf(normal.inv_cdf(1 - self.threshold) + spread)
+        return min(max(share * self.num_experts + 0.5, 1.0), most)  # 0.5: a token takes a whole number, rounded up
 
     def choose(self, logits: Tensor, context: Context) -> Routing:
         """The best experts of each row until their probabilities reach the threshold; at least one."""

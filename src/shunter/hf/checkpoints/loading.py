@@ -127,7 +127,11 @@ def _load(kind: Any, path: str, options: dict[str, Any]) -> Any:
 
 
 def align(model: PreTrainedModel) -> None:
-    """Copy the CPU parameters that lie at odd addresses in the file's memory map: products round otherwise there."""
+    """Make a model that was loaded as one that was trained here, bit for bit.
+
+    CPU parameters that lie at odd addresses in the file's memory map are copied, for products round otherwise there;
+    buffers that are in no file get their first values.
+    """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()
