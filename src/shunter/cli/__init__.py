@@ -1,13 +1,15 @@
-"""The command line: a file for each group of verbs, and the one place that turns an error into a line."""
+"""The command line: a file for each group of verbs, and the one place that turns an error or a warning into a line."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
-from ..errors import Diverged, Interrupted, NotWritten, escaped
+from ..errors import Diverged, Interrupted, NotWritten, escaped, one_line
 from . import bench, convert, look, train
 
 __all__ = ["main"]
@@ -21,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.overrides = rest
     verb: Callable[[argparse.Namespace], int] = args.verb
+    before, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         return verb(args)
     except Interrupted as where:
@@ -41,6 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = before
+
+
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"shunter: {one_line(message)}\n"
 
 
 def _parser() -> argparse.ArgumentParser:
