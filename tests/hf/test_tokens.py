@@ -3,9 +3,16 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    DataCollatorWithFlattening,
+    MixtralConfig,
+    MixtralForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 import shunter
+from shunter.hf.observe.listening import listening
 from shunter.hf.tokens import tokens_of
 from shunter.routers.registry import find, names
 
@@ -176,6 +183,31 @@ def test_a_cache_that_hides_the_token_before_is_refused(router, build):
         model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     out = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=False)
     assert torch.equal(model(out).logits[:, 4:-1].argmax(-1), out[:, 5:])
+
+
+def test_padding_of_a_familys_decoder_is_not_heard():
+    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    config = SwitchTransformersConfig(
+        vocab_size=50,
+        num_experts=4,
+        **sizes,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
+    model = SwitchTransformersForConditionalGeneration(config).train()
+    source, target = torch.randint(1, 50, (2, 6)), torch.randint(2, 50, (2, 4))
+    heard = {}
+    with listening(model, lambda name, seen: heard.setdefault(name, seen)):
+        model(input_ids=source, labels=F.pad(target, (0, 3), value=-100))
+    real = F.pad(torch.ones(2, 4), (0, 3)).bool().flatten()
+    assert any(name.startswith("decoder") for name in heard)
+    for name, seen in heard.items():
+        if name.startswith("decoder"):
+            assert torch.equal(seen.mask, real)
+        else:
+            assert seen.mask is None
 
 
 @pytest.mark.parametrize("by", ["labels", "ids"])

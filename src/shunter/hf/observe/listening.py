@@ -26,7 +26,7 @@ from ...context import NO_CONTEXT, Context
 from ...metrics import margins, routing_entropy
 from ...moe import RoutedLayer, recomputing
 from ...routing import Routing
-from ..tokens import takes_tokens, tokens_of
+from ..tokens import decoder_padding, takes_tokens, tokens_of
 from .selection import EachForward, Selection
 from .taps import SCORE_FUNCTIONS, OwnHook, Tap, require_taps
 
@@ -219,22 +219,34 @@ def _is_compiled(model: nn.Module) -> bool:
 def noting_tokens(model: nn.Module, found: dict[str, Tap]) -> Iterator[dict[str, Context]]:
     """While the context lasts, what the models around the layers are told of their tokens, by layer name."""
     around: dict[str, Context] = {}
+    padding: dict[str, Tensor] = {}  # of a decoder, as the labels say
     with ExitStack() as stack:
         for path, module in model.named_modules():
             if isinstance(module, PreTrainedModel) and takes_tokens(module):
                 under = [name for name in found if not path or name == path or name.startswith(path + ".")]
-                stack.callback(
-                    module.register_forward_pre_hook(partial(_note_tokens, around, under), with_kwargs=True).remove
-                )
+                note = partial(_note_tokens, around, padding, found, under, module is model)
+                stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         yield around
 
 
 def _note_tokens(
-    around: dict[str, Context], under: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    around: dict[str, Context],
+    padding: dict[str, Tensor],
+    found: dict[str, Tap],
+    under: list[str],
+    outermost: bool,
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     context = tokens_of(module, args, kwargs)
+    if outermost:
+        padding.clear()
+        if (real := decoder_padding(module, args, kwargs)) is not None:
+            inside = set(module.get_decoder().modules())
+            padding.update({name: real for name in under if found[name].layer in inside})
     for name in under:
-        around[name] = context
+        around[name] = replace(context, mask=padding[name]) if name in padding else context
 
 
 def _emit(
