@@ -230,6 +230,17 @@ def test_padding_of_a_decoder_does_not_count(by, build):
         assert torch.allclose(value, long[name], atol=1e-12), name
 
 
+def test_a_decoder_called_by_itself_knows_nothing_of_the_last_batch(build):
+    model = shunter.sparsify(build("t5"), 4, "topk", top_k=2).train()
+    labels = torch.randint(2, 50, (2, 5))
+    labels[1, 2:] = -100
+    model(input_ids=torch.randint(1, 50, (2, 6)), labels=labels)
+    ids, encoded = torch.randint(2, 50, (2, 5)), torch.randn(2, 6, 32)
+    model.get_decoder()(input_ids=ids, encoder_hidden_states=encoded)
+    layers = shunter.moe_layers(model.get_decoder()).values()
+    assert all(int(layer.routing.counts.sum()) == 2 * ids.numel() for layer in layers)
+
+
 def test_a_mask_of_unknown_form_is_refused(build):
     model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
     ids = torch.randint(1, 50, (1, 6))

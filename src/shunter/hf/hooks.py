@@ -148,11 +148,9 @@ class _Forwards:
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not recomputing():
             self._look_for_updates(module)
         self._here.values = values
-        scopes = [Scope(Context(**values))]
         padding = decoder_padding(module, args, kwargs)
-        if padding is not None:
-            scopes.append(Scope(told={"mask": padding}, layers=frozenset(moe_layers(module.get_decoder()).values())))
-        self._entered.append((module, contexts.enter((*contexts.present(), *scopes)), mark()))
+        self._here.decoder = set() if padding is None else set(module.get_decoder().modules()), padding
+        self._entered.append((module, contexts.enter((*contexts.present(), Scope(Context(**values)))), mark()))
         foreign = set(self.keywords.values()) - set(inspect.signature(module.forward).parameters)
         return args, {key: value for key, value in kwargs.items() if key not in foreign}
 
@@ -178,7 +176,11 @@ class _Forwards:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the layers of a model what its own arguments say of its tokens, and what the batch says of any."""
-        scope = Scope(replace(tokens_of(module, args, kwargs), **getattr(self._here, "values", {})))
+        known = tokens_of(module, args, kwargs)
+        decoder, padding = getattr(self._here, "decoder", (set(), None))
+        if module in decoder:
+            known = replace(known, mask=padding)
+        scope = Scope(replace(known, **getattr(self._here, "values", {})))
         self._entered.append((module, contexts.enter((*contexts.present(), scope)), -1))
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -211,6 +213,7 @@ class _Forwards:
     def end(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """End the model's forward: its losses join its output's; those of a forward that raised are forgotten."""
         since = self._leave(module)
+        self._here.values, self._here.decoder = {}, (set(), None)
         if since < 0:  # its batch was refused
             return None
         if output is None:
