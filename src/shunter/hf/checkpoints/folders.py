@@ -113,7 +113,9 @@ def load_tokenizer(folder: Path) -> Any:
     """
     _check_companions(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("some text")  # what is damaged may show only here
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library in Rust is no Exception
