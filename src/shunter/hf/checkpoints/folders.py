@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _MOST, _MOST_LAYERS, _MOST_MODULES = 2**31, 1000, 50_000
-_MOST_SIZE, _MOST_PLACES, _MOST_ROTATED = 2**15, 2**17, 2**25
+_MOST_SIZE, _MOST_PLACES, _MOST_ROTATED = 2**14, 2**17, 2**25
 
 COMPUTED = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.attn\.(masked_)?bias$")
 """Buffers of old checkpoints that models compute themselves today."""
