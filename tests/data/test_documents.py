@@ -34,6 +34,14 @@ def test_marks_of_byte_order_and_compression_are_read(kind, suffix, encoding, tm
     assert texts(tmp_path) == folder
 
 
+def test_domains_have_the_names_of_their_files(tmp_path):
+    for name, domain in (("my.notes.txt", "my.notes"), ("my.notes.txt.gz", "my.notes"), ("README", "README")):
+        (tmp_path / name).write_bytes(gzip.compress(b"text") if name.endswith(".gz") else b"text")
+        assert texts(tmp_path / name) == {domain: ["text"]}
+    (tmp_path / "a.ndjson").write_text(LINES)
+    assert texts(tmp_path / "a.ndjson") == {"a": ["première"], "mine": ["二"]}
+
+
 @pytest.mark.parametrize(
     "content, expected",
     [

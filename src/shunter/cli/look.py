@@ -99,8 +99,14 @@ def _inspect_models(
     *before, subject = [load(path) for path in models]
     material = _material(subject, data, tokens, length)
     out = out or Path("runs") / f"inspect-{subject.name}"
+    new = not out.exists()
     make_folder(out)
-    findings = inspect(subject, material, earlier=before[0] if before else None, ablations=ablations, quiet=quiet)
+    try:
+        findings = inspect(subject, material, earlier=before[0] if before else None, ablations=ablations, quiet=quiet)
+    except UserError:
+        if new:
+            out.rmdir()
+        raise
     page = out / "inspect.html"
     write(out / "inspect.json", json.dumps(findings, indent=1) + "\n")
     write(page, render(findings, material.images, material.patch))

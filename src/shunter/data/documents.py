@@ -30,7 +30,7 @@ PARAGRAPHS_PER_DOCUMENT = 20
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html", ".text"}
 
-SUFFIXES = TEXT_SUFFIXES | {".json", ".jsonl", ".parquet"}
+SUFFIXES = TEXT_SUFFIXES | {".json", ".jsonl", ".ndjson", ".parquet"}
 
 MAX_LINE = 2**26  # bytes of a record
 
@@ -157,7 +157,7 @@ def read_domains(sources: Sequence[str], max_bytes: int = MAX_BYTES) -> list[Dom
         if path.is_dir():
             _read_folder(path, found, max_bytes)
         elif path.exists() or path.is_symlink():
-            _read_file(path, escaped(path.stem.split(".")[0] or path.name), found, max_bytes)
+            _read_file(path, escaped(_name_of(path)), found, max_bytes)
         elif path.is_absolute() or _kind(path) or source.startswith("."):
             raise UserError(f"{source}: no such file or folder")
         else:
@@ -178,6 +178,12 @@ def _kind(file: Path) -> str:
         if suffixes and suffixes[-1] == ".parquet":
             return ""
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else ""
+
+
+def _name_of(file: Path) -> str:
+    """The name of a file without the suffixes that say how it is read, or without its last one."""
+    packed = file.suffix.lower() in _OPEN
+    return Path(file.stem).stem if packed and _kind(file) else file.stem
 
 
 def _read_folder(folder: Path, found: Found, max_bytes: int) -> None:
@@ -203,7 +209,7 @@ def _read_file(file: Path, domain: str, found: Found, max_bytes: int) -> None:
     try:
         if kind == ".parquet":
             records: Iterable[Any] = _parquet_rows(file)
-        elif kind == ".jsonl":
+        elif kind in (".jsonl", ".ndjson"):
             records = _json_lines(file)
         elif kind == ".json":
             records = _json_records(file)

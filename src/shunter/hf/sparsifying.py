@@ -169,7 +169,13 @@ def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dic
 def _save(
     model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
 ) -> None:
-    """Save as transformers does, with the layers as they are now in the configuration."""
+    """Save as transformers does, with the layers as they are now in the configuration.
+
+    Raises:
+        UserError: with push_to_hub=True, which would upload the folder before its configuration is named as sparse.
+    """
+    if kwargs.get("push_to_hub"):
+        raise UserError("save_pretrained: push_to_hub=True is not for sparse models; call model.push_to_hub(name)")
     model.config.shunter |= describe_layers(model)
     folder = Path(save_directory)
     (folder / MANIFEST).unlink(missing_ok=True)  # of the model that is replaced

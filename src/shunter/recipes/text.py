@@ -163,6 +163,8 @@ def generate(folder: Path, which: str, prompt: str, max_new_tokens: int, tempera
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.numel() == 0:
         raise UserError("the prompt is empty; give at least one character")
+    if int(ids.max()) >= model.get_input_embeddings().num_embeddings:
+        raise UserError(f"{folder / which}: the tokenizer gives token {int(ids.max())}, which the model does not have")
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     out = model.generate(ids.long(), max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

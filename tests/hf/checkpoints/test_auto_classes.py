@@ -128,3 +128,10 @@ def test_a_dense_form_that_does_not_exist(dense, build, tmp_path):
     for load in (shunter.from_pretrained, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match="which transformers does not know"):
             load(str(tmp_path))
+
+
+def test_an_upload_before_the_name_is_refused(build, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
+    with pytest.raises(ValueError, match=r"call model.push_to_hub\(name\)"):
+        model.save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()

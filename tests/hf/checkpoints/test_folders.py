@@ -82,6 +82,26 @@ def test_hostile_folders_cost_little(damage, verb, whole, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+TOKENIZERS = {
+    "deep": "[" * 10**6,
+    "a negative id": json.dumps(
+        {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}}
+    ),
+    "no word for what is unknown": json.dumps({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}}}),
+    "merges of nothing": json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}),
+}
+
+
+@pytest.mark.parametrize("damage", TOKENIZERS)
+def test_tokenizers_that_lie_are_one_line(damage, whole, tmp_path, capsys):
+    shutil.copytree(whole["native"], tmp_path / "native")
+    (tmp_path / "native/tokenizer.json").write_text(TOKENIZERS[damage])
+    capsys.readouterr()
+    assert main(command("inspect native", tmp_path / "native", tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "no tokenizer can be loaded" in said and str(tmp_path) in said
+
+
 def test_names_with_control_characters_are_escaped_on_a_terminal(whole, tmp_path, capsys):
     folder = tmp_path / "evil\x1b]0;title\x07\n\u202e"
     shutil.copytree(whole["dense"], folder)

@@ -1,5 +1,6 @@
 """GGUF: what llama.cpp's layout says, back in transformers' layout; and a real model that is one sentence away."""
 
+import json
 import math
 import struct
 import tracemalloc
@@ -136,6 +137,15 @@ def test_a_file_becomes_the_model_that_it_was(model, tmp_path):
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
     assert tokenizer("abba").input_ids == [256, ord("b") - 0x21, ord("a") - 0x21]
+
+
+def test_what_lies_beside_a_file_is_not_read(model, tmp_path):
+    write(tmp_path / "tiny.gguf", model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>", "add_bos_token": True}))
+    (tmp_path / "config.json").write_text("not JSON")
+    unpack(tmp_path / "tiny.gguf", tmp_path / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    assert tokenizer("abba").input_ids == [256, ord("b") - 0x21, ord("a") - 0x21] and tokenizer.bos_token == "<s>"
 
 
 def test_a_quantised_file_is_upcycled_in_one_command(model, tmp_path, capsys):

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _MOST, _MOST_LAYERS, _MOST_MODULES = 2**31, 1000, 50_000
-_MOST_PLACES, _MOST_ROTATED = 2**20, 2**25
+_MOST_SIZE, _MOST_PLACES, _MOST_ROTATED = 2**14, 2**17, 2**25
 
 COMPUTED = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.attn\.(masked_)?bias$")
 """Buffers of old checkpoints that models compute themselves today."""
@@ -113,7 +113,9 @@ def load_tokenizer(folder: Path) -> Any:
     """
     _check_companions(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("some text")  # what is damaged may show only here
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library in Rust is no Exception
@@ -128,7 +130,7 @@ def without_marks(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 # What is no size, whatever its number: parts of the names of fields.
-_NO_SIZE = ("base", "freq", "theta", "token_id")
+_NO_SIZE = ("base", "freq", "seed", "steps", "theta", "token_id", "token_index")
 # How long a text may be: no table of it need be in the folder where the embedding rotates.
 _LENGTHS = ("context", "length", "max_", "n_ctx", "position", "seq", "window")
 
@@ -152,7 +154,8 @@ def _plausible(file: Path, values: dict[str, Any], num_tensors: int, largest: in
             if ("layer" in name or "depth" in name or "block" in name) and entry > max(num_tensors, _MOST_LAYERS):
                 raise UserError(f"{file}: {name}={entry}, but the folder holds {num_tensors} tensors in all")
             length = any(part in name for part in _LENGTHS)
-            if entry > max(largest, (_MOST_ROTATED if rotates else _MOST_PLACES) if length else _MOST_PLACES):
+            most = (_MOST_ROTATED if rotates else _MOST_PLACES) if length else _MOST_SIZE
+            if entry > max(largest, most):
                 raise UserError(f"{file}: {name}={entry} is absurd: no tensor of the folder has a side above {largest}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,11 +86,19 @@ def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_0
                 writer.write(target, values, offset)
         writer.finish()
         config.save_pretrained(folder)
+        _tokenizer(file).save_pretrained(folder)
+
+
+def _tokenizer(file: Path) -> Any:
+    """The tokenizer in a file, and nothing of what lies beside the file."""
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / file.name).symlink_to(file.resolve())
         try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-        except Exception as error:  # a vocabulary of a kind that transformers does not read
+            return AutoTokenizer.from_pretrained(alone, gguf_file=file.name, trust_remote_code=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a vocabulary that transformers does not read, or a panic of its library
             raise UserError(f"{file}: transformers cannot read its tokenizer: {one_line(error)}") from None
-        tokenizer.save_pretrained(folder)
 
 
 @contextmanager
