@@ -252,6 +252,20 @@ class Unknown(Layer):
         super().__init__(act="mish")
 
 
+class Clipped(Layer):
+    """One that equals another but for large numbers."""
+
+    def __init__(self):
+        super().__init__(act="gelu_10")
+
+
+class Clipped6(Layer):
+    """Another."""
+
+    def __init__(self):
+        super().__init__(act="relu6")
+
+
 class Scaling(nn.Linear):
     """No linear map of its weight alone."""
 
@@ -269,7 +283,8 @@ class OtherMaps(Layer):
 
 REFUSED = [
     (Scaled, "GELU"), (Normed, "RMSNorm"), (Skipping, "GELU"), (Functional, "cannot be left out"),
-    (Elsewhere, "act is at work elsewhere"), (Weighing, "weight"), (Unknown, "Mish"), (OtherMaps, "Looked at"),
+    (Elsewhere, "act is at work elsewhere"), (Weighing, "weight"), (Unknown, "Mish"),
+    (Clipped, "ClippedGELU"), (Clipped6, "ReLU6"), (OtherMaps, "Looked at"),
 ]  # fmt: skip
 
 
@@ -332,6 +347,13 @@ def test_a_compiled_model_and_one_that_is_offloaded():
     offloaded = cpu_offload(Model(Layer), torch.device("cpu"))
     with pytest.raises(UserError, match="layers.0.p are offloaded; sparsify the model"):
         shunter.sparsify(offloaded, 2, "topk")
+
+
+def test_a_forward_that_was_exchanged_is_what_counts():
+    model = Model(WithFused)
+    own = model.layers[0].fused.forward
+    model.layers[0].fused.forward = lambda x: 2 * own(x)
+    assert [block.path for stack in find_feed_forwards(model) for block in stack] == ["layers.1.fused"]
 
 
 def test_integers_are_no_weights():

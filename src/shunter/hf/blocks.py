@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 import types
-import warnings
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +24,7 @@ from ..errors import UserError, one_line
 from ..experts import ACTIVATIONS
 from .probing import Event, Recording, Way, is_linear, record, sizes, trials
 
-__all__ = ["FeedForward", "Rows", "find_feed_forwards", "known_activation"]
+__all__ = ["FeedForward", "Rows", "find_feed_forwards", "known_activation", "survey"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def known_activation(function: object, gated: bool) -> str | None:
     """The name under which `shunter.experts` has an activation of a model; None where it does not."""
     if isinstance(function, str):
         function = ACT2FN[function]
-    probe = torch.linspace(-6, 6, 97, device="cpu", dtype=torch.float32)
+    probe = torch.cat([torch.linspace(-6, 6, 97, device="cpu"), torch.tensor([-90.0, -12.0, 12.0, 90.0], device="cpu")])
     try:
         value = function(probe) if callable(function) else None
     except Exception:  # it takes more than a tensor, or has parameters elsewhere
@@ -134,7 +133,7 @@ def known_activation(function: object, gated: bool) -> str | None:
     if not isinstance(value, Tensor) or value.shape != probe.shape or value.device != probe.device:
         return None
     for name, (ours, gates) in ACTIVATIONS.items():
-        if gates == gated and torch.allclose(value.float(), ours(probe), atol=1e-6):
+        if gates == gated and torch.allclose(value.float(), ours(probe.float()), atol=1e-6):
             return name
     return None
 
@@ -417,6 +416,15 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
     """The dense feed-forward blocks of a model, a list for each stack of layers (an encoder, a decoder), in order.
 
     Raises:
+        UserError: as of `survey`.
+    """
+    return survey(model)[0]
+
+
+def survey(model: PreTrainedModel) -> tuple[list[list[FeedForward]], list[str]]:
+    """As `find_feed_forwards`, and of the layers in which no block is known why, in words.
+
+    Raises:
         UserError: where the model already has experts, or where no block is known: the error lists what was looked at.
     """
     numbered = {}
@@ -466,7 +474,4 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
             f"sparsify: no feed-forward block is known in {type(model).__name__}. Looked at: "
             f"{', '.join(seen[:3]) or 'nothing'}. Put shunter.MoE into the model yourself"
         )
-    if left:
-        more = f", and {len(left) - 1} more" if left[1:] else ""
-        warnings.warn(f"{type(model).__name__}: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=3)
-    return list(stacks.values())
+    return list(stacks.values()), left

@@ -168,6 +168,10 @@ class _Instead(nn.Module):
         self.forward = function
 
 
+def _unknown(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError("a forward that was put in the place of the module's own cannot run on a copy of it")
+
+
 class _Probe:
     """A copy of a module whose calls are recorded.
 
@@ -225,7 +229,6 @@ class _Probe:
         copy = module.__class__.__new__(module.__class__)
         self._copies[id(module)] = copy
         state = dict(vars(module))
-        state.update({name: OrderedDict() for name, value in state.items() if name.endswith("_hooks") and not value})
         for name in [name for name in state if name.endswith(("_hooks", "_hooks_with_kwargs"))]:
             state[name] = OrderedDict()
         state |= {"training": self.recording.training, "_compiled_call_impl": None, "gradient_checkpointing": False}
@@ -245,8 +248,9 @@ class _Probe:
                 state[name] = partial(self._call, here, None, self.instead.get(here, value))
         own = state.pop("forward", None)
         forward: Callable[..., Any] = type(module).forward
-        if isinstance(own, types.MethodType) and own.__self__ is module and not hasattr(module, "_hf_hook"):
-            forward = own.__func__
+        if own is not None and not hasattr(module, "_hf_hook"):  # else accelerate's, around that of the class
+            bound = isinstance(own, types.MethodType) and own.__self__ is module
+            forward = own.__func__ if bound else _unknown
         if is_linear(module):
             state["forward"] = partial(self._call, path, module, partial(self._linear, module))
         else:
@@ -258,7 +262,9 @@ class _Probe:
         wide_out, wide_in = sizes(module)
         if x.shape[-1] != wide_in:
             raise ValueError(f"a linear map of {wide_in} got {x.shape[-1]}")
-        return 2 * torch.randn((*x.shape[:-1], wide_out), generator=self.generator, dtype=torch.float64, device="cpu")
+        out = 2 * torch.randn((*x.shape[:-1], wide_out), generator=self.generator, dtype=torch.float64, device="cpu")
+        out[..., ::5] *= 20  # an activation may clip what is large
+        return out
 
     def _call(
         self, path: str, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any

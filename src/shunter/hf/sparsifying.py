@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..experts import Experts
 from ..experts.weights import STACKED
 from ..moe import MoE, moe_layers
 from ..routers import Router
-from .blocks import FeedForward, find_feed_forwards
+from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_as_sparse
 from .hooks import check_batch, install
 
@@ -90,7 +91,11 @@ def sparsify(
     if "vocab_size" in known and options.get("vocab_size") is None:
         options["vocab_size"] = model.config.get_text_config().vocab_size
     made = []
-    for block in choose_blocks(find_feed_forwards(model), every, layers):
+    stacks, left = survey(model)
+    if left:
+        more = f", and {len(left) - 1} more" if left[1:] else ""
+        warnings.warn(f"sparsify: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=2)
+    for block in choose_blocks(stacks, every, layers):
         _must_be_here(block)
         width = block.hidden if hidden is None else hidden
         if init == "copy" and width != block.hidden:
