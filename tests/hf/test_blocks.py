@@ -252,6 +252,15 @@ class Unknown(Layer):
         super().__init__(act="mish")
 
 
+class Training(Layer):
+    """More in training."""
+
+    def block(self, x):
+        if self.training:
+            raise RuntimeError("needs labels")
+        return super().block(x)
+
+
 class Clipped(Layer):
     """One that equals another but for large numbers."""
 
@@ -285,6 +294,7 @@ REFUSED = [
     (Scaled, "GELU"), (Normed, "RMSNorm"), (Skipping, "GELU"), (Functional, "cannot be left out"),
     (Elsewhere, "act is at work elsewhere"), (Weighing, "weight"), (Unknown, "Mish"),
     (Clipped, "ClippedGELU"), (Clipped6, "ReLU6"), (OtherMaps, "Looked at"),
+    (Training, "needs labels"),
 ]  # fmt: skip
 
 

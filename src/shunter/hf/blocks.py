@@ -228,8 +228,9 @@ def _near_misses(recording: Recording) -> Iterator[tuple[str, str]]:
         if dim == out and wide in (f, 2 * f) and f > dim:
             inner = [e.module for e in recording.events if up.end < e.begin and e.end < down.begin]
             kinds = dict.fromkeys(type(module).__name__ for module in inner if module is not None)
-            what = " and ".join(kinds) or "code of its own"
-            yield down.path, f"between {up.path} and {down.path} lies {what}, not just one of {', '.join(ACTIVATIONS)}"
+            if kinds:
+                what, known = " and ".join(kinds), ", ".join(ACTIVATIONS)
+                yield down.path, f"between {up.path} and {down.path} lies {what}, not just one of {known}"
 
 
 # ---- how a block is replaced
@@ -256,9 +257,8 @@ class _Place:
         recordings: those in evaluation and in training.
     """
 
-    def __init__(self, module: nn.Module, way: Way, seen: _Seen, evaluated: Recording) -> None:
-        self.module, self.way, self.seen = module, way, seen
-        self.recordings = (evaluated, record(module, way, training=True))
+    def __init__(self, module: nn.Module, way: Way, seen: _Seen, recordings: tuple[Recording, Recording]) -> None:
+        self.module, self.way, self.seen, self.recordings = module, way, seen, recordings
 
     def block(self) -> FeedForward | str:
         """How an `MoE` replaces the block, by paths within the module; or why it cannot, in words."""
@@ -336,6 +336,15 @@ class _Place:
         )
 
 
+def _placed(module: nn.Module, way: Way, seen: _Seen, evaluated: Recording) -> FeedForward | str:
+    """How an `MoE` replaces a block that was seen in a module, or why it cannot."""
+    try:
+        trained = record(module, way, training=True)
+    except Exception as error:
+        return f"in training it does not run as in evaluation: {one_line(error)}"
+    return _Place(module, way, seen, (evaluated, trained)).block()
+
+
 def _hand_on(x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
@@ -396,7 +405,7 @@ def _analysed(module: nn.Module) -> tuple[list[FeedForward], dict[str, str]]:
             done.add(way.method)
             down = seen.down.path
             if down not in blocks:
-                found = _Place(module, way, seen, recording).block()
+                found = _placed(module, way, seen, recording)
                 if isinstance(found, str):
                     reasons[down] = found
                 else:

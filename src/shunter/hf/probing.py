@@ -11,6 +11,7 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -99,12 +100,14 @@ class Recording:
         events: the calls of the modules inside, of functions that they hold, and of the module itself (path "").
         dropouts: the times of dropouts, none of which dropped anything, and their probabilities.
         failed: whether a part could not be computed, and returned what the way says.
+        ended: whether the forward did.
     """
 
     training: bool
     events: list[Event] = field(default_factory=list)
     dropouts: list[tuple[int, float]] = field(default_factory=list)
     failed: bool = False
+    ended: bool = False
     time: int = 0
 
     def tick(self) -> int:
@@ -124,7 +127,7 @@ class Recording:
     @property
     def linears(self) -> list[Event]:
         """The calls of linear maps, in order."""
-        return [event for event in self.events if event.module is not None and is_linear(event.module)]
+        return [event for event in self.events if event.args and event.module is not None and is_linear(event.module)]
 
 
 @dataclass(frozen=True)
@@ -302,12 +305,11 @@ def trials(module: nn.Module, widths: Iterable[int]) -> Iterator[tuple[Way, Reco
                     for returns in _RETURNS:
                         way = Way(method, shape, fill, returns)
                         probe = _Probe(module, way, False, {}, {})
-                        try:
-                            recording = probe.run()
-                        except Exception:  # it cannot be called in this way
-                            pass
-                        else:
-                            yield way, recording
+                        with suppress(Exception):  # it cannot be called in this way
+                            probe.run()
+                            probe.recording.ended = True
+                        if probe.recording.ended:
+                            yield way, probe.recording
                         if not probe.recording.failed:
                             break
 

@@ -82,6 +82,10 @@ def sparsify(
 
     Source: Fedus et al. 2022, section 2.1 and figure 1; `every`: section 3.3.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"sparsify: {type(model).__name__} is no model of transformers; put shunter.MoE into it yourself"
+        )
     name, told = router if isinstance(router, str) else _name_of(router), check_batch(batch)
     if init not in ("scratch", "copy"):
         raise UserError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
@@ -89,7 +93,9 @@ def sparsify(
         raise UserError("sparsify: copies beside a shared expert would not compute what the dense block does")
     known = routers.options(name)
     if "vocab_size" in known and options.get("vocab_size") is None:
-        options["vocab_size"] = model.config.get_text_config().vocab_size
+        options["vocab_size"] = getattr(model.config.get_text_config(), "vocab_size", None)
+        if options["vocab_size"] is None:
+            raise UserError(f"sparsify: {type(model).__name__} has no token ids, by which router {name!r} goes")
     made = []
     stacks, left = survey(model)
     if left:
