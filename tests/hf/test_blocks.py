@@ -261,6 +261,25 @@ class Training(Layer):
         return super().block(x)
 
 
+class Asking(WithFused):
+    """The module's map besides."""
+
+    def block(self, x):
+        return self.fused(x.to(self.fused.down.weight.dtype))
+
+
+class Arguments(Layer):
+    """An activation that takes more."""
+
+    def __init__(self):
+        super().__init__()
+        del self.act
+        self.act = F.gelu
+
+    def block(self, x):
+        return self.q(self.act(self.p(x), approximate="tanh"))
+
+
 class Clipped(Layer):
     """One that equals another but for large numbers."""
 
@@ -295,6 +314,8 @@ REFUSED = [
     (Elsewhere, "act is at work elsewhere"), (Weighing, "weight"), (Unknown, "Mish"),
     (Clipped, "ClippedGELU"), (Clipped6, "ReLU6"), (OtherMaps, "Looked at"),
     (Training, "needs labels"),
+    (Asking, "needs fused for more"),
+    (Arguments, "for more"),
 ]  # fmt: skip
 
 

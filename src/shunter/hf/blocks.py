@@ -12,7 +12,7 @@ import re
 import types
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -247,6 +247,13 @@ def _around(paths: tuple[str, ...]) -> list[str]:
     return [path for path in _parents(paths[0]) if all(path in _parents(other) for other in paths[1:])]
 
 
+class _Missed(NamedTuple):
+    """Why a map down is in no block, and whether a look at a module inside could not find otherwise."""
+
+    why: str
+    final: bool = False
+
+
 class _Place:
     """A module in which a block was seen, and how an `MoE` replaces just that block there.
 
@@ -260,10 +267,15 @@ class _Place:
     def __init__(self, module: nn.Module, way: Way, seen: _Seen, recordings: tuple[Recording, Recording]) -> None:
         self.module, self.way, self.seen, self.recordings = module, way, seen, recordings
 
-    def block(self) -> FeedForward | str:
+    def block(self) -> FeedForward | _Missed:
         """How an `MoE` replaces the block, by paths within the module; or why it cannot, in words."""
         whole = _around(self.seen.paths)[0]
-        if self._computes(whole, lambda call, down: _equal(call.out, down.out)):
+        if self._computes(whole, lambda call, down: call.out.shape == call.given.shape and _equal(call.out, down.out)):
+            try:
+                for training in (False, True):
+                    record(self.module, self.way, training, {whole: _other} if whole else {})
+            except Exception as error:
+                return _Missed(f"its forward needs {whole} for more: {one_line(error)}", final=True)
             return FeedForward(whole, self.seen.maps(), self.seen.activation, dropout=self._dropout_at_end(whole))
         starts = [path for path in _parents(self.seen.paths[0]) if path not in _around(self.seen.paths)]
         starts = [path for path in starts if all(path in _parents(up.path) for up in self.seen.ups)]
@@ -271,7 +283,7 @@ class _Place:
             if self._computes(path, lambda call, down: _equal(call.out, down.args[0])):
                 return self._spread(path)
         if ACTIVATIONS[self.seen.activation][1]:
-            return "its gate is computed in a forward that does more"
+            return _Missed("its gate is computed in a forward that does more")
         return self._spread(self.seen.paths[0])
 
     def _computes(self, path: str, right: Callable[[Event, Event], bool]) -> bool:
@@ -291,7 +303,7 @@ class _Place:
         found = [p for time, p in recording.dropouts if down.end < time < call.end]
         return found[0] if len(found) == 1 else 1.0 - math.prod(1 - p for p in found)
 
-    def _spread(self, path: str) -> FeedForward | str:
+    def _spread(self, path: str) -> FeedForward | _Missed:
         """With an `MoE` at a path, what comes behind it up to the map down left out."""
         recording, end = self.recordings[0], self.seen.down.path
         call, down = recording.first(path), recording.first(end)
@@ -306,7 +318,7 @@ class _Place:
         for event in recording.events:
             if event.path in superfluous and event not in way:
                 if not isinstance(event.module, nn.Dropout):
-                    return f"{event.path} is at work elsewhere too"
+                    return _Missed(f"{event.path} is at work elsewhere too")
                 superfluous.remove(event.path)
         instead: dict[str, Callable[..., Any]] = dict.fromkeys([*superfluous, end], _hand_on)
         instead[path] = _other
@@ -324,9 +336,9 @@ class _Place:
                 after = record(self.module, self.way, training, instead, undropped)
                 call, down = after.first(path), after.first(end)
                 if call is None or down is None or not _equal(call.out, down.args[0]):
-                    return "what its forward computes between its linear maps cannot be left out"
+                    return _Missed("what its forward computes between its linear maps cannot be left out")
         except Exception as error:
-            return f"its forward needs its linear maps for more: {one_line(error)}"
+            return _Missed(f"its forward needs its linear maps for more: {one_line(error)}", final=True)
         return FeedForward(
             path,
             self.seen.maps(),
@@ -336,16 +348,16 @@ class _Place:
         )
 
 
-def _placed(module: nn.Module, way: Way, seen: _Seen, evaluated: Recording) -> FeedForward | str:
+def _placed(module: nn.Module, way: Way, seen: _Seen, evaluated: Recording) -> FeedForward | _Missed:
     """How an `MoE` replaces a block that was seen in a module, or why it cannot."""
     try:
         trained = record(module, way, training=True)
     except Exception as error:
-        return f"in training it does not run as in evaluation: {one_line(error)}"
+        return _Missed(f"in training it does not run as in evaluation: {one_line(error)}", final=True)
     return _Place(module, way, seen, (evaluated, trained)).block()
 
 
-def _hand_on(x: Any, *args: Any, **kwargs: Any) -> Any:
+def _hand_on(x: Any) -> Any:
     return x
 
 
@@ -391,25 +403,25 @@ def _kind(module: nn.Module) -> tuple[object, ...]:
     return tuple(facts)
 
 
-def _analysed(module: nn.Module) -> tuple[list[FeedForward], dict[str, str]]:
+def _analysed(module: nn.Module) -> tuple[list[FeedForward], dict[str, _Missed]]:
     """The blocks that a module shows, by paths within it; and of other maps down why they are in none."""
     blocks: dict[str, FeedForward] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[str, _Missed] = {}
     done: set[str] = set()
     for way, recording in trials(module, _widths(module)):
         if way.method in done:
             continue
         for down, reason in _near_misses(recording):
-            reasons.setdefault(down, reason)
+            reasons.setdefault(down, _Missed(reason))
         for seen in _blocks_in(recording):
             done.add(way.method)
             down = seen.down.path
             if down not in blocks:
                 found = _placed(module, way, seen, recording)
-                if isinstance(found, str):
-                    reasons[down] = found
-                else:
+                if isinstance(found, FeedForward):
                     blocks[down] = found
+                else:
+                    reasons[down] = found
         if "forward" in done:
             break
     return list(blocks.values()), {down: reason for down, reason in reasons.items() if down not in blocks}
@@ -447,9 +459,10 @@ def survey(model: PreTrainedModel) -> tuple[list[list[FeedForward]], list[str]]:
     blocks: list[FeedForward] = []
     reasons: dict[int, tuple[str, str]] = {}
     taken: set[int] = set()
-    kinds: dict[tuple[object, ...], tuple[list[FeedForward], dict[str, str]]] = {}
+    refused: set[int] = set()
+    kinds: dict[tuple[object, ...], tuple[list[FeedForward], dict[str, _Missed]]] = {}
     for path, module in numbered.items():
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) or not _widths(module, taken):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or not _widths(module, taken | refused):
             continue
         kind = _kind(module)
         if kind not in kinds:
@@ -457,11 +470,14 @@ def survey(model: PreTrainedModel) -> tuple[list[list[FeedForward]], list[str]]:
         found, missed = kinds[kind]
         for block in (_at(path, module, block) for block in found):
             maps = {id(rows.linear) for rows in block.maps.values()}
-            if not maps & taken:
+            if not maps & (taken | refused):
                 taken |= maps
                 blocks.append(block)
-        for down, reason in missed.items():
-            reasons[id(module.get_submodule(down))] = path, f"{path} ({type(module).__name__}: {reason})"
+        for down, (why, final) in missed.items():
+            linear = id(module.get_submodule(down))
+            reasons[linear] = path, f"{path} ({type(module).__name__}: {why})"
+            if final:
+                refused.add(linear)
     known = {_layer(block.path) for block in blocks}
     left = [why for down, (path, why) in reasons.items() if down not in taken and _layer(path) not in known]
     widest: dict[str, int] = {}
