@@ -252,6 +252,48 @@ class Unknown(Layer):
         super().__init__(act="mish")
 
 
+class Training(Layer):
+    """More in training."""
+
+    def block(self, x):
+        if self.training:
+            raise RuntimeError("needs labels")
+        return super().block(x)
+
+
+class Asking(WithFused):
+    """The module's map besides."""
+
+    def block(self, x):
+        return self.fused(x.to(self.fused.down.weight.dtype))
+
+
+class Arguments(Layer):
+    """An activation that takes more."""
+
+    def __init__(self):
+        super().__init__()
+        del self.act
+        self.act = F.gelu
+
+    def block(self, x):
+        return self.q(self.act(self.p(x), approximate="tanh"))
+
+
+class Clipped(Layer):
+    """One that equals another but for large numbers."""
+
+    def __init__(self):
+        super().__init__(act="gelu_10")
+
+
+class Clipped6(Layer):
+    """Another."""
+
+    def __init__(self):
+        super().__init__(act="relu6")
+
+
 class Scaling(nn.Linear):
     """No linear map of its weight alone."""
 
@@ -269,7 +311,11 @@ class OtherMaps(Layer):
 
 REFUSED = [
     (Scaled, "GELU"), (Normed, "RMSNorm"), (Skipping, "GELU"), (Functional, "cannot be left out"),
-    (Elsewhere, "act is at work elsewhere"), (Weighing, "weight"), (Unknown, "Mish"), (OtherMaps, "Looked at"),
+    (Elsewhere, "act is at work elsewhere"), (Weighing, "weight"), (Unknown, "Mish"),
+    (Clipped, "ClippedGELU"), (Clipped6, "ReLU6"), (OtherMaps, "Looked at"),
+    (Training, "needs labels"),
+    (Asking, "needs fused for more"),
+    (Arguments, "for more"),
 ]  # fmt: skip
 
 
@@ -332,6 +378,13 @@ def test_a_compiled_model_and_one_that_is_offloaded():
     offloaded = cpu_offload(Model(Layer), torch.device("cpu"))
     with pytest.raises(UserError, match="layers.0.p are offloaded; sparsify the model"):
         shunter.sparsify(offloaded, 2, "topk")
+
+
+def test_a_forward_that_was_exchanged_is_what_counts():
+    model = Model(WithFused)
+    own = model.layers[0].fused.forward
+    model.layers[0].fused.forward = lambda x: 2 * own(x)
+    assert [block.path for stack in find_feed_forwards(model) for block in stack] == ["layers.1.fused"]
 
 
 def test_integers_are_no_weights():

@@ -251,6 +251,13 @@ def test_bad_options_say_what_is_allowed(options, message, build):
         shunter.sparsify(build("llama"), 4, **options)
 
 
+def test_models_that_are_none_or_have_no_tokens_are_refused(build):
+    with pytest.raises(UserError, match="Linear is no model of transformers"):
+        shunter.sparsify(torch.nn.Linear(3, 3), 2)
+    with pytest.raises(UserError, match="ViTForImageClassification has no token ids, by which router 'hash' goes"):
+        shunter.sparsify(build("vit"), 2, "hash")
+
+
 def test_unknown_architectures_say_what_was_looked_at():
     model = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(ValueError, match=r"Looked at: backbone.layers.0.mixer \(MambaMixer\)"):

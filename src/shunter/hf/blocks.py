@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import re
 import types
-import warnings
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from ..errors import UserError, one_line
 from ..experts import ACTIVATIONS
 from .probing import Event, Recording, Way, is_linear, record, sizes, trials
 
-__all__ = ["FeedForward", "Rows", "find_feed_forwards", "known_activation"]
+__all__ = ["FeedForward", "Rows", "find_feed_forwards", "known_activation", "survey"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def known_activation(function: object, gated: bool) -> str | None:
     """The name under which `shunter.experts` has an activation of a model; None where it does not."""
     if isinstance(function, str):
         function = ACT2FN[function]
-    probe = torch.linspace(-6, 6, 97, device="cpu", dtype=torch.float32)
+    probe = torch.cat([torch.linspace(-6, 6, 97, device="cpu"), torch.tensor([-90.0, -12.0, 12.0, 90.0], device="cpu")])
     try:
         value = function(probe) if callable(function) else None
     except Exception:  # it takes more than a tensor, or has parameters elsewhere
@@ -134,7 +133,7 @@ def known_activation(function: object, gated: bool) -> str | None:
     if not isinstance(value, Tensor) or value.shape != probe.shape or value.device != probe.device:
         return None
     for name, (ours, gates) in ACTIVATIONS.items():
-        if gates == gated and torch.allclose(value.float(), ours(probe), atol=1e-6):
+        if gates == gated and torch.allclose(value.float(), ours(probe.float()), atol=1e-6):
             return name
     return None
 
@@ -229,8 +228,9 @@ def _near_misses(recording: Recording) -> Iterator[tuple[str, str]]:
         if dim == out and wide in (f, 2 * f) and f > dim:
             inner = [e.module for e in recording.events if up.end < e.begin and e.end < down.begin]
             kinds = dict.fromkeys(type(module).__name__ for module in inner if module is not None)
-            what = " and ".join(kinds) or "code of its own"
-            yield down.path, f"between {up.path} and {down.path} lies {what}, not just one of {', '.join(ACTIVATIONS)}"
+            if kinds:
+                what, known = " and ".join(kinds), ", ".join(ACTIVATIONS)
+                yield down.path, f"between {up.path} and {down.path} lies {what}, not just one of {known}"
 
 
 # ---- how a block is replaced
@@ -247,6 +247,13 @@ def _around(paths: tuple[str, ...]) -> list[str]:
     return [path for path in _parents(paths[0]) if all(path in _parents(other) for other in paths[1:])]
 
 
+class _Missed(NamedTuple):
+    """Why a map down is in no block, and whether a look at a module inside could not find otherwise."""
+
+    why: str
+    final: bool = False
+
+
 class _Place:
     """A module in which a block was seen, and how an `MoE` replaces just that block there.
 
@@ -257,14 +264,18 @@ class _Place:
         recordings: those in evaluation and in training.
     """
 
-    def __init__(self, module: nn.Module, way: Way, seen: _Seen, evaluated: Recording) -> None:
-        self.module, self.way, self.seen = module, way, seen
-        self.recordings = (evaluated, record(module, way, training=True))
+    def __init__(self, module: nn.Module, way: Way, seen: _Seen, recordings: tuple[Recording, Recording]) -> None:
+        self.module, self.way, self.seen, self.recordings = module, way, seen, recordings
 
-    def block(self) -> FeedForward | str:
+    def block(self) -> FeedForward | _Missed:
         """How an `MoE` replaces the block, by paths within the module; or why it cannot, in words."""
         whole = _around(self.seen.paths)[0]
-        if self._computes(whole, lambda call, down: _equal(call.out, down.out)):
+        if self._computes(whole, lambda call, down: call.out.shape == call.given.shape and _equal(call.out, down.out)):
+            try:
+                for training in (False, True):
+                    record(self.module, self.way, training, {whole: _other} if whole else {})
+            except Exception as error:
+                return _Missed(f"its forward needs {whole} for more: {one_line(error)}", final=True)
             return FeedForward(whole, self.seen.maps(), self.seen.activation, dropout=self._dropout_at_end(whole))
         starts = [path for path in _parents(self.seen.paths[0]) if path not in _around(self.seen.paths)]
         starts = [path for path in starts if all(path in _parents(up.path) for up in self.seen.ups)]
@@ -272,7 +283,7 @@ class _Place:
             if self._computes(path, lambda call, down: _equal(call.out, down.args[0])):
                 return self._spread(path)
         if ACTIVATIONS[self.seen.activation][1]:
-            return "its gate is computed in a forward that does more"
+            return _Missed("its gate is computed in a forward that does more")
         return self._spread(self.seen.paths[0])
 
     def _computes(self, path: str, right: Callable[[Event, Event], bool]) -> bool:
@@ -292,7 +303,7 @@ class _Place:
         found = [p for time, p in recording.dropouts if down.end < time < call.end]
         return found[0] if len(found) == 1 else 1.0 - math.prod(1 - p for p in found)
 
-    def _spread(self, path: str) -> FeedForward | str:
+    def _spread(self, path: str) -> FeedForward | _Missed:
         """With an `MoE` at a path, what comes behind it up to the map down left out."""
         recording, end = self.recordings[0], self.seen.down.path
         call, down = recording.first(path), recording.first(end)
@@ -307,7 +318,7 @@ class _Place:
         for event in recording.events:
             if event.path in superfluous and event not in way:
                 if not isinstance(event.module, nn.Dropout):
-                    return f"{event.path} is at work elsewhere too"
+                    return _Missed(f"{event.path} is at work elsewhere too")
                 superfluous.remove(event.path)
         instead: dict[str, Callable[..., Any]] = dict.fromkeys([*superfluous, end], _hand_on)
         instead[path] = _other
@@ -325,9 +336,9 @@ class _Place:
                 after = record(self.module, self.way, training, instead, undropped)
                 call, down = after.first(path), after.first(end)
                 if call is None or down is None or not _equal(call.out, down.args[0]):
-                    return "what its forward computes between its linear maps cannot be left out"
+                    return _Missed("what its forward computes between its linear maps cannot be left out")
         except Exception as error:
-            return f"its forward needs its linear maps for more: {one_line(error)}"
+            return _Missed(f"its forward needs its linear maps for more: {one_line(error)}", final=True)
         return FeedForward(
             path,
             self.seen.maps(),
@@ -337,7 +348,16 @@ class _Place:
         )
 
 
-def _hand_on(x: Any, *args: Any, **kwargs: Any) -> Any:
+def _placed(module: nn.Module, way: Way, seen: _Seen, evaluated: Recording) -> FeedForward | _Missed:
+    """How an `MoE` replaces a block that was seen in a module, or why it cannot."""
+    try:
+        trained = record(module, way, training=True)
+    except Exception as error:
+        return _Missed(f"in training it does not run as in evaluation: {one_line(error)}", final=True)
+    return _Place(module, way, seen, (evaluated, trained)).block()
+
+
+def _hand_on(x: Any) -> Any:
     return x
 
 
@@ -383,25 +403,25 @@ def _kind(module: nn.Module) -> tuple[object, ...]:
     return tuple(facts)
 
 
-def _analysed(module: nn.Module) -> tuple[list[FeedForward], dict[str, str]]:
+def _analysed(module: nn.Module) -> tuple[list[FeedForward], dict[str, _Missed]]:
     """The blocks that a module shows, by paths within it; and of other maps down why they are in none."""
     blocks: dict[str, FeedForward] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[str, _Missed] = {}
     done: set[str] = set()
     for way, recording in trials(module, _widths(module)):
         if way.method in done:
             continue
         for down, reason in _near_misses(recording):
-            reasons.setdefault(down, reason)
+            reasons.setdefault(down, _Missed(reason))
         for seen in _blocks_in(recording):
             done.add(way.method)
             down = seen.down.path
             if down not in blocks:
-                found = _Place(module, way, seen, recording).block()
-                if isinstance(found, str):
-                    reasons[down] = found
-                else:
+                found = _placed(module, way, seen, recording)
+                if isinstance(found, FeedForward):
                     blocks[down] = found
+                else:
+                    reasons[down] = found
         if "forward" in done:
             break
     return list(blocks.values()), {down: reason for down, reason in reasons.items() if down not in blocks}
@@ -417,6 +437,15 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
     """The dense feed-forward blocks of a model, a list for each stack of layers (an encoder, a decoder), in order.
 
     Raises:
+        UserError: as of `survey`.
+    """
+    return survey(model)[0]
+
+
+def survey(model: PreTrainedModel) -> tuple[list[list[FeedForward]], list[str]]:
+    """As `find_feed_forwards`, and of the layers in which no block is known why, in words.
+
+    Raises:
         UserError: where the model already has experts, or where no block is known: the error lists what was looked at.
     """
     numbered = {}
@@ -430,9 +459,10 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
     blocks: list[FeedForward] = []
     reasons: dict[int, tuple[str, str]] = {}
     taken: set[int] = set()
-    kinds: dict[tuple[object, ...], tuple[list[FeedForward], dict[str, str]]] = {}
+    refused: set[int] = set()
+    kinds: dict[tuple[object, ...], tuple[list[FeedForward], dict[str, _Missed]]] = {}
     for path, module in numbered.items():
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) or not _widths(module, taken):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or not _widths(module, taken | refused):
             continue
         kind = _kind(module)
         if kind not in kinds:
@@ -440,11 +470,14 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
         found, missed = kinds[kind]
         for block in (_at(path, module, block) for block in found):
             maps = {id(rows.linear) for rows in block.maps.values()}
-            if not maps & taken:
+            if not maps & (taken | refused):
                 taken |= maps
                 blocks.append(block)
-        for down, reason in missed.items():
-            reasons[id(module.get_submodule(down))] = path, f"{path} ({type(module).__name__}: {reason})"
+        for down, (why, final) in missed.items():
+            linear = id(module.get_submodule(down))
+            reasons[linear] = path, f"{path} ({type(module).__name__}: {why})"
+            if final:
+                refused.add(linear)
     known = {_layer(block.path) for block in blocks}
     left = [why for down, (path, why) in reasons.items() if down not in taken and _layer(path) not in known]
     widest: dict[str, int] = {}
@@ -466,7 +499,4 @@ def find_feed_forwards(model: PreTrainedModel) -> list[list[FeedForward]]:
             f"sparsify: no feed-forward block is known in {type(model).__name__}. Looked at: "
             f"{', '.join(seen[:3]) or 'nothing'}. Put shunter.MoE into the model yourself"
         )
-    if left:
-        more = f", and {len(left) - 1} more" if left[1:] else ""
-        warnings.warn(f"{type(model).__name__}: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=3)
-    return list(stacks.values())
+    return list(stacks.values()), left

@@ -11,6 +11,7 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -99,12 +100,14 @@ class Recording:
         events: the calls of the modules inside, of functions that they hold, and of the module itself (path "").
         dropouts: the times of dropouts, none of which dropped anything, and their probabilities.
         failed: whether a part could not be computed, and returned what the way says.
+        ended: whether the forward did.
     """
 
     training: bool
     events: list[Event] = field(default_factory=list)
     dropouts: list[tuple[int, float]] = field(default_factory=list)
     failed: bool = False
+    ended: bool = False
     time: int = 0
 
     def tick(self) -> int:
@@ -124,7 +127,7 @@ class Recording:
     @property
     def linears(self) -> list[Event]:
         """The calls of linear maps, in order."""
-        return [event for event in self.events if event.module is not None and is_linear(event.module)]
+        return [event for event in self.events if event.args and event.module is not None and is_linear(event.module)]
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,10 @@ class _Instead(nn.Module):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.forward = function
+
+
+def _unknown(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError("a forward that was put in the place of the module's own cannot run on a copy of it")
 
 
 class _Probe:
@@ -225,7 +232,6 @@ class _Probe:
         copy = module.__class__.__new__(module.__class__)
         self._copies[id(module)] = copy
         state = dict(vars(module))
-        state.update({name: OrderedDict() for name, value in state.items() if name.endswith("_hooks") and not value})
         for name in [name for name in state if name.endswith(("_hooks", "_hooks_with_kwargs"))]:
             state[name] = OrderedDict()
         state |= {"training": self.recording.training, "_compiled_call_impl": None, "gradient_checkpointing": False}
@@ -245,8 +251,9 @@ class _Probe:
                 state[name] = partial(self._call, here, None, self.instead.get(here, value))
         own = state.pop("forward", None)
         forward: Callable[..., Any] = type(module).forward
-        if isinstance(own, types.MethodType) and own.__self__ is module and not hasattr(module, "_hf_hook"):
-            forward = own.__func__
+        if own is not None and not hasattr(module, "_hf_hook"):  # else accelerate's, around that of the class
+            bound = isinstance(own, types.MethodType) and own.__self__ is module
+            forward = own.__func__ if bound else _unknown
         if is_linear(module):
             state["forward"] = partial(self._call, path, module, partial(self._linear, module))
         else:
@@ -258,7 +265,9 @@ class _Probe:
         wide_out, wide_in = sizes(module)
         if x.shape[-1] != wide_in:
             raise ValueError(f"a linear map of {wide_in} got {x.shape[-1]}")
-        return 2 * torch.randn((*x.shape[:-1], wide_out), generator=self.generator, dtype=torch.float64, device="cpu")
+        out = 2 * torch.randn((*x.shape[:-1], wide_out), generator=self.generator, dtype=torch.float64, device="cpu")
+        out[..., ::5] *= 20  # an activation may clip what is large
+        return out
 
     def _call(
         self, path: str, module: nn.Module | None, function: Callable[..., Any], *args: Any, **kwargs: Any
@@ -296,12 +305,11 @@ def trials(module: nn.Module, widths: Iterable[int]) -> Iterator[tuple[Way, Reco
                     for returns in _RETURNS:
                         way = Way(method, shape, fill, returns)
                         probe = _Probe(module, way, False, {}, {})
-                        try:
-                            recording = probe.run()
-                        except Exception:  # it cannot be called in this way
-                            pass
-                        else:
-                            yield way, recording
+                        with suppress(Exception):  # it cannot be called in this way
+                            probe.run()
+                            probe.recording.ended = True
+                        if probe.recording.ended:
+                            yield way, probe.recording
                         if not probe.recording.failed:
                             break
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..experts import Experts
 from ..experts.weights import STACKED
 from ..moe import MoE, moe_layers
 from ..routers import Router
-from .blocks import FeedForward, find_feed_forwards
+from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_as_sparse
 from .hooks import check_batch, install
 
@@ -81,6 +82,10 @@ def sparsify(
 
     Source: Fedus et al. 2022, section 2.1 and figure 1; `every`: section 3.3.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"sparsify: {type(model).__name__} is no model of transformers; put shunter.MoE into it yourself"
+        )
     name, told = router if isinstance(router, str) else _name_of(router), check_batch(batch)
     if init not in ("scratch", "copy"):
         raise UserError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
@@ -88,9 +93,15 @@ def sparsify(
         raise UserError("sparsify: copies beside a shared expert would not compute what the dense block does")
     known = routers.options(name)
     if "vocab_size" in known and options.get("vocab_size") is None:
-        options["vocab_size"] = model.config.get_text_config().vocab_size
+        options["vocab_size"] = getattr(model.config.get_text_config(), "vocab_size", None)
+        if options["vocab_size"] is None:
+            raise UserError(f"sparsify: {type(model).__name__} has no token ids, by which router {name!r} goes")
     made = []
-    for block in choose_blocks(find_feed_forwards(model), every, layers):
+    stacks, left = survey(model)
+    if left:
+        more = f", and {len(left) - 1} more" if left[1:] else ""
+        warnings.warn(f"sparsify: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=2)
+    for block in choose_blocks(stacks, every, layers):
         _must_be_here(block)
         width = block.hidden if hidden is None else hidden
         if init == "copy" and width != block.hidden:
