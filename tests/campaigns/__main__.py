@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,22 +23,28 @@ def main():
     parser.add_argument("--only", type=int, help="repeat one case")
     parser.add_argument("--out", type=Path, help="a folder for campaigns.json and campaigns.md")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     if args.out:
         make_folder(args.out)
+    tasks = [(*name.partition("=")[::2], args.seed, args.only) for name in args.names or CAMPAIGNS]
     results = []
-    for given in args.names or CAMPAIGNS:
-        name, _, size = given.partition("=")
-        campaign, full = CAMPAIGNS[name]
-        with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
-            result = campaign(Path(folder), int(size or full), args.seed, args.only)
-        results.append(result)
-        print(row(result), *result.failures, sep="\n", flush=True)
-        if args.out:
-            found = {"versions": run_versions(), "results": [r.as_json() for r in results]}
-            write(args.out / "campaigns.json", json.dumps(found, indent=1) + "\n")
-            write(args.out / "campaigns.md", page(found, results))
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        for result in pool.imap_unordered(run, tasks, chunksize=1):
+            results = sorted([*results, result], key=lambda result: list(CAMPAIGNS).index(result.campaign))
+            print(row(result), *result.failures, sep="\n", flush=True)
+            if args.out:
+                found = {"versions": run_versions(), "results": [result.as_json() for result in results]}
+                write(args.out / "campaigns.json", json.dumps(found, indent=1) + "\n")
+                write(args.out / "campaigns.md", page(found, results))
     return 1 if any(result.failures for result in results) else 0
+
+
+def run(task):
+    """One campaign in a folder of its own."""
+    name, size, seed, only = task
+    torch.set_num_threads(1)
+    campaign, full = CAMPAIGNS[name]
+    with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
+        return campaign(Path(folder), int(size or full), seed, only)
 
 
 def row(result):

@@ -49,9 +49,21 @@ class Result:
         return asdict(self)
 
 
-def jobs(folder):
-    """One job of each kind."""
-    return [Job(Path(folder) / kind, kind) for kind in KINDS]
+class Jobs:
+    """A job of each kind, made when it is first drawn."""
+
+    def __init__(self, folder):
+        self.folder, self.made = Path(folder), {}
+
+    def draw(self, draw):
+        """One of them."""
+        kind = draw.choice(list(KINDS))
+        return self.made.get(kind) or self.make(kind)
+
+    def make(self, kind, pages=False):
+        """That of a kind."""
+        self.made[kind] = Job(self.folder / kind, kind, pages)
+        return self.made[kind]
 
 
 def cases(size, only):
@@ -61,12 +73,12 @@ def cases(size, only):
 
 def kills(folder, size, seed, only=None):
     """A: SIGKILL at a random time, again and again until a run ends."""
-    result, made = Result("kills", "SIGKILL at random times of a run, first and resumed", seed, size), jobs(folder)
+    result, made = Result("kills", "SIGKILL at random times of a run, first and resumed", seed, size), Jobs(folder)
     for case in cases(size, only):  # of up to three kills, until there were enough
         if result.injected >= size:
             break
         draw = random.Random(f"{seed} {case}")
-        job = draw.choice(made)
+        job = made.draw(draw)
         with fresh(folder) as run:
             killed = 0
             for _ in range(draw.randrange(1, 4)):
@@ -81,7 +93,7 @@ def kills(folder, size, seed, only=None):
 def crash_points(folder, size, seed, only=None):
     """B: SIGKILL before each operation on files; and the data that were not synced by then lost, as with the power."""
     what = "SIGKILL before an operation on files, and with it a power loss"
-    result, job = Result("crash_points", what, seed, size), jobs(folder)[1]
+    result, job = Result("crash_points", what, seed, size), Jobs(folder).make("bias", pages=True)
     with fresh(folder) as run:
         total = int(in_child(_counted(job, run)).line)
     draw = random.Random(seed)
@@ -136,10 +148,10 @@ def _lose_power(run, draw):
 
 def chains(folder, size, seed, only=None):
     """C: five stops and resumptions of one run."""
-    result, made = Result("chains", "five stops like Ctrl-C in one run", seed, size), jobs(folder)
+    result, made = Result("chains", "five stops like Ctrl-C in one run", seed, size), Jobs(folder)
     for case in cases(size, only):
         draw = random.Random(f"{seed} {case}")
-        job = draw.choice(made)
+        job = made.draw(draw)
         stops = [("dense", step) for step in sorted(draw.sample(range(1, STEPS), 2))]
         stops += [("sparse", step) for step in sorted(draw.sample(range(1, STEPS), 3))]
         with fresh(folder) as run:
@@ -153,7 +165,10 @@ ERRORS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES, errno.EMFILE, err
 
 def disks(folder, size, seed, only=None):
     """D: an operation on files fails with an error of the system; on a file system of its own, the disk is full."""
-    result, job = Result("disks", "full disks, and operations on files that fail", seed, size), jobs(folder)[0]
+    result, job = (
+        Result("disks", "full disks, and operations on files that fail", seed, size),
+        Jobs(folder).make("topk"),
+    )
     with fresh(folder) as run:
         total = int(in_child(_counted(job, run)).line)
     for case in cases(size, only):
@@ -199,13 +214,13 @@ def _told(ended):
 
 def damage(folder, size, seed, only=None):
     """E: a file of a stopped run has a bit flipped, is cut, lost, or swapped with another."""
-    result, made = Result("damage", "a file of a stopped run flipped, cut, lost or swapped", seed, size), jobs(folder)
-    for job in made:
-        job.stopped(job.folder / "stopped", STEPS - 1)
+    result, made = Result("damage", "a file of a stopped run flipped, cut, lost or swapped", seed, size), Jobs(folder)
     for case in cases(size, only):
         draw = random.Random(f"{seed} {case}")
-        job = draw.choice(made)
+        job = made.draw(draw)
         with fresh(folder) as run:
+            if not (job.folder / "stopped").exists():
+                job.stopped(job.folder / "stopped", STEPS - 1)
             shutil.copytree(job.folder / "stopped", run)
             files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.stat().st_size]
             _damage(draw, files)
@@ -365,7 +380,7 @@ CAMPAIGNS = {
     "crash_points": (crash_points, 10**6),
     "chains": (chains, 200),
     "disks": (disks, 1000),
-    "damage": (damage, 2000),
+    "damage": (damage, 1000),
     "flips": (flips, 10000),
     "numbers": (numbers, 216),
     "spikes": (spikes, 100),

@@ -8,7 +8,7 @@ import time
 import traceback
 from dataclasses import dataclass
 
-LIMIT = 120.0  # seconds; a process that takes longer hangs
+LIMIT = 300.0  # seconds; a process that takes longer hangs
 BROKEN = 70  # the exit code of a traceback
 
 

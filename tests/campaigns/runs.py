@@ -10,6 +10,7 @@ from pathlib import Path
 from shunter.analysis.runs import Metrics
 from shunter.cli import main
 from shunter.durable import sealed
+from shunter.recipes import run as engine
 from shunter.training import loop
 from tests.campaigns.processes import in_child
 from tests.recipes.conftest import SMALL
@@ -29,10 +30,11 @@ class Job:
     Args:
         folder: for the corpus and the run.
         kind: of `KINDS`.
+        pages: whether its runs draw their report, which takes half of the time.
     """
 
-    def __init__(self, folder, kind):
-        self.folder, self.kind = Path(folder), kind
+    def __init__(self, folder, kind, pages):
+        self.folder, self.kind, self.pages = Path(folder), kind, pages
         corpus = self.folder / "corpus"
         for domain, text in {"letters": "abc de fgh ", "digits": "12 345 6 78 "}.items():
             (corpus / domain).mkdir(parents=True, exist_ok=True)
@@ -41,13 +43,17 @@ class Job:
         every = [f"training.steps={STEPS}", f"training.save_every={SAVE}", "training.log_every=1"]
         self.settings = [*SMALL, *every, "training.eval_every=3", *KINDS[kind], f"data.source=['{corpus}']"]
         self.straight = self.folder / "straight"
+        drawing = engine.write_report, engine.write_picture
         assert self.work(self.straight)() == 0  # in this process, so that its children have all modules loaded
+        engine.write_report, engine.write_picture = drawing
         self.outcome = outcome(self.straight)
 
     def work(self, run):
         """Begin a run, or go on with it where there is one; for a process of its own."""
 
         def work():
+            if not self.pages:
+                engine.write_report = engine.write_picture = lambda *given: None
             if sealed(run):
                 return main(["train", "text", "--resume", "--run", str(run)])
             return main(["train", "text", "--run", str(run), *self.settings])

@@ -6,13 +6,13 @@ from tests.campaigns.campaigns import CAMPAIGNS
 from tests.conftest import SEED
 
 SMALL = {
-    "kills": 6,
-    "crash_points": 8,
+    "kills": 4,
+    "crash_points": 4,
     "chains": 1,
-    "disks": 8,
-    "damage": 8,
+    "disks": 4,
+    "damage": 5,
     "flips": 200,
-    "numbers": 6,
+    "numbers": 4,
     "spikes": 10,
     "loads": 6,
     "settings": 300,
