@@ -11,7 +11,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "architectures.md").read_
 # One of each shape, and of those that are refused.
 SOME = (
     "albert", "bart", "bitnet", "bloom", "blip_2_qformer", "clip_text_model", "convnext", "convnextv2", "distilbert",
-    "dory", "falcon", "gpt2", "gpt_neox", "hubert", "llama", "lxmert", "modernbert", "mpt", "nemotron", "opt",
+    "dory", "falcon", "glm5_next_text", "gpt_neox", "hubert", "llama", "lxmert", "modernbert", "mpt", "nemotron", "opt",
     "persimmon", "phi3", "roberta-prelayernorm", "swin", "t5", "whisper", "xmod",
 )  # fmt: skip
 
