@@ -85,12 +85,22 @@ def test_what_a_killed_process_left_goes_with_the_next_and_what_a_living_one_wri
         path = tmp_path / str(folder)
         subprocess.run([sys.executable, "-c", code, str(path), str(folder)], timeout=TIME_LIMIT, check=False)
         assert len(entries(tmp_path)) == 1
-        with aside(path) as living:
+        with aside(path.with_name("other")) as living:
             assert entries(tmp_path) == [living.name]
             write(path, "whole")
             assert living.is_dir()
         assert entries(tmp_path) == [path.name]
         path.unlink()
+
+
+def test_without_locks_nothing_of_others_is_removed(tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(durable.fcntl, "flock", none)
+    with aside(tmp_path / "a") as living, only_process(tmp_path):
+        write(tmp_path / "b", "whole")
+        assert living.is_dir() and (tmp_path / "b").read_text() == "whole"
 
 
 def test_a_sealed_folder_says_its_facts(folder):

@@ -47,6 +47,7 @@ _LARGEST = 100_000_000  # bytes of a manifest
 _READ = {".bin", ".json", ".jinja", ".model", ".pt", ".pth", ".safetensors"}
 """The endings of files that a loader would read, though no manifest names them."""
 _LOCK = ".lock"
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.partial", re.DOTALL)
 _CURE = "take another copy, or remove the manifest if you changed it yourself"
 
 
@@ -245,8 +246,8 @@ def only_process(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether this process has the lock; on file systems without locks it has."""
+def _lock(descriptor: int, *, without: bool = True) -> bool:
+    """Whether this process has the lock now; `without` is the answer on file systems that have no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -254,6 +255,7 @@ def _lock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
+        return without
     return True
 
 
@@ -265,7 +267,7 @@ def aside(path: Path, *, folder: bool = True) -> Iterator[Path]:
         NotWritten: where the place cannot be written to.
     """
     with _naming(path):
-        _sweep(path)
+        _sweep(path.parent)
         part, descriptor = _claim(path, folder)
     try:
         yield part
@@ -291,14 +293,13 @@ def _claim(path: Path, folder: bool) -> tuple[Path, int]:
             raise
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left beside a path: what is not locked."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
-    for part in [part for part in path.parent.iterdir() if ours.fullmatch(part.name)]:
-        with suppress(FileNotFoundError):
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left in a folder: what was written aside and is not locked."""
+    for part in [part for part in folder.iterdir() if _ASIDE.fullmatch(part.name)]:
+        with suppress(OSError):  # gone meanwhile, or of another user
             descriptor = os.open(part, os.O_RDONLY | os.O_NONBLOCK)
             try:
-                if _lock(descriptor):
+                if _lock(descriptor, without=False):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
             finally:
                 os.close(descriptor)
