@@ -184,11 +184,13 @@ def listening(model: nn.Module, callback: Callable[[str, Observation], None]) ->
     """
     found = require_taps(model)
     with ExitStack() as stack:
-        if _is_compiled(model):
+        compiled = any(module._compiled_call_impl is not None for module in model.modules())
+        if compiled:
             warnings.warn(
                 f"{type(model).__name__} was compiled before it is listened to: it runs uncompiled while it is",
                 stacklevel=3,
             )
+        if compiled or _has_graphs(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         around = stack.enter_context(noting_tokens(model, found))
         told: set[type] = set()
@@ -204,12 +206,10 @@ def listening(model: nn.Module, callback: Callable[[str, Observation], None]) ->
         yield found
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether graphs exist, made by torch.compile, in which hooks that are set now would not be."""
+def _has_graphs(model: nn.Module) -> bool:
+    """Whether there are graphs, of this model or of one of its classes, in which hooks that are set now would not be."""
     if "torch._dynamo" not in sys.modules:
         return False
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        return True
     entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
     forwards = {getattr(type(module).forward, "__code__", None) for module in model.modules()}
     return any(code is not None and entries(code) for code in forwards)
