@@ -207,7 +207,7 @@ def listening(model: nn.Module, callback: Callable[[str, Observation], None]) ->
 
 
 def _has_graphs(model: nn.Module) -> bool:
-    """Whether there are graphs, of this model or of one of its classes, in which hooks that are set now would not be."""
+    """Whether there are graphs, of this model or of one of its classes, in which hooks set now would not be."""
     if "torch._dynamo" not in sys.modules:
         return False
     entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
