@@ -113,11 +113,15 @@ class Scope:
     layers: frozenset[Any] | None = None
 
 
+_OF_THREADS: dict[int, list[Scope]] = {}
+
+
 class _Present(threading.local):
     """The scopes of the forwards that run in this thread, outermost first."""
 
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
+        _OF_THREADS[threading.get_ident()] = self.scopes
 
 
 _PRESENT = _Present()
@@ -147,11 +151,24 @@ def enter(scopes: tuple[Scope, ...]) -> tuple[Scope, ...]:
     return before
 
 
-def known_in(layer: Any) -> tuple[Context, dict[str, Tensor]]:
-    """What the models around a layer know of its tokens, and what the layer is told, in the present scopes."""
+def known_in(layer: Any, recomputing: bool = False) -> tuple[Context, dict[str, Tensor]]:
+    """What the models around a layer know of its tokens, and what the layer is told, in the present scopes.
+
+    A recomputation may run in a thread of autograd's own, as it does on a GPU, while the one that began the backward
+    waits: its scopes count then, where it is the only one that has some.
+    """
     around = NO_CONTEXT
     told: dict[str, Tensor] = {}
-    for scope in _PRESENT.scopes:
+    scopes = _PRESENT.scopes
+    if recomputing and not scopes:
+        waiting = [others for others in _OF_THREADS.values() if others]
+        if len(waiting) > 1:
+            raise RuntimeError(
+                "shunter.tell: a backward recomputes in a thread of its own while several threads tell layers of their "
+                "tokens; run one backward at a time"
+            )
+        scopes = waiting[0] if waiting else scopes
+    for scope in scopes:
         if scope.context is not None:
             around = scope.context
         if scope.layers is None or layer in scope.layers:
@@ -188,7 +205,8 @@ def of_tokens(x: Tensor, told: Mapping[str, Tensor | None], around: Context, req
         if value is None:
             value = _in_rows(name, getattr(around, name), shape)
             if value is not None and not _fits(name, value, shape):
-                if name in required or (name == "mask" and not bool(value.all())):
+                needed = name in required or (name == "sequence" and "position" in required)
+                if needed or (name == "mask" and not bool(value.all())):
                     raise ValueError(
                         f"{_misfit(name, value, x)}. The model around knows it of other tokens than this layer's: say "
                         f"what it is here by shunter.tell(model, {name}=…)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -57,6 +58,7 @@ class _Call:
         self.losses, self.decision = losses, decision
         self.used = False
         self.order = -1
+        self.thread = threading.get_ident()
         self._reached: list[bool] = []
         self._lost: Callable[[], None] | None = None
 
@@ -74,7 +76,8 @@ class _Call:
         self._lost = lost if learned else None
 
     def _pass(self, grad: Tensor) -> None:
-        self.used = True
+        # A backward that keeps the graph, as of a penalty on a gradient, is not the last to go through it.
+        self.used = not torch._C._autograd._get_current_graph_task_keep_graph()
         if self._lost is not None:
             torch.autograd.Variable._execution_engine.queue_callback(self._check)
 
@@ -124,7 +127,7 @@ class RoutedLayer(nn.Module):
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
-        around, by_scope = contexts.known_in(self)
+        around, by_scope = contexts.known_in(self, recomputing())
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             _refuse_vmap((x, *told.values(), *by_scope.values(), *self.router.parameters()))
         context = contexts.of_tokens(x, {**by_scope, **told}, around, self.decider.required)
@@ -181,6 +184,10 @@ class RoutedLayer(nn.Module):
         known = [call for ref in self._calls if (call := ref()) is not None]
         if self._last is not None and self._last not in known:
             known.append(self._last)
+        here = threading.get_ident()
+        known = [
+            call for call in known if since < 0 or call.thread == here
+        ]  # a forward's own, and not another thread's
         return [call for call in known if not call.used and (call.order >= since or call.order < 0)]
 
     def forget(self, since: int) -> None:

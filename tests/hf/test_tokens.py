@@ -5,6 +5,9 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     DataCollatorWithFlattening,
+    GenerationConfig,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     SwitchTransformersConfig,
@@ -271,3 +274,50 @@ def test_the_balance_of_sequences_is_that_of_the_padded_batch(family, build):
         found.append(balance.loss())
         balance.detach()
     assert torch.allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("least", [-1e4, -65504.0, -1e9, float("-inf")])
+def test_what_forbids_is_any_large_number(least, build):
+    _, padded, packed = _rows()
+    real = padded["attention_mask"].bool()
+    mask = torch.where(real[:, None, None], 0.0, least).expand(-1, 1, real.shape[1], -1)
+    context = tokens_of(build("bert"), (), {"input_ids": padded["input_ids"], "attention_mask": mask})
+    assert torch.equal(context.mask, real)
+    number = packed["seq_idx"][0]
+    together = torch.where(number[:, None] == number, 0.0, least)[None, None]
+    context = tokens_of(build("bert"), (), {"input_ids": packed["input_ids"], "attention_mask": together})
+    assert torch.equal(context.sequence[0], number)
+
+
+@pytest.mark.parametrize("router", ["topk", "position_hash"])
+def test_a_static_cache_of_a_window_generates_as_any(router):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=50, **sizes, num_key_value_heads=2, sliding_window=4)
+    options = {"top_k": 2} if router == "topk" else {"num_positions": 32}
+    model = shunter.sparsify(MistralForCausalLM(config), 4, router, **options).double().eval()
+    ids = torch.randint(1, 50, (2, 6))
+    more = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    static = model.generate(ids, cache_implementation="static", **more)
+    assert torch.equal(static, model.generate(ids, **more))
+
+
+def test_continuous_batching_generates_as_generate(build):
+    model = shunter.sparsify(build("llama"), 4, "position_hash", num_positions=32).eval()
+    for layer in shunter.moe_layers(model).values():
+        layer.experts.down_proj.data.mul_(50)
+    prompts = [[5, 6, 7], [8, 9]]
+    sizes = {"num_blocks": 16, "block_size": 16, "max_batch_tokens": 32}
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0, **sizes)
+    found = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+    for prompt, answer in zip(prompts, found.values(), strict=True):
+        alone = model.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=-1
+        )
+        assert answer.generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+def test_sequences_of_positions_in_three_dimensions(build):
+    _, _, packed = _rows()
+    places = packed["position_ids"].expand(3, -1, -1)
+    context = tokens_of(build("llama"), (), {"input_ids": packed["input_ids"], "position_ids": places})
+    assert torch.equal(context.sequence[0], packed["seq_idx"][0].long())

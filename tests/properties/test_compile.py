@@ -202,8 +202,9 @@ from tests.properties.test_compile import _family
 model = _family("mixtral") if sys.argv[1] == "family" else shunter.sparsify(BUILD["llama"](), 4, "topk", top_k=2)
 model, ids = model.eval(), torch.randint(1, 50, (2, 6))
 with torch.no_grad():
-    found = torch.export.export(model, (ids,), {"use_cache": False}, strict=sys.argv[2] == "strict").module()
-    assert torch.allclose(found(ids, use_cache=False).logits, model(ids, use_cache=False).logits, atol=1e-6)
+    more = {"use_cache": False, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+    found = torch.export.export(model, (ids,), more, strict=sys.argv[2] == "strict").module()
+    assert torch.allclose(found(ids, **more).logits, model(ids, **more).logits, atol=1e-6)
 """
 
 

@@ -5,10 +5,12 @@ import gc
 import threading
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import shunter
@@ -209,3 +211,60 @@ def test_a_model_that_was_compiled_before_is_heard(way, kind):
         with shunter.record(model) as again:
             model(ids, use_cache=False)
     assert torch.equal(seen.experts, again.experts)
+
+
+def test_threads_that_train_have_their_own_losses():
+    model = shunter.sparsify(_llama(), 4, "topk", top_k=2, load_balancing_loss=1.0).train()
+    batches = list(_batches(4))
+    expected = [float(model(**batch).loss) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(6):
+            found = list(pool.map(lambda batch: float(model(**batch).loss), batches))
+            assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-5)
+
+
+def test_a_penalty_on_the_gradient_leaves_the_balance_loss():
+    layer = MoE(8, 16, 4, "topk", top_k=2, load_balancing_loss=1.0).double().train()
+    x = torch.randn(30, 8, dtype=torch.float64)
+
+    def gradient(early):
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        loss = aux_loss(layer) if early else 0
+        (slope,) = torch.autograd.grad(y.sum(), given, create_graph=True)
+        loss = y.mean() + slope.square().mean() + (loss if early else aux_loss(layer))
+        return torch.autograd.grad(loss, layer.router.weight)[0]
+
+    assert torch.allclose(gradient(True), gradient(False))
+
+
+def test_a_backward_of_another_thread_recomputes_by_what_was_told():
+    """As autograd's own threads do on a GPU."""
+    layer = MoE(8, 16, 4, "task", top_k=2, num_tasks=3).double()
+    x, task = torch.randn(2, 6, 8, dtype=torch.float64), torch.tensor([2, 0])
+    gradients = []
+    for checkpointed in (False, True):
+        given = x.clone().requires_grad_()
+        with shunter.tell(layer, task=task):
+            out = checkpoint(layer, given, use_reentrant=False) if checkpointed else layer(given)
+            other = threading.Thread(target=lambda out=out: out.square().sum().backward())
+            other.start()
+            other.join(60)
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)
+
+
+def test_scopes_that_were_left_end_with_the_next_forward():
+    """Ctrl-C in a forward leaves its scopes: torch calls no hook for it."""
+    model = shunter.sparsify(_llama(), 4, "topk", top_k=2).eval()
+    batch = next(_batches(1))
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    hook = moe_layers(model)["model.layers.1.mlp"].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    hook.remove()
+    model(**batch)
+    assert not shunter.context.present()

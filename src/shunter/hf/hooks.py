@@ -148,6 +148,9 @@ class _Forwards:
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not recomputing():
             self._look_for_updates(module)
         self._here.values = values
+        if self._entered:  # left by a forward that Ctrl-C or a failed export ended
+            contexts.enter(self._entered[0][1])
+            self._entered.clear()
         padding = decoder_padding(module, args, kwargs)
         self._here.decoder = set() if padding is None else set(module.get_decoder().modules()), padding
         self._entered.append((module, contexts.enter((*contexts.present(), Scope(Context(**values)))), mark()))

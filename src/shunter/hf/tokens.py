@@ -17,6 +17,8 @@ from ..moe import moe_layers
 __all__ = ["arguments", "decoder_padding", "has_tokens", "takes_tokens", "tokens_of"]
 
 _MASKS = ("pixel_attention_mask", "pixel_mask", "attention_mask", "padding_mask")
+# What is added to scores to forbid them is below this, whatever it is: -inf, the least of a dtype, -1e9, -1e4.
+_FORBIDDEN = -1e3
 # A model that takes these has a grid of tokens of its own: patches of images, frames of sound.
 _GRIDS = ("pixel_values", "input_features", "input_values")
 
@@ -56,7 +58,8 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return Context(token_ids=ids)  # a model that cuts its tokens itself, for a model inside of it
     batch, length = known.shape[:2]
     past = _past(given)
-    real, starts = _read_mask(module, given.get("attention_mask"), batch, length, past)
+    paged = given.get("cu_seq_lens_q") is not None and _cache(given) is not None
+    real, starts = (None, None) if paged else _read_mask(module, given.get("attention_mask"), batch, length, past)
     if real is None and ids is not None and _is_zero(past) and _tensor(given, "encoder_hidden_states") is not None:
         real = _until_padding(ids, module)
     real = _unless_all(real)
@@ -67,7 +70,7 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         first = first | starts
     sequence = first.reshape(-1).cumsum(0).reshape(batch, length) - 1
     position = None
-    if not _is_zero(past):
+    if paged or not _is_zero(past):
         position = _tensor(given, "position_ids")
         if position is None or position.shape != known.shape[:2]:
             flat = None if real is None else real.reshape(-1)
@@ -110,10 +113,13 @@ def _up_to_last(marked: Tensor) -> Tensor:
     return marked.flip(1).cumsum(1).flip(1) > 0
 
 
+def _cache(given: Mapping[str, Any]) -> Any:
+    return next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+
+
 def _past(given: Mapping[str, Any]) -> int | Tensor:
     """How many earlier tokens a cache holds."""
-    cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
-    length = getattr(cache, "get_seq_length", None)
+    length = getattr(_cache(given), "get_seq_length", None)
     return 0 if length is None else length()
 
 
@@ -143,10 +149,14 @@ def _read_mask(
         # While generating from a cache the mask covers the past too; the present tokens are its last columns.
         return mask[:, -length:] != 0, None
     additive = mask.is_floating_point() and mask.dim() == 4
-    allowed = mask > torch.finfo(mask.dtype).min / 2 if additive else mask != 0
+    allowed = mask > _FORBIDDEN if additive else mask != 0
     if allowed.dim() == 4:
         allowed = allowed.any(1)
-    allowed = allowed[:, :, int(past) : int(past) + length].expand(batch, -1, -1)
+    allowed = allowed.expand(batch, -1, -1)
+    if not _is_zero(past) and int(past):
+        # Behind a cache, of which a sliding one holds the last tokens alone: what sees something is a token.
+        return allowed.any(-1).expand(batch, length), None
+    allowed = allowed[:, :, :length]
     if allowed.shape[1] == 1 and length > 1:
         return allowed[:, 0], None
     if allowed.shape[1:] != (length, length):
@@ -197,9 +207,12 @@ def _packed_starts(
         seen: (B, S) True at tokens that see no earlier one; None where it is not known.
     """
     numbers, ends, places = _tensor(given, "seq_idx"), given.get("cu_seq_lens_q"), _tensor(given, "position_ids")
+    size = (batch, length)
     if places is not None and places.dim() == 3 and places.shape[0] == 4:
         places = places[0]  # of text, before those of time, height and width
-    size = (batch, length)
+    elif places is not None and places.dim() == 3 and places.shape[0] == 3 and places.shape[1:] == size:
+        starts = F.pad((places[:, :, 1:] == 0).all(0), (1, 0))  # of an image's patches only the first is at 0 in all
+        return starts if real is None else starts & real & (real.cumsum(1) > 1)
     if numbers is not None and numbers.shape == size:
         starts = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))
     elif ends is not None and batch == 1:

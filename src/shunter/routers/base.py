@@ -228,9 +228,10 @@ class Router(nn.Module):
 
     def slots(self, logits: Tensor, group: Tensor | None, context: Context) -> int | Tensor | None:
         """The capacity of an expert, in each group by its own real tokens (G, 1); None when dropless."""
-        slots = self.capacity(context.num_real(logits.shape[0]))
-        if slots is None or group is None:
-            return slots
+        if self.capacity(1) is None:  # asked before real tokens are counted, for which a graph would break
+            return None
+        if group is None:
+            return self.capacity(context.num_real(logits.shape[0]))
         real = group if context.mask is None else group[context.mask]
         sizes = torch.bincount(real, minlength=int(group[-1]) + 1).tolist()
         return torch.tensor([self.capacity(size) for size in sizes], device=group.device)[:, None]

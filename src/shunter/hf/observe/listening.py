@@ -302,7 +302,7 @@ def _listen_own(layer: RoutedLayer, emit: Callable[..., None]) -> RemovableHandl
             (x, context), (logits, routing) = args, output
             index, weight, dropped = routing.detach().by_choice()
             known = replace(context, sequence=context.sequences(x.device))
-            emit(logits, index, weight, x, known, dropped, router.probs)
+            emit(logits, index, weight, x, known, dropped, layer.decider.probs)
 
     return layer.router.register_forward_hook(OwnHook(after))
 
