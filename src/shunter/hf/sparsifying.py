@@ -174,6 +174,9 @@ def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dic
             setattr(model.get_submodule(path), name, 0.0)
     model.config.shunter = describe_layers(model) | {"batch": batch}
     vars(model)["save_pretrained"] = partial(_save, model)  # of the instance: what is copied or pickled keeps it
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part is not model and moe_layers(part):
+            vars(part)["save_pretrained"] = partial(_save_part, part, model)
     install(model, batch)
 
 
@@ -193,6 +196,21 @@ def _save(
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
     if is_main_process:
         name_as_sparse(folder)
+
+
+def _save_part(part: PreTrainedModel, whole: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
+    """Save a model inside of a sparse one, whose configuration it shares.
+
+    Raises:
+        UserError: where it has a configuration of its own, which does not know of its sparse layers.
+    """
+    if part.config is not whole.config:
+        raise UserError(
+            f"save_pretrained: this {type(part).__name__} is part of a sparse {type(whole).__name__}, which knows its "
+            "sparse layers; save that one"
+        )
+    type(part).save_pretrained(part, save_directory, **kwargs)
+    name_as_sparse(Path(save_directory))
 
 
 def describe_layers(model: nn.Module) -> dict[str, Any]:

@@ -135,3 +135,24 @@ def test_an_upload_before_the_name_is_refused(build, tmp_path):
     with pytest.raises(ValueError, match=r"call model.push_to_hub\(name\)"):
         model.save_pretrained(tmp_path / "new", push_to_hub=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_model_inside_is_saved_as_sparse_or_not_at_all(build, inputs, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
+    model.model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert len(shunter.moe_layers(loaded)) == len(shunter.moe_layers(model))
+    ids = inputs("llama")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    encoder = shunter.sparsify(build("t5"), 4, "topk", top_k=2).get_encoder()
+    with pytest.raises(shunter.errors.UserError, match="part of a sparse T5ForConditionalGeneration"):
+        encoder.save_pretrained(tmp_path / "encoder")
+
+
+@pytest.mark.parametrize("options", [{"dtype": "auto"}, {"dtype": torch.bfloat16}, {"trust_remote_code": True}])
+def test_options_of_loading_are_transformers(options, build, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
+    model.to(torch.bfloat16 if options.get("dtype") == "auto" else torch.float32).save_pretrained(tmp_path)
+    loaded = shunter.from_pretrained(str(tmp_path), **options)
+    assert loaded.dtype == (torch.bfloat16 if "dtype" in options else torch.float32)

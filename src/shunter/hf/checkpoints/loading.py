@@ -21,10 +21,8 @@ __all__ = ["align", "from_pretrained", "load_folder"]
 ALIGNMENT = 64
 
 # What transformers wants with the configuration and again with the weights.
-_OF_BOTH = (
-    "cache_dir", "dtype", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-    "torch_dtype",
-)  # fmt: skip
+_OF_BOTH = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_OF_WEIGHTS = ("dtype", "torch_dtype")
 
 
 def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
@@ -32,7 +30,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         path: the folder, or a Hub name. Nothing in a folder is trusted: no code is run, no pickle is opened.
-        **kwargs: of transformers' `from_pretrained` (dtype=, device_map=, …).
+        **kwargs: of transformers' `from_pretrained` (dtype=, device_map=, …); trust_remote_code= makes no difference.
 
     Raises:
         UserError: where the folder holds a model that Shunter did not make, or is damaged: it lacks tensors or has
@@ -46,7 +44,8 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
         split, stacked = split_layers(model, checkpoint)
         rest = {name: stored for name, stored in checkpoint.tensors.items() if name not in split}
         match_names(folder, model, rest, stacked)
-    kept = {name: kwargs[name] for name in _OF_BOTH if name in kwargs}
+    kept = {name: kwargs[name] for name in (*_OF_BOTH, *_OF_WEIGHTS) if name in kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name not in (*_OF_WEIGHTS, "trust_remote_code")}
     try:
         config, rest = AutoConfig.from_pretrained(path, return_unused_kwargs=True, trust_remote_code=False, **kwargs)
     except Exception as error:  # no such folder, no network, not a configuration
