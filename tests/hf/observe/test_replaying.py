@@ -648,3 +648,15 @@ def test_a_replay_holds_in_another_precision():
     with warnings.catch_warnings(), shunter.record(low) as same, shunter.replay(low, r):
         low(**batch)
     assert torch.equal(same.experts, r.experts)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_two_generations_in_one_record_are_not_joined_into_one(use_cache, build_dense):
+    model = shunter.sparsify(build_dense("llama"), 4, "topk", top_k=2)
+    ids = torch.randint(1, 50, (2, 5))
+    more = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": use_cache}
+    with shunter.record(model) as r:
+        for _ in range(2):
+            model.generate(ids, **more)
+    with pytest.raises(ValueError, match="more than one generation"):
+        r.joined()

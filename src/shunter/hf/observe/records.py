@@ -190,8 +190,8 @@ class RoutingRecord:
 
         Raises:
             ValueError: where the forwards have different numbers of sequences or rows became other sequences (beam
-                search), where it is not known where they begin or what of their drafts was kept, or where the lengths
-                do not fit.
+                search), where there are several generations, where it is not known where they begin or what of their
+                drafts was kept, or where the lengths do not fit.
         """
         if len(set(self.forwards)) > 1:
             raise ValueError(
@@ -211,13 +211,19 @@ class RoutingRecord:
 
     def _history(self, pieces: list[Tensor], row: int, count: int, length: int | None) -> Tensor:
         """What the tokens of one row of a generation took, as its cache was at the end."""
-        known, start = pieces[row][:0], 0
+        known, start, cached = pieces[row][:0], 0, False
         for place in range(row, len(pieces), count):
             start = len(known) if self.starts is None else self.starts[place]
             if not 0 <= start <= len(known):
                 raise ValueError(
                     f"joined: a forward of sequence {row} begins behind {start} tokens, of which {len(known)} are "
                     "recorded; record the whole generation, of a model whose cache says how long it is"
+                )
+            cached = cached or start > 0
+            drafted = self.drafts is not None and self.drafts[place // count]
+            if place > row and start == 0 and (cached or (not drafted and len(pieces[place]) <= len(known))):
+                raise ValueError(
+                    "joined: the record holds more than one generation, each from its first token on; record them apart"
                 )
             known = torch.cat([known[:start], pieces[place]])
         if self.drafts is not None and self.drafts[-1] and len(known) > start + 1:
