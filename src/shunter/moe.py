@@ -58,13 +58,13 @@ class _Call:
         self.losses, self.decision = losses, decision
         self.used = False
         self.order = -1
-        self.thread = threading.get_ident()
+        self.thread: int | None = None
         self._reached: list[bool] = []
         self._lost: Callable[[], None] | None = None
 
     def follow(self, out: Tensor) -> None:
         """Live as long as the graph of the layer's output does, and note when a backward goes through it."""
-        self.order = next(_ORDER)
+        self.order, self.thread = next(_ORDER), threading.get_ident()
         if out.requires_grad:
             out.register_hook(self._pass)
 
@@ -184,10 +184,8 @@ class RoutedLayer(nn.Module):
         known = [call for ref in self._calls if (call := ref()) is not None]
         if self._last is not None and self._last not in known:
             known.append(self._last)
-        here = threading.get_ident()
-        known = [
-            call for call in known if since < 0 or call.thread == here
-        ]  # a forward's own, and not another thread's
+        if since >= 0:  # of a forward, which knows nothing of those of other threads
+            known = [call for call in known if call.thread in (None, threading.get_ident())]
         return [call for call in known if not call.used and (call.order >= since or call.order < 0)]
 
     def forget(self, since: int) -> None:
