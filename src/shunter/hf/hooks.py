@@ -159,8 +159,10 @@ class _Forwards:
 
     def _look_for_updates(self, model: nn.Module) -> None:
         """Warn once where an optimizer has moved a router and nobody its state; nothing is looked at after either."""
+        if self._settled:
+            return
         layer = next((layer for layer in moe_layers(model).values() if layer.decider.advances), None)
-        if layer is None or self._settled:
+        if layer is None:
             return
         weights = (p.detach() for p in layer.decider.parameters() if p.requires_grad and not p.is_meta)
         weight = next(weights, torch.zeros(0))
