@@ -53,10 +53,15 @@ def test_only_the_whole_past_has_that_guarantee():
 
 
 class _Chains:
-    """Every domain a Markov chain over the vocabulary, and the predictor that knows it."""
+    """Every domain a Markov chain with favourite successors of its own, and the predictor that knows it.
+
+    A token tells its domain by over 3.5 nats in the mean and within 5.5 in any case, so 300 of them tell it by more
+    than 10 but in exp(-2 * 1040^2 / (300 * 11^2)) of all texts.
+    """
 
     def __init__(self, domains=DOMAINS):
-        self.logits = 2 * torch.randn(domains, VOCAB, VOCAB)
+        favourite = torch.stack([torch.eye(VOCAB).roll(domain + 1, dims=1) for domain in range(domains)])
+        self.logits = torch.rand(domains, VOCAB, VOCAB) / 2 + 5 * favourite
 
     def __call__(self, domain, input_ids, **inputs):
         return self.logits[domain][input_ids]
