@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...context import Context
-from ...moe import recomputing
+from ...recomputation import recomputing
 from ...routers import Router, TopK
 from .forcing import forcing
 from .generations import noting_starts
