@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .recomputation import Regions, notes, regions
 
 __all__ = [
     "KNOWN",
@@ -18,6 +22,7 @@ __all__ = [
     "Scope",
     "enter",
     "known_in",
+    "leave",
     "of_tokens",
     "places_in",
     "present",
@@ -113,62 +118,98 @@ class Scope:
     layers: frozenset[Any] | None = None
 
 
-_OF_THREADS: dict[int, list[Scope]] = {}
+_CALL = nn.Module._call_impl.__code__
+
+
+class _Entry(NamedTuple):
+    """A scope that was entered.
+
+    Args:
+        scope: it.
+        frame: the call that it lasts for; None where it is left in any case.
+        region: the checkpointed region in whose recomputation it was entered; None in any other forward.
+    """
+
+    scope: Scope
+    frame: FrameType | None
+    region: Any
 
 
 class _Present(threading.local):
-    """The scopes of the forwards that run in this thread, outermost first."""
+    """The scopes that this thread has entered, outermost first."""
 
     def __init__(self) -> None:
-        self.scopes: list[Scope] = []
-        _OF_THREADS[threading.get_ident()] = self.scopes
+        # Changed in place: torch.compile loses an attribute of a thread that is set around a break of its graph.
+        self.entries: list[_Entry] = []
 
 
 _PRESENT = _Present()
 
 
 def present() -> tuple[Scope, ...]:
-    """The scopes of the forwards that run in this thread, outermost first."""
-    return tuple(_PRESENT.scopes)
+    """The scopes of the forwards that run in this thread, outermost first; in a recomputation those of its forward."""
+    return _scopes(regions())
+
+
+def _scopes(around: Regions) -> tuple[Scope, ...]:
+    entries = _PRESENT.entries
+    if around.frames:  # torch calls no hook where Ctrl-C ends a forward
+        while entries and entries[-1].frame is not None and id(entries[-1].frame) not in around.frames:
+            entries.pop()
+    known = None if around.again is None else notes(around.again).get(Scope)
+    if known is None:
+        scopes = tuple(entry.scope for entry in entries)
+    else:
+        scopes = (*known, *(entry.scope for entry in entries if entry.region is around.again))
+    for region in around.first:  # nothing was entered in it before, or it would have been noted then
+        notes(region).setdefault(Scope, scopes)
+    return scopes
 
 
 @contextmanager
-def within(scopes: tuple[Scope, ...]) -> Iterator[None]:
-    """Within the block, these are the scopes of this thread."""
-    before = enter(scopes)
+def within(scope: Scope) -> Iterator[None]:
+    """Within the block, a scope is added to those of this thread."""
+    around = regions()
+    _scopes(around)
+    _PRESENT.entries.append(_Entry(scope, None, around.again))
+    before = len(_PRESENT.entries) - 1
     try:
         yield
     finally:
-        enter(before)
+        del _PRESENT.entries[before:]
 
 
-def enter(scopes: tuple[Scope, ...]) -> tuple[Scope, ...]:
-    """Make these the scopes of this thread; returns those before, to be entered again at the end."""
-    before = tuple(_PRESENT.scopes)
-    # In place: torch.compile loses an attribute of a thread that is set and set back around a break of its graph.
-    _PRESENT.scopes.clear()
-    _PRESENT.scopes.extend(scopes)
-    return before
+def enter(scope: Scope) -> None:
+    """From a hook before a module's forward, add a scope to those of this thread until the forward ends or `leave`."""
+    around = regions()
+    _scopes(around)
+    _PRESENT.entries.append(_Entry(scope, _call_of_module(), around.again))
 
 
-def known_in(layer: Any, recomputing: bool = False) -> tuple[Context, dict[str, Tensor]]:
-    """What the models around a layer know of its tokens, and what the layer is told, in the present scopes.
+def leave() -> Scope | None:
+    """From a hook after a module's forward, end the last scope that one before it entered; None where it did not."""
+    entries = _PRESENT.entries
+    frame = _call_of_module()
+    while entries and any(entry.frame is frame for entry in entries):
+        last = entries.pop()
+        if last.frame is frame:
+            return last.scope
+    return None
 
-    A recomputation may run in a thread of autograd's own, as it does on a GPU, while the one that began the backward
-    waits: its scopes count then, where it is the only one that has some.
-    """
+
+def _call_of_module() -> FrameType | None:
+    """The call of the module whose hook is under way; None in a graph that is being compiled."""
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None and frame.f_code is not _CALL:
+        frame = frame.f_back
+    return frame
+
+
+def known_in(layer: Any) -> tuple[Context, dict[str, Tensor]]:
+    """What the models around a layer know of its tokens, and what the layer is told, in the present scopes."""
     around = NO_CONTEXT
     told: dict[str, Tensor] = {}
-    scopes = _PRESENT.scopes
-    if recomputing and not scopes:
-        waiting = [others for others in _OF_THREADS.values() if others]
-        if len(waiting) > 1:
-            raise RuntimeError(
-                "shunter.tell: a backward recomputes in a thread of its own while several threads tell layers of their "
-                "tokens; run one backward at a time"
-            )
-        scopes = waiting[0] if waiting else scopes
-    for scope in scopes:
+    for scope in present():
         if scope.context is not None:
             around = scope.context
         if scope.layers is None or layer in scope.layers:

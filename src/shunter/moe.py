@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils import checkpoint
 
 from . import context as contexts
 from . import routers
 from .context import Context
 from .experts import Experts, RoutedExperts
+from .recomputation import recomputing
 from .routers import Router
 from .routers.policy_gradient import Decision, PolicyRouter
 from .routing import Routing, outside
@@ -34,16 +32,11 @@ __all__ = [
     "give_reward",
     "mark",
     "moe_layers",
-    "recomputing",
     "tell",
     "update_routers",
 ]
 
 _ORDER = count()
-# The code that runs a backward, and what it runs a forward through again: a checkpoint, or a function's own backward.
-_ENGINE = torch.autograd.graph._engine_run_backward.__code__
-_OWN_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
-_CHECKPOINTS = checkpoint.__file__
 
 
 class _Call:
@@ -127,7 +120,7 @@ class RoutedLayer(nn.Module):
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"MoE: x has shape {tuple(x.shape)}; its last size must be {self.dim}")
-        around, by_scope = contexts.known_in(self, recomputing())
+        around, by_scope = contexts.known_in(self)
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             _refuse_vmap((x, *told.values(), *by_scope.values(), *self.router.parameters()))
         context = contexts.of_tokens(x, {**by_scope, **told}, around, self.decider.required)
@@ -361,22 +354,6 @@ class MoE(RoutedLayer):
         return "\n".join(lines)
 
 
-def recomputing() -> bool:
-    """Whether this forward is activation checkpointing's second one, run from inside a backward.
-
-    A hook may run a forward of its own in a backward, as losses with cached gradients do: that one is a first.
-    """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return False
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not _ENGINE:
-        code = frame.f_code
-        if code is _OWN_BACKWARD or (code.co_name == "unpack_hook" and code.co_filename == _CHECKPOINTS):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def _outside_transforms() -> AbstractContextManager[Any]:
     """Where state may be written: a transform of torch.func lets no function write to what it did not make."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
@@ -416,9 +393,7 @@ def tell(model: nn.Module, **known: Tensor) -> Iterator[None]:
     Args:
         model: any module.
         **known: fields of `Context` (`domain=`, `language=`, `task=`, …) in the shape of the layers' tokens (...), or
-            with fewer leading sizes: one value for each sequence, or a single one () for all tokens. Under activation
-            checkpointing of a model that `sparsify` did not make, the backward, which runs the layers again, belongs
-            in the block too.
+            with fewer leading sizes: one value for each sequence, or a single one () for all tokens.
 
     Raises:
         TypeError: for a name that is not a field of `Context`.
@@ -428,7 +403,7 @@ def tell(model: nn.Module, **known: Tensor) -> Iterator[None]:
         raise TypeError(f"tell: {', '.join(unknown)} is not known of tokens; the names are {', '.join(contexts.KNOWN)}")
 
     scope = contexts.Scope(told=known, layers=frozenset(moe_layers(model).values()))
-    with contexts.within((*contexts.present(), scope)):
+    with contexts.within(scope):
         yield
 
 

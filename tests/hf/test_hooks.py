@@ -357,7 +357,7 @@ def test_padding_that_cannot_be_mapped_is_an_error():
     layer = next(iter(shunter.moe_layers(model).values()))
 
     def run():
-        with within((Scope(tokens_of(_TakesAMask(), (), {"pixel_values": pixels, "pixel_mask": mask})),)):
+        with within(Scope(tokens_of(_TakesAMask(), (), {"pixel_values": pixels, "pixel_mask": mask}))):
             layer(torch.randn(1, 5, 16))
 
     run()  # nothing is padded

@@ -6,23 +6,22 @@ Both are plain hooks on the Hugging Face modules, so that any `Trainer` and any 
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .. import context as contexts
 from ..context import KNOWN, Context, Scope
 from ..errors import UserError
-from ..moe import aux_loss, give_reward, mark, moe_layers, recomputing
+from ..moe import aux_loss, give_reward, mark, moe_layers
+from ..recomputation import recomputing
 from .tokens import arguments, decoder_padding, has_tokens, tokens_of
 
 __all__ = ["check_batch", "install"]
@@ -45,22 +44,9 @@ def install(model: PreTrainedModel, batch: Mapping[str, str] | None = None) -> N
     scopes = [m for m in model.modules() if isinstance(m, PreTrainedModel) and has_tokens(m)]
     for module in scopes:
         module.register_forward_pre_hook(forwards.enter, with_kwargs=True)
-    for name in _around_layers(model):
-        inner = model.get_submodule(name)
-        inner.register_forward_pre_hook(forwards.remember, with_kwargs=True)
-        inner.register_forward_hook(forwards.leave, always_call=True)
     for module in scopes:
         module.register_forward_hook(forwards.leave, always_call=True)
     model.register_forward_hook(forwards.end, with_kwargs=True, always_call=True)
-
-
-def _around_layers(model: nn.Module) -> list[str]:
-    """The layers with a router and the modules around them, one of which checkpointing may run again."""
-    names: dict[str, None] = {}
-    for name in moe_layers(model):
-        parts = name.split(".")
-        names |= {".".join(parts[:depth]): None for depth in range(1, len(parts) + 1)}
-    return [name for name in names if not isinstance(model.get_submodule(name), nn.ModuleList)]
 
 
 def check_batch(batch: Mapping[str, str] | None) -> dict[str, str]:
@@ -75,32 +61,27 @@ def check_batch(batch: Mapping[str, str] | None) -> dict[str, str]:
     return dict(batch or {})
 
 
-class _InScopesOfForward:
-    """A checkpointing function whose recomputations run in the scopes of their forwards.
+@dataclass(frozen=True)
+class _OfBatch(Scope):
+    """The scope of a sparse model's forward.
 
     Args:
-        run: (function, *arguments) -> output, as `torch.utils.checkpoint.checkpoint`.
+        values: what the batch says of any tokens, by name of `Context`.
+        decoder: the modules of its decoder, where the labels say which of its tokens are real.
+        padding: (B, S) bool, True at those.
+        since: the mark of its beginning.
     """
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        scopes = contexts.present()
-
-        def in_scopes(*args: Any) -> Any:
-            with contexts.within(scopes):
-                return function(*args)
-
-        return self.run(in_scopes, *args)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    decoder: frozenset[nn.Module] = frozenset()
+    padding: Tensor | None = None
+    since: int = -1
 
 
 class _Forwards:
     """The forwards of one model: what they know of their tokens reaches the layers, their losses the model's output.
 
-    What a forward knows is the scope of the thread that runs it, as long as it runs. A recomputation (activation
-    checkpointing) has the scopes of its forward: transformers' own is told to enter them; another one runs a module
-    again on the very tensor that the forward gave it, and by that tensor finds them.
+    What a forward knows is the scope of the thread that runs it, as long as it runs.
 
     Args:
         keywords: a field of `Context` -> the keyword of the model that holds it.
@@ -108,11 +89,6 @@ class _Forwards:
 
     def __init__(self, keywords: dict[str, str]) -> None:
         self.keywords = keywords
-        self._reset()
-
-    def _reset(self) -> None:
-        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._here = threading.local()
         self._router: Tensor | None = None
         self._settled = False
 
@@ -120,16 +96,7 @@ class _Forwards:
         return {"keywords": self.keywords}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.keywords = state["keywords"]
-        self._reset()
-
-    @property
-    def _entered(self) -> list[tuple[nn.Module, tuple[Scope, ...], int]]:
-        """The modules under way in this thread, the scopes before each, and for the model the mark of its beginning."""
-        if not hasattr(self._here, "entered"):
-            self._here.entered = []
-        found: list[tuple[nn.Module, tuple[Scope, ...], int]] = self._here.entered
-        return found
+        self.__init__(state["keywords"])  # type: ignore[misc]
 
     def begin(
         self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -147,13 +114,9 @@ class _Forwards:
                 )
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not recomputing():
             self._look_for_updates(module)
-        self._here.values = values
-        if self._entered:  # left by a forward that Ctrl-C or a failed export ended
-            contexts.enter(self._entered[0][1])
-            self._entered.clear()
         padding = decoder_padding(module, args, kwargs)
-        self._here.decoder = set() if padding is None else set(module.get_decoder().modules()), padding
-        self._entered.append((module, contexts.enter((*contexts.present(), Scope(Context(**values)))), mark()))
+        decoder = frozenset() if padding is None else frozenset(module.get_decoder().modules())
+        contexts.enter(_OfBatch(Context(**values), values=values, decoder=decoder, padding=padding, since=mark()))
         foreign = set(self.keywords.values()) - set(inspect.signature(module.forward).parameters)
         return args, {key: value for key, value in kwargs.items() if key not in foreign}
 
@@ -182,50 +145,25 @@ class _Forwards:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the layers of a model what its own arguments say of its tokens, and what the batch says of any."""
         known = tokens_of(module, args, kwargs)
-        decoder, padding = getattr(self._here, "decoder", (set(), None))
-        if module in decoder:
-            known = replace(known, mask=padding)
-        scope = Scope(replace(known, **getattr(self._here, "values", {})))
-        self._entered.append((module, contexts.enter((*contexts.present(), scope)), -1))
-
-    def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let a module, which may be recomputed, have the scopes of its forward then."""
-        if torch.compiler.is_compiling():
-            return
-        run = getattr(module, "_gradient_checkpointing_func", None)
-        if run is not None and not isinstance(run, _InScopesOfForward):
-            vars(module)["_gradient_checkpointing_func"] = _InScopesOfForward(run)
-        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if given is None:
-            return
-        if not recomputing():
-            self._known[given] = contexts.present()
-        elif given in self._known:
-            self._entered.append((module, contexts.enter(self._known[given]), -1))
+        batch = next((scope for scope in reversed(contexts.present()) if isinstance(scope, _OfBatch)), _OfBatch())
+        if module in batch.decoder:
+            known = replace(known, mask=batch.padding)
+        contexts.enter(Scope(replace(known, **batch.values)))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End the scope that the module entered, if it did."""
-        self._leave(module)
-
-    def _leave(self, module: nn.Module) -> int:
-        """The mark of the module's beginning; -1 where it has none, or entered nothing."""
-        if not self._entered or self._entered[-1][0] is not module:
-            return -1
-        _, before, since = self._entered.pop()
-        contexts.enter(before)
-        return since
+        """End the scope that the module entered."""
+        contexts.leave()
 
     def end(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """End the model's forward: its losses join its output's; those of a forward that raised are forgotten."""
-        since = self._leave(module)
-        self._here.values, self._here.decoder = {}, (set(), None)
-        if since < 0:  # its batch was refused
+        scope = contexts.leave()
+        if not isinstance(scope, _OfBatch):  # its batch was refused
             return None
+        since = scope.since
         if output is None:
             for layer in moe_layers(module).values():
                 layer.forget(since)
             return None
-
         if not module.training:
             return None
         for layer in () if torch.compiler.is_compiling() else moe_layers(module).values():

@@ -418,6 +418,30 @@ def test_recomputations_within_a_record_take_the_experts_of_their_forward(kind):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputations_of_one_and_the_same_input_take_the_experts_of_their_forward(reentrant, nested):
+    """Both forwards see the same hidden states, and a record sends them to different experts."""
+    layer, x = _moe("topk").train(), torch.randn(5, 16)
+    layer.router.coefficients = {}
+    chosen = torch.stack([torch.rand(4).argsort()[:2] for _ in range(10)])
+    record = shunter.RoutingRecord(chosen[:, None], [5, 5], forwards=[1, 1])
+
+    def inner(y):
+        return checkpoint(layer, y, use_reentrant=not reentrant) if nested else layer(y)
+
+    gradients = []
+    for checkpointed in (False, True):
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        with shunter.replay(layer, record):
+            run = (lambda y: checkpoint(inner, y, use_reentrant=reentrant)) if checkpointed else layer
+            (run(given).square().sum() + 2 * run(given).square().sum()).backward()
+        gradients.append({name: p.grad.clone() for name, p in layer.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected)
+
+
 def test_a_balance_callback_counts_the_replayed_experts():
     model, batch = _spread(build("mixtral")).train(), _batch()
     with shunter.record(model) as r:

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from ...context import NO_CONTEXT, Context
 from ...metrics import margins, routing_entropy
-from ...moe import RoutedLayer, recomputing
+from ...moe import RoutedLayer
+from ...recomputation import recomputing
 from ...routing import Routing
 from ..tokens import decoder_padding, takes_tokens, tokens_of
 from .selection import EachForward, Selection

@@ -7,16 +7,16 @@ fixes which experts; how much each weighs is computed anew, so that routers and 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...context import Context
-from ...moe import recomputing
+from ...recomputation import notes, recomputing, regions
 from ...routers import Router, TopK
 from .forcing import forcing
 from .generations import noting_starts
@@ -26,8 +26,6 @@ from .selection import Selection
 from .taps import Tap, require_taps
 
 __all__ = ["record", "replay"]
-
-_REMEMBERED = 64  # forwards that a backward may still recompute
 
 
 @contextmanager
@@ -127,37 +125,35 @@ def replay(model: nn.Module, record: RoutingRecord) -> Iterator[None]:
 
 
 class _Forwards:
-    """What each layer decided in its last forwards, for the recomputations of them."""
+    """What each layer decided in its forwards, for the recomputations of them: noted of the regions around them."""
 
     def __init__(self) -> None:
-        self._marks: dict[str, Tensor] = {}
-        self._known: dict[str, deque[tuple[Tensor, Context]]] = {}
+        self._under_way: dict[str, tuple[list[Any], Tensor]] = {}
 
     def begin(self, tap: Tap, hidden: Tensor) -> None:
-        self._marks.pop(tap.name, None)
-        if tap.layer.training or torch.is_grad_enabled():
-            self._marks[tap.name] = _mark(hidden)
+        first = regions().first
+        if first:
+            self._under_way[tap.name] = first, _mark(hidden)
 
     def decided(self, name: str, given: Context) -> None:
-        mark = self._marks.pop(name, None)
-        if mark is not None:
-            self._known.setdefault(name, deque(maxlen=_REMEMBERED)).append((mark, given))
+        first, mark = self._under_way.pop(name, ([], None))
+        for region in first:
+            notes(region).setdefault((self, name), []).append((mark, given))
 
     def find(self, tap: Tap, hidden: Tensor) -> Context | None:
-        """The decision of the forward that is recomputed: that of the same input, or of the most similar one."""
-        mark = _mark(hidden)
-        alike = [
-            (seen, given)
-            for seen, given in reversed(self._known.get(tap.name, ()))
-            if seen.shape == mark.shape and given.experts is not None and len(given.experts) == len(hidden)
-        ]
-        for seen, given in alike:
-            if torch.equal(seen, mark):
-                return given
+        """The decision of the forward that is recomputed: in its region that of the same, or of the most similar input.
+
+        A region within, which may be run once more, has it too.
+        """
+        around, mark = regions(), _mark(hidden)
+        alike = [each for each in notes(around.again).get((self, tap.name), ()) if each[0].shape == mark.shape]
         if not alike:
             return None
         distances = torch.stack([(seen - mark).norm() for seen, _ in alike])
-        return alike[int(distances.argmin())][1]
+        given: Context = alike[int(distances.argmin())][1]
+        for region in around.first:
+            notes(region).setdefault((self, tap.name), []).append((mark, given))
+        return given
 
 
 def _mark(hidden: Tensor) -> Tensor:
