@@ -36,8 +36,9 @@ test-slow: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 # Thousands of kills, power losses, full disks and damaged files against small runs; the results go to the documentation.
+# One that was interrupted goes on.
 campaigns: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns --out docs/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns --keep runs/campaigns --out docs/results
 
 # Needs an NVIDIA GPU; without one it says so.
 bench-gpu: .venv/ready

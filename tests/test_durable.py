@@ -93,12 +93,16 @@ def test_what_a_killed_process_left_goes_with_the_next_and_what_a_living_one_wri
         path.unlink()
 
 
-def test_without_locks_nothing_of_others_is_removed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["file system", "system"])
+def test_without_locks_nothing_of_others_is_removed_and_it_is_said(where, tmp_path, monkeypatch):
     def none(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(durable.fcntl, "flock", none)
-    with aside(tmp_path / "a") as living, only_process(tmp_path):
+    if where == "system":
+        monkeypatch.setattr(durable, "fcntl", None)
+    else:
+        monkeypatch.setattr(durable.fcntl, "flock", none)
+    with aside(tmp_path / "a") as living, pytest.warns(match="has no file locks"), only_process(tmp_path):
         write(tmp_path / "b", "whole")
         assert living.is_dir() and (tmp_path / "b").read_text() == "whole"
 

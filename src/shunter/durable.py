@@ -8,7 +8,6 @@ files, which is written last: with it the folder is whole, and `verify` tells wh
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,12 +16,19 @@ import secrets
 import shutil
 import socket
 import stat
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import NotWritten, UserError, one_line
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # a system without the locks of Unix
+    fcntl = None
 
 __all__ = [
     "FORMAT",
@@ -225,7 +231,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Be the only process that works in a folder, for the length of the block.
+    """Be the only process that works in a folder, for the length of the block; warns where there are no locks.
 
     Raises:
         UserError: naming the process that is there already.
@@ -235,7 +241,9 @@ def only_process(folder: Path) -> Iterator[None]:
     with _naming(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if not _lock(descriptor):
+        if (locked := _lock(descriptor)) is None:
+            warnings.warn(f"{folder}: has no file locks; see yourself that no other process works there", stacklevel=3)
+        if locked is False:
             other = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             raise UserError(f"{folder}: {one_line(other)} is at work there; wait for it, or stop it")
         with _naming(path):
@@ -246,8 +254,10 @@ def only_process(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, *, without: bool = True) -> bool:
-    """Whether this process has the lock now; `without` is the answer on file systems that have no locks."""
+def _lock(descriptor: int) -> bool | None:
+    """Whether this process has the lock now; None where the system or the file system has no locks."""
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -255,7 +265,7 @@ def _lock(descriptor: int, *, without: bool = True) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
-        return without
+        return None
     return True
 
 
@@ -283,7 +293,7 @@ def _claim(path: Path, folder: bool) -> tuple[Path, int]:
         part.mkdir() if folder else part.touch(exist_ok=False)
         try:
             descriptor = os.open(part, os.O_RDONLY | os.O_NONBLOCK)
-            if _lock(descriptor) and part.exists():
+            if _lock(descriptor) is not False and part.exists():
                 return part, descriptor
             os.close(descriptor)
         except FileNotFoundError:  # another process took it for one that a killed one left
@@ -299,7 +309,7 @@ def _sweep(folder: Path) -> None:
         with suppress(OSError):  # gone meanwhile, or of another user
             descriptor = os.open(part, os.O_RDONLY | os.O_NONBLOCK)
             try:
-                if _lock(descriptor, without=False):
+                if _lock(descriptor):
                     shutil.rmtree(part) if part.is_dir() else part.unlink()
             finally:
                 os.close(descriptor)

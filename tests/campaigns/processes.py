@@ -1,5 +1,6 @@
 """A piece of work in a forked process, where torch is loaded already: its exit code and what it said, killed or not."""
 
+import gc
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 LIMIT = 300.0  # seconds; a process that takes longer hangs
 BROKEN = 70  # the exit code of a traceback
@@ -28,6 +30,7 @@ class Ended:
 def in_child(work, *, kill_after=None):
     """Run work() -> exit code in a forked process; SIGKILL it after some seconds, if asked to."""
     sys.stdout.flush(), sys.stderr.flush()
+    gc.freeze()  # or the child would copy what it collects
     with tempfile.TemporaryFile() as said:
         pid = os.fork()
         if pid == 0:
@@ -82,6 +85,17 @@ class Points:
         self._fsync = os.fsync
         os.fsync = self._sync
         sys.addaudithook(self._hear)
+
+    @staticmethod
+    def kept(root):
+        """The file beside the folder that `write` leaves."""
+        return Path(root).with_name(f"{Path(root).name}.synced")
+
+    def write(self):
+        """Leave what was synced, a line a file: inode, size, time of change."""
+        lines = [f"{inode} {size} {changed}" for inode, (size, changed) in self.synced.items()]
+        self._inside = True
+        self.kept(self.root).write_text("\n".join(lines))
 
     def _hear(self, event, args):
         if event == "open":

@@ -1,10 +1,13 @@
 """Small runs of `shunter train text` to be broken, and what must come out of them all the same."""
 
 import contextlib
+import functools
 import hashlib
 import json
+import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 from shunter.analysis.runs import Metrics
@@ -12,7 +15,7 @@ from shunter.cli import main
 from shunter.durable import sealed
 from shunter.recipes import run as engine
 from shunter.training import loop
-from tests.campaigns.processes import in_child
+from tests.campaigns.processes import Points, in_child
 from tests.recipes.conftest import SMALL
 
 SAVE = 2  # steps between checkpoints
@@ -22,6 +25,12 @@ KINDS = {
     "bias": ["sparse.top_k=1", "sparse.options={selection_bias: true, jitter: 0.1, capacity_factor: 1.0}"],
     "hash": ["sparse.router=hash"],
 }
+
+
+@functools.cache
+def job(folder, kind, pages=False):
+    """The job of a kind in a folder, made when it is first asked for."""
+    return Job(Path(folder) / f"{kind}-{pages}", kind, pages)
 
 
 class Job:
@@ -44,9 +53,14 @@ class Job:
         self.settings = [*SMALL, *every, "training.eval_every=3", *KINDS[kind], f"data.source=['{corpus}']"]
         self.straight = self.folder / "straight"
         drawing = engine.write_report, engine.write_picture
-        assert self.work(self.straight)() == 0  # in this process, so that its children have all modules loaded
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            assert self.work(self.straight)() == 0  # in this process, so that its children have all modules loaded
         engine.write_report, engine.write_picture = drawing
         self.outcome = outcome(self.straight)
+        with fresh(self.folder) as run:
+            began = time.monotonic()
+            assert self.finish(run) == ""
+            self.seconds = time.monotonic() - began
 
     def work(self, run):
         """Begin a run, or go on with it where there is one; for a process of its own."""
@@ -77,10 +91,11 @@ class Job:
             return f"something is left over: {left}"
         return f"{lost} steps of work were lost" if lost > SAVE else ""
 
-    def stopped(self, run, step, model="sparse"):
-        """A run that was asked to stop, like with Ctrl-C, after a step of a model."""
+    def stopped(self, run, step, model="sparse", watched=False):
+        """A run that was asked to stop, like with Ctrl-C, after a step of a model; watched: its syncs are kept."""
 
         def work():
+            points = Points(run) if watched else None
             inner = loop._Watch.on_step_begin
 
             def stop(watch, args, state, control, **kwargs):
@@ -88,7 +103,10 @@ class Job:
                 watch.stop = watch.stop or (watch.name == model and state.global_step + 1 == step)
 
             loop._Watch.on_step_begin = stop
-            return self.work(run)()
+            code = self.work(run)()
+            if points:
+                points.write()
+            return code
 
         return in_child(work)
 

@@ -8,10 +8,11 @@ import sys
 from functools import partial
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from shunter.analysis.runs import Metrics
 from shunter.cli import main
-from shunter.durable import MANIFEST, only_process
+from shunter.durable import MANIFEST, only_process, seal, verify
 from shunter.errors import UserError
 from shunter.recipes import run as engine
 from shunter.recipes.run import configuration_of
@@ -71,6 +72,25 @@ def again(stopped, tmp_path):
     root, config = stopped
     shutil.copytree(root / "stopped", tmp_path / "run")
     return tmp_path / "run", config, outcome(root / "straight")
+
+
+def test_a_checkpoint_of_other_weights_is_refused_and_one_of_tied_weights_is_not_remarked_on(again, capfd):
+    run, config, straight = again
+    shutil.copytree(run, run.with_name("short"))
+    train(config, run, resume=True)
+    assert outcome(run) == straight and "missing keys" not in capfd.readouterr().err
+    short = run.with_name("short") / "checkpoints/sparse/checkpoint-5"
+    weights = load_file(short / "model.safetensors")
+    del weights["model.layers.1.mlp.experts.down_proj"]
+    save_file(weights, short / "model.safetensors", {"format": "pt"})
+    facts = verify(short.with_name("checkpoint-4"))
+    seal(short, **{name: facts[name] for name in facts.keys() - {"format", "files"}})
+    assert main(["train", "text", "--resume", "--run", str(run.with_name("short"))]) == 2
+    assert (
+        capfd.readouterr()
+        .err.strip()
+        .endswith("has other weights: 'model.layers.1.mlp.experts.down_proj' in one alone")
+    )
 
 
 def checkpoints(run):

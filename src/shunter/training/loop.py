@@ -27,7 +27,7 @@ from ..analysis.runs import Metrics
 from ..context import KNOWN
 from ..durable import why_not_written
 from ..environment import _reset_peak_rss, peak_rss_bytes
-from ..errors import Diverged, Interrupted, NotWritten, one_line
+from ..errors import Diverged, Interrupted, NotWritten, UserError, one_line
 from ..losses import consistency_loss
 from ..metrics import balance
 from ..moe import RoutedLayer, aux_loss, expect_steps, moe_layers, tell, update_routers
@@ -249,6 +249,15 @@ class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         assert isinstance(self.train_dataset, Sized)
         return SequentialSampler(self.train_dataset)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint of other weights; those that share a tensor with another one are saved once."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        if wrong := [*missing, *load_result.unexpected_keys]:
+            raise UserError(
+                f"the checkpoint of the {self.watch.name} model has other weights: {wrong[0]!r} in one alone"
+            )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

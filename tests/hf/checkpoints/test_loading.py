@@ -7,6 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shunter
+from shunter import durable
+from shunter.hf.checkpoints.loading import load_folder
 from tests.hf.checkpoints.damage import DAMAGE, OTHER, SPARSE
 
 
@@ -20,6 +22,21 @@ def test_from_pretrained_says_it_too(damage, whole, tmp_path, monkeypatch):
         shunter.from_pretrained(str(folder))
     assert str(folder) in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("load", [load_folder, lambda folder: shunter.from_pretrained(str(folder))])
+def test_each_file_of_a_sealed_folder_is_compared_once(load, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole["sparse"], tmp_path / "sealed")
+    durable.seal(tmp_path / "sealed")
+    read, inner = [], durable._entry
+
+    def entry(file, *, sync):
+        read.append(file.name)
+        return inner(file, sync=sync)
+
+    monkeypatch.setattr(durable, "_entry", entry)
+    load(tmp_path / "sealed")
+    assert sorted(read) == sorted({*read}) and "model.safetensors" in read
 
 
 def test_buffers_that_no_file_holds_come_back_as_in_a_new_router(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...errors import UserError, one_line
 from ...moe import moe_layers
@@ -39,11 +39,21 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     folder = Path(path)
     if folder.is_dir() and not kwargs.get("subfolder"):
         checkpoint = Checkpoint(folder)
-        config = read_config(folder, checkpoint.tensors)
-        model = on_meta(sparse_class(config, path), config, folder)
-        split, stacked = split_layers(model, checkpoint)
-        rest = {name: stored for name, stored in checkpoint.tensors.items() if name not in split}
-        match_names(folder, model, rest, stacked)
+        _match(checkpoint, read_config(folder, checkpoint.tensors))
+    return _sparse(path, kwargs)
+
+
+def _match(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
+    """Raises UserError where a folder is not the whole of the sparse model that its configuration describes."""
+    folder = checkpoint.folder
+    model = on_meta(sparse_class(config, str(folder)), config, folder)
+    split, stacked = split_layers(model, checkpoint)
+    rest = {name: stored for name, stored in checkpoint.tensors.items() if name not in split}
+    match_names(folder, model, rest, stacked)
+
+
+def _sparse(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A sparse model by transformers, from a folder that has been compared or from the Hub."""
     kept = {name: kwargs[name] for name in (*_OF_BOTH, *_OF_WEIGHTS) if name in kwargs}
     kwargs = {name: value for name, value in kwargs.items() if name not in (*_OF_WEIGHTS, "trust_remote_code")}
     try:
@@ -67,7 +77,8 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
     checkpoint = Checkpoint(folder)
     config = read_config(folder, checkpoint.tensors, quantised=True)
     if made_here(config):
-        model = from_pretrained(str(folder), **options)
+        _match(checkpoint, config)
+        model = _sparse(str(folder), options)
     else:
         kind = model_class(config, str(folder))
         quantised = getattr(config, "quantization_config", None) is not None
