@@ -1,0 +1,106 @@
+"""The figure of fitted scaling laws: losses by experts with the law through them, and what the experts are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from ..scaling_law import UnifiedLaw
+from .style import COLOUR_MAP, PAPER, shorten
+
+__all__ = ["law_figure"]
+
+
+def law_figure(groups: dict[str, dict[str, Any]]) -> Figure:
+    """A row of two panels for each group.
+
+    Left the loss of each run by experts, a line of the law for each size. Right the effective parameter count over the
+    parameters by size, a line for each expert count; all meet at the cut-off, whose interval is shaded.
+
+    Args:
+        groups: by name, as `shunter.analysis.scaling_law.account` gives them.
+    """
+    figure = Figure(figsize=(9.6, 3.3 * len(groups)), layout="constrained")
+    for (name, found), row in zip(groups.items(), figure.subplots(len(groups), 2, squeeze=False), strict=True):
+        law = UnifiedLaw(**found["law"])
+        _losses(row[0], found, law)
+        _gains(row[1], found, law)
+        row[0].set_title(shorten(name, 40), loc="left")
+    return figure
+
+
+def _losses(axes: Any, found: dict[str, Any], law: UnifiedLaw) -> None:
+    runs = {key: np.array([run[key] for run in found["runs"]]) for key in ("parameters", "experts", "loss")}
+    sizes = np.unique(runs["parameters"])
+    fine = np.geomspace(1, runs["experts"].max(), 100)
+    for size, colour in zip(sizes, _colours(len(sizes)), strict=True):
+        here = runs["parameters"] == size
+        axes.plot(runs["experts"][here], runs["loss"][here], "o", color=colour, markersize=4, label=_count(size))
+        axes.plot(fine, law.loss(size, fine), color=colour, linewidth=1.2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    counts = np.unique(runs["experts"])
+    axes.set_xticks(counts, [f"{count:g}" for count in counts])
+    axes.xaxis.set_minor_locator(NullLocator())
+    _plain_ticks(axes.yaxis, MaxNLocator(6).tick_values(*axes.get_ylim()))
+    axes.set_xlabel("experts (1: dense)")
+    axes.set_ylabel("held-out loss")
+    axes.legend(title="dense parameters", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8)
+
+
+def _gains(axes: Any, found: dict[str, Any], law: UnifiedLaw) -> None:
+    sizes = np.array([run["parameters"] for run in found["runs"]])
+    counts = [count for count in np.unique([run["experts"] for run in found["runs"]]) if count > 1]
+    cutoff, interval = found["log10_cutoff"], found["intervals"].get("log10_cutoff")
+    near = [value for value in (cutoff, *(interval or [])) if value is not None]
+    low, high = np.log10(sizes.min()), np.log10(sizes.max())
+    high = max([high + 1, *(value + 0.3 for value in near if value < high + 5)])
+    fine = 10 ** np.linspace(low, high, 100)
+    for count, colour in zip(counts, _colours(len(counts)), strict=True):
+        worth = law.effective_parameters(fine, count) / fine
+        axes.plot(fine, worth, color=colour, linewidth=1.2, label=f"{count:g}")
+    axes.axhline(1, color=PAPER.ink, linewidth=0.8)
+    if interval:
+        ends = [
+            10**low if interval[0] is None else 10 ** interval[0],
+            10**high if interval[1] is None else 10 ** interval[1],
+        ]
+        axes.axvspan(max(ends[0], 10**low), min(ends[1], 10**high), color=PAPER.dense, alpha=0.12, linewidth=0)
+    if cutoff is not None and cutoff <= high:
+        axes.axvline(10**cutoff, color=PAPER.dense, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.axvspan(sizes.min(), sizes.max(), color=PAPER.ink, alpha=0.06, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(10**low, 10**high)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    bottom, top = axes.get_ylim()
+    _plain_ticks(axes.yaxis, [scale * unit for scale in (0.01, 0.1, 1, 10, 100) for unit in (1, 2, 5)])
+    axes.set_ylim(bottom, top)
+    axes.set_xlabel("dense parameters (grey: of the runs; dashed: the cut-off and its interval)")
+    axes.set_ylabel("effective over dense parameters")
+    axes.legend(title="experts", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8)
+
+
+def _plain_ticks(axis: Any, ticks: Iterable[float]) -> None:
+    """These ticks as plain numbers, those inside of the view alone."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _colours(count: int) -> list[Any]:
+    return list(matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 0.85, count)))
+
+
+def _count(value: float) -> str:
+    for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:g}"
