@@ -90,12 +90,13 @@ def relative_error(value, exact):
 TIME_LIMIT = 180  # seconds that processes of a test may take
 
 
-def on_ranks(work, size, *args):
-    """work(rank, *args) on each rank of a gloo group of forked processes, in order; an error there is an error here.
+def on_ranks(work, size, *args, start="fork"):
+    """work(rank, *args) on each rank of a gloo group of processes, in order; an error there is an error here.
 
-    What work returns holds lists, not tensors: these would pass through memory that ends with their process.
+    What work returns holds lists, not tensors: these would pass through memory that ends with their process. Forked
+    ones start at once; what computes a lot should be spawned, as threads that torch has used do not survive a fork.
     """
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context(start)
     queue = context.Queue()
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

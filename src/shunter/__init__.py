@@ -12,7 +12,7 @@ from .moe import MoE, aux_loss, dropless, give_reward, moe_layers, tell, update_
 from .routing import Routing
 
 if TYPE_CHECKING:
-    from . import hf
+    from . import hf, parallel
     from .hf import RoutingRecord, export, from_pretrained, record, replay, sparsify, upcycle
     from .training.balance import BalanceWarning
     from .training.trainer import BalanceCallback
@@ -35,6 +35,7 @@ __all__ = [
     "losses",
     "mixtures",
     "moe_layers",
+    "parallel",
     "record",
     "replay",
     "routers",
@@ -46,11 +47,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Hugging Face is an extra: it is imported when first used.
+    # Hugging Face is an extra, torch.distributed takes its time: they are imported when first used.
     if name == "__version__":
         return importlib.import_module(".environment", __name__).VERSION
-    if name == "hf":
-        return importlib.import_module(".hf", __name__)
+    if name in ("hf", "parallel"):
+        return importlib.import_module(f".{name}", __name__)
     if name == "BalanceCallback":
         return importlib.import_module(".training.trainer", __name__).BalanceCallback
     if name == "BalanceWarning":

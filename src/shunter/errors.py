@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LONGEST", "Diverged", "Interrupted", "NotWritten", "UserError", "escaped", "one_line"]
+__all__ = ["LONGEST", "Diverged", "Interrupted", "LostRank", "NotWritten", "UserError", "escaped", "one_line"]
 
 LONGEST = 400  # characters of a line
 
@@ -13,6 +13,10 @@ class UserError(ValueError):
 
 class NotWritten(OSError):
     """Results that could not be written: one line with the path and why. What was there before is still there."""
+
+
+class LostRank(RuntimeError):
+    """Processes that work together could not: one line that names the ranks that are gone, stopped or elsewhere."""
 
 
 class Diverged(Exception):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from shunter import Routing, routers
 from shunter.context import Context
-from shunter.parallel.ranks import sum_over_ranks
+from shunter.ranks import sum_over_ranks
 from shunter.routers import Router
 from shunter.routers.registry import create
 from tests.helpers import on_ranks

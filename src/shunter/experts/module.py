@@ -137,6 +137,11 @@ class Experts(RoutedExperts):
             ValueError: where x is not (T, d) of this layer's width and the routing's number of tokens, or its dtype or
                 device differs from the parameters'.
         """
+        x, weights = self.checked(x, routing)
+        return self.compute(x, weights, routing)
+
+    def checked(self, x: Tensor, routing: Routing) -> tuple[Tensor, ExpertWeights]:
+        """x and the weights as they are computed with, in the dtype of autocast where it is on; raises as `forward`."""
         weights: ExpertWeights = self.weights
         if x.shape != (routing.num_tokens, self.dim):
             raise ValueError(f"Experts: x has shape {tuple(x.shape)}; it must be ({routing.num_tokens}, {self.dim})")
@@ -157,6 +162,10 @@ class Experts(RoutedExperts):
                 f"Experts: the parameters are of type {type(weights.up).__name__}, in which the backends cannot look. "
                 "Sharded ones are gathered by the module that shards them: call that one"
             )
+        return x, weights
+
+    def compute(self, x: Tensor, weights: ExpertWeights, routing: Routing) -> Tensor:
+        """x (T, d), weights and a routing over their experts to the output (T, d), by the layer's backend."""
         backend, _ = backends.choose(self.backend, x, weights, routing)
         return backend.run(x, weights, routing, recompute=self.recompute)
 

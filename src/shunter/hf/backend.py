@@ -24,7 +24,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from ..experts import Weights, choose
 from ..experts.autograd import gradients_in_graph
-from ..experts.combine import sum_by_token
+from ..experts.combine import plain_sum, rows_of, weighted_sum
 from ..experts.tracing import outside_tracing
 from ..routing import Routing
 from .blocks import known_activation
@@ -183,7 +183,7 @@ def _around_own_code(module: ExpertsModule, x: Tensor, parameters: _Parameters, 
         products, rows = partial(torch.ops.shunter.products, offsets=routing.offsets), x.index_select(0, routing.token)
     else:
         bounds = routing.offsets.tolist()
-        products, rows = partial(_products, bounds), _Gather.apply(x, routing)
+        products, rows = partial(_products, bounds), rows_of(x, routing)
     h = products(rows, up, up_bias)
     if not module.has_gate:
         a = module.act_fn(h)
@@ -195,29 +195,13 @@ def _around_own_code(module: ExpertsModule, x: Tensor, parameters: _Parameters, 
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     if traced:
-        return _plain_combine(routing.token, x.shape, y, routing.weight)
-    return _Combine.apply(y, routing.weight, routing)
+        return plain_sum(routing.token, x.shape, y, routing.weight)
+    return weighted_sum(y, routing)
 
 
 def _products(bounds: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out: Tensor = _Products.apply(rows, weight, bias, bounds)
     return out
-
-
-class _Gather(torch.autograd.Function):
-    """x (T, d) -> the rows (N, d) of a routing's triples; the gradient is summed in one pass, in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return x.index_select(0, routing.token)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            out = grads[0].new_zeros(ctx.routing.num_tokens, grads[0].shape[1])
-            return out.index_add(0, ctx.routing.token, grads[0]), None
-        return sum_by_token(grads[0].contiguous(), ctx.routing, None), None
 
 
 class _Products(torch.autograd.Function):
@@ -308,37 +292,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _operator.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-class _Combine(torch.autograd.Function):
-    """The weighted sum of each token's rows: y (N, d), weight (N,) -> (T, d)."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, routing: Routing) -> Tensor:
-        ctx.save_for_backward(y, weight, routing.token)
-        return sum_by_token(y, routing, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        y, weight, token = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            plain = partial(_plain_combine, token, grads[0].shape)
-            return (*gradients_in_graph(plain, (y, weight), ctx.needs_input_grad[:2], grads[0]), None)
-        grad = grads[0].index_select(0, token)
-        grad_weight = (grad * y).sum(-1, dtype=weight.dtype) if ctx.needs_input_grad[1] else None
-        grad_y = grad.mul_(weight[:, None]) if ctx.needs_input_grad[0] else None
-        return grad_y, grad_weight, None
-
-
 def _plain_products(bounds: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `_Products`, in plain autograd."""
     parts = [F.linear(rows[span], weight[e], None if bias is None else bias[e]) for e, span in _spans(bounds)]
     tie = weight[:0].sum() if bias is None else weight[:0].sum() + bias[:0].sum()
     return torch.cat([*parts, rows.new_empty(0, weight.shape[1])]) + tie
-
-
-def _plain_combine(token: Tensor, shape: torch.Size, y: Tensor, weight: Tensor) -> Tensor:
-    """As `_Combine`, in plain autograd."""
-    rows = y * weight[:, None]
-    return rows.new_zeros(shape).index_add(0, token, rows).to(y.dtype)
 
 
 def _spans(bounds: list[int]) -> list[tuple[int, slice]]:

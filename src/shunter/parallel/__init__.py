@@ -1,5 +1,20 @@
-"""Several processes: what is counted on one rank, summed over the ranks that hold other tokens."""
+"""Several processes: each holds a part of the experts, rows go to the ranks of their experts and back."""
 
-from .ranks import sum_over_ranks
+from ..ranks import sum_over_ranks
+from .experts import ShardedExperts, shard_experts
+from .fsdp import average_gradients, checkpoint_policy, clip_grad_norm_, parameter_groups, shard_model
+from .processes import mesh
+from .watch import named_errors
 
-__all__ = ["sum_over_ranks"]
+__all__ = [
+    "ShardedExperts",
+    "average_gradients",
+    "checkpoint_policy",
+    "clip_grad_norm_",
+    "mesh",
+    "named_errors",
+    "parameter_groups",
+    "shard_experts",
+    "shard_model",
+    "sum_over_ranks",
+]

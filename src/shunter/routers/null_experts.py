@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import capacity
 from ..context import NO_CONTEXT, Context
-from ..parallel.ranks import sum_over_ranks
+from ..ranks import sum_over_ranks
 from ..routing import Routing
 from .topk import TopK
 

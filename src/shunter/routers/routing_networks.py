@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import losses as losses
 from ..context import NO_CONTEXT, Context
-from ..parallel.ranks import sum_over_ranks
+from ..ranks import sum_over_ranks
 from ..routing import Routing
 from .policy_gradient import Baseline, Decision, taken
 from .reinforce import Reinforce

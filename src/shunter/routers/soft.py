@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..context import NO_CONTEXT, Context
-from ..parallel.ranks import sum_over_ranks
+from ..ranks import sum_over_ranks
 from ..routing import Routing
 from .linear import LinearRouter
 

@@ -23,7 +23,7 @@ from ..hf.observe.listening import Observation, listening
 from ..hf.observe.taps import Tap
 from ..metrics import balance, dead, normalised_entropy
 from ..moe import RoutedLayer, update_routers
-from ..parallel.ranks import is_first_rank, sum_over_ranks
+from ..ranks import is_first_rank, sum_over_ranks
 from .alarms import LoadAlarm
 
 __all__ = ["Balance", "BalanceWarning"]

@@ -1,0 +1,64 @@
+"""Rows to other ranks and back: one all-to-all, whose gradient is the one the other way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+
+from .watch import at, named_errors
+
+__all__ = ["exchange", "exchange_numbers"]
+
+
+def exchange(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str) -> Tensor:
+    """The rows that the ranks of a group send this one, in the order of the ranks; differentiable, twice too.
+
+    Args:
+        rows: (N, …), those for rank 0 first.
+        send: how many go to each rank; they sum to N.
+        recv: how many come from each; what each of them has in `send` for this one.
+        group: the ranks.
+        place: what is exchanged, for errors.
+
+    Returns:
+        (R, …), R the sum of recv.
+
+    Raises:
+        ValueError: where send and rows differ.
+        LostRank: where a rank does not come within the group's timeout.
+    """
+    if sum(send) != rows.shape[0]:
+        raise ValueError(f"exchange: {rows.shape[0]} rows, and send sums to {sum(send)}")
+    out: Tensor = _Exchange.apply(rows, send, recv, group, place)
+    return out
+
+
+def exchange_numbers(numbers: Tensor, group: dist.ProcessGroup, place: str) -> Tensor:
+    """Row p of the result (P, n) is what rank p has in its row for this rank; integers, without a gradient."""
+    return _all_to_all(numbers, [1] * numbers.shape[0], [1] * numbers.shape[0], group, place)
+
+
+def _all_to_all(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str) -> Tensor:
+    at(place)
+    with named_errors():
+        # The functional form: a policy of activation checkpointing can keep its result, and waits for it.
+        return functional.wait_tensor(
+            torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), recv, send, group.group_name)
+        )
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str
+    ) -> Tensor:
+        ctx.how = recv, send, group, f"the backward of {place}"
+        return _all_to_all(rows, send, recv, group, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Exchange.apply(grads[0], *ctx.how), None, None, None, None

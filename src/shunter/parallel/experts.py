@@ -1,0 +1,198 @@
+"""The experts of a layer, of which each rank holds a part: their parameters are DTensors, their rows are exchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ..errors import UserError
+from ..experts import Experts, Weights, choose
+from ..moe import MoE
+from ..routing import Routing
+from . import watch
+from .dispatch import Dispatch, Sender
+
+__all__ = ["ShardedExperts", "shard_experts"]
+
+
+class _Scaled(torch.autograd.Function):
+    """A tensor as it is, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0] * ctx.factor, None
+
+
+class ShardedExperts(Experts):
+    """E experts of which each of the P ranks of a mesh's dimension "ep" holds E / P, in order.
+
+    It takes rows and a routing over all E, as `Experts` does, and has parameters of the same names and shapes, DTensors
+    of which dimension 0 is sharded. Every rank of the group must call it, one without rows too. The gradient of a
+    parameter is the mean over the ranks' losses, as data parallelism has it: that of its rank is the sum over the P
+    ranks whose rows came, and is divided by P where the local part is taken.
+
+    Args:
+        experts: whose parameters, equal on every rank, are cut.
+        mesh: with a dimension "ep".
+        layer, name: of the layer in its model.
+
+    Attributes:
+        size: P.
+
+    Raises:
+        UserError: where P does not divide E.
+
+    Source: Lepikhin et al. 2020 (GShard), section 3.3: experts sharded, tokens exchanged by all-to-all.
+    """
+
+    def __init__(self, experts: Experts, mesh: DeviceMesh, layer: int = 0, name: str = "the layer") -> None:
+        nn.Module.__init__(self)
+        part = mesh["ep"]
+        self.size, self.place = part.size(), part.get_local_rank()
+        if experts.num_experts % self.size:
+            raise UserError(
+                f"{name} has {experts.num_experts} experts, which {self.size} ranks cannot hold in equal parts; choose "
+                "expert_parallel among the divisors"
+            )
+        for attribute in ("num_experts", "dim", "hidden", "activation", "bias", "backend", "recompute"):
+            setattr(self, attribute, getattr(experts, attribute))
+        self.gated, self.up_name = experts.gated, experts.up_name
+        self.sender = Sender(layer, name, part.get_group())
+        e = experts.num_experts // self.size
+        for key in (self.up_name, "down_proj", f"{self.up_name}_bias", "down_proj_bias"):
+            whole = getattr(experts, key)
+            if whole is not None:
+                local = whole.detach()[self.place * e : (self.place + 1) * e].clone()
+                sharded = DTensor.from_local(local, part, [Shard(0)], run_check=False)
+                whole = nn.Parameter(sharded, requires_grad=whole.requires_grad)
+            self.register_parameter(key, whole)
+        self.train(experts.training)
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters of this rank's experts, as the backends take them; their gradients are divided by P."""
+        whole = super().weights
+        local = (self._local(part) for part in (whole.up, whole.down, whole.up_bias, whole.down_bias))
+        up, down, up_bias, down_bias = local
+        assert up is not None and down is not None
+        return Weights(up, down, up_bias, down_bias, self.activation)
+
+    def _local(self, parameter: Tensor | None) -> Tensor | None:
+        if parameter is None:
+            return None
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        # FSDP gathers them before the forward of the module, which is no forward of its own here.
+        if local.shape[0] != self.num_experts // self.size:
+            raise UserError(f"{self.sender.name}: the experts are sharded further; call the module, not its parts")
+        out: Tensor = _Scaled.apply(local, 1 / self.size) if self.size > 1 and local.requires_grad else local
+        return out
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """As `Experts`, in three exchanges (counts, rows, outputs), and two in the backward.
+
+        Raises:
+            ValueError: as `Experts`.
+            LostRank: where a rank does not come within the timeout, or is in another forward.
+        """
+        x, weights = self.checked(x, routing)
+        dispatch = Dispatch.of(x, routing, self.sender)
+        y = self.compute(dispatch.rows(x), weights, dispatch.local)
+        return dispatch.combined(y)
+
+    def explain(self, num_tokens: int) -> str:
+        """The ranks, which experts are here, what a forward of T = num_tokens sends, and the backend."""
+        e = self.num_experts // self.size
+        of, parts = getattr(self, self.up_name), super().weights
+        up, down, up_bias, down_bias = (
+            None if part is None else torch.empty(e, *part.shape[1:], dtype=part.dtype, device=part.device)
+            for part in (parts.up, parts.down, parts.up_bias, parts.down_bias)
+        )
+        assert up is not None and down is not None
+        probe = torch.empty(num_tokens, self.dim, dtype=of.dtype, device=of.device)
+        backend, why = choose(self.backend, probe, Weights(up, down, up_bias, down_bias, self.activation))
+        sent = num_tokens * self.dim * of.dtype.itemsize * (self.size - 1) / self.size
+        return (
+            f"Expert parallel: experts {self.place * e} to {self.place * e + e - 1} of {self.num_experts} are on this "
+            f"rank, {self.place} of {self.size}; an exchange sends {sent / 2**20:.3g} MiB for each expert that a token "
+            f"takes. Backend {backend.name}: {backend.summary}; chosen because {why}."
+        )
+
+
+def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Leave each rank its part of the experts of every `MoE` layer of a model, in place.
+
+    The rest of the model stays whole on every rank, and each rank has a batch of its own: enough for inference, and for
+    a plain loop that averages the other gradients (`average_gradients`). `shard_model` shards the rest, too.
+
+    Args:
+        model: with equal parameters on every rank.
+        mesh: of `parallel.mesh`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: where no layer has experts to shard, P does not divide E, or the ranks' parameters differ.
+    """
+    watch.begin()
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, MoE) and isinstance(module.experts, Experts)
+    ]
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no MoE layer whose experts could be sharded; see shunter.sparsify")
+    if sharded := [name for name, layer in layers if isinstance(layer.experts, ShardedExperts)]:
+        raise UserError(f"the experts of {sharded[0] or 'the layer'} are sharded already")
+    same_on_all_ranks(model)
+    made = [
+        ShardedExperts(layer.experts, mesh, number, name or "the layer")
+        for number, (name, layer) in enumerate(layers)
+        if isinstance(layer.experts, Experts)
+    ]
+    for (_, layer), experts in zip(layers, made, strict=True):
+        layer.experts = experts
+    return model
+
+
+def same_on_all_ranks(model: nn.Module) -> None:
+    """Raise UserError naming the first parameter or buffer that is not bit-equal on all ranks."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    values = {
+        name: value.detach() for name, value in named.items() if not (value.is_meta or isinstance(value, DTensor))
+    }
+    own = [(name, tuple(value.shape), str(value.dtype), _checksum(value)) for name, value in values.items()]
+    every: list[Any] = [None] * dist.get_world_size()
+    with watch.named_errors():
+        dist.all_gather_object(every, own)
+    for rank, other in enumerate(every):
+        if other == every[0]:
+            continue
+        different = next((mine[0] for mine, its in zip(every[0], other, strict=False) if mine != its), "their number")
+        raise UserError(
+            f"the ranks' models differ: {different} is another on rank {rank} than on rank 0. Build the model with one "
+            "seed everywhere (torch.manual_seed), or load the same folder"
+        )
+
+
+def _checksum(value: Tensor) -> int:
+    """A number of the bits of a tensor that depends on their places."""
+    if value.is_sparse or value.numel() == 0:
+        return 0
+    flat = value.contiguous().reshape(-1).view(torch.uint8)
+    if rest := -flat.numel() % 8:
+        flat = torch.cat([flat, flat.new_zeros(rest)])
+    words = flat.view(torch.int64)
+    places = torch.arange(1, 2 * words.numel(), 2, device=words.device)
+    return int((words * places).sum())

@@ -1,0 +1,61 @@
+"""What torchrun started in, the mesh of its processes out."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from ..errors import UserError
+from . import watch
+
+__all__ = ["join", "mesh"]
+
+TIMEOUT = 600.0
+
+
+def mesh(expert_parallel: int = 1, *, timeout: float = TIMEOUT) -> DeviceMesh:
+    """The ranks as a mesh of ("edp", "ep"): those of a row hold different experts, those of a column the same.
+
+    Joins the processes that torchrun started where nobody has; alone it makes a group of one.
+
+    Args:
+        expert_parallel: P, how many ranks share the experts among them.
+        timeout: seconds that a rank waits for the others in an exchange before it raises `LostRank`.
+
+    Raises:
+        UserError: where P does not divide the number of ranks.
+    """
+    if not dist.is_initialized():
+        join(timeout)
+    size = dist.get_world_size()
+    if expert_parallel < 1 or size % expert_parallel:
+        raise UserError(
+            f"{size} process{'es' if size > 1 else ''} cannot share experts in groups of {expert_parallel}: "
+            "expert_parallel must divide their number"
+        )
+    kind = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
+    shape = (size // expert_parallel, expert_parallel)
+    made = init_device_mesh(kind, shape, mesh_dim_names=("edp", "ep"))
+    for group in (dist.group.WORLD, *made.get_all_groups()):
+        _set_pg_timeout(timedelta(seconds=timeout), group)
+    watch.begin()
+    return made
+
+
+def join(timeout: float) -> None:
+    """Make the group of the processes that torchrun started, or of this one alone."""
+    if not dist.is_available():
+        raise UserError("this build of torch has no torch.distributed")
+    limit = timedelta(seconds=timeout)
+    if "RANK" not in os.environ:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    elif torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit)
+    else:
+        dist.init_process_group("gloo", timeout=limit)

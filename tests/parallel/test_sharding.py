@@ -1,0 +1,468 @@
+"""Experts on several ranks give what data parallelism gives: outputs, every gradient, the norm, routers' state."""
+
+import copy
+import functools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import shunter
+from shunter import moe_layers, parallel, routers
+from shunter.errors import LostRank, UserError
+from shunter.parallel import dispatch, exchange, experts
+from tests.conftest import SEED
+from tests.helpers import on_ranks
+from tests.parallel.models import DIM, EXPERTS, Model, difference, gradients, layer, loss_of, told, twins, whole
+
+QUICK_BACKENDS = ("reference", "padded", "grouped_mm")
+
+
+def _run(moe, x, known):
+    """The output and the input's gradient; the parameters keep theirs."""
+    x = x.clone().requires_grad_()
+    out = _of_this_rank(lambda: moe(x, **known))
+    if moe.decider.learns_by_reward and moe.training:
+        shunter.give_reward(moe, torch.ones(x.shape[:-1], dtype=x.dtype))
+    (out.square().mean() + shunter.aux_loss(moe).to(x.dtype)).backward()
+    return {"out": out.detach(), "x": x.grad}
+
+
+def _against_data_parallelism(moe, mesh, x, known):
+    moe, copied = twins(moe)
+    parallel.shard_experts(moe, mesh)
+    found, expected = _run(moe, x, known), _run(copied, x, known)
+    parallel.average_gradients(moe, mesh)
+    return max(difference(found, expected), difference(gradients(moe), gradients(copied, averaged=True)))
+
+
+def _of_this_rank(call, *args):
+    """What a call draws on this rank alone; the common random state goes on elsewhere."""
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED + 1000 * dist.get_rank() + 1)
+        return call(*args)
+
+
+def every_router(mesh):
+    found = {}
+    for name in routers.names():
+        for training in (True, False):
+            moe = layer(name).train(training)
+            x, known = _of_this_rank(lambda n=name: (torch.randn(2, 9, DIM, dtype=torch.float64), told(n, (2, 9))))
+            found[f"{name}, {training}"] = _against_data_parallelism(moe, mesh, x, known)
+    return found
+
+
+def backends(mesh, names):
+    found = {}
+    for backend in names:
+        for dtype in (torch.float32, torch.bfloat16):
+            moe = layer("topk", dtype, backend)
+            x = _of_this_rank(lambda t=dtype: torch.randn(3, 20, DIM, dtype=t))
+            exact = copy.deepcopy(moe).double()
+            exact.experts.backend = "reference"
+            moe, copied = twins(moe)
+            parallel.shard_experts(moe, mesh)
+            expected = {**_run(exact, x.double(), {}), **gradients(exact)}
+            own = {**_run(copied, x, {}), **gradients(copied)}
+            got = _run(moe, x, {})
+            parallel.average_gradients(moe, mesh)
+            expected |= gradients(exact, averaged=True)
+            own |= gradients(copied, averaged=True)
+            got |= gradients(moe)
+            error, without = (difference({k: v.double() for k, v in part.items()}, expected) for part in (got, own))
+            found[f"{backend}, {dtype}"] = (error, without)
+    return found
+
+
+def no_tokens(mesh, names):
+    """Ranks without tokens, with padding alone, and whose experts nobody wants."""
+    found = {}
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for backend in names:
+        for case in ("all to one rank", "a rank without tokens", "a rank of padding", "no tokens anywhere"):
+            moe = layer("forced" if case == "all to one rank" else "topk", torch.float32, backend)
+            tokens = 0 if case == "no tokens anywhere" or (case == "a rank without tokens" and rank == 1) else 6
+            x = _of_this_rank(torch.randn, tokens, DIM)
+            known = {"experts": torch.full((tokens, 1), EXPERTS - 1)} if case == "all to one rank" else {}
+            if case == "a rank of padding" and rank == size - 1:
+                known["mask"] = torch.zeros(tokens, dtype=torch.bool)
+            moe, copied = twins(moe.eval())
+            parallel.shard_experts(moe, mesh)
+            results = []
+            for one in (moe, copied):
+                given = x.clone().requires_grad_()
+                out = one(given, **known)
+                out.square().sum().backward()
+                results.append({"out": out.detach(), "x": given.grad})
+            missing = [name for name, p in moe.experts.named_parameters() if p.grad is None]
+            parallel.average_gradients(moe, mesh)
+            gap = max(difference(*results), difference(gradients(moe), gradients(copied, averaged=True)))
+            found[f"{backend}, {case}"] = (gap, missing)
+    return found
+
+
+NAMES = ("topk", "switch", "deepseek", "soft_moe")
+
+
+def _trained(model, batches, accumulate, optimizer, clip):
+    """Gradients before the last clipping, the norms, and the parameters after the steps."""
+    norms = []
+    for micro in batches:
+        optimizer.zero_grad()
+        for x in micro:
+            (_of_this_rank(loss_of, model, x) / accumulate).backward()  # with the same noise
+        found = clip(model, norms)
+        optimizer.step()
+        shunter.update_routers(model)
+    state = {name: whole(value.detach()) for name, value in model.state_dict().items() if value.is_floating_point()}
+    return found, norms, state
+
+
+def layouts(mesh, accumulations=(1, 3)):
+    """FSDP2 for everything else, with and without accumulation."""
+    found = {}
+    for accumulate in accumulations:
+        model, copied = twins(Model(NAMES).train())
+        batches = _of_this_rank(lambda a=accumulate: torch.randn(2, a, 2, 7, DIM, dtype=torch.float64))
+        parallel.shard_model(model, mesh)
+        optimizer = torch.optim.AdamW(parallel.parameter_groups(model), lr=1e-2, eps=1e-3)
+        plain = torch.optim.AdamW(copied.parameters(), lr=1e-2, eps=1e-3)
+
+        def clip(model, norms):
+            grads = gradients(model)
+            norms.append(float(parallel.clip_grad_norm_(model, 0.05)))
+            return grads
+
+        def average_and_clip(model, norms):
+            for name, grad in gradients(model, averaged=True).items():
+                model.get_parameter(name).grad = grad
+            grads = gradients(model)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)))
+            return grads
+
+        got, norms, state = _trained(model, batches, accumulate, optimizer, clip)
+        expected, plain_norms, plain_state = _trained(copied, batches, accumulate, plain, average_and_clip)
+        gap = max(abs(a - b) / b for a, b in zip(norms, plain_norms, strict=True))
+        states = difference(state, plain_state)
+        bias = [layer.decider.selection_bias.tolist() for layer in moe_layers(model).values() if _biased(layer)]
+        found[f"accumulating {accumulate}"] = (difference(got, expected), gap, states, bias)
+    return found
+
+
+def _biased(layer):
+    return getattr(layer.decider, "selection_bias", None) is not None
+
+
+def mutants(mesh):
+    """How far off the comparison of gradients and state is, when something is broken on purpose."""
+    found = {}
+    scaled, combine = experts._Scaled.apply, dispatch.weighted_sum
+
+    def twice(y, routing):
+        return combine(y * routing.weight.detach()[:, None], routing)
+
+    changes = {
+        "not divided": (experts._Scaled, "apply", lambda value, factor: value),
+        "divided twice": (experts._Scaled, "apply", lambda value, factor: scaled(scaled(value, factor), factor)),
+        "weights twice": (dispatch, "weighted_sum", twice),
+        "counts of one rank": (routers.find("deepseek").update.__globals__, "sum_over_ranks", lambda *a, **k: None),
+    }
+    for name, (owner, attribute, broken) in changes.items():
+        own = owner[attribute] if isinstance(owner, dict) else getattr(owner, attribute)
+        change = owner.__setitem__ if isinstance(owner, dict) else functools.partial(setattr, owner)
+        change(attribute, broken)
+        try:
+            (grads, norm, states, bias) = layouts(mesh, (1,))["accumulating 1"]
+            every = [None] * dist.get_world_size()
+            dist.all_gather_object(every, bias)
+            found[name] = max(grads, states, 1.0 if every[0] != every[1] else 0.0)
+        finally:
+            change(attribute, own)
+    return found
+
+
+def checkpointing(mesh):
+    """The exchanges of a backward in each mode, and the gradients against those without."""
+    found = {}
+    names = ("topk", "noisy_topk")
+    base = Model(names).train()
+    x = _of_this_rank(lambda: torch.randn(2, 5, DIM, dtype=torch.float64))
+    kept = functools.partial(checkpoint, use_reentrant=False, context_fn=parallel.checkpoint_policy)
+    modes = {"none": None, "whole": functools.partial(checkpoint, use_reentrant=False), "kept": kept, "recompute": None}
+    gathered = {}
+    for mode, around in modes.items():
+        model = copy.deepcopy(base)
+        parallel.shard_experts(model, mesh)
+        for block in model.blocks:
+            block.moe.experts.recompute = mode == "recompute"
+            if around is not None:
+                block.forward = functools.partial(around, block.forward)
+        torch.manual_seed(SEED)
+        with _Exchanges() as exchanges:
+            loss = loss_of(model, x)
+            forward = exchanges.done
+            loss.backward()
+        gathered[mode] = gradients(model)
+        found[mode] = (forward, exchanges.done - forward, difference(gathered[mode], gathered["none"]))
+    return found
+
+
+class _Exchanges(TorchDispatchMode):
+    """Counts the all-to-alls that reach the processes, so none that a policy of checkpointing has kept."""
+
+    done = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.done += func is torch.ops._c10d_functional.all_to_all_single.default
+        return func(*args, **(kwargs or {}))
+
+
+def second_derivatives(mesh):
+    """The gradient of a penalty on a gradient."""
+    moe, copied = twins(layer("topk").eval())
+    parallel.shard_experts(moe, mesh)
+    x = _of_this_rank(lambda: torch.randn(6, DIM, dtype=torch.float64))
+    results = []
+    for one in (moe, copied):
+        given = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(one(given).square().mean(), given, create_graph=True)
+        gradient.square().mean().backward()
+        results.append({"x": given.grad})
+    parallel.average_gradients(moe, mesh)
+    return max(difference(*results), difference(gradients(moe), gradients(copied, averaged=True)))
+
+
+def precision(mesh):
+    """The dtypes in which a bfloat16 model's routers and experts compute."""
+    model = Model(("topk", "topk"), torch.float32).train()
+    parallel.shard_model(model, mesh, dtype=torch.bfloat16)
+    seen = {}
+    for block in model.blocks:
+        score, compute = block.moe.decider.score, block.moe.experts.compute
+
+        def scored(x, context, score=score, block=block):
+            seen["router"] = [str(p.dtype) for p in block.moe.router.parameters()]
+            return score(x, context)
+
+        def computed(x, weights, routing, compute=compute):
+            seen["experts"] = [str(weights.dtype), str(x.dtype)]
+            return compute(x, weights, routing)
+
+        block.moe.decider.score, block.moe.experts.compute = scored, computed
+    x = _of_this_rank(lambda: torch.randn(2, 5, DIM))
+    loss_of(model, x).backward()
+    grads = sorted({str(p.grad.dtype) for p in model.parameters()})
+    return seen, grads, sorted({str(p.dtype) for p in model.parameters()})
+
+
+def autocast(mesh):
+    """Under autocast: the output's dtype and its distance from that of one process, by bfloat16's rounding."""
+    moe, copied = twins(layer("topk", torch.float32).eval())
+    parallel.shard_experts(moe, mesh)
+    x = _of_this_rank(lambda: torch.randn(20, DIM))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got, expected = moe(x), copied(x)
+    return str(got.dtype), float((got.float() - expected.float()).abs().max() / expected.float().abs().max())
+
+
+def inference(mesh):
+    """Without gradients, each rank with a batch of its own size; what explain says; the layer as it is saved."""
+    moe, copied = twins(layer("topk", torch.float32, "auto").eval())
+    state = {name: tuple(value.shape) for name, value in moe.state_dict().items()}
+    parallel.shard_experts(moe, mesh)
+    found = []
+    with torch.no_grad():
+        for tokens in (0, 1, 3 * dist.get_rank(), 40):
+            x = _of_this_rank(lambda n=tokens: torch.randn(n, DIM))
+            found.append(difference({"out": moe(x)}, {"out": copied(x)}))
+    same = {name: tuple(value.shape) for name, value in moe.state_dict().items()} == state
+    local = sum(p.to_local().numel() for p in moe.experts.parameters()) / sum(
+        p.numel() for p in copied.experts.parameters()
+    )
+    return max(found), same, local, moe.explain()
+
+
+def refusals(mesh):
+    """What each mistake says."""
+    found = {}
+
+    def said(case, call):
+        try:
+            call()
+            found[case] = "nothing"
+        except (UserError, LostRank, ValueError) as error:
+            found[case] = str(error)
+
+    rank = dist.get_rank()
+    said("experts", lambda: parallel.shard_experts(shunter.MoE(DIM, 4, 5, "topk"), mesh))
+    said("world", lambda: parallel.mesh(expert_parallel=3))
+    said("dense", lambda: parallel.shard_experts(torch.nn.Linear(2, 2), mesh))
+    moe = layer("topk", torch.float32)
+    said("twice", lambda: parallel.shard_experts(parallel.shard_experts(moe, mesh), mesh))
+    other = layer("topk", torch.float32)
+    if rank == 1:
+        other.router.weight.data[0, 0] += 1e-3
+    said("drawn apart", lambda: parallel.shard_experts(other, mesh))
+    x = torch.randn(4, DIM)
+
+    def alone():
+        with torch.set_grad_enabled(rank == 0):
+            moe(x)
+
+    said("evaluates alone", alone)
+
+    def in_bfloat16():
+        with torch.autocast("cpu", torch.bfloat16, enabled=rank == 0), torch.no_grad():
+            moe(x)
+
+    said("other dtype", in_bfloat16)
+    said("splits", lambda: exchange.exchange(x, [1, 1], [1, 1], mesh["ep"].get_group(), "a test"))
+    return found
+
+
+def _on_rank(rank, seed, expert_parallel, cases):
+    assert seed == SEED, "the ranks draw alike"
+    warnings.simplefilter("ignore")
+    mesh = parallel.mesh(expert_parallel=expert_parallel, timeout=60)
+    found = {}
+    for name, arguments in cases.items():
+        torch.manual_seed(SEED)
+        found[name] = globals()[name](mesh, *arguments)
+    return found
+
+
+def _cases(expert_parallel, names, size=2):
+    import os
+
+    os.environ["SHUNTER_SEED"] = str(SEED)  # of the spawned processes
+    return on_ranks(_on_rank, size, SEED, expert_parallel, names, start="spawn")
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Of each rank: every quick case, in one group of two processes."""
+    whole = ("every_router", "layouts", "mutants", "checkpointing", "second_derivatives", "precision", "autocast")
+    cases = {**dict.fromkeys((*whole, "inference", "refusals"), ())}
+    cases |= {"backends": (QUICK_BACKENDS,), "no_tokens": (QUICK_BACKENDS,)}
+    return _cases(2, cases)
+
+
+def _holds(results):
+    """What every case must keep to, at any number of ranks."""
+    for found in results:
+        for name, gap in found["every_router"].items():
+            assert gap < 1e-12, (name, gap)
+        for name, (error, without) in found["backends"].items():
+            assert error <= max(2e-6, 2 * without), (name, error, without)
+        for name, (gap, missing) in found["no_tokens"].items():
+            assert gap < 2e-6 and not missing, (name, gap, missing)
+        for name, (grads, norm, states, _) in found["layouts"].items():
+            assert max(grads, norm, states) < 1e-12, (name, grads, norm, states)
+        biases = {name: bias for name, (*_, bias) in found["layouts"].items()}
+        assert biases == {name: bias for name, (*_, bias) in results[0]["layouts"].items()}, "bit-equal on all ranks"
+
+
+def test_two_ranks_compute_what_data_parallelism_does(results):
+    _holds(results)
+
+
+@pytest.mark.parametrize("mutant", ["not divided", "divided twice", "weights twice", "counts of one rank"])
+def test_broken_forms_are_noticed(results, mutant):
+    assert max(found["mutants"][mutant] for found in results) > 1e-6
+
+
+@pytest.mark.parametrize("stable", [True, False])
+def test_received_rows_are_a_routing(stable, monkeypatch):
+    """Each row once, with the expert that its sender sorted it to; an unstable sort would break the type's order."""
+    sort = torch.Tensor.sort
+    backwards = sort(torch.zeros(100, dtype=torch.int64), stable=True).indices.flip(0)
+
+    def unstable(self, stable):
+        values, indices = sort(self[backwards[: len(self)] % len(self)], stable=True)
+        return values, (backwards[: len(self)] % len(self))[indices]
+
+    counts = torch.randint(2, 4, (3, 4))
+    if not stable:
+        monkeypatch.setattr(torch.Tensor, "sort", unstable)
+        with pytest.raises(ValueError, match="unsorted"):
+            dispatch.received(counts, torch.float32).check_values()
+        return
+    counts[torch.rand(3, 4) < 0.3] = 0
+    routing = dispatch.received(counts, torch.float64)
+    routing.check_values()
+    expected = [e for row in counts.tolist() for e, count in enumerate(row) for _ in range(count)]
+    of_row = dict(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))
+    assert [of_row[row] for row in range(len(expected))] == expected
+    assert routing.num_tokens == len(expected) and routing.num_experts == 4 and bool((routing.weight == 1).all())
+
+
+def test_a_backward_has_two_exchanges_a_layer_and_recomputation_none_but_where_asked(results):
+    for found in results:
+        modes = found["checkpointing"]
+        assert {mode: counts[:2] for mode, counts in modes.items()} == {
+            "none": (6, 4),
+            "whole": (6, 10),
+            "kept": (6, 4),
+            "recompute": (6, 4),
+        }
+        assert max(gap for *_, gap in modes.values()) == 0
+
+
+def test_penalties_on_gradients(results):
+    assert max(found["second_derivatives"] for found in results) < 1e-12
+
+
+def test_routers_decide_in_float32_under_mixed_precision(results):
+    seen, grads, parameters = results[0]["precision"]
+    assert set(seen["router"]) == {"torch.float32"} and set(seen["experts"]) == {"torch.bfloat16"}
+    assert grads == parameters == ["torch.float32"]
+
+
+def test_autocast(results):
+    for found in results:
+        dtype, gap = found["autocast"]
+        assert dtype == "torch.bfloat16" and gap < 0.05
+
+
+def test_inference_with_batches_of_any_size(results):
+    for rank, found in enumerate(results):
+        gap, same, local, explained = found["inference"]
+        assert gap < 2e-6 and same and local == 0.5
+        first = rank * EXPERTS // 2
+        assert f"experts {first} to {first + EXPERTS // 2 - 1} of {EXPERTS} are on this rank" in explained
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("experts", "5 experts, which 2 ranks cannot hold"),
+        ("world", "2 processes cannot share experts in groups of 3"),
+        ("dense", "Linear has no MoE layer"),
+        ("twice", "sharded already"),
+        ("drawn apart", "router.weight is another on rank 1"),
+        ("evaluates alone", "gradients but for its input's, and rank 1 at sparse layer 0 in float32 without gradients"),
+        ("other dtype", "rank 1 at sparse layer 0 in float32 without"),
+        ("splits", "send sums to 2"),
+    ],
+)
+def test_mistakes_are_one_line_with_names(results, case, words):
+    said = results[0]["refusals"][case]
+    assert words in said and "\n" not in said
+    assert all(found["refusals"][case] != "nothing" for found in results), "on every rank"
+
+
+def test_one_process_alone_needs_no_torchrun():
+    mesh = parallel.mesh()
+    try:
+        moe, copied = twins(layer("topk").eval())
+        parallel.shard_experts(moe, mesh)
+        x = torch.randn(5, DIM, dtype=torch.float64)
+        assert torch.allclose(moe(x), copied(x), rtol=1e-13, atol=1e-13)
+        assert all(isinstance(p, DTensor) for p in moe.experts.parameters())
+    finally:
+        dist.destroy_process_group()
