@@ -323,6 +323,7 @@ def test_bad_commands_are_one_line(capsys, tmp_path, monkeypatch):
         assert message in said and "\n" not in said
 
 
+@pytest.mark.slow
 def test_every_router_that_text_can_serve_trains(small, tmp_path):
     """Whatever is in the registry, by default options: one step, finite losses."""
     config = small("training.steps=1", "sparse.allow_leak=true", "model.layers=1", "sparse.num_experts=8")
