@@ -12,6 +12,8 @@ from transformers import (
     BertForQuestionAnswering,
     CLIPConfig,
     CLIPModel,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
     GPT2Config,
     GPT2DoubleHeadsModel,
     Trainer,
@@ -20,6 +22,8 @@ from transformers import (
     ViTMAEForPreTraining,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 import shunter
@@ -329,6 +333,43 @@ def test_padding_of_sound_reaches_the_frames_that_convolutions_leave():
     assert 0 < int(expected[1].sum()) < frames
     for context in _heard(model, input_values=sound, attention_mask=mask).values():
         assert torch.equal(context.mask.reshape(2, frames), expected.bool())
+
+
+def _xlnet():
+    return XLNetLMHeadModel(XLNetConfig(vocab_size=9, d_model=16, n_layer=2, n_head=2, d_inner=24, dropout=0.0))
+
+
+def _fsmt():
+    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _FSMT.items()}
+    config = FSMTConfig(langs=["en", "de"], src_vocab_size=9, tgt_vocab_size=9, d_model=16, **sizes)
+    return FSMTForConditionalGeneration(config)
+
+
+_FSMT = {"layers": 2, "ffn_dim": 24, "attention_heads": 2}
+
+
+@pytest.mark.parametrize("length", [4, 6])
+@pytest.mark.parametrize("router", ["topk", "soft_moe"])
+@pytest.mark.parametrize("build_one", [_xlnet, _fsmt])
+def test_models_that_run_place_by_place(build_one, router, length):
+    """With as many tokens as sequences nothing but the model tells which size is which."""
+    options = {"topk": {"top_k": 2}}.get(router, {})
+    model = shunter.sparsify(build_one(), 4, router, allow_leak=True, **options).double().eval()
+    ids, mask = torch.randint(3, 9, (4, length)), torch.ones(4, length, dtype=torch.int64)
+    mask[2, 2:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = torch.randint(3, 9, (4, length))
+    heard = _heard(model, **batch)
+    for name, context in heard.items():
+        decoding = ".decoder." in name
+        assert (context.mask is None) if decoding else torch.equal(context.mask.reshape(4, length), mask.bool())
+        assert torch.equal(context.token_ids.reshape(4, length), batch["decoder_input_ids"] if decoding else ids)
+    whole = model(**batch).logits
+    for row in range(4):
+        alone = model(**{name: value[row : row + 1] for name, value in batch.items()}).logits
+        real = slice(None) if model.config.is_encoder_decoder else mask[row].bool()
+        torch.testing.assert_close(whole[row][real], alone[0][real])
 
 
 def test_a_mask_of_words_does_not_reach_patches():

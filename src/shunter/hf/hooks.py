@@ -20,8 +20,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from .. import context as contexts
 from ..context import KNOWN, Context, Scope
 from ..errors import UserError
-from ..moe import aux_loss, give_reward, mark, moe_layers
+from ..moe import RoutedLayer, aux_loss, give_reward, mark, moe_layers
 from ..recomputation import recomputing
+from .probing import shapes_given
 from .tokens import arguments, decoder_padding, has_tokens, tokens_of
 
 __all__ = ["check_batch", "install"]
@@ -41,12 +42,40 @@ def install(model: PreTrainedModel, batch: Mapping[str, str] | None = None) -> N
     """
     forwards = _Forwards(check_batch(batch))
     model.register_forward_pre_hook(forwards.begin, with_kwargs=True)
-    scopes = [m for m in model.modules() if isinstance(m, PreTrainedModel) and has_tokens(m)]
+    scopes = [module for module in model.modules() if moe_layers(module) and has_tokens(module)]
     for module in scopes:
         module.register_forward_pre_hook(forwards.enter, with_kwargs=True)
+    for layer in _places_first(model, scopes):
+        layer.register_forward_pre_hook(_sequences_first)
+        layer.register_forward_hook(_places_first_again)
     for module in scopes:
         module.register_forward_hook(forwards.leave, always_call=True)
     model.register_forward_hook(forwards.end, with_kwargs=True, always_call=True)
+
+
+def _places_first(model: nn.Module, scopes: list[nn.Module]) -> list[RoutedLayer]:
+    """The layers whose input is (S, B, d), place by place, as in XLNet and FSMT: found on a copy with tokens (2, 3)."""
+    layers = moe_layers(model)
+    found = []
+    for module in scopes:
+        inside = {path: layer for path, layer in moe_layers(module).items() if layer in layers.values()}
+        takes = set(inspect.signature(module.forward).parameters) & {"input_ids", "decoder_input_ids"}
+        if "input_ids" not in takes or not inside:
+            continue
+        ids = torch.full((2, 3), 2)
+        for path, shape in shapes_given(module, inside, **dict.fromkeys(takes, ids)).items():
+            layer = layers.pop(next(name for name, layer in layers.items() if layer is inside[path]))
+            if shape[:2] == (3, 2):
+                found.append(layer)
+    return found
+
+
+def _sequences_first(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0].transpose(0, 1), *args[1:]
+
+
+def _places_first_again(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.transpose(0, 1)
 
 
 def check_batch(batch: Mapping[str, str] | None) -> dict[str, str]:

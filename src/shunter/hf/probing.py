@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Event", "Recording", "Way", "is_linear", "record", "sizes", "trials"]
+__all__ = ["Event", "Recording", "Way", "is_linear", "record", "shapes_given", "sizes", "trials"]
 
 _ROWS = (2, 3)  # an image of so many patches
 _RETURNS: tuple[Callable[[Tensor], Any], ...] = (lambda x: (x, None), lambda x: x, lambda x: (x, None, None))
@@ -334,3 +334,19 @@ def record(
         Exception: whatever the module raises that cannot be called in this way.
     """
     return _Probe(module, way, training, instead or {}, probabilities or {}).run()
+
+
+def shapes_given(module: nn.Module, paths: Iterable[str], **given: Any) -> dict[str, torch.Size]:
+    """The shapes of what some modules inside of a module are given, where it can be called with these arguments.
+
+    Args:
+        module: any module.
+        paths: of modules inside, which here return what they are given.
+        **given: of its forward.
+    """
+    instead = dict.fromkeys(paths, lambda x, **known: x)
+    probe = _Probe(module, Way("forward", (), False, lambda x: x), False, instead, {})
+    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]), suppress(Exception):
+        probe.root(**given)
+    first = {path: probe.recording.first(path) for path in instead}
+    return {path: event.args[0].shape for path, event in first.items() if event is not None and event.args}

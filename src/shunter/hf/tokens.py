@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from ..context import Context, places_in, present
 from ..errors import UserError
@@ -29,13 +30,15 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def takes_tokens(module: nn.Module) -> bool:
-    """Whether a module's forward takes token ids or an attention mask."""
-    return bool({"input_ids", "attention_mask"} & set(inspect.signature(module.forward).parameters))
+    """Whether a module takes token ids, or is a model that takes an attention mask."""
+    names = set(inspect.signature(module.forward).parameters)
+    return "input_ids" in names or (isinstance(module, PreTrainedModel) and "attention_mask" in names)
 
 
 def has_tokens(module: nn.Module) -> bool:
-    """Whether a module's forward takes tokens, or what it makes tokens of: patches of images, frames of sound."""
-    return takes_tokens(module) or bool(set(_GRIDS) & set(inspect.signature(module.forward).parameters))
+    """Whether a module takes tokens, or is a model that makes them of what it takes: patches of images, frames."""
+    grids = isinstance(module, PreTrainedModel) and set(_GRIDS) & set(inspect.signature(module.forward).parameters)
+    return takes_tokens(module) or bool(grids)
 
 
 def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
@@ -187,8 +190,10 @@ def _until_padding(ids: Tensor, module: Any) -> Tensor | None:
 
     None where the model's padding is a word, too.
     """
-    config = module.config.get_text_config(decoder=True)
-    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    pad, end = getattr(module, "padding_idx", None), None
+    if isinstance(module, PreTrainedModel):
+        config = module.config.get_text_config(decoder=True)
+        pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
     if pad is None or pad in (end if isinstance(end, list) else [end]):
         return None
     real = ids != pad

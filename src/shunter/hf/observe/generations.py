@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..tokens import arguments, takes_tokens
 
@@ -107,7 +106,7 @@ def noting_starts(model: nn.Module, layers: list[str]) -> Iterator[Starts]:
                 stack.callback(vars(cache).pop, "reorder_cache", None)
 
         for path, module in model.named_modules():
-            if isinstance(module, PreTrainedModel) and takes_tokens(module):
+            if takes_tokens(module):
                 under = [name for name in layers if not path or name == path or name.startswith(path + ".")]
                 stack.callback(module.register_forward_pre_hook(partial(note, under), with_kwargs=True).remove)
         yield starts

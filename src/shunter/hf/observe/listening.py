@@ -20,7 +20,6 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from ...context import NO_CONTEXT, Context
 from ...metrics import margins, routing_entropy
@@ -223,7 +222,7 @@ def noting_tokens(model: nn.Module, found: dict[str, Tap]) -> Iterator[dict[str,
     padding: dict[str, Tensor] = {}  # of a decoder, as the labels say
     with ExitStack() as stack:
         for path, module in model.named_modules():
-            if isinstance(module, PreTrainedModel) and takes_tokens(module):
+            if takes_tokens(module):
                 under = [name for name in found if not path or name == path or name.startswith(path + ".")]
                 note = partial(_note_tokens, around, padding, found, under, module is model)
                 stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
