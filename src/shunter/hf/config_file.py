@@ -1,34 +1,91 @@
 """The config.json of a sparse model: named so that nothing loads the folder as the dense model that it was made of.
 
-In transformers a sparse model keeps the class and the configuration of its dense form. On disk its model_type is its
-own: what does not know it refuses the folder. The dense classes themselves do not look at that; they are told that the
-weights are elsewhere, in words.
+In transformers a sparse model keeps the class and the configuration of its dense form, which names the sparse layers.
+Whoever writes that configuration writes a model_type of its own: what does not know it refuses the folder. The dense
+classes themselves do not look at that; they are told that the weights are elsewhere, in words. Within the configuration
+of a whole whose one part is sparse, a part has no model_type that anybody looks at; there its dtype is such words.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODEL_TYPE", "as_dense", "name_as_sparse"]
+from transformers import PreTrainedConfig
+
+__all__ = ["MODEL_TYPE", "as_dense", "name_layers"]
 
 MODEL_TYPE = "shunter"
 _DENSE = "shunter_dense"
 _WEIGHTS = "transformers_weights"
 _REFUSAL = "none, as the feed-forward blocks are Shunter's sparse experts; import shunter.hf and load by an Auto class"
+_PART_REFUSAL = (
+    "none, as the feed-forward blocks of this part are Shunter's sparse experts; sparsify the part of the dense model "
+    "again, and load the state dict"
+)
 
 
-def name_as_sparse(folder: Path) -> None:
-    """Give the config.json in a folder, as transformers wrote it, the model_type of sparse models, and the refusal."""
-    file = folder / "config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    if values["model_type"] != MODEL_TYPE:
-        values |= {_DENSE: values["model_type"], "model_type": MODEL_TYPE, _WEIGHTS: _REFUSAL}
-        new = file.with_suffix(".json.partial")
-        new.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(new, file)
+def name_layers(config: Any, layers: Any) -> None:
+    """Let a configuration, in place, name the sparse layers of its model, and so be written as that of a sparse one."""
+    config.shunter = layers
+    config.__class__ = _sparse(config.__class__)
+
+
+@cache
+def _sparse(kind: type[PreTrainedConfig]) -> Any:
+    """The class of configurations that is another's, by name too, except in how it is written."""
+    if hasattr(kind, "_shunter_dense"):
+        return kind
+
+    class Sparse(kind):  # type: ignore[misc, valid-type]
+        _shunter_dense = kind
+
+        def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+            values = _as_sparse(json.loads(self.to_json_string(use_diff)))
+            text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+            Path(json_file_path).write_text(text, encoding="utf-8")
+
+        def to_dict(self) -> dict[str, Any]:
+            values: dict[str, Any] = super().to_dict()
+            if values.get("shunter") is not None and _written() not in (None, self):
+                warnings.warn(
+                    f"save_pretrained: a whole whose {kind.__name__.removesuffix('Config')} part alone is sparse: "
+                    f"nothing loads the folder by its names: {_PART_REFUSAL.partition('; ')[2]}",
+                    stacklevel=2,
+                )
+                values["dtype"] = _PART_REFUSAL
+            return values
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _restored, (kind, vars(self))
+
+    Sparse.__name__, Sparse.__qualname__, Sparse.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Sparse
+
+
+def _restored(kind: Any, state: dict[str, Any]) -> Any:
+    config = kind.__new__(_sparse(kind))
+    vars(config).update(state)
+    return config
+
+
+def _written() -> Any:
+    """The configuration that is being written to a file; None where none is."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not PreTrainedConfig.to_json_file.__code__:
+        frame = frame.f_back
+    return frame.f_locals["self"] if frame.f_back is not None else None
+
+
+def _as_sparse(values: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a config.json, as transformers has it, with the model_type of sparse models and the refusal."""
+    kept = {name: value for name, value in values.items() if name != "quantization_config"}
+    return kept | {_DENSE: values["model_type"], "model_type": MODEL_TYPE, _WEIGHTS: _REFUSAL}
 
 
 def as_dense(values: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..experts.weights import STACKED
 from ..moe import MoE, moe_layers
 from ..routers import Router
 from .blocks import FeedForward, find_feed_forwards, survey
-from .config_file import name_as_sparse
+from .config_file import name_layers
 from .hooks import check_batch, install
 
 __all__ = ["choose_blocks", "describe_layers", "make_layers", "sparsify"]
@@ -172,45 +172,31 @@ def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dic
             setattr(model.get_submodule(around), name, nn.Identity())
         for path, name in block.undropped:
             setattr(model.get_submodule(path), name, 0.0)
-    model.config.shunter = describe_layers(model) | {"batch": batch}
+    name_layers(model.config, describe_layers(model) | {"batch": batch})
     vars(model)["save_pretrained"] = partial(_save, model)  # of the instance: what is copied or pickled keeps it
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part is not model and moe_layers(part):
-            vars(part)["save_pretrained"] = partial(_save_part, part, model)
+        if isinstance(part, PreTrainedModel) and part.config is not model.config and moe_layers(part):
+            vars(part)["save_pretrained"] = partial(_refuse_part, part, model)
     install(model, batch)
 
 
-def _save(
-    model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
-) -> None:
-    """Save as transformers does, with the layers as they are now in the configuration.
-
-    Raises:
-        UserError: with push_to_hub=True, which would upload the folder before its configuration is named as sparse.
-    """
-    if kwargs.get("push_to_hub"):
-        raise UserError("save_pretrained: push_to_hub=True is not for sparse models; call model.push_to_hub(name)")
+def _save(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """Save as transformers does, with the layers as they are now in the configuration."""
     model.config.shunter |= describe_layers(model)
-    folder = Path(save_directory)
-    (folder / MANIFEST).unlink(missing_ok=True)  # of the model that is replaced
-    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
-    if is_main_process:
-        name_as_sparse(folder)
+    (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of the model that is replaced
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
-def _save_part(part: PreTrainedModel, whole: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
-    """Save a model inside of a sparse one, whose configuration it shares.
+def _refuse_part(part: PreTrainedModel, whole: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """Refuse to save a model inside of a sparse one whose configuration does not know of its sparse layers.
 
     Raises:
-        UserError: where it has a configuration of its own, which does not know of its sparse layers.
+        UserError: always.
     """
-    if part.config is not whole.config:
-        raise UserError(
-            f"save_pretrained: this {type(part).__name__} is part of a sparse {type(whole).__name__}, which knows its "
-            "sparse layers; save that one"
-        )
-    type(part).save_pretrained(part, save_directory, **kwargs)
-    name_as_sparse(Path(save_directory))
+    raise UserError(
+        f"save_pretrained: this {type(part).__name__} is part of a sparse {type(whole).__name__}, which knows its "
+        "sparse layers; save that one"
+    )
 
 
 def describe_layers(model: nn.Module) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Folders of sparse models and transformers' own classes: the sparse model where Shunter is there, else a refusal."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 import shunter
@@ -130,11 +132,52 @@ def test_a_dense_form_that_does_not_exist(dense, build, tmp_path):
             load(str(tmp_path))
 
 
-def test_an_upload_before_the_name_is_refused(build, tmp_path):
-    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
-    with pytest.raises(ValueError, match=r"call model.push_to_hub\(name\)"):
-        model.save_pretrained(tmp_path / "new", push_to_hub=True)
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize("how", ["the whole of a part", "as transformers does", "the configuration", "a copy of it"])
+def test_whoever_writes_the_configuration_writes_that_of_a_sparse_model(how, build, inputs, tmp_path):
+    model = build("llama")
+    shunter.sparsify(model.model if how == "the whole of a part" else model, 4, "topk", top_k=2)
+    batch = inputs("llama")
+    expected = model.eval()(**batch).logits
+    if how == "the whole of a part":
+        model.save_pretrained(tmp_path)
+    else:
+        type(model).save_pretrained(model, tmp_path)
+    config = model.config
+    if how == "a copy of it":
+        config = pickle.loads(pickle.dumps(copy.deepcopy(transformers.AutoConfig.from_pretrained(tmp_path))))
+    assert isinstance(config, transformers.LlamaConfig)
+    assert type(config).__name__ == "LlamaConfig" and config == copy.deepcopy(config)
+    (tmp_path / "config.json").unlink()
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["model_type"], written["shunter_dense"]) == ("shunter", "llama")
+    assert "quantization_config" not in written
+    with pytest.raises(ValueError, match="sparse experts; import shunter.hf"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM.from_pretrained, shunter.from_pretrained):
+        assert torch.equal(load(str(tmp_path)).eval()(**batch).logits, expected)
+
+
+def test_a_whole_with_one_sparse_part_loads_by_no_name(tmp_path):
+    """What lies in the folder is all there, and the part can be made again."""
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    text = {**small, "vocab_size": 9, "max_position_embeddings": 8, "eos_token_id": 1}
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=8
+    )
+    dense = transformers.CLIPModel(copy.deepcopy(config))
+    model = copy.deepcopy(dense)
+    shunter.sparsify(model.vision_model, 4, "topk", top_k=2)
+    model.config.to_dict()  # as loggers do
+    with pytest.warns(UserWarning, match="whose CLIPVision part alone is sparse: nothing loads the folder"):
+        model.save_pretrained(tmp_path)
+    for load in (transformers.CLIPModel, AutoModel, shunter):
+        with pytest.raises(Exception, match="this part are Shunter's sparse experts; sparsify the part"):
+            load.from_pretrained(str(tmp_path))
+    again = copy.deepcopy(dense)
+    shunter.sparsify(again.vision_model, 4, "topk", top_k=2)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert same_state(again, model)
 
 
 def test_a_model_inside_is_saved_as_sparse_or_not_at_all(build, inputs, tmp_path):

@@ -15,7 +15,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config_file import MODEL_TYPE, as_dense
+from ..config_file import MODEL_TYPE, as_dense, name_layers
 from .formats import make_sparse
 from .loading import align
 
@@ -39,7 +39,10 @@ class SparseConfig(PreTrainedConfig):
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING or kind == MODEL_TYPE:
             raise ValueError(f"a sparse model whose dense form is {kind!r}, which transformers does not know")
         values["quantization_config"] = {"quant_method": MODEL_TYPE, "layers": values.get("shunter")}
-        return CONFIG_MAPPING[kind].from_dict(values, **kwargs)
+        found = CONFIG_MAPPING[kind].from_dict(values, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        name_layers(config, getattr(config, "shunter", None))
+        return found
 
 
 class _Layers(QuantizationConfigMixin):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...durable import new_folder
 from ...environment import VERSION, Memory
-from ..config_file import name_as_sparse
 from .check import compare_logits
 from .reading import Checkpoint, Stored
 from .writing import Writer, copy_companions
@@ -75,8 +74,6 @@ def convert(verb: str, plan: Plan, out: Path, memory: Memory, check: bool, max_s
             writer.write(name, tensor, offset)
         writer.finish()
         plan.config.save_pretrained(folder)
-        if getattr(plan.config, "shunter", None) is not None:
-            name_as_sparse(folder)
         copy_companions(plan.source.folder, folder)
         receipt = {"made_by": f"shunter {VERSION} {verb}", **plan.facts, "peak_bytes": memory.peak, "check": None}
         if check:
