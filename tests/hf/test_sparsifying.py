@@ -287,3 +287,47 @@ def test_folders_of_others_are_refused(build, tmp_path):
     build("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a model that shunter.sparsify made"):
         shunter.from_pretrained(str(tmp_path))
+
+
+class _Twice(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+    def right_inverse(self, weight):
+        return weight / 2
+
+
+@pytest.mark.parametrize("how", ["compiled", "parametrized", "sharded"])
+def test_a_wrapped_router_is_saved_by_its_own_name(how, build, inputs, tmp_path):
+    model = shunter.sparsify(build("llama"), 4, "deepseek", top_k=2).eval()
+    batch = inputs("llama")
+    expected = model(**batch).logits
+    if how == "sharded":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in shunter.moe_layers(model).values():
+            if how == "compiled":
+                layer.router = torch.compile(layer.router, backend="eager")
+            elif how == "parametrized":
+                torch.nn.utils.parametrize.register_parametrization(layer.router, "weight", _Twice())
+            else:
+                torch.distributed.fsdp.fully_shard(layer.router)
+        names = list(model.state_dict())
+        model.save_pretrained(tmp_path)
+        assert list(model.state_dict()) == names
+    finally:
+        if how == "sharded":
+            torch.distributed.destroy_process_group()
+    assert torch.equal(shunter.from_pretrained(tmp_path).eval()(**batch).logits, expected)
+
+
+def test_a_router_of_another_kind_is_not_saved_as_the_one_that_it_is_made_of(build, tmp_path):
+    class Other(shunter.routers.find("topk")):
+        def choose(self, logits, context):
+            return super().choose(-logits, context)
+
+    model = shunter.sparsify(build("llama"), 4, "topk", top_k=2)
+    for layer in shunter.moe_layers(model).values():
+        layer.router = Other(32, 4, top_k=2)
+    with pytest.raises(ValueError, match="register .*Other.* first"):
+        model.save_pretrained(tmp_path)

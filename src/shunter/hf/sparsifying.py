@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from .. import routers
@@ -184,7 +186,32 @@ def _save(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwar
     """Save as transformers does, with the layers as they are now in the configuration."""
     model.config.shunter |= describe_layers(model)
     (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of the model that is replaced
+    if len(args) < 2 and kwargs.get("state_dict") is None and (state := _state_of_wrapped(model)):
+        kwargs["state_dict"] = state
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+def _state_of_wrapped(model: nn.Module) -> dict[str, Any] | None:
+    """A model's state dict as of plain routers, where some are compiled, parametrized or sharded; None where none is.
+
+    A parametrized weight is what the parametrization makes of it, that of a router sharded by itself (FSDP2) is whole.
+    """
+    state: dict[str, Any] = {}
+    for path, layer in moe_layers(model).items():
+        changed = [(at, part) for at, part in layer.router.named_modules() if parametrize.is_parametrized(part)]
+        if not changed and "_orig_mod" not in layer.router._modules and not isinstance(layer.router, FSDPModule):
+            continue
+        state = state or model.state_dict()
+        for at, part in changed:
+            place = f"{path}.router.{at}." if at else f"{path}.router."
+            state = {name: value for name, value in state.items() if not name.startswith(f"{place}parametrizations.")}
+            state |= {f"{place}{name}": getattr(part, name).detach() for name in part.parametrizations}
+        compiled = f"{path}.router._orig_mod."
+        state = {name.replace(compiled, f"{path}.router."): value for name, value in state.items()}
+        for name, value in state.items():
+            if name.startswith(f"{path}.router.") and hasattr(value, "full_tensor"):
+                state[name] = value.full_tensor()
+    return state or None
 
 
 def _refuse_part(part: PreTrainedModel, whole: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
@@ -227,10 +254,18 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
     return {"layout": STACKED, "layers": entries}
 
 
-def _name_of(router: type[Router]) -> str:
-    for name in routers.names():
-        if routers.find(name) is router:
-            return name
+def _name_of(router: type) -> str:
+    """The registered name of a router's class, or of the one that a wrapper (FSDP2, a parametrization) made it of.
+
+    Raises:
+        UserError: where neither is registered: another class would not decide as it does.
+    """
+    for kind in router.__mro__:
+        if found := next((name for name in routers.names() if routers.find(name) is kind), None):
+            return found
+        own = [name for name in vars(kind) if hasattr(Router, name) and (name == "__init__" or name[:2] != "__")]
+        if issubclass(kind, Router) and own:
+            break
     raise UserError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
 
 
