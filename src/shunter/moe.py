@@ -18,7 +18,7 @@ from . import context as contexts
 from . import routers
 from .context import Context
 from .experts import Experts, RoutedExperts
-from .recomputation import recomputing
+from .recomputation import recomputing, regions
 from .routers import Router
 from .routers.policy_gradient import Decision, PolicyRouter
 from .routing import Routing, outside
@@ -39,12 +39,25 @@ __all__ = [
 _ORDER = count()
 
 
+class _Note:
+    """A hook of a tensor that lives as long as the tensor's graph."""
+
+    def __init__(self, hook: Callable[[Tensor], None]) -> None:
+        self.hook = hook
+
+    def __call__(self, grad: Tensor) -> None:
+        self.hook(grad)
+
+
 class _Call:
     """What one training forward of a layer left, until a backward has gone through it.
 
     Args:
         losses: weighted auxiliary losses by name.
         decision: what a router that learns by reward decided, until its reward is known.
+
+    Attributes:
+        dead: whether no backward can come to the layer's output any more, for nobody holds it or it has no graph.
     """
 
     def __init__(self, losses: dict[str, Tensor], decision: Decision | None) -> None:
@@ -52,6 +65,7 @@ class _Call:
         self.used = False
         self.order = -1
         self.thread: int | None = None
+        self.dead: Callable[[], bool] = bool
         self._reached: list[bool] = []
         self._lost: Callable[[], None] | None = None
 
@@ -59,7 +73,12 @@ class _Call:
         """Live as long as the graph of the layer's output does, and note when a backward goes through it."""
         self.order, self.thread = next(_ORDER), threading.get_ident()
         if out.requires_grad:
-            out.register_hook(self._pass)
+            note = _Note(self._pass)
+            out.register_hook(note)
+            held = weakref.ref(note)
+            self.dead = lambda: held() is None
+        elif not torch.is_grad_enabled() and not regions().first:
+            self.dead = lambda: True
 
     def watch(self, lost: Callable[[], None]) -> None:
         """Call lost() at the end of a backward that goes through the layer's output, but through none of its losses."""
@@ -180,6 +199,17 @@ class RoutedLayer(nn.Module):
         if since >= 0:  # of a forward, which knows nothing of those of other threads
             known = [call for call in known if call.thread in (None, threading.get_ident())]
         return [call for call in known if not call.used and (call.order >= since or call.order < 0)]
+
+    def drop_last(self, layers: Iterable[RoutedLayer]) -> bool:
+        """Forget the last training forward, if no backward can come to it, but to a later one of these layers."""
+        last = self._last
+        if last is None or last.used or not last.dead():
+            return False
+        later = [call for layer in layers for call in layer.calls() if call.order > last.order]
+        if all(call.dead() for call in later):
+            return False
+        self._last = None
+        return True
 
     def forget(self, since: int) -> None:
         """Forget the training forwards from one on, as those of a model whose forward raised."""
@@ -411,8 +441,9 @@ def aux_loss(model: nn.Module, *, since: int = -1) -> Tensor:
     """The sum over a model's layers of their weighted losses from the training forwards that await a backward; scalar.
 
     Add it to the loss of the same forwards. A layer counts once for each time it ran since a backward went through it,
-    as long as somebody holds what it returned; its last time counts in any case. Where no layer has a loss it is zero;
-    after a backward it is that of the last forward, without a gradient.
+    as long as somebody holds what it returned; what nobody holds counts for a layer's last time, until another layer
+    has run whose output somebody holds. Where no layer has a loss it is zero; after a backward it is that of the last
+    forward, without a gradient.
 
     Args:
         model: any module.
@@ -424,6 +455,9 @@ def aux_loss(model: nn.Module, *, since: int = -1) -> Tensor:
             nothing.
     """
     layers = moe_layers(model)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        while any(layer.drop_last(layers.values()) for layer in layers.values()):
+            pass  # the losses of one may have kept the output of another
     waiting = [(name, layer, call) for name, layer in layers.items() for call in layer.calls(since)]
     terms = []
     for name, layer, call in waiting:

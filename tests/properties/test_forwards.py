@@ -197,6 +197,23 @@ def test_a_layer_that_ran_in_an_earlier_step_only_does_not_count():
     (out.sum() + aux_loss(model)).backward()
 
 
+@pytest.mark.parametrize("before", ["thrown away", "without autograd"])
+def test_a_layer_that_is_skipped_now_does_not_count(before):
+    """As under LayerDrop, behind a step that was given up, or a forward in training that was to train nothing."""
+    one, two = MoE(6, 8, 4, "topk", top_k=2).train(), MoE(6, 8, 4, "topk", top_k=2).train()
+    model = torch.nn.ModuleList([one, two])
+    with torch.set_grad_enabled(before == "thrown away"):
+        two(one(torch.randn(7, 6)))
+    out = one(torch.randn(5, 6))
+    assert torch.equal(aux_loss(model), sum(one.losses.values()))
+    (out.sum() + aux_loss(model)).backward()
+    assert two.router.weight.grad is None and one.router.weight.grad is not None
+    with torch.no_grad():
+        one(torch.randn(5, 6))
+    with pytest.raises(RuntimeError, match="its forward ran without autograd"):
+        aux_loss(one)
+
+
 def test_a_forward_that_raised_is_neither_counted_nor_kept():
     model = shunter.sparsify(_llama(), 4, "topk", top_k=2).train()
     first, *_, last = moe_layers(model).values()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers import DynamicCache, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import shunter
 from shunter import RoutingRecord, routers
@@ -284,6 +284,20 @@ def test_beams_cannot_be_joined(options, tmp_path):
     with shunter.record(model) as again:
         _generate(model, prompt)
     assert len(again.joined().lengths) == 3, "nothing of a generation before is left behind"
+
+
+@pytest.mark.parametrize("change", ["batch_select_indices", "batch_repeat_interleave", "reorder_cache"])
+def test_rows_of_a_cache_that_become_others_cannot_be_joined(change):
+    """As a search of one's own does it, on a cache, between two forwards of as many rows."""
+    model, ids = _spread(build("mixtral")).eval(), torch.randint(1, 50, (2, 5))
+    cache = DynamicCache()
+    with torch.no_grad(), shunter.record(model) as r:
+        model(ids[:1] if change == "batch_repeat_interleave" else ids, past_key_values=cache)
+        getattr(cache, change)(2 if change == "batch_repeat_interleave" else torch.tensor([1, 0]))
+        model(ids[:, -1:], past_key_values=cache)
+    assert r.exchanged
+    with pytest.raises(ValueError, match="joined: the (rows|forwards)"):
+        r.joined()
 
 
 def test_drafts_without_lengths_cannot_be_joined():

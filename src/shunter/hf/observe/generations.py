@@ -14,6 +14,9 @@ from ..tokens import arguments, takes_tokens
 
 __all__ = ["Starts", "noting_starts"]
 
+# What a cache does when rows become others: beams, a choice of rows, each several times.
+_REORDERING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+
 
 class Starts:
     """Where the forwards under way begin.
@@ -71,10 +74,10 @@ class Starts:
             alike = len(torch.unique(before, dim=0)) < len(before)
             self.exchanged |= alike or not torch.equal(tokens[:, : before.shape[1]], before)
 
-    def reordering(self, reorder: Callable[..., Any], *args: Any) -> Any:
-        """What a cache does when rows become others."""
+    def reordering(self, reorder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Note that rows become others, and let the cache have them so."""
         self.exchanged = True
-        return reorder(*args)
+        return reorder(*args, **kwargs)
 
 
 def _cache(given: dict[str, Any]) -> Any:
@@ -101,9 +104,10 @@ def noting_starts(model: nn.Module, layers: list[str]) -> Iterator[Starts]:
         def note(under: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             starts.note(under, module, args, kwargs)
             cache = _cache(arguments(module, args, kwargs))
-            if hasattr(cache, "reorder_cache") and "reorder_cache" not in vars(cache):
-                vars(cache)["reorder_cache"] = partial(starts.reordering, cache.reorder_cache)
-                stack.callback(vars(cache).pop, "reorder_cache", None)
+            for name in _REORDERING:
+                if hasattr(cache, name) and name not in vars(cache):
+                    vars(cache)[name] = partial(starts.reordering, getattr(cache, name))
+                    stack.callback(vars(cache).pop, name, None)
 
         for path, module in model.named_modules():
             if takes_tokens(module):
