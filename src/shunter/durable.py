@@ -33,6 +33,7 @@ except ImportError:  # a system without the locks of Unix
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "NO_ROOM",
     "aside",
     "discard",
     "make_folder",
@@ -96,7 +97,7 @@ def new_folder(out: Path, **facts: Any) -> Iterator[Path]:
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
     make_folder(out.parent)
-    with _naming(out, _NO_ROOM), aside(out) as part:
+    with _naming(out, NO_ROOM), aside(out) as part:
         yield part
         seal(part, **facts)
         if out.exists():
@@ -323,12 +324,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
-def _naming(path: Path, numbers: tuple[int, ...] = (*_NO_ROOM, *_REFUSED)) -> Iterator[None]:
+def _naming(path: Path, numbers: tuple[int, ...] = (*NO_ROOM, *_REFUSED)) -> Iterator[None]:
     """Turn errors of the file system, of these numbers, into `NotWritten`."""
     try:
         yield
@@ -340,7 +341,7 @@ def _naming(path: Path, numbers: tuple[int, ...] = (*_NO_ROOM, *_REFUSED)) -> It
         raise
 
 
-def why_not_written(error: Exception, numbers: tuple[int, ...] = (*_NO_ROOM, *_REFUSED)) -> str:
+def why_not_written(error: Exception, numbers: tuple[int, ...] = (*NO_ROOM, *_REFUSED)) -> str:
     """Why the file system did not take what was written; empty for an error of another kind."""
     if isinstance(error, OSError):
         at = f" ({error.filename})" if error.filename else ""
