@@ -53,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    except Exception as error:  # libraries in other languages have no OSError
+        if not (reason := why_not_written(error, NO_ROOM)):
+            raise
+        print(f"shunter {args.name}: a file cannot be written: {reason}", file=sys.stderr)
+        return 1
     finally:
         warnings.formatwarning = before
 
