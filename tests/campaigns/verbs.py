@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 from shunter.cli import _parser, main
 from shunter.durable import sealed, verify
@@ -21,11 +22,13 @@ from tests.campaigns.runs import fresh, job
 from tests.campaigns.stops import ERRORS, mounted
 
 TINY = "8,8,8,2,1"  # of a benchmark
+SIZES = (10**6, 10**7, 10**8)  # parameters of runs
 QUICK = {
     "compare": ["--routers", "topk,hash"],
     "generate": ["--max-new-tokens", "3", "--prompt", "abc"],
     "inspect": ["--tokens", "64", "--length", "16", "--ablate", "2"],
     "upcycle": ["--experts", "2"],
+    "law fit": ["--resamples", "0"],
     "bench experts": ["--shapes", TINY, "--dtype", "float32", "--backends", "reference", "--peers", "eager"],
     "bench gpu": ["--shapes", TINY],
     "bench routers": ["--shape", TINY, "--routers", "topk"],
@@ -56,12 +59,9 @@ class Verb:
     def __init__(self, name, parser, work):
         self.name, self.work = name, work
         self.actions = [action for action in parser._actions if action.dest not in ("help", "version")]
-        self.writes = next(
-            (a.option_strings[0] for a in self.actions if a.dest in ("out", "run") and a.option_strings), ""
-        )
-        self.reads = [
-            a for a in self.actions if not a.option_strings and a.dest in ("run", "model", "models", "folder")
-        ]
+        folders = [a for a in self.actions if a.type is Path and a.option_strings and a.dest in ("out", "run")]
+        self.writes = folders[0].option_strings[0] if folders else ""
+        self.reads = [a for a in self.actions if not a.option_strings and a.dest in ("run", "model", "models", "table")]
 
     def arguments(self, place, source=None):
         """The words after `shunter`: results go to a place; what is read is another than the right one."""
@@ -87,6 +87,8 @@ class Verb:
         """A right folder to read."""
         if action.dest == "run":
             return self.work.straight
+        if action.dest == "table":
+            return _table(self.work.folder / "runs.csv")
         return self.work.straight / ("dense" if self.name == "upcycle" else "sparse")
 
     def call(self, place, source=None, before=lambda: None, out=None):
@@ -105,6 +107,16 @@ class Verb:
                 return ended.code
 
         return in_child(child)
+
+
+def _table(file):
+    """The runs of a law."""
+    if not file.exists():
+        rows = [
+            f"{size},{experts},{3 * size**-0.08 * experts**-0.03 + 1:.6f}" for size in SIZES for experts in (1, 2, 4, 8)
+        ]
+        file.write_text("\n".join(["parameters,experts,loss", *rows, ""]))
+    return file
 
 
 def _without_timing():
