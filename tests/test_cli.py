@@ -1,9 +1,14 @@
 """The command line: whatever goes wrong is a line."""
 
+import subprocess
 import sys
 import warnings
+from pathlib import Path
+
+import pytest
 
 from shunter.cli import look, main
+from tests.helpers import TIME_LIMIT
 
 
 def test_a_warning_is_one_line(capsys, monkeypatch):
@@ -17,3 +22,11 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
     assert main(["routers"]) == 0
     assert capsys.readouterr().err == "shunter: look here\n"
     assert warnings.formatwarning is before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_standard_output_that_takes_nothing_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "shunter", "routers"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIME_LIMIT, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "shunter routers: [Errno 28] No space left on device\n")

@@ -33,9 +33,11 @@ except ImportError:  # a system without the locks of Unix
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "NO_ROOM",
     "aside",
     "discard",
     "make_folder",
+    "naming",
     "new_folder",
     "only_process",
     "publish",
@@ -74,7 +76,7 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         NotWritten: naming the path and why.
     """
-    with _naming(path), aside(path, folder=False) as part:
+    with naming(path), aside(path, folder=False) as part:
         yield part
         _sync(part)
         part.replace(path)
@@ -96,12 +98,12 @@ def new_folder(out: Path, **facts: Any) -> Iterator[Path]:
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
     make_folder(out.parent)
-    with _naming(out, _NO_ROOM), aside(out) as part:
+    with naming(out, NO_ROOM), aside(out) as part:
         yield part
         seal(part, **facts)
         if out.exists():
             raise UserError(f"{out} has appeared meanwhile; choose a new folder, nothing is overwritten")
-        with _naming(out):
+        with naming(out):
             part.rename(out)
             _sync(out.parent)
 
@@ -112,7 +114,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         NotWritten: naming the folder and why.
     """
-    with _naming(folder):
+    with naming(folder):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for path in missing:
@@ -125,7 +127,7 @@ def publish(part: Path, out: Path, **facts: Any) -> None:
     Raises:
         NotWritten: naming the folder and why.
     """
-    with _naming(out):
+    with naming(out):
         seal(part, **facts)
         if out.exists():
             discard(out)
@@ -150,7 +152,7 @@ def seal(folder: Path, files: Iterable[str] | None = None, **facts: Any) -> None
     Raises:
         NotWritten: naming the folder and why.
     """
-    with _naming(folder):
+    with naming(folder):
         found = sorted(path for path in folder.rglob("*") if path.name != MANIFEST)
         for path in found:
             if path.is_dir():
@@ -238,7 +240,7 @@ def only_process(folder: Path) -> Iterator[None]:
         NotWritten: where the folder cannot be written to.
     """
     path = folder / _LOCK
-    with _naming(path):
+    with naming(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if (locked := _lock(descriptor)) is None:
@@ -246,7 +248,7 @@ def only_process(folder: Path) -> Iterator[None]:
         if locked is False:
             other = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             raise UserError(f"{folder}: {one_line(other)} is at work there; wait for it, or stop it")
-        with _naming(path):
+        with naming(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -276,7 +278,7 @@ def aside(path: Path, *, folder: bool = True) -> Iterator[Path]:
     Raises:
         NotWritten: where the place cannot be written to.
     """
-    with _naming(path):
+    with naming(path):
         _sweep(path.parent)
         part, descriptor = _claim(path, folder)
     try:
@@ -323,12 +325,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
-def _naming(path: Path, numbers: tuple[int, ...] = (*_NO_ROOM, *_REFUSED)) -> Iterator[None]:
+def naming(path: Path, numbers: tuple[int, ...] = (*NO_ROOM, *_REFUSED)) -> Iterator[None]:
     """Turn errors of the file system, of these numbers, into `NotWritten`."""
     try:
         yield
@@ -340,7 +342,7 @@ def _naming(path: Path, numbers: tuple[int, ...] = (*_NO_ROOM, *_REFUSED)) -> It
         raise
 
 
-def why_not_written(error: Exception, numbers: tuple[int, ...] = (*_NO_ROOM, *_REFUSED)) -> str:
+def why_not_written(error: Exception, numbers: tuple[int, ...] = (*NO_ROOM, *_REFUSED)) -> str:
     """Why the file system did not take what was written; empty for an error of another kind."""
     if isinstance(error, OSError):
         at = f" ({error.filename})" if error.filename else ""

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -87,7 +88,10 @@ def _part(name, first, seed, folder):
     began = time.monotonic()
     own = folder / str(os.getpid())
     own.mkdir(exist_ok=True)
-    result = CAMPAIGNS[name].run(name, own, range(first, first + CAMPAIGNS[name].part), seed)
+    try:
+        result = CAMPAIGNS[name].run(name, own, range(first, first + CAMPAIGNS[name].part), seed)
+    except Exception:
+        result = Result(name, seed, failures=[f"the campaign itself failed: {traceback.format_exc()}"])
     return result, time.monotonic() - began
 
 

@@ -1,6 +1,6 @@
 """Every campaign by its name."""
 
-from tests.campaigns import damages, numbers, settings, stops
+from tests.campaigns import damages, numbers, settings, stops, verbs
 from tests.campaigns.campaign import Campaign
 
 CAMPAIGNS = {
@@ -10,6 +10,15 @@ CAMPAIGNS = {
     ),
     "chains": Campaign("C", "five stops like Ctrl-C in one run", stops.chains, 200, 1, 5),
     "disks": Campaign("D", "full disks, and operations on files that fail", stops.disks, 1000, 4, 15),
+    "broken_verbs": Campaign(
+        "D",
+        "each verb with a full or read-only disk, a file for a folder, no file handles, no output, bad input, Ctrl-C",
+        verbs.broken_verbs,
+        500,
+        12,
+        24,
+        slow=True,
+    ),
     "damage": Campaign("E", "a file of a stopped run flipped, cut, lost or swapped", damages.damage, 1000, 5, 20),
     "flips": Campaign("E", "one bit of a sealed folder flipped", damages.flips, 10000, 200, 5000),
     "numbers": Campaign("G", "NaN and infinities in a step of a Trainer", numbers.numbers, 216, 4, 40),

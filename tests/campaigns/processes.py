@@ -5,10 +5,13 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 LIMIT = 300.0  # seconds; a process that takes longer hangs
 BROKEN = 70  # the exit code of a traceback
@@ -37,6 +40,7 @@ def in_child(work, *, kill_after=None):
             os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
             sys.stdout = os.fdopen(1, "w", closefd=False)
             sys.stderr = os.fdopen(2, "w", closefd=False)
+            tqdm.set_lock(threading.RLock())  # not the parent's, which a child that was killed may hold for ever
             code = BROKEN
             try:
                 code = work()

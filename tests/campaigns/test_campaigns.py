@@ -1,8 +1,12 @@
 """A small version of each campaign: nothing is lost, and nothing is silent."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from tests.campaigns import verbs
 from tests.campaigns.campaigns import CAMPAIGNS
+from tests.campaigns.runs import KINDS
 from tests.conftest import SEED
 
 
@@ -17,3 +21,13 @@ def folder(tmp_path_factory):
 def test_nothing_is_lost_and_nothing_is_silent(name, folder):
     result = CAMPAIGNS[name].run(name, folder, range(CAMPAIGNS[name].small), SEED)
     assert result.injected and not result.failures, "\n".join(result.failures)
+
+
+def test_the_arguments_of_every_verb_are_known(tmp_path):
+    """Those of a new one are found by their names, or this says for which it needs help."""
+    work = SimpleNamespace(folder=tmp_path, straight=tmp_path, settings=KINDS["topk"])
+    for name, parser in verbs.verbs():
+        verb = verbs.Verb(name, parser, work)
+        given = verb.arguments(tmp_path / "place")[len(name.split()) :]
+        settings = parser.parse_known_args([str(word) for word in given])[1]
+        assert not settings or name in ("train", "compare"), settings

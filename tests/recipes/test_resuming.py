@@ -11,9 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from shunter.analysis.runs import Metrics
-from shunter.cli import main
+from shunter.cli import look, main
+from shunter.data.windows import TextData
 from shunter.durable import MANIFEST, only_process, seal, verify
-from shunter.errors import UserError
+from shunter.errors import NotWritten, UserError
 from shunter.recipes import run as engine
 from shunter.recipes.run import configuration_of
 from shunter.recipes.run import train as run_recipe
@@ -208,6 +209,21 @@ def test_a_run_that_was_killed_before_its_data_were_read_goes_on_or_begins_anew(
     train(found, tmp_path / "new", resume=True)
     train(config, tmp_path / "other")
     assert outcome(tmp_path / "new") == outcome(tmp_path / "other") == straight
+
+
+def test_a_tokenizer_that_the_disk_does_not_take_is_one_line(again, tmp_path, monkeypatch, capsys):
+    """Rust says so by an exception that is no OSError."""
+    _, config, _ = again
+
+    def full(*given):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(TextData, "save_pretrained", full)
+    with pytest.raises(NotWritten, match="tokenizer cannot be written: No space left on device"):
+        train(config, tmp_path / "new")
+    monkeypatch.setattr(look, "_routers", full)
+    assert main(["routers"]) == 1
+    assert capsys.readouterr().err.endswith("shunter routers: a file cannot be written: No space left on device\n")
 
 
 def test_there_is_a_run_or_there_is_none(again, tmp_path, capsys):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from ..durable import NO_ROOM, why_not_written
 from ..errors import Diverged, Interrupted, NotWritten, escaped, one_line
 from . import bench, convert, law, look, train
 
@@ -25,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     verb: Callable[[argparse.Namespace], int] = args.verb
     before, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        return verb(args)
+        code = verb(args)
+        sys.stdout.flush()
+        return code
     except Interrupted as where:
         print(
             f"\nStopped at the {where}. "
@@ -34,18 +39,33 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     except BrokenPipeError:
+        _silence()
         return 1
     except (Diverged, NotWritten) as error:
         print(f"shunter {args.name}: {escaped(str(error))}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"shunter {args.name}: {escaped(str(error))}", file=sys.stderr)
+        if isinstance(error, OSError) and why_not_written(error, NO_ROOM):
+            _silence()
+            return 1
         return 2
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    except Exception as error:  # libraries in other languages have no OSError
+        if not (reason := why_not_written(error, NO_ROOM)):
+            raise
+        print(f"shunter {args.name}: a file cannot be written: {reason}", file=sys.stderr)
+        return 1
     finally:
         warnings.formatwarning = before
+
+
+def _silence() -> None:
+    """Drop what standard output did not take: Python would try again at its end, and fail with a traceback."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -27,6 +27,7 @@ __all__ = ["Event", "Recording", "Way", "is_linear", "record", "shapes_given", "
 _ROWS = (2, 3)  # an image of so many patches
 _RETURNS: tuple[Callable[[Tensor], Any], ...] = (lambda x: (x, None), lambda x: x, lambda x: (x, None, None))
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_WIDEST = 2**21
 _LARGE = 2**12  # more numbers than these are one number, repeated
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, F.alpha_dropout, F.feature_alpha_dropout}
 
@@ -265,6 +266,8 @@ class _Probe:
         wide_out, wide_in = sizes(module)
         if x.shape[-1] != wide_in:
             raise ValueError(f"a linear map of {wide_in} got {x.shape[-1]}")
+        if wide_out > _WIDEST:
+            raise ValueError(f"a linear map to {wide_out:,} values is wider than any model has")
         out = 2 * torch.randn((*x.shape[:-1], wide_out), generator=self.generator, dtype=torch.float64, device="cpu")
         out[..., ::5] *= 20  # an activation may clip what is large
         return out

@@ -23,7 +23,7 @@ from ..analysis import runs
 from ..analysis.ledger import TRAINING_FLOPS, Ledger
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import MODELS, Metrics, ModelSummary
-from ..durable import MANIFEST, make_folder, new_folder, only_process, seal, sealed, verify, write
+from ..durable import MANIFEST, make_folder, naming, new_folder, only_process, seal, sealed, verify, write
 from ..environment import run_versions
 from ..errors import Diverged, UserError, one_line
 from ..hf.checkpoints.reading import read_json
@@ -206,7 +206,8 @@ def begin(
                 rehearse(recipe, name, own, data)
             if "data" not in facts:
                 write(run / "data.json", json.dumps(data.describe(), indent=2))
-                data.save_pretrained(run / "tokenizer")
+                with naming(run / "tokenizer"):
+                    data.save_pretrained(run / "tokenizer")
                 tokenizer = [path.relative_to(run).as_posix() for path in (run / "tokenizer").glob("*")]
                 seal(run, [*facts["files"], "data.json", *tokenizer], **_facts(data=fingerprint))
         except Exception:

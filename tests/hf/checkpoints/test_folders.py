@@ -9,6 +9,10 @@ import pytest
 
 import shunter
 from shunter.cli import main
+from shunter.errors import UserError
+from shunter.hf.checkpoints import folders
+from shunter.hf.checkpoints.folders import load_tokenizer
+from shunter.hf.checkpoints.loading import load_folder
 from shunter.recipes.config import dump_config
 from shunter.recipes.sections import TextConfig
 from tests.hf.checkpoints.damage import DAMAGE, HOSTILE, OTHER, SPARSE, Evil, config
@@ -82,6 +86,65 @@ def test_hostile_folders_cost_little(damage, verb, whole, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def tokenizer_of(**changes):
+    """A tokenizer.json of one word, changed."""
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    found = {"version": "1.0", "added_tokens": [], "model": model | changes.pop("model", {})}
+    return json.dumps(found | changes)
+
+
+MOST, MANY = 1000, range(1001)  # of tokens; a thousand times as many in earnest
+GROW = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 2000}
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+BOUNDED = {
+    "too many words": tokenizer_of(model={"vocab": {f"w{i}": i for i in MANY}}),
+    "three million values": tokenizer_of(nothing=[[]] * 1_500_000),
+    "too many pieces": tokenizer_of(model={"type": "Unigram", "unk_id": 0, "vocab": [["a", 0]] * len(MANY)}),
+    "many added tokens": tokenizer_of(added_tokens=[{"id": i, "content": f"<{i}>", **ADDED} for i in range(1, 20_002)]),
+    "replacements that grow": tokenizer_of(normalizer={"type": "Sequence", "normalizers": [GROW] * 3}),
+    "a decoder that grows": tokenizer_of(decoder={"type": "Sequence", "decoders": [GROW] * 4}),
+}
+
+
+@pytest.mark.parametrize("damage", [*BOUNDED, "a long vocabulary", "a long sentencepiece", "many special tokens"])
+def test_tokenizers_of_others_cost_little(damage, whole, tmp_path, monkeypatch):
+    """What makes the libraries work for long, or ends the process for want of memory, is refused before them."""
+    monkeypatch.setattr(folders, "_MOST_TOKENS", MOST)
+    monkeypatch.setattr(folders, "_LARGEST_TOKENIZER", 2**14)
+    shutil.copytree(whole["native"], tmp_path / "native")
+    name, content = {
+        "a long vocabulary": ("vocab.txt", "a\n" * len(MANY)),
+        "a long sentencepiece": ("tokenizer.model", "a" * (2**14 + 1)),
+        "many special tokens": ("tokenizer_config.json", json.dumps({"extra_special_tokens": ["x"] * 20_001})),
+    }.get(damage) or ("tokenizer.json", BOUNDED[damage])
+    (tmp_path / "native" / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: .* at most|{name}: is larger"):
+        load_tokenizer(tmp_path / "native")
+
+
+def test_how_long_texts_may_be_is_not_the_tokenizers(whole, tmp_path):
+    """Files of models for whole sentences have a length that texts are cut and padded to."""
+    folder = tmp_path / "native"
+    shutil.copytree(whole["native"], folder)
+    tokenizer = load_tokenizer(folder)
+    text = "some text of more tokens than eight " * 3
+    expected = tokenizer.backend_tokenizer.encode(text).ids
+    tokenizer.backend_tokenizer.enable_padding(length=500)
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.save_pretrained(folder)
+    assert '"max_length":8' in (folder / "tokenizer.json").read_text().replace(" ", "")
+    assert load_tokenizer(folder).backend_tokenizer.encode(text).ids == expected
+
+
+def test_products_of_sizes_cost_nothing(whole, tmp_path):
+    """Each size is one that a model may have, and no tensor of the folder is as large as their product."""
+    for kind in ("sparse", "native", "dense"):
+        shutil.copytree(whole[kind], tmp_path / kind)
+        config(head_dim=2**14, num_attention_heads=2**14, num_key_value_heads=2**14)(tmp_path / kind, None)
+        with pytest.raises(ValueError, match=str(tmp_path / kind)):
+            load_folder(tmp_path / kind)
+
+
 TOKENIZERS = {
     "deep": "[" * 10**6,
     "a negative id": json.dumps(
@@ -99,7 +162,8 @@ def test_tokenizers_that_lie_are_one_line(damage, whole, tmp_path, capsys):
     capsys.readouterr()
     assert main(command("inspect native", tmp_path / "native", tmp_path / "out")) == 2
     said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and "no tokenizer can be loaded" in said and str(tmp_path) in said
+    assert len(said.splitlines()) == 1 and str(tmp_path) in said
+    assert "no tokenizer can be loaded" in said or "tokenizer.json: cannot be read as JSON" in said
 
 
 def test_names_with_control_characters_are_escaped_on_a_terminal(whole, tmp_path, capsys):

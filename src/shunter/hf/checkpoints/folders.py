@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ...errors import UserError, one_line
-from ...untrusted import open_file
+from ...untrusted import open_file, read_file
 from ..config_file import as_dense
 from .reading import Stored, inside, read_json
 
@@ -105,6 +105,52 @@ def _check_companions(folder: Path) -> None:
             raise UserError(f"{settings}: {name}={value!r} leads out of the folder; put the file itself there")
 
 
+_LARGEST_TOKENIZER = 2**26  # bytes of a file
+_MOST_TOKENS, _MOST_ADDED = 1_000_000, 20_000
+_MOST_GROWTH = 1000  # times that a normalizer makes a text longer
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raises UserError where a tokenizer has more entries than any needs, or makes texts grow without bound."""
+    for file in folder.iterdir():
+        if file.suffix.lower() in {".model", ".tiktoken", ".txt"} and file.is_file():
+            lines = read_file(file, _LARGEST_TOKENIZER).count(b"\n")
+            if lines > _MOST_TOKENS:
+                raise UserError(f"{file}: has {lines:,} lines; at most {_MOST_TOKENS:,} are read")
+    others = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+    for name in ("tokenizer.json", "vocab.json", *others):
+        if (file := folder / name).exists():
+            found = read_json(file)
+            most = _MOST_ADDED if name in others else _MOST_TOKENS
+            model = found.get("model")
+            parts = {"": found, **found, **(model if isinstance(model, dict) else {})}
+            for part, values in parts.items():
+                limit = _MOST_ADDED if part in ("added_tokens", *_ADDED) else most
+                if isinstance(values, dict | list) and len(values) > limit:
+                    raise UserError(f"{file}: {part or 'it'} has {len(values):,} entries; at most {limit:,} are read")
+            if (growth := _growth(found)) > _MOST_GROWTH:
+                raise UserError(f"{file}: makes a text {growth:,.0f} times as long; at most {_MOST_GROWTH} are taken")
+
+
+_ADDED = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+
+
+def _growth(settings: Any) -> float:
+    """How much longer the replacements among a tokenizer's settings may make a text, all together."""
+    times, rest = 1.0, [settings.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            pattern, content = value.get("pattern"), value.get("content")
+            if isinstance(pattern, dict) and isinstance(content, str):
+                shortest = len(str(pattern.get("String", "")).encode()) or 1
+                times = min(times * max(1.0, len(content.encode()) / shortest), 1e9)
+            rest.extend(value.values())
+        elif isinstance(value, list):
+            rest.extend(value)
+    return times
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, by transformers, without running code from the folder or reading a file outside of it.
 
@@ -112,8 +158,11 @@ def load_tokenizer(folder: Path) -> Any:
         UserError: where there is none that can be loaded.
     """
     _check_companions(folder)
+    _check_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_padding(), backend.no_truncation()  # how long texts may be is the caller's
         tokenizer("some text")  # what is damaged may show only here
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
