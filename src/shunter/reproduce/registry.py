@@ -177,6 +177,9 @@ ALL = (
         "8 Interpretability",
         "table 2",
         "The tokens that come most before those which each expert takes.",
+        minutes=4,
+        run="tables:table_2",
+        trains=True,
     ),
     Reproduction(
         "table-3",
@@ -184,6 +187,9 @@ ALL = (
         "8 Interpretability",
         "table 3",
         "Tokens by kind and expert, with their lift against shuffled tokens.",
+        minutes=4,
+        run="tables:table_3",
+        trains=True,
     ),
     Reproduction(
         "figure-8",

@@ -36,7 +36,7 @@ def _triples(routing: Routing) -> list[list[float]]:
 def figure_1() -> Result:
     """A dense block and a sparse one: as much computing for a token, and several times the parameters."""
     _seed(3)
-    moe = MoE(DIM, HIDDEN, 4, "switch", capacity_factor=4.0).eval()
+    moe = MoE(DIM, HIDDEN, 4, "switch", eval_capacity_factor="dropless").eval()
     moe(torch.randn(2, DIM))
     assert moe.routing is not None
     expert = sum(p[0].numel() for p in moe.experts.parameters())
@@ -184,7 +184,7 @@ def figure_7() -> Result:
     _seed(4)
     experts, x = 4, torch.randn(2, DIM)
     ways: dict[str, tuple[str, dict[str, Any]]] = {
-        "top-1": ("switch", {"capacity_factor": 4.0}),
+        "top-1": ("switch", {"capacity_factor": 4.0, "jitter": 0.0}),
         "top-2": ("topk", {"top_k": 2, "renormalize": "no"}),
         "reinforcement learning": ("reinforce", {}),
         "BASE (linear assignment)": ("base", {}),
