@@ -199,6 +199,17 @@ ALL = (
         "Image patches that each expert of a vision model takes.",
     ),
     Reproduction(
+        "memorisation",
+        "Memorisation against experts",
+        "9 Future directions",
+        "section 9, Carlini et al. 2019",
+        "Facts planted in training: how far they stand out, and how many the model gives away.",
+        minutes=5,
+        run="memorisation:memorisation",
+        draw="memorisation:draw_memorisation",
+        trains=True,
+    ),
+    Reproduction(
         "headline",
         "Headline numbers",
         "Numbers that the review quotes",
