@@ -22,10 +22,12 @@ def write_pages(folder: Path, everything: Sequence[Reproduction]) -> None:
         if one.section != section:
             section = one.section
             parts.append(f"## {section}\n")
-        parts.append(entry(one, result, (folder / f"{one.name}.png").is_file()))
-        if result is not None:
-            picture = (folder / f"{one.name}.png").is_file()
-            write(folder / f"{one.name}.md", entry(one, result, picture).replace("### ", "# ", 1))
+        text = entry(one, result, (folder / f"{one.name}.png").is_file())
+        if result is None:
+            parts.append(f"### {one.title}\n\n{text}")
+        else:
+            parts.append(f"### [{one.title}]({one.name}.md)\n\n{text}")
+            write(folder / f"{one.name}.md", f"# {one.title}\n\n{text}")
     write(folder / "index.md", "\n".join(parts))
 
 
@@ -41,7 +43,7 @@ minutes on a CPU, so that "reproduced" means that the claim holds at that size t
 
 def entry(one: Reproduction, result: Result | None, picture: bool) -> str:
     """What a page says of a reproduction: its claims as a table, the picture, the notes, where it ran."""
-    lines = [f"### {one.title}", "", f"{one.about} Source: {one.source}.", ""]
+    lines = [f"{one.about} Source: {one.source}.", ""]
     if result is None:
         command = f"`shunter reproduce {one.name}` runs it" if one.run else "no command computes it yet"
         return "\n".join([*lines, f"**{NOT_RUN}**: {command}.", ""])
@@ -52,7 +54,7 @@ def entry(one: Reproduction, result: Result | None, picture: bool) -> str:
     for row in result.rows:
         why = f": {row.why}" if row.why else ""
         lines.append("| " + " | ".join(map(_cell, (row.what, row.paper, row.ours, f"**{row.verdict}**{why}"))) + " |")
-    lines += ["", *result.notes, ""] if result.notes else [""]
+    lines += ["", *(line for note in result.notes for line in (note, ""))]
     where = described({"machine": result.machine, "versions": result.versions})
     lines += [f"[{one.name}.json]({one.name}.json); {result.seconds:.0f} s on {where}.", ""]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
 
-from ..analysis.pages.law_figures import law_figure
+from ..analysis.pages.law_figures import law_figure, shown_count
 from ..analysis.pages.style import PAPER
 from .scaling import _NAMES, LAW_ROUTERS
 
@@ -62,7 +62,7 @@ def draw_released_law(data: dict[str, Any]) -> Figure:
         axes.plot(10 ** found["log10_cutoff"], row, "o", color=PAPER.sparse, label="here, and 90 % of the bootstrap")
         axes.plot(PUBLISHED[router][1], row, "D", color=PAPER.dense, label="published")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown_count(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(range(len(data["groups"])), list(data["groups"]))
     axes.set_ylim(len(data["groups"]) - 0.5, -0.5)
