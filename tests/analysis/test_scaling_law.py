@@ -87,7 +87,7 @@ def test_runs_whose_gain_never_ends_have_no_cutoff_and_say_so(seed):
     h = np.log10(runs.experts + 1)
     ever = Runs(runs.parameters, runs.experts, 10 ** (law.a * np.log10(runs.parameters) + law.b * h + law.d))
     found = account(ever, resamples=0)
-    assert not found["saturates"]
+    assert "no end" in found["edge"]
     falling = Runs(runs.parameters, runs.experts, ever.loss * 10 ** (-0.01 * np.log10(runs.parameters) * h))
     assert account(falling, resamples=0)["log10_cutoff"] is None
 

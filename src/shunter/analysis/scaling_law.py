@@ -32,7 +32,7 @@ _LEAST_COUNTS = 4
 _LEAST_SIZES = 2
 _LEAST_RUNS = len(COEFFICIENTS) + 1
 
-_LOWEST = np.log([1e-2, 1 + 1e-4])  # of E_start, and of E_max over it
+_LOWEST = np.log([1e-2, 1.5])  # of E_start, and of E_max over it
 _HIGHEST = np.log([1e4, 1e7])
 _STARTS = [np.log([start, most]) for start in (1.2, 3.0, 8.0) for most in (10.0, 100.0, 1e4)]
 
@@ -118,16 +118,22 @@ class UnifiedLaw:
         return -self.b / self.c if self.c > 0 else math.inf
 
     @property
-    def saturates(self) -> bool:
-        """Whether E_max was found: at the edge of what is searched the runs show no end to the gain of experts."""
-        return bool(math.log(self.e_max / self.e_start) < _HIGHEST[1] - 1e-3)
+    def edge(self) -> str:
+        """What lies at the edge of what is searched, so that the coefficients mean little; empty where nothing does."""
+        point = np.log([self.e_start, self.e_max / self.e_start])
+        low, high = point < _LOWEST + 1e-3, point > _HIGHEST - 1e-3
+        if high[1]:
+            return "e_max: the runs show no end to the gain of experts"
+        if low[1]:
+            return "e_max, hardly above e_start: the gain of experts ends at once"
+        return "e_start" if low[0] or high[0] else ""
 
 
 def _effective(experts: NDArray[np.float64], start: float, most: float) -> NDArray[np.float64]:
     return np.asarray(1 / (1 / (experts - 1 + 1 / (1 / start - 1 / most)) + 1 / most))
 
 
-def fit(runs: Runs, near: UnifiedLaw | None = None) -> UnifiedLaw:
+def fit(runs: Runs, near: UnifiedLaw | None = None, *, separable: bool = False) -> UnifiedLaw:
     """The least squares fit of log10 L.
 
     a, b, c and d are linear given E_start and E_max, so that only these two are searched for (variable projection).
@@ -135,6 +141,7 @@ def fit(runs: Runs, near: UnifiedLaw | None = None) -> UnifiedLaw:
     Args:
         runs: what was trained.
         near: a law to search from, besides the usual places.
+        separable: leave the product of log N and log Ê out (c = 0): experts then help alike at every size.
 
     Raises:
         UserError: where the runs do not determine a law, or their loss does not fall with the parameters.
@@ -146,8 +153,8 @@ def fit(runs: Runs, near: UnifiedLaw | None = None) -> UnifiedLaw:
     def solved(point: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         start, ratio = np.exp(point)
         h = np.log10(_effective(runs.experts, start, start * ratio))
-        columns = np.stack([x, h, x * h, np.ones_like(x)], axis=1)
-        weights = np.linalg.lstsq(columns, y, rcond=None)[0]
+        columns = np.stack([x, h, np.zeros_like(x) if separable else x * h, np.ones_like(x)], axis=1)
+        weights = np.linalg.lstsq(columns, y, rcond=None)[0]  # of a column of zeros it is 0
         return weights, columns @ weights - y
 
     def residual(point: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -218,7 +225,8 @@ def account(runs: Runs, resamples: int = 500, seed: int = 0) -> dict[str, Any]:
         seed: of its draws.
 
     Returns:
-        "runs"; "law", the coefficients and the residual; "saturates"; "log10_cutoff", None where there is none;
+        "runs"; "law", the coefficients and the residual; "separable_residual", of the law with c = 0; "edge";
+        "log10_cutoff", None where there is none;
         "intervals" of `INSIDE` by name, None for an end that is infinite; "effective_parameters", a row for each size
         and expert count; "left_out", the law without each size and each expert count.
 
@@ -242,7 +250,8 @@ def account(runs: Runs, resamples: int = 500, seed: int = 0) -> dict[str, Any]:
             for n, e, loss in zip(runs.parameters.tolist(), runs.experts.tolist(), runs.loss.tolist(), strict=True)
         ],
         "law": asdict(law),
-        "saturates": law.saturates,
+        "separable_residual": fit(runs, separable=True).residual,
+        "edge": law.edge,
         "log10_cutoff": _finite(law.log10_cutoff),
         "resamples": resamples,
         "intervals": intervals,

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..durable import NO_ROOM, why_not_written
 from ..errors import Diverged, Interrupted, NotWritten, escaped, one_line
-from . import bench, convert, law, look, train
+from . import bench, convert, law, look, reproduce, train
 
 __all__ = ["main"]
 
@@ -32,11 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except Interrupted as where:
-        print(
-            f"\nStopped at the {where}. "
-            f"Go on with: shunter {args.name} {args.recipe} --resume --run {shlex.quote(str(args.run))}",
-            file=sys.stderr,
-        )
+        again = getattr(args, "again", None) or f"{args.name} {args.recipe} --resume --run {shlex.quote(str(args.run))}"
+        print(f"\nStopped at the {where}. Go on with: shunter {again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         _silence()
@@ -75,6 +72,6 @@ def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shunter", description="Sparse expert models: train, look, continue.")
     verbs = parser.add_subparsers(dest="name", required=True, metavar="verb")
-    for group in (train, convert, look, law, bench):
+    for group in (train, convert, look, law, reproduce, bench):
         group.add_verbs(verbs)
     return parser

@@ -119,8 +119,8 @@ def _table(name: str, group: dict[str, Any], inside: float) -> str:
         lines.append(
             f"  Experts help below {10.0 ** min(group['log10_cutoff'], 300):.3g} parameters of the dense model."
         )
-    if not group["saturates"]:
-        lines.append("  These runs show no end to the gain of more experts: e_max is where the search ends.")
+    if group["edge"]:
+        lines.append(f"  At the edge of what is searched is {group['edge']}. The coefficients mean little.")
     sizes = sorted({row["parameters"] for row in group["effective_parameters"]})
     counts = sorted({row["experts"] for row in group["effective_parameters"]})
     cells = {(row["parameters"], row["experts"]): row["effective"] for row in group["effective_parameters"]}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..analysis.inspect.inspecting import Inspected
     from ..analysis.inspect.material import Material
 
-__all__ = ["add_verbs"]
+__all__ = ["add_verbs", "material_of"]
 
 
 def add_verbs(verbs: Any) -> None:
@@ -97,7 +97,7 @@ def _inspect_models(
         if value < least:
             raise UserError(f"{name} {value} must be at least {least}")
     *before, subject = [load(path) for path in models]
-    material = _material(subject, data, tokens, length)
+    material = material_of(subject, data, tokens, length)
     out = out or Path("runs") / f"inspect-{subject.name}"
     new = not out.exists()
     make_folder(out)
@@ -113,7 +113,8 @@ def _inspect_models(
     return findings, page
 
 
-def _material(subject: Inspected, data: Sequence[str] | None, tokens: int, length: int) -> Material:
+def material_of(subject: Inspected, data: Sequence[str] | None, tokens: int = 16384, length: int = 128) -> Material:
+    """What a model is shown: text or images of `data`, or the built-in text."""
     from ..analysis.inspect.material import image_material, text_material
     from ..data.documents import built_in_domains, read_domains
 

@@ -53,7 +53,14 @@ def add_verbs(verbs: Any) -> None:
     compare.set_defaults(verb=_compare)
 
     evaluate = verbs.add_parser("eval", help="evaluate a run's models again")
-    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument("run", type=Path, help="a run's folder; with --calibration a model's too")
+    evaluate.add_argument(
+        "--calibration",
+        action="store_true",
+        help="how far confidence is accuracy: calibration error and reliability diagram, in a folder of their own",
+    )
+    evaluate.add_argument("--data", nargs="+", default=[], help="with --calibration of a model: text or images")
+    evaluate.add_argument("--out", type=Path, help="with --calibration: the folder (default: runs/calibration-NAME)")
     evaluate.add_argument(
         "--dropless", action="store_true", help="drop no token, whatever the capacity was in training"
     )
@@ -142,7 +149,12 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from ..recipes.run import evaluate_run, recipe_of, summarised
+    from .calibrate import calibrate
 
+    if args.calibration:
+        return calibrate(args)
+    if args.data or args.out:
+        raise UserError("--data and --out are for --calibration; a run is evaluated on its own data")
     found = evaluate_run(args.run, without_drops=args.dropless)
     for which, said in ({} if args.dropless else summarised(args.run)).items():
         if not math.isclose(found[which]["loss"], said, rel_tol=_SAME):

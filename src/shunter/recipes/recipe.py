@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..analysis.ledger import Ledger
 from ..analysis.runs import Words
+from ..errors import UserError
 from ..hf.checkpoints.loading import load_folder
 from .sections import RunConfig
 
@@ -95,6 +98,16 @@ class Recipe(ABC, Generic[C, D]):
 
         The model is where it is trained, a GPU perhaps, and keeps its mode.
         """
+
+    def predictions(self, model: PreTrainedModel, data: D) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The held-out predictions of a classifier, in parts: domain, logits (N, V), labels (N,) int64, -100 for none.
+
+        The model is in evaluation mode.
+
+        Raises:
+            UserError: where the recipe has no classes.
+        """
+        raise UserError(f"{self.name} has no classes to be confident of, so no calibration")
 
     @abstractmethod
     def ledger(self, model: PreTrainedModel, config: C) -> Ledger:

@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from .. import routers
 from ..analysis import runs
+from ..analysis.calibration import Calibration, calibrations
 from ..analysis.ledger import TRAINING_FLOPS, Ledger
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import MODELS, Metrics, ModelSummary
@@ -39,6 +40,7 @@ __all__ = [
     "Begun",
     "account",
     "begin",
+    "calibrate_run",
     "check_router",
     "configuration_of",
     "evaluate_run",
@@ -413,13 +415,31 @@ def evaluate_run(run: Path, *, without_drops: bool = False) -> dict[str, Any]:
         UserError: where the folder holds no finished run, or its data have changed.
         ValueError: where its router decides by its capacity, and without_drops is asked for.
     """
+    recipe, models, data = _trained_run(run, without_drops)
+    return {which: recipe.evaluate(model, data) for which, model in models.items()}
+
+
+def calibrate_run(run: Path, *, without_drops: bool = False) -> dict[str, dict[str, Calibration]]:
+    """How far the confidence of both models of a run folder is their accuracy, by model and by domain.
+
+    Args and errors are those of `evaluate_run`.
+
+    Raises:
+        UserError: where the run's recipe has no classes, too.
+    """
+    recipe, models, data = _trained_run(run, without_drops)
+    return {which: calibrations(recipe.predictions(model, data)) for which, model in models.items()}
+
+
+def _trained_run(run: Path, without_drops: bool) -> tuple[Recipe[Any, Any], dict[str, PreTrainedModel], Any]:
+    """The recipe, both models and the data of a finished run."""
     recipe, config = configuration_of(run)
     models = {which: load_model(run, which) for which in MODELS}
     if without_drops:
         dropless(models["sparse"])
     data: Prepared = recipe.prepare(config)
     _check_data(recipe, data, str(read_json(run / "data.json").get("fingerprint")))
-    return {which: recipe.evaluate(model, data) for which, model in models.items()}
+    return recipe, models, data
 
 
 def summarised(run: Path) -> dict[str, float]:

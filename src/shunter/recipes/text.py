@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from ..analysis.inspect.inspecting import specialisation
@@ -97,6 +98,10 @@ class TextRecipe(Recipe[TextConfig, TextData]):
         """Nats per token and bits per byte of the held-out windows."""
         return evaluate(model, data.eval)
 
+    def predictions(self, model: PreTrainedModel, data: TextData) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of the next token."""
+        return _predictions(model, data.eval)
+
     def ledger(self, model: PreTrainedModel, config: TextConfig) -> Ledger:
         """Of windows of the configuration's length."""
         return ledger(model, config.data.sequence_length)
@@ -118,7 +123,6 @@ class TextRecipe(Recipe[TextConfig, TextData]):
 RECIPE = TextRecipe()
 
 
-@torch.no_grad()
 def evaluate(model: PreTrainedModel, domains: list[EvalDomain], batch_size: int = 32) -> dict[str, Any]:
     """The held-out loss (nats per token) and bits per byte, in all and by domain.
 
@@ -126,22 +130,33 @@ def evaluate(model: PreTrainedModel, domains: list[EvalDomain], batch_size: int 
     """
     was_training = model.training
     model.eval()
-    found, nats, tokens, size = {}, 0.0, 0, 0
+    sums = {domain.name: [0.0, 0] for domain in domains}
+    for name, logits, labels in _predictions(model, domains, batch_size):
+        sums[name][0] += float(torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
+        sums[name][1] += labels.numel()
+    model.train(was_training)
+    found = {
+        domain.name: {"loss": total / count, "bits_per_byte": total / math.log(2) / domain.predicted_bytes}
+        for domain in domains
+        for total, count in [sums[domain.name]]
+    }
+    nats, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
+    size = sum(domain.predicted_bytes for domain in domains)
+    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size, "domains": found}
+
+
+@torch.no_grad()
+def _predictions(
+    model: PreTrainedModel, domains: list[EvalDomain], batch_size: int = 32
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of the next token in the windows of each domain, a batch at a time: its name, logits and the right tokens."""
     for domain in domains:
-        total, count = 0.0, 0
         for start in range(0, len(domain.input_ids), batch_size):
             some = slice(start, start + batch_size)
             ids = domain.input_ids[some].to(model.device)
             with tell(model, **{name: label[some].to(model.device) for name, label in domain.labels.items()}):
                 logits = model(input_ids=ids).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1), reduction="sum"
-            )
-            total, count = total + float(loss), count + ids[:, 1:].numel()
-        found[domain.name] = {"loss": total / count, "bits_per_byte": total / math.log(2) / domain.predicted_bytes}
-        nats, tokens, size = nats + total, tokens + count, size + domain.predicted_bytes
-    model.train(was_training)
-    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size, "domains": found}
+            yield domain.name, logits.flatten(0, 1), ids[:, 1:].flatten()
 
 
 def generate(folder: Path, which: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:

@@ -59,16 +59,17 @@ class Inspected:
         return tokenizer
 
 
-def load(path: str) -> Inspected:
+def load(path: str, *, experts: bool = True) -> Inspected:
     """Load a model of Hugging Face or of Shunter, or of a run of `shunter train`, whose sparse model it takes.
 
     Weights are read from safetensors alone, and no code of the folder is run.
 
     Args:
         path: a folder, or a name on the Hugging Face Hub.
+        experts: refuse a model without any.
 
     Raises:
-        UserError: where there is no such model, it cannot be loaded whole, or it has no experts.
+        UserError: where there is no such model, or it cannot be loaded whole.
     """
     try:
         folder = local_folder(path)
@@ -85,7 +86,7 @@ def load(path: str) -> Inspected:
         model = load_folder(folder)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if not taps(model):
+    if experts and not taps(model):
         name = type(model).__name__
         raise UserError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from ...hf.observe.listening import Decisions, Observation, listening
 from ...moe import tell
 from .material import Batch, Material
 
-__all__ = ["Loss", "Progress", "Recording", "batch_losses", "record"]
+__all__ = ["Loss", "Progress", "Recording", "batch_logits", "batch_losses", "record"]
 
 Progress = Callable[[Iterable[Batch], str, int], Iterable[Batch]]
 """Wraps what is gone through, with what it is for and how many there are, to show progress."""
@@ -88,16 +88,23 @@ def record(model: PreTrainedModel, material: Material, progress: Progress) -> Re
 @torch.no_grad()
 def batch_losses(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     """The cross-entropy in nats of each target of a batch, in float32, NaN where it has none; None without logits."""
+    rows = batch_logits(model, batch)
+    if rows is None:
+        return None
+    wanted = batch.targets.to(rows.device).flatten()
+    nats = F.cross_entropy(rows, wanted, reduction="none", ignore_index=-100)
+    return nats.masked_fill(wanted == -100, float("nan")).cpu()
+
+
+def batch_logits(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    """The logits (N, V) of each target of a batch in float32; None from a model without, or without one for each."""
     device = next(model.parameters()).device
     with tell(model, **{name: value.to(device) for name, value in batch.told.items()}):
         output = model(**{name: value.to(device) for name, value in batch.inputs.items()})
     logits = getattr(output, "logits", None)
-    targets = batch.targets.to(device)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.targets.shape:
         return None
-    rows, wanted = logits.reshape(-1, logits.shape[-1]).float(), targets.flatten()
-    nats = F.cross_entropy(rows, wanted, reduction="none", ignore_index=-100)
-    return nats.masked_fill(wanted == -100, float("nan")).cpu()
+    return logits.reshape(-1, logits.shape[-1]).float()
 
 
 def _loss(losses: list[Tensor | None], material: Material) -> Loss | None:

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from ..scaling_law import UnifiedLaw
 from .style import COLOUR_MAP, PAPER, shorten
 
-__all__ = ["law_figure"]
+__all__ = ["law_figure", "shown_count"]
 
 
 def law_figure(groups: dict[str, dict[str, Any]]) -> Figure:
@@ -40,7 +40,7 @@ def _losses(axes: Any, found: dict[str, Any], law: UnifiedLaw) -> None:
     fine = np.geomspace(1, runs["experts"].max(), 100)
     for size, colour in zip(sizes, _colours(len(sizes)), strict=True):
         here = runs["parameters"] == size
-        axes.plot(runs["experts"][here], runs["loss"][here], "o", color=colour, markersize=4, label=_count(size))
+        axes.plot(runs["experts"][here], runs["loss"][here], "o", color=colour, markersize=4, label=shown_count(size))
         axes.plot(fine, law.loss(size, fine), color=colour, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -65,22 +65,20 @@ def _gains(axes: Any, found: dict[str, Any], law: UnifiedLaw) -> None:
         worth = law.effective_parameters(fine, count) / fine
         axes.plot(fine, worth, color=colour, linewidth=1.2, label=f"{count:g}")
     axes.axhline(1, color=PAPER.ink, linewidth=0.8)
-    if interval:
-        ends = [
-            10**low if interval[0] is None else 10 ** interval[0],
-            10**high if interval[1] is None else 10 ** interval[1],
-        ]
-        axes.axvspan(max(ends[0], 10**low), min(ends[1], 10**high), color=PAPER.dense, alpha=0.12, linewidth=0)
+    if interval and interval[0] is not None:
+        end = high if interval[1] is None else min(interval[1], high)
+        axes.axvspan(10 ** max(interval[0], low), 10**end, color=PAPER.dense, alpha=0.12, linewidth=0)
     if cutoff is not None and cutoff <= high:
         axes.axvline(10**cutoff, color=PAPER.dense, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.axvspan(sizes.min(), sizes.max(), color=PAPER.ink, alpha=0.06, linewidth=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(10**low, 10**high)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown_count(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     bottom, top = axes.get_ylim()
-    _plain_ticks(axes.yaxis, [scale * unit for scale in (0.01, 0.1, 1, 10, 100) for unit in (1, 2, 5)])
+    units = (1, 2, 5) if top < 1e3 * bottom else (1,)
+    _plain_ticks(axes.yaxis, [10.0**scale * unit for scale in range(-2, 7) for unit in units])
     axes.set_ylim(bottom, top)
     axes.set_xlabel("dense parameters (grey: of the runs; dashed: the cut-off and its interval)")
     axes.set_ylabel("effective over dense parameters")
@@ -99,7 +97,8 @@ def _colours(count: int) -> list[Any]:
     return list(matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 0.85, count)))
 
 
-def _count(value: float) -> str:
+def shown_count(value: float) -> str:
+    """A number of parameters, as in 1.3 B."""
     for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if value >= unit:
             return f"{value / unit:.3g}{name}"

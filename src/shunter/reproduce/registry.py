@@ -1,0 +1,265 @@
+"""What of the review is reproduced, in the order of its sections, and how."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..durable import make_folder, writing
+from ..errors import UserError
+from .results import Result
+
+__all__ = ["ALL", "Reproduction", "find", "reproduce"]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A figure, a table or a group of numbers.
+
+    Args:
+        name: on the command line, and of its files.
+        title: for people.
+        section: of the review.
+        source: what is reproduced.
+        about: what is done, a sentence or two.
+        minutes: that it takes on two CPU cores, roughly.
+        run: "module:function" of this room, which takes the folder of training runs where `trains` is set; None where
+            no command computes it yet.
+        draw: "module:function", from the data of the result to a figure; None without a picture.
+        trains: whether it trains models, or reads what others trained.
+    """
+
+    name: str
+    title: str
+    section: str
+    source: str
+    about: str
+    minutes: float = 0.1
+    run: str | None = None
+    draw: str | None = None
+    trains: bool = False
+
+
+def _function(where: str) -> Callable[..., Any]:
+    module, _, name = where.partition(":")
+    function: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
+    return function
+
+
+ALL = (
+    Reproduction(
+        "figure-1",
+        "Figure 1: dense and sparse blocks",
+        "2 Sparse expert models",
+        "figure 1",
+        "Two tokens pass a dense feed-forward block, and a sparse one of four experts with a Switch router.",
+        run="routings:figure_1",
+        draw="routing_figures:draw_figure_1",
+    ),
+    Reproduction(
+        "figure-2",
+        "Figure 2: top-k routing",
+        "2 Sparse expert models",
+        "figure 2, equations 1 and 2",
+        "Three tokens choose among five experts; what the layer did is compared with the equations, written out.",
+        run="routings:figure_2",
+        draw="routing_figures:draw_figure_2",
+    ),
+    Reproduction(
+        "figure-3",
+        "Figure 3: loss against experts",
+        "3 Scaling",
+        "figure 3",
+        "Five routers with 2 to 64 experts at three sizes, and the dense model of each.",
+        minutes=20,
+        run="scaling:figure_3",
+        draw="scaling_figures:draw_figure_3",
+        trains=True,
+    ),
+    Reproduction(
+        "released-law",
+        "The unified law on its paper's runs",
+        "3 Scaling",
+        "section 3.1, Clark et al. 2022",
+        "The released runs of the paper, fitted by `shunter law fit`.",
+        minutes=0.5,
+        run="scaling:released_law",
+        draw="scaling_figures:draw_released_law",
+    ),
+    Reproduction(
+        "scaling-law",
+        "The unified law on our own runs of facts",
+        "3 Scaling",
+        "section 3.1, Clark et al. 2022",
+        "Five sizes, six expert counts and two routers, and the law through them.",
+        minutes=15,
+        run="scaling:law",
+        draw="scaling_figures:draw_law",
+        trains=True,
+    ),
+    Reproduction(
+        "scaling-law-text",
+        "The unified law on our own runs of text",
+        "3 Scaling",
+        "section 3.1, Clark et al. 2022",
+        "Five sizes, six expert counts and two routers, and the law through them.",
+        minutes=40,
+        run="scaling:text_law",
+        draw="scaling_figures:draw_law",
+        trains=True,
+    ),
+    Reproduction(
+        "domains",
+        "In the domain of training and out of it",
+        "3 Scaling",
+        "section 3.1, Artetxe et al. 2021",
+        "Dense compute of the same loss, by interpolation between dense runs, in the domain of training and out of it.",
+        minutes=15,
+        run="scaling:domains",
+        draw="scaling_figures:draw_domains",
+        trains=True,
+    ),
+    Reproduction(
+        "figure-4",
+        "Figure 4: quality by scale",
+        "3 Scaling",
+        "figure 4",
+        "How many facts dense and sparse models of five sizes recall.",
+        minutes=15,
+        run="scaling:figure_4",
+        draw="scaling_figures:draw_figure_4",
+        trains=True,
+    ),
+    Reproduction(
+        "figure-5",
+        "Figure 5: calibration by scale",
+        "3 Scaling",
+        "figure 5",
+        "The calibration error of the same models.",
+        minutes=15,
+        run="scaling:figure_5",
+        draw="scaling_figures:draw_figure_5",
+        trains=True,
+    ),
+    Reproduction(
+        "figure-6",
+        "Figure 6: three ways to decide",
+        "4 Routing",
+        "figure 6",
+        "One matrix of scores, decided along experts, along tokens, and for all at once.",
+        run="routings:figure_6",
+        draw="routing_figures:draw_figure_6",
+    ),
+    Reproduction(
+        "figure-7",
+        "Figure 7: six algorithms",
+        "4 Routing",
+        "figure 7",
+        "The tokens “The” and “Dog” as random vectors, and what six routers with the same weights do with them.",
+        run="routings:figure_7",
+        draw="routing_figures:draw_figure_7",
+    ),
+    Reproduction(
+        "table-1",
+        "Table 1: inputs of sparse models",
+        "5 Domains",
+        "table 1",
+        "A run of the recipe of each kind of input.",
+    ),
+    Reproduction(
+        "table-2",
+        "Table 2: preceding tokens of BASE experts",
+        "8 Interpretability",
+        "table 2",
+        "The tokens that come most before those which each expert takes.",
+        minutes=4,
+        run="tables:table_2",
+        trains=True,
+    ),
+    Reproduction(
+        "table-3",
+        "Table 3: what encoder experts take",
+        "8 Interpretability",
+        "table 3",
+        "Tokens by kind and expert, with their lift against shuffled tokens.",
+        minutes=4,
+        run="tables:table_3",
+        trains=True,
+    ),
+    Reproduction(
+        "figure-8",
+        "Figure 8: patches by expert",
+        "8 Interpretability",
+        "figure 8",
+        "Image patches that each expert of a vision model takes.",
+    ),
+    Reproduction(
+        "memorisation",
+        "Memorisation against experts",
+        "9 Future directions",
+        "section 9, Carlini et al. 2019",
+        "Facts planted in training: how far they stand out, and how many the model gives away.",
+        minutes=5,
+        run="memorisation:memorisation",
+        draw="memorisation:draw_memorisation",
+        trains=True,
+    ),
+    Reproduction(
+        "headline",
+        "Headline numbers",
+        "Numbers that the review quotes",
+        "sections 2 to 7",
+        "Each with what became of it here.",
+        minutes=15,
+        run="headline:headline",
+        trains=True,
+    ),
+)
+
+
+def find(name: str) -> Reproduction:
+    """The reproduction of a name.
+
+    Raises:
+        UserError: for an unknown name, and one that no command computes yet.
+    """
+    for one in ALL:
+        if one.name == name:
+            if one.run is None:
+                raise UserError(f"{name}: no command computes it yet; shunter reproduce lists what can be run")
+            return one
+    near = difflib.get_close_matches(name, [one.name for one in ALL] + ["all"], n=1)
+    hint = f"did you mean {near[0]}?" if near else "shunter reproduce lists what there is"
+    raise UserError(f"{name}: no such figure, table or number; {hint}")
+
+
+def reproduce(one: Reproduction, out: Path, runs: Path) -> Result:
+    """Run a reproduction and leave NAME.json and NAME.png.
+
+    Args:
+        one: which.
+        out: the folder of results.
+        runs: of training runs, where what was trained before is found again.
+
+    Raises:
+        UserError: where something that it needs is missing.
+        Interrupted: after Ctrl-C; the same command goes on.
+    """
+    assert one.run is not None
+    from ..analysis.pages.style import PAPER, style
+
+    make_folder(out)
+    start = time.monotonic()
+    function = _function(one.run)
+    result: Result = function(runs) if one.trains else function()
+    result = replace(result, seconds=result.seconds or time.monotonic() - start)
+    result.save(out)
+    if one.draw:
+        with style(PAPER), writing(out / f"{one.name}.png") as part:
+            _function(one.draw)(result.data).savefig(part, format="png", metadata={"Software": None})
+    return result

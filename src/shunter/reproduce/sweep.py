@@ -1,0 +1,142 @@
+"""Sweeps of small runs: one recipe at several sizes, expert counts and routers, as a table of loss and cost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..durable import sealed
+from ..recipes.facts import RECIPE as FACTS
+from ..recipes.facts import FactsConfig
+from ..recipes.recipe import Recipe
+from ..recipes.run import account, begin, train_one
+from ..recipes.sections import TextConfig
+from ..recipes.text import RECIPE as TEXT
+
+__all__ = ["COUNTS", "FACT_SWEEP", "ROUTERS", "TEXT_SWEEP", "Sweep"]
+
+COUNTS = (2, 4, 8, 16, 32, 64)
+ROUTERS: dict[str, dict[str, Any]] = {
+    "switch": {},
+    "hash": {},
+    "sinkhorn": {},
+    "reinforce": {},
+    "expert_choice": {"capacity_factor": 1.0},
+}
+"""Routers by name, and their options: one expert a token of each."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs of a recipe that differ in size, router and expert count alone.
+
+    Args:
+        recipe: what is learned.
+        sizes: the widths d of the models; the dense block and each expert are 4 d wide.
+        configure: from a width and the `sparse` section to a configuration.
+        embeddings: how many parameters of a dense model of a width are embeddings, which laws do not count.
+        name: of the folder.
+    """
+
+    name: str
+    recipe: Recipe[Any, Any]
+    sizes: tuple[int, ...]
+    configure: Callable[[int, dict[str, Any]], Any]
+    embeddings: Callable[[int], int]
+
+    def run(
+        self,
+        folder: Path,
+        routers: tuple[str, ...],
+        sizes: tuple[int, ...] | None = None,
+        counts: tuple[int, ...] = COUNTS,
+    ) -> Iterator[dict[str, Any]]:
+        """Train what is missing; a model that is there is not trained again.
+
+        Args:
+            folder: of all sweeps; a run for each size is in `folder / name`.
+            routers: of `ROUTERS`.
+            sizes: of `sizes`; None for all.
+            counts: of experts.
+
+        Yields:
+            A row for each model when it is done: router ("dense" for the dense one), size, parameters (of the dense
+            model, without embeddings), experts, loss, and what `ModelSummary` has.
+
+        Raises:
+            Interrupted: after Ctrl-C, when the checkpoint is written.
+        """
+        for size in sizes or self.sizes:
+            configs = {"dense": self._config(size, routers[0], counts[0])}
+            names = {"dense": ("dense", 1)}
+            for count in counts:
+                for router in routers:
+                    configs[f"{router}-{count}"] = self._config(size, router, count)
+                    names[f"{router}-{count}"] = (router, count)
+            run = self.place(folder, size)
+            with begin(
+                self.recipe, self._config(size, "switch", 2), run, configs, resume=sealed(run), as_json=False
+            ) as begun:
+                parameters = 0.0
+                for name, (router, count) in names.items():
+                    found = account(begun, name, train_one(begun, name))
+                    parameters = parameters or found.params_total - self.embeddings(size)
+                    print(f"d={size} {name}: {found.eval_loss:.4f}", file=sys.stderr)
+                    row = {"router": router, "size": size, "parameters": parameters, "experts": count}
+                    yield row | {"loss": found.eval_loss} | found.as_json()
+
+    def place(self, folder: Path, size: int) -> Path:
+        """The run of a size."""
+        return folder / self.name / f"d{size}"
+
+    def _config(self, size: int, router: str, count: int) -> Any:
+        return self.configure(
+            size,
+            {
+                "router": router,
+                "num_experts": count,
+                "hidden": 4 * size,
+                "options": ROUTERS[router],
+                "allow_leak": True,  # a fact has no later tokens; routers that leak are left out of text
+            },
+        )
+
+
+def _facts(size: int, sparse: dict[str, Any]) -> FactsConfig:
+    return FactsConfig.model_validate(
+        {
+            "name": f"d{size}",
+            "data": {"keys": 32768},
+            "model": {"dim": size, "hidden": 4 * size},
+            "training": {"steps": 1000, "save_every": 1000, "eval_every": 1000, "threads": 1},
+            "sparse": sparse,
+        }
+    )
+
+
+def _text(size: int, sparse: dict[str, Any]) -> TextConfig:
+    steps = 250
+    return TextConfig.model_validate(
+        {
+            "name": f"d{size}",
+            "data": {"vocab_size": _VOCABULARY, "eval_windows": 32},
+            "model": {"dim": size, "layers": 2, "heads": 2, "hidden": 4 * size},
+            "training": {
+                "steps": steps,
+                "warmup": 40,
+                "learning_rate": 1e-2,
+                "save_every": steps,
+                "eval_every": steps,
+                "threads": 1,
+            },
+            "sparse": sparse,
+        }
+    )
+
+
+_VOCABULARY = 1024
+FACT_SWEEP = Sweep("facts", FACTS, (8, 12, 16, 24, 32), _facts, lambda size: 0)
+TEXT_SWEEP = Sweep("text", TEXT, (16, 24, 32, 48, 64), _text, lambda size: _VOCABULARY * size)

@@ -1,0 +1,156 @@
+"""Tables 2 and 3: which tokens come before those that an expert takes, and what kinds of tokens experts take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..analysis.information import information
+from ..analysis.inspect.findings import tokens_served
+from ..analysis.inspect.material import Stream, Window, window_material
+from ..analysis.inspect.recording import Recording, record
+from ..analysis.specialisation import label_counts
+from ..durable import sealed
+from ..recipes.run import account, begin, load_model, train_one
+from ..recipes.sections import TextConfig
+from ..recipes.text import RECIPE
+from .results import NOT_RUN, Result, Row, judge
+
+__all__ = ["kind_lifts", "table_2", "table_3"]
+
+EXPERTS = 16
+SHUFFLES = 20
+_ABOUT = (
+    "The model has two layers of width 64 with sixteen experts and reads half a million tokens of the built-in text; "
+    "what its experts take is read off held-out text."
+)
+
+
+def _config(router: str, options: dict[str, Any]) -> TextConfig:
+    steps = 250
+    return TextConfig.model_validate(
+        {
+            "name": router,
+            "data": {"eval_windows": 96},
+            "model": {"dim": 64, "layers": 2, "heads": 2, "hidden": 256},
+            "training": {"steps": steps, "warmup": 40, "learning_rate": 1e-2, "save_every": steps, "eval_every": steps},
+            "sparse": {"router": router, "num_experts": EXPERTS, "options": options, "allow_leak": True},
+        }
+    )
+
+
+def _recorded(runs: Path, router: str, options: dict[str, Any]) -> tuple[Recording, Stream, float, float]:
+    """What a trained model decides on the held-out text, what is known of its tokens, its loss, and the seconds."""
+    run = runs / "tables" / router
+    config = _config(router, options)
+    with begin(RECIPE, config, run, {"sparse": config}, resume=sealed(run), as_json=False) as begun:
+        found = account(begun, "sparse", train_one(begun, "sparse"))
+        data = begun.data
+    model = load_model(run, "sparse")
+    windows = [Window(ids, domain.name) for domain in data.eval for ids in domain.input_ids.tolist()]
+    material = window_material(model, data.tokenizer, windows, [domain.name for domain in data.eval], batch_size=32)
+    told = {name: torch.cat([domain.labels[name] for domain in data.eval]) for name in data.label_counts}
+    batches = [
+        replace(batch, told={name: value[32 * i : 32 * i + 32] for name, value in told.items()})
+        for i, batch in enumerate(material.batches)
+    ]
+    recording = record(model, replace(material, batches=batches), lambda steps, what, total: steps)
+    if recording.batches < len(batches):
+        raise KeyboardInterrupt
+    [stream] = material.streams.values()
+    return recording, stream, found.eval_loss, found.seconds
+
+
+def _listed(rows: list[list[Any]]) -> str:
+    return ", ".join(f"“{text.strip() or text!r}” ({lift:.1f})" for text, _, lift in rows[:6]) or "none of its own"
+
+
+def table_2(runs: Path) -> Result:
+    """The tokens before those that experts of BASE take."""
+    recording, stream, loss, seconds = _recorded(runs, "base", {})
+    claims, notes, layers = [], [_ABOUT], dict[str, Any]()
+    for name, layer in recording.layers.items():
+        told = information(layer.index, stream.labels["previous"], layer.num_experts)
+        own = information(layer.index, stream.labels["token"], layer.num_experts)
+        claims.append(
+            Row(
+                f"{name}: the preceding token tells the expert",
+                "it does: experts of numbers, of “to, will, should”, of possession",
+                f"{told.bits:.3f} bits of {told.entropy:.3f}; shuffled {told.null:.3f}, at most {told.null_max:.3f}; "
+                f"the token itself {own.bits:.3f}",
+                judge(told.beyond_chance),
+            )
+        )
+        experts = tokens_served(layer, stream, "previous")
+        layers[name] = experts
+        best = sorted(range(layer.num_experts), key=lambda e: -max((row[2] for row in experts[e]), default=0.0))[:4]
+        notes += [
+            f"{name}, expert {e}: preceding tokens, with their lift: {_listed(experts[e])}." for e in sorted(best)
+        ]
+    return Result("table-2", claims, {"loss": loss, "layers": layers}, seconds, notes)
+
+
+def kind_lifts(index: Tensor, label: Tensor, experts: int, kinds: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """How much more often than in the text each kind is among an expert's tokens, at most over the experts.
+
+    Args:
+        index: (T, k) experts of each token, -1 for none.
+        label: (T,) the kind of each, -1 where it is not known.
+        experts: E.
+        kinds: K.
+        seed: of the shuffles.
+
+    Returns:
+        The largest lift of each kind (K,), and the largest of `SHUFFLES` shuffles of the labels (K,). Experts with less
+        than a quarter of an even share of the assignments do not count.
+    """
+
+    def largest(labels: Tensor) -> Tensor:
+        counts = label_counts(index, labels, experts, kinds).double()
+        total = counts.sum(0)
+        share = counts / total.clamp_min(1)
+        text = counts.sum(1) / total.sum().clamp_min(1)
+        lift = share / text.clamp_min(1e-12)[:, None]
+        return lift.masked_fill((total < total.sum() / experts / 4)[None], 0).max(1).values
+
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = [largest(label[torch.randperm(len(label), generator=generator)]) for _ in range(SHUFFLES)]
+    return largest(label), torch.stack(shuffled).max(0).values
+
+
+_KINDS = {
+    "punctuation": ("punctuation", "“, . - ( )”"),
+    "number": ("counting and numbers", "“one, two, 7, 2014”"),
+    "function word": ("conjunctions and articles", "“the, and, or, a”"),
+    "name": ("proper names", "“Mart, Gr, Mart, Kent”"),
+}
+
+
+def table_3(runs: Path) -> Result:
+    """The kinds of tokens that experts take."""
+    recording, stream, loss, seconds = _recorded(runs, "topk", {"top_k": 2, "load_balancing_loss": 0.01})
+    names = stream.names["kind"]
+    claims, layers = [], dict[str, Any]()
+    for name, layer in recording.layers.items():
+        found, chance = kind_lifts(layer.index, stream.labels["kind"], layer.num_experts, len(names))
+        layers[name] = {kind: {"lift": float(found[i]), "shuffled": float(chance[i])} for i, kind in enumerate(names)}
+        for kind, (said, example) in _KINDS.items():
+            lift, by_chance = float(found[names.index(kind)]), float(chance[names.index(kind)])
+            claims.append(
+                Row(
+                    f"{name}: an expert of {said}",
+                    f"there is one: {example}",
+                    f"{lift:.1f} times as often as in the text; {by_chance:.1f} by chance",
+                    judge(lift > 2 * by_chance, direction=lift > by_chance),
+                )
+            )
+    claims += [
+        Row("experts of sentinel tokens", "there are some", "", NOT_RUN, "the model is a decoder, which sees none"),
+        Row("experts of verbs, of visual descriptions", "there are some", "", NOT_RUN, "tokens are not tagged so"),
+    ]
+    note = "The paper's experts are of an encoder; here is a decoder, in which the review finds them less clear."
+    return Result("table-3", claims, {"loss": loss, "layers": layers}, seconds, [_ABOUT, note])

@@ -1,0 +1,194 @@
+"""The review's figures and numbers: real decisions, verdicts that follow the numbers, and pages that are the JSON."""
+
+import json
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("pydantic")
+pytest.importorskip("scipy")
+pytest.importorskip("transformers")
+
+from shunter.cli import main
+from shunter.reproduce import headline, routings, scaling, sweep
+from shunter.reproduce.page import write_pages
+from shunter.reproduce.registry import ALL
+from shunter.reproduce.results import DIRECTION, NOT, REPRODUCED, Result, Row, read
+
+from ..pages import ROOT
+
+KEPT = ROOT / "docs" / "reproduction"
+
+
+def verdicts(result):
+    return {row.what: row.verdict for row in result.rows}
+
+
+def test_routings_are_as_the_review_says_on_any_tokens(monkeypatch, seed):
+    """What only these tokens show, that a load is uneven, is left out."""
+    monkeypatch.setattr(routings, "_seed", lambda fixed: torch.manual_seed(seed + fixed))
+    for figure in (routings.figure_1, routings.figure_2, routings.figure_6, routings.figure_7):
+        for row in figure().rows:
+            assert row.verdict == REPRODUCED or row.paper == "any number", row
+
+
+def test_a_layer_that_renormalises_is_not_equation_2(monkeypatch):
+    class Renormalised(routings.MoE):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options | {"renormalize": "before_drop"})
+
+    monkeypatch.setattr(routings, "MoE", Renormalised)
+    found = verdicts(routings.figure_2())
+    assert found["equation 1: the weights are the softmax over all experts"] == NOT
+    assert found["equation 2: the output is their sum weighted by p"] == NOT
+
+
+def planted(loss, monkeypatch):
+    """Every sweep gives these losses, a function of router, parameters and experts."""
+
+    def run(self, folder, routers, sizes=None, counts=sweep.COUNTS):
+        for size in sizes or self.sizes:
+            for router, count in [("dense", 1), *((router, count) for count in counts for router in routers)]:
+                value = loss(router, 1000.0 * size**2, count)
+                yield {
+                    "router": router,
+                    "size": size,
+                    "parameters": 1000.0 * size**2,
+                    "experts": count,
+                    "loss": value,
+                    "recalled": 100 * math.exp(-value),
+                    "flops_per_token": 2000.0 * size**2 + 10 * size * count * (count > 1),
+                    "seconds": 1.0,
+                    "domains": {"even": {"loss": value**0.5}},
+                }
+
+    monkeypatch.setattr(sweep.Sweep, "run", run)
+    monkeypatch.setattr(headline, "_speed_up", lambda run, name: 5.0)
+
+
+def test_verdicts_follow_the_losses(monkeypatch, tmp_path):
+    def saturating(router, parameters, experts):
+        effective = 1 / (1 / (experts - 1 + 1 / (1 / 2 - 1 / 300)) + 1 / 300)
+        x, h = np.log10(parameters), np.log10(effective)
+        return float(10 ** (-0.08 * x - 0.15 * h + 0.012 * x * h + 1.0))
+
+    planted(saturating, monkeypatch)
+    assert set(verdicts(scaling.law(tmp_path)).values()) == {REPRODUCED}
+    found = verdicts(scaling.figure_3(tmp_path))
+    assert all(verdict == REPRODUCED for what, verdict in found.items() if "falls" in what or "two experts" in what)
+    assert set(verdicts(scaling.domains(tmp_path)).values()) == {NOT}, "the root of a power law gains as much compute"
+    assert verdicts(headline.headline(tmp_path))["as few as two experts help"] == REPRODUCED
+
+    planted(lambda router, parameters, experts: 30 * parameters**-0.1 * (1 + 0.01 * experts), monkeypatch)
+    found = verdicts(scaling.figure_3(tmp_path))
+    assert all(verdict == NOT for what, verdict in found.items() if "falls" in what or "two experts" in what)
+    assert set(verdicts(scaling.figure_4(tmp_path)).values()) == {NOT}
+
+    def early(router, parameters, experts):
+        return 30 * parameters**-0.1 / min(experts, 8)
+
+    planted(early, monkeypatch)
+    found = verdicts(scaling.figure_3(tmp_path))
+    assert found["Switch: the loss falls with every doubling of the experts"] == DIRECTION
+    assert found["Switch: gains diminish"] == REPRODUCED
+
+
+def test_a_sweep_goes_on_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
+    small = sweep.Sweep("small", sweep.FACTS, (4,), _small, lambda size: 0)
+    first = list(small.run(tmp_path, ("switch", "hash"), counts=(2,)))
+    assert [(row["router"], row["experts"]) for row in first] == [("dense", 1), ("switch", 2), ("hash", 2)]
+    assert len({row["parameters"] for row in first}) == 1
+    kept = (tmp_path / "small" / "d4" / "switch-2").stat().st_ino
+    again = list(small.run(tmp_path, ("switch", "hash"), counts=(2, 4)))
+    assert [row["loss"] for row in again[:3]] == [row["loss"] for row in first] and len(again) == 5
+    assert (tmp_path / "small" / "d4" / "switch-2").stat().st_ino == kept
+
+
+def _small(size, sparse):
+    return sweep.FactsConfig.model_validate(
+        {
+            "data": {"keys": 64, "values": 4, "sequence_length": 16, "eval_windows": 4},
+            "model": {"dim": size, "hidden": 4 * size},
+            "training": {"steps": 4, "batch_tokens": 32, "eval_every": 4, "log_every": 2, "threads": 1},
+            "sparse": sparse,
+        }
+    )
+
+
+def test_the_command_lists_runs_and_keeps(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    assert main(["reproduce", *out]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(ALL) and all(line.endswith("not run") for line in listed)
+    assert main(["reproduce", "figure-2", *out]) == 0
+    found = json.loads((tmp_path / "out" / "figure-2.json").read_text(encoding="utf-8"))
+    assert {"machine", "versions", "rows", "seconds"} <= set(found)
+    page = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
+    for row in found["rows"]:
+        assert row["ours"] in page and row["ours"] in (tmp_path / "out" / "figure-2.md").read_text(encoding="utf-8")
+    assert page.count("**not run**") == len(ALL) - 1
+    assert (tmp_path / "out" / "figure-2.png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert main(["reproduce", *out]) == 0
+    assert "figure-2" in (line := capsys.readouterr().out.splitlines()[1]) and line.endswith("3 reproduced")
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        (["figure-22"], "did you mean figure-2?"),
+        (["figure-8"], "no command computes it yet"),
+        (["all", "figure-1"], "name nothing besides"),
+        (["released-law"], "SHUNTER_ROUTING_CURVES"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(what, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SHUNTER_ROUTING_CURVES", raising=False)
+    assert main(["reproduce", *what, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert said in error[-1] and "Traceback" not in "".join(error)
+
+
+def test_damaged_results_are_named(tmp_path, capsys):
+    for content in ("{", "[]", '{"name": 1}', '{"name": "figure-1", "rows": [{"verdict": "yes"}], "data": {}}'):
+        (tmp_path / "figure-1.json").write_text(content, encoding="utf-8")
+        assert main(["reproduce", "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "figure-1.json" in error and error.count("\n") == 1
+
+
+def test_a_verdict_is_one_of_five():
+    with pytest.raises(ValueError, match="none of reproduced"):
+        Row("a", "b", "c", "proved")
+
+
+@pytest.mark.skipif(not KEPT.is_dir(), reason="no kept results beside the package")
+def test_the_kept_pages_are_their_json(tmp_path):
+    for one in ALL:
+        result = read(KEPT, one.name)
+        if result is not None:
+            result.save(tmp_path)
+            if one.draw:
+                assert (KEPT / f"{one.name}.png").is_file()
+                (tmp_path / f"{one.name}.png").touch()
+    write_pages(tmp_path, ALL)
+    for page in tmp_path.glob("*.md"):
+        assert page.read_text(encoding="utf-8") == (KEPT / page.name).read_text(encoding="utf-8"), page.name
+    assert {page.name for page in KEPT.glob("*.md")} == {page.name for page in tmp_path.glob("*.md")}
+
+
+def test_a_changed_number_changes_the_page(tmp_path):
+    result = Result("figure-1", [Row("a", "b", f"{random.random():.6f}", REPRODUCED)], {})
+    result.save(tmp_path)
+    write_pages(tmp_path, ALL)
+    before = (tmp_path / "index.md").read_text(encoding="utf-8")
+    path = tmp_path / "figure-1.json"
+    path.write_text(re.sub(r"0\.\d{6}", "1.234567", path.read_text(encoding="utf-8")), encoding="utf-8")
+    write_pages(tmp_path, ALL)
+    after = (tmp_path / "index.md").read_text(encoding="utf-8")
+    assert before != after and "1.234567" in after
