@@ -262,6 +262,12 @@ class QuantisedExperts(RoutedExperts):
             found.register_buffer(f"{name}_bias", None if bias is None else bias.detach().clone())
         return found
 
+    @property
+    def nbytes(self) -> int:
+        """Of the matrices: codes, scales and zeros."""
+        weights = self.weights(torch.float32)
+        return weights.up.nbytes + weights.down.nbytes
+
     def weights(self, dtype: torch.dtype) -> QuantisedWeights:
         """The experts as the backends take them, decoded into a dtype."""
 

@@ -139,7 +139,7 @@ def pack(matrices: Tensor, coding: Coding, importance: Tensor | None = None) -> 
     scale = torch.empty(scales[-1], dtype=torch.int16, device=matrices.device)
     zero = torch.zeros(scales[-1] if coding.zero_point else 0, dtype=torch.uint8, device=matrices.device)
     for e in range(experts):
-        matrix = matrices[e].float()
+        matrix = matrices[e].float().contiguous()
         if not bool(matrix.isfinite().all()):
             raise UserError(f"quantize: the matrices of expert {e} hold NaN or infinity; take an earlier model")
         filled = torch.nn.functional.pad(matrix, (0, coding.width(e, columns) - columns))

@@ -23,7 +23,7 @@ from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_as_sparse
 from .hooks import check_batch, install
 
-__all__ = ["choose_blocks", "describe_layers", "make_layers", "sparsify"]
+__all__ = ["choose_blocks", "describe_layers", "make_layers", "save_sparse", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -173,24 +173,25 @@ def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dic
         for path, name in block.undropped:
             setattr(model.get_submodule(path), name, 0.0)
     model.config.shunter = describe_layers(model) | {"batch": batch}
-    vars(model)["save_pretrained"] = partial(_save, model)  # of the instance: what is copied or pickled keeps it
+    vars(model)["save_pretrained"] = partial(save_sparse, model)  # of the instance: what is copied or pickled keeps it
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model and moe_layers(part):
             vars(part)["save_pretrained"] = partial(_save_part, part, model)
     install(model, batch)
 
 
-def _save(
+def save_sparse(
     model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
 ) -> None:
-    """Save as transformers does, with the layers as they are now in the configuration.
+    """Save a sparse or quantised model as transformers does, with the layers as they are now in the configuration.
 
     Raises:
         UserError: with push_to_hub=True, which would upload the folder before its configuration is named as sparse.
     """
     if kwargs.get("push_to_hub"):
         raise UserError("save_pretrained: push_to_hub=True is not for sparse models; call model.push_to_hub(name)")
-    model.config.shunter |= describe_layers(model)
+    if getattr(model.config, "shunter", None) is not None:
+        model.config.shunter |= describe_layers(model)
     folder = Path(save_directory)
     (folder / MANIFEST).unlink(missing_ok=True)  # of the model that is replaced
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)

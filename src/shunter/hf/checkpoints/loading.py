@@ -39,7 +39,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     folder = Path(path)
     if folder.is_dir() and not kwargs.get("subfolder"):
         checkpoint = Checkpoint(folder)
-        config = read_config(folder, checkpoint.tensors)
+        config = read_config(folder, checkpoint.tensors, quantised=True)
         model = on_meta(sparse_class(config, path), config, folder)
         split, stacked = split_layers(model, checkpoint)
         rest = {name: stored for name, stored in checkpoint.tensors.items() if name not in split}
