@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import shunter
+from shunter.cli import main
+from shunter.data.windows import train_tokenizer
 from shunter.errors import UserError
 from shunter.experts import Experts, QuantisedExperts
 from shunter.hf.backend import layout_of
@@ -21,9 +23,9 @@ from .families import VOCAB, build
 WAYS = ["qwen3_moe", "aria_text", "gpt_oss", "nemotron_h", "llama4_text"]
 
 
-def _sparse(**options):
+def _sparse(vocab=VOCAB, **options):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=VOCAB))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=vocab))
     return shunter.sparsify(model, 4, "topk", top_k=2, **options).eval()
 
 
@@ -40,8 +42,8 @@ def _modules(model):
 
 
 @torch.no_grad()
-def _logits(model, ids):
-    return model(ids, use_cache=False).logits
+def _logits(model, input_ids):
+    return model(input_ids, use_cache=False).logits
 
 
 def _with_decoded(model, coded):
@@ -167,3 +169,32 @@ def test_a_folder_of_it_is_refused_where_float_weights_are_wanted(tmp_path):
     for load in (AutoModelForCausalLM.from_pretrained, shunter.from_pretrained):
         with pytest.raises(UserError, match="does not describe quantised experts"):
             load(tmp_path / "model")
+
+
+def test_the_command_writes_a_folder_that_loads(tmp_path, capsys):
+    model, text = _sparse(vocab=300), tmp_path / "text.txt"
+    tokenizer = train_tokenizer(["many words of a text, and some more of them. " * 20], 300)
+    text.write_text("many words of a text. " * 200, encoding="utf-8")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "coded"
+    assert main(["quantize", str(tmp_path / "model"), "--out", str(out), "--bits", "8", "--calibrate", str(text)]) == 0
+    said = capsys.readouterr().out
+    assert "of the model's numbers are in 8 bits (2 layers of experts)" in said
+    receipt = json.loads((out / "receipt.json").read_text())
+    assert all(sum(entry["tokens"]) > 0 for entry in receipt["layers"].values())
+    expected = shunter.from_pretrained(str(tmp_path / "model")).eval()
+    batch = {"input_ids": torch.randint(3, 50, (2, 9))}
+    shunter.quantize(expected, 8)
+    loaded = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert relative_error(_logits(loaded, **batch), _logits(expected, **batch)) < 0.01
+    assert AutoTokenizer.from_pretrained(out)("many words").input_ids
+    other = tmp_path / "other"
+    for source, target, options, message in (
+        (tmp_path / "model", other, ["--bits", "3"], "3 bits cannot be had"),
+        (tmp_path / "model", other, ["--tokens", "1"], "--tokens 1 must be at least 2"),
+        (tmp_path / "model", out, [], "exists already"),
+        (out, other, [], "quantised already"),
+    ):
+        assert main(["quantize", str(source), "--out", str(target), *options]) == 2
+        assert message in capsys.readouterr().err and not other.exists()

@@ -37,7 +37,11 @@ def add_verbs(verbs: Any) -> None:
     deciding.add_argument("--shape", help="T,d,f,E,1 (default: 4096,512,256,64,1); k is the router's own")
     deciding.add_argument("--routers", nargs="+", help="default: all")
     deciding.set_defaults(rounds=11, measure=_bench_routers)
-    for each in (experts, finetune, gpu, deciding):
+    quantised = benches.add_parser("quantised", help="a run's held-out loss by the bits of its experts")
+    quantised.add_argument("run", type=Path, help="the folder of a run of shunter train text")
+    quantised.add_argument("--windows", type=int, default=64, help="of training text that calibrate (default: 64)")
+    quantised.set_defaults(rounds=1, measure=_bench_quantised)
+    for each in (experts, finetune, gpu, deciding, quantised):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -90,6 +94,15 @@ def _bench_routers(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]
 
     shape = parse_shape(args.shape, {}) if args.shape else SHAPE
     found = bench(args.routers, shape, rounds=args.rounds, say=_progress)
+    return found, markdown(found), True
+
+
+def _bench_quantised(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from ..benchmarks.quantised import bench, markdown
+
+    if args.windows < 1:
+        raise UserError(f"--windows {args.windows} must be at least 1")
+    found = bench(args.run, args.windows, say=_progress)
     return found, markdown(found), True
 
 
