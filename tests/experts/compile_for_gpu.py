@@ -11,7 +11,9 @@ from triton.runtime.jit import JITFunction
 from shunter import Routing
 from shunter.experts import Weights
 from shunter.experts.autograd import Needs
+from shunter.experts.backends import triton as backend
 from shunter.experts.backends.triton import _Triton
+from shunter.experts.quantised import Coding, QuantisedWeights, pack
 
 CAPABILITY, DTYPE = int(sys.argv[1]), getattr(torch, sys.argv[2])
 run, found = JITFunction.run, []
@@ -43,4 +45,8 @@ routing = Routing.from_topk(torch.rand(T, E).topk(k).indices, torch.rand(T, k), 
 plan = _Triton().plan(x, weights, routing)
 _, h = _Triton().forward(x, weights, routing, plan, keep=True)
 _Triton().backward(x, x, weights, routing, plan, h, Needs(*[True] * 6))
+for bits in (4, 8):
+    coding = Coding((bits,) * E, zero_point=bits == 4)
+    packed = pack(weights.up, coding), pack(weights.down, coding)
+    backend.triton(x, QuantisedWeights(*packed, weights.up_bias, weights.down_bias, "swiglu", DTYPE), routing)
 print(json.dumps(found))

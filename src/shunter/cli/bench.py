@@ -37,7 +37,19 @@ def add_verbs(verbs: Any) -> None:
     deciding.add_argument("--shape", help="T,d,f,E,1 (default: 4096,512,256,64,1); k is the router's own")
     deciding.add_argument("--routers", nargs="+", help="default: all")
     deciding.set_defaults(rounds=11, measure=_bench_routers)
-    for each in (experts, finetune, gpu, deciding):
+    quantised = benches.add_parser("quantised", help="a run's held-out loss by the bits of its experts")
+    quantised.add_argument("run", type=Path, help="the folder of a run of shunter train text")
+    quantised.add_argument("--windows", type=int, default=64, help="of training text that calibrate (default: 64)")
+    quantised.set_defaults(rounds=1, measure=_bench_quantised)
+    layer = benches.add_parser("layer", help="a layer part by part, as its experts become more and narrower")
+    layer.add_argument("--experts", type=int, nargs="+", help="E (default: 8 32 128 512)")
+    layer.add_argument("--tokens", type=int, nargs="+", help="T (default: 256 8192)")
+    layer.add_argument("--dim", type=int, default=256, help="d (default: 256)")
+    layer.add_argument("--width", type=int, default=512, help="k f, the hidden units of a token (default: 512)")
+    layer.add_argument("--top-k", type=int, default=2, help="k (default: 2)")
+    layer.add_argument("--dtype", default="float32")
+    layer.set_defaults(rounds=11, measure=_bench_layer)
+    for each in (experts, finetune, gpu, deciding, layer, quantised):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -90,6 +102,24 @@ def _bench_routers(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]
 
     shape = parse_shape(args.shape, {}) if args.shape else SHAPE
     found = bench(args.routers, shape, rounds=args.rounds, say=_progress)
+    return found, markdown(found), True
+
+
+def _bench_layer(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from ..benchmarks.layer import EXPERTS, TOKENS, bench, markdown
+
+    sizes = {"dim": args.dim, "width": args.width, "top_k": args.top_k}
+    experts, tokens = args.experts or EXPERTS, args.tokens or TOKENS
+    found = bench(experts, tokens, **sizes, dtype=args.dtype, rounds=args.rounds, say=_progress)
+    return found, markdown(found), True
+
+
+def _bench_quantised(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from ..benchmarks.quantised import bench, markdown
+
+    if args.windows < 1:
+        raise UserError(f"--windows {args.windows} must be at least 1")
+    found = bench(args.run, args.windows, say=_progress)
     return found, markdown(found), True
 
 

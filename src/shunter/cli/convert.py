@@ -1,4 +1,4 @@
-"""The verbs of models on disk: upcycle, export."""
+"""The verbs of models on disk: upcycle, export, quantize."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from ..errors import UserError
 
 __all__ = ["add_verbs"]
 
@@ -37,6 +39,17 @@ def add_verbs(verbs: Any) -> None:
     export.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
     export.add_argument("--json", action="store_true", help="the receipt to standard output")
     export.set_defaults(verb=_export)
+
+    quantize = verbs.add_parser("quantize", help="write a sparse model with its experts in 8 or 4 bits, for inference")
+    quantize.add_argument("model", help="the folder of a sparse model, Shunter's or of a family of transformers")
+    quantize.add_argument("--out", type=Path, required=True, help="the folder to make")
+    quantize.add_argument("--bits", type=int, default=4, help="8: by row; 4: by groups of a row (default: 4)")
+    quantize.add_argument("--group", type=int, default=32, help="4 bits: 32 (default) or 64 neighbours of a row")
+    quantize.add_argument("--zero-point", action="store_true", help="4 bits: a zero of its own for each group")
+    quantize.add_argument("--calibrate", nargs="+", metavar="DATA", help="text as in train, to weigh errors by")
+    quantize.add_argument("--tokens", type=int, default=16384, help="how many tokens calibrate (default: 16384)")
+    quantize.add_argument("--json", action="store_true", help="the report to standard output")
+    quantize.set_defaults(verb=_quantize)
 
 
 def _upcycle(args: argparse.Namespace) -> int:
@@ -75,4 +88,33 @@ def _export(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     receipt = export(args.model, args.out, args.to, check=not args.no_check)
     print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..analysis.inspect.material import text_material
+    from ..data.documents import read_domains
+    from ..durable import new_folder
+    from ..hf.checkpoints.folders import load_tokenizer, local_folder
+    from ..hf.checkpoints.loading import load_folder
+    from ..hf.checkpoints.writing import copy_companions
+    from ..hf.quantising import describe, quantize
+
+    logging.disable_progress_bar()
+    if args.tokens < 2:
+        raise UserError(f"--tokens {args.tokens} must be at least 2")
+    folder = local_folder(args.model)
+    with new_folder(args.out) as made:
+        model = load_folder(folder)
+        batches = None
+        if args.calibrate:
+            material = text_material(model, load_tokenizer(folder), read_domains(args.calibrate), tokens=args.tokens)
+            batches = [batch.inputs for batch in material.batches]
+        report = quantize(model, args.bits, group=args.group, zero_point=args.zero_point, calibrate=batches)
+        model.save_pretrained(made)
+        copy_companions(folder, made)
+        (made / "receipt.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report) if args.json else f"{args.out}: {describe(report)}")
     return 0

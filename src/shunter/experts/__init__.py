@@ -3,7 +3,8 @@
 from . import backends  # noqa: F401 (each registers itself)
 from .activations import ACTIVATIONS, activate
 from .choice import Backend, backend_names, choose, register
-from .module import Experts, RoutedExperts
+from .module import Experts, QuantisedExperts, RoutedExperts
+from .quantised import QuantisedWeights
 from .weights import ExpertWeights, Weights
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "Backend",
     "ExpertWeights",
     "Experts",
+    "QuantisedExperts",
+    "QuantisedWeights",
     "RoutedExperts",
     "Weights",
     "activate",

@@ -41,8 +41,8 @@ class Backend:
         unsuited: why "auto" passes over it on (x, weights) although it could run, or None.
         reason: why "auto" takes it, in words.
         no_backward: whether it is for inputs alone of which nothing learns.
-        one_by_one: whether it asks for one expert's matrices at a time and so runs on any `ExpertWeights`; else its
-            functions are given `Weights` alone.
+        takes: the kinds of `ExpertWeights` that its functions are given; `ExpertWeights` itself is for what asks for
+            one expert's matrices at a time.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Backend:
     unsuited: Callable[[Tensor, Any], str | None] = _always
     reason: Callable[[Tensor, Any], str] = lambda x, weights: "nothing before it can run"
     no_backward: bool = False
-    one_by_one: bool = False
+    takes: tuple[type[ExpertWeights], ...] = (Weights,)
 
     def lacks(self, x: Tensor, weights: ExpertWeights, routing: Routing | None = None) -> str | None:
         """Why it cannot run on (x, weights, routing), in words; None where it can."""
         if self.no_backward and torch.is_grad_enabled():
             if any(part.requires_grad for part in (x, *weights.learned(), *_weight_of(routing))):
                 return "it has no backward; call it under torch.no_grad()"
-        if not self.one_by_one and not isinstance(weights, Weights):
+        if not isinstance(weights, self.takes):
             return f"it reads all experts from one tensor; {type(weights).__name__} gives one expert at a time"
         return self.refuses(x, weights)
 

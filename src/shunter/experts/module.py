@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -10,9 +12,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..routing import Routing
 from . import choice as backends
 from .activations import ACTIVATIONS
+from .quantised import Coding, Packed, QuantisedWeights, check_bits, pack, without_backward
 from .weights import ExpertWeights, Weights
 
-__all__ = ["Experts", "RoutedExperts"]
+__all__ = ["Experts", "QuantisedExperts", "RoutedExperts"]
 
 
 class RoutedExperts(nn.Module):
@@ -50,6 +53,14 @@ class RoutedExperts(nn.Module):
     def matrix_numbers(self) -> int:
         """How many numbers the matrices of one expert have: 3 d f where the activation gates, else 2 d f."""
         return (3 if ACTIVATIONS[self.activation][1] else 2) * self.dim * self.hidden
+
+
+def _must_fit(experts: RoutedExperts, x: Tensor, routing: Routing) -> None:
+    """Raises ValueError where x or the routing is not of the experts' sizes."""
+    if x.shape != (routing.num_tokens, experts.dim):
+        raise ValueError(f"Experts: x has shape {tuple(x.shape)}; it must be ({routing.num_tokens}, {experts.dim})")
+    if routing.num_experts != experts.num_experts:
+        raise ValueError(f"Experts: the routing has {routing.num_experts} experts, the layer {experts.num_experts}")
 
 
 class Experts(RoutedExperts):
@@ -143,10 +154,7 @@ class Experts(RoutedExperts):
     def checked(self, x: Tensor, routing: Routing) -> tuple[Tensor, ExpertWeights]:
         """x and the weights as they are computed with, in the dtype of autocast where it is on; raises as `forward`."""
         weights: ExpertWeights = self.weights
-        if x.shape != (routing.num_tokens, self.dim):
-            raise ValueError(f"Experts: x has shape {tuple(x.shape)}; it must be ({routing.num_tokens}, {self.dim})")
-        if routing.num_experts != self.num_experts:
-            raise ValueError(f"Experts: the routing has {routing.num_experts} experts, the layer {self.num_experts}")
+        _must_fit(self, x, routing)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weights = x.to(dtype), weights.to(dtype)
@@ -181,4 +189,135 @@ class Experts(RoutedExperts):
         return (
             f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, activation={self.activation!r}, "
             f"backend={self.backend!r}"
+        )
+
+
+class QuantisedExperts(RoutedExperts):
+    """E feed-forward networks with matrices in codes of 8 or 4 bits: for inference, in any dtype that x comes in.
+
+    Args:
+        num_experts, dim, hidden, activation, bias, backend: as of `Experts`.
+        bits: 8 or 4, or one of them for each expert.
+        group: in 4 bits, how many neighbours of a row share a scale: 32 or 64.
+        zero_point: in 4 bits, whether a group's codes have a zero of their own, or it is in the middle.
+        device: of the buffers.
+        dtype: of the biases.
+
+    The buffers are those of `shunter.experts.quantised.Packed`, for up and down; they are zeros until they are loaded
+    or `of` fills them. A backward that comes to them raises UserError.
+
+    Raises:
+        UserError: for other bits and groups.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden: int,
+        activation: str = "swiglu",
+        bias: bool = False,
+        bits: int | Sequence[int] = 4,
+        group: int = 32,
+        zero_point: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
+        self.activation, self.bias, self.backend = activation, bias, backend
+        self.coding = Coding(check_bits(bits, num_experts, group), group, zero_point)
+        rows = 2 * hidden if ACTIVATIONS[activation][1] else hidden
+        self.sizes = {"up": (rows, dim), "down": (dim, hidden)}
+        for name, size in self.sizes.items():
+            codes, scales = (starts[-1] for starts in self.coding.starts(*size))
+            kinds = {"codes": (codes, torch.uint8), "scale": (scales, torch.int16)}
+            kinds["zero"] = (scales if zero_point else 0, torch.uint8)
+            for part, (numel, kind) in kinds.items():
+                self.register_buffer(f"{name}_{part}", torch.zeros(numel, dtype=kind, device=device))
+            values = torch.zeros(num_experts, size[0], dtype=dtype, device=device) if bias else None
+            self.register_buffer(f"{name}_bias", values)
+
+    @classmethod
+    def of(
+        cls,
+        weights: Weights,
+        bits: int | Sequence[int] = 4,
+        group: int = 32,
+        zero_point: bool = False,
+        importance: tuple[Tensor | None, Tensor | None] = (None, None),
+        backend: str = "auto",
+    ) -> QuantisedExperts:
+        """The experts of stacked weights, quantised.
+
+        Args:
+            weights: `Experts.weights`, for instance.
+            bits, group, zero_point, backend: as of the class.
+            importance: of the columns of up (E, d) and of down (E, f); see `shunter.experts.quantised.pack`.
+
+        Raises:
+            UserError: for other bits and groups, and for weights that are not finite.
+        """
+        sizes = weights.num_experts, weights.dim, weights.hidden
+        biased = weights.up_bias is not None
+        found = cls(*sizes, weights.activation, biased, bits, group, zero_point, backend, device="meta")
+        for name, counts in zip(("up", "down"), importance, strict=True):
+            packed = pack(getattr(weights, name), found.coding, counts)
+            found.register_buffer(f"{name}_codes", packed.codes)
+            found.register_buffer(f"{name}_scale", packed.scale)
+            found.register_buffer(f"{name}_zero", packed.zero)
+            bias = getattr(weights, f"{name}_bias")
+            found.register_buffer(f"{name}_bias", None if bias is None else bias.detach().clone())
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Of the matrices: codes, scales and zeros."""
+        weights = self.weights(torch.float32)
+        return weights.up.nbytes + weights.down.nbytes
+
+    def weights(self, dtype: torch.dtype) -> QuantisedWeights:
+        """The experts as the backends take them, decoded into a dtype."""
+
+        def packed(name: str) -> Packed:
+            codes, scale, zero = (self.get_buffer(f"{name}_{part}") for part in ("codes", "scale", "zero"))
+            return Packed(codes, scale, zero, *self.sizes[name], self.coding)
+
+        up_bias, down_bias = (self.get_buffer(f"{name}_bias") if self.bias else None for name in self.sizes)
+        return QuantisedWeights(packed("up"), packed("down"), up_bias, down_bias, self.activation, dtype)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Sum over each token's experts of weight times expert output: x (T, d) -> (T, d); no gradient passes.
+
+        Raises:
+            ValueError: where x is not (T, d) of this layer's width, or on another device than the codes.
+        """
+        _must_fit(self, x, routing)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weights = self.weights(x.dtype)
+        if x.device != weights.device:
+            raise ValueError(f"Experts: x is on {x.device}, the quantised experts are on {weights.device}; move one")
+        with torch.no_grad():
+            out = backends.choose(self.backend, x, weights, routing)[0].run(x, weights, routing)
+        return without_backward(out, x, routing.weight)
+
+    def explain(self, num_tokens: int) -> str:
+        """The backend that a forward of T = num_tokens in float32 would run, how it works, and why it is chosen."""
+        weights = self.weights(torch.float32)
+        probe = torch.empty(num_tokens, self.dim, device=weights.device)
+        with torch.no_grad():
+            backend, why = backends.choose(self.backend, probe, weights)
+        return f"Backend {backend.name}: {backend.summary}; in codes of {self._bits()} bits; chosen because {why}."
+
+    def _bits(self) -> str:
+        return " and ".join(map(str, sorted(set(self.coding.bits), reverse=True)))
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return (
+            f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, activation={self.activation!r}, "
+            f"bits={self._bits()}, group={self.coding.group}, zero_point={self.coding.zero_point}"
         )

@@ -11,12 +11,14 @@ from .checkpoints.loading import from_pretrained
 from .checkpoints.upcycling import upcycle
 from .observe.records import RoutingRecord
 from .observe.replaying import record, replay
+from .quantising import quantize
 from .sparsifying import sparsify
 
 __all__ = [
     "RoutingRecord",
     "export",
     "from_pretrained",
+    "quantize",
     "record",
     "replay",
     "sparsify",

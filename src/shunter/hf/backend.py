@@ -15,21 +15,22 @@ from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from ..experts import Weights, choose
+from ..experts import QuantisedExperts, Weights, activate, choose
 from ..experts.autograd import gradients_in_graph
-from ..experts.combine import plain_sum, rows_of, weighted_sum
+from ..experts.combine import plain_sum, rows_of, sum_by_token, weighted_sum
+from ..experts.quantised import without_backward
 from ..experts.tracing import outside_tracing
 from ..routing import Routing
 from .blocks import known_activation
 
-__all__ = ["NAME", "experts_forward", "how", "use_experts"]
+__all__ = ["NAME", "acted", "attach_coded", "coded_of", "experts_forward", "how", "layout_of", "routed", "use_experts"]
 
 NAME = "shunter"
 
@@ -84,6 +85,8 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     Raises:
         ValueError: for ids outside [0, E] (checked on the CPU only).
     """
+    if (coded := coded_of(self)) is not None:  # type: ignore[arg-type]
+        return _coded_forward(self, coded, hidden_states, top_k_index, top_k_weights)
     parameters = _parameters(self)
     if refusal := _refusal(parameters):
         _warn_once(type(self), refusal)
@@ -184,19 +187,108 @@ def _around_own_code(module: ExpertsModule, x: Tensor, parameters: _Parameters, 
     else:
         bounds = routing.offsets.tolist()
         products, rows = partial(_products, bounds), rows_of(x, routing)
-    h = products(rows, up, up_bias)
-    if not module.has_gate:
-        a = module.act_fn(h)
-    elif not module.is_concatenated and getattr(module._apply_gate, "__func__", None) is _default_apply_gate:
-        a = module.act_fn(h[:, ::2]) * h[:, 1::2]
-    else:
-        a = module._apply_gate(h)
+    a = _own_activation(module, products(rows, up, up_bias))
     y = products(a.to(x.dtype), down, down_bias)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     if traced:
         return plain_sum(routing.token, x.shape, y, routing.weight)
     return weighted_sum(y, routing)
+
+
+def _own_activation(module: ExpertsModule, h: Tensor) -> Tensor:
+    """What a module's own code makes of pre-activations (n, 2f) or (n, f): (n, f)."""
+    if not module.has_gate:
+        out: Tensor = module.act_fn(h)
+        return out
+    if not module.is_concatenated and getattr(module._apply_gate, "__func__", None) is _default_apply_gate:
+        out = module.act_fn(h[:, ::2]) * h[:, 1::2]
+        return out
+    return module._apply_gate(h)
+
+
+def coded_of(module: nn.Module) -> QuantisedExperts | None:
+    """The quantised experts that a module of a family runs in place of its own, or None."""
+    found = module._modules.get("coded")
+    return found if isinstance(found, QuantisedExperts) else None
+
+
+def layout_of(module: nn.Module) -> Weights | None:
+    """The weights of a family's module of experts as views in the backends' layout; None for other modules.
+
+    Where the module has its own code between the products, the activation only says whether they gate.
+    """
+    if isinstance(module, Llama4TextExperts):
+        activation = known_activation(module.act_fn, gated=True)
+        if activation is None or "gate_up_proj" not in module._parameters:
+            return None
+        return Weights(module.gate_up_proj.mT, module.down_proj.mT, activation=activation)
+    if "_apply_gate" not in dir(module) or not hasattr(module, "has_gate") or "down_proj" not in module._parameters:
+        return None
+    experts: Any = module
+    parameters = _parameters(experts)
+    if any(value is not None and value.dtype not in _DTYPES for value in parameters):
+        return None
+    return Weights(*parameters, _activation(experts) or ("swiglu" if experts.has_gate else "silu"))
+
+
+def acted(module: nn.Module, weights: Weights, h: Tensor) -> Tensor:
+    """The hidden states (n, f) that a module of experts makes of pre-activations (n, 2f) or (n, f)."""
+    experts: Any = module
+    own = hasattr(module, "has_gate") and _activation(experts) is None
+    return _own_activation(experts, h) if own else activate(h, weights.activation)
+
+
+def routed(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing]:
+    """The hidden states (., d) and the routing that the arguments of a family's module of experts stand for."""
+    experts: Any = module
+    if isinstance(module, Llama4TextExperts):
+        x = args[0] if args else kwargs["hidden_states"]
+        rows, _, routing = _chosen_rows(experts, x)
+        return rows, routing
+
+    def arguments(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return hidden_states, top_k_index, top_k_weights
+
+    x, index, weight = arguments(*args, **kwargs)
+    return x, _routing(experts, index, weight)
+
+
+def attach_coded(module: nn.Module, coded: QuantisedExperts) -> None:
+    """Have a family's module of experts run quantised ones, whatever `experts_implementation` is; its own are gone."""
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        module._parameters.pop(name, None)
+        module._parameters.pop(f"{name}_bias", None)
+    module.coded = coded.train(module.training)
+    module._is_hf_initialized = True  # type: ignore[assignment]  # which would look for the parameters
+    if isinstance(module, Llama4TextExperts):
+        module.__class__ = _Experts
+    else:
+        own: Any = module
+        vars(module)["forward"] = partial(experts_forward, own)  # of the instance: what is copied keeps it
+
+
+def _coded_forward(
+    module: ExpertsModule, coded: QuantisedExperts, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    routing = _routing(module, top_k_index, top_k_weights)
+    if _activation(module) is not None:
+        found: Tensor = coded(x, routing)
+        return found.to(x.dtype)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    weights, bounds = coded.weights(dtype), routing.offsets.tolist()
+    with torch.no_grad():
+        rows = x.to(dtype).index_select(0, routing.token)
+        y = rows.new_empty(rows.shape[0], weights.dim)
+        for e, span in _spans(bounds):
+            up, down, up_bias, down_bias = weights.expert(e)
+            a = _own_activation(module, F.linear(rows[span], up, up_bias))
+            y[span] = F.linear(a.to(dtype), down, down_bias)
+        if module.has_post_expert_norm:
+            y = module.post_expert_norm(y)
+        out = sum_by_token(y, routing, routing.weight).to(x.dtype)
+    return without_backward(out, x, top_k_weights)
 
 
 def _products(bounds: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -307,22 +399,30 @@ def _spans(bounds: list[int]) -> list[tuple[int, slice]]:
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
+def _chosen_rows(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
+    """Of each expert's copy (E T, d) of the tokens in Llama 4 those that its router left in, where, and whose."""
+    chosen = (x != 0).any(-1).nonzero().squeeze(1)
+    rows = x[chosen]
+    expert = chosen // (x.shape[0] // module.num_experts)
+    weight = torch.ones(rows.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    token = torch.arange(rows.shape[0], device=rows.device)
+    return rows, chosen, Routing(token, expert, weight, rows.shape[0], module.num_experts, check=False)
+
+
 class _Experts(Llama4TextExperts):
     """Llama 4's experts, computing only the rows that its router left in: the others are zeros, and so are theirs."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Each expert's copy of the T tokens, (E T, d), scaled by its scores -> (E T, d)."""
-        activation = known_activation(self.act_fn, gated=True)
-        if activation is None:
+        coded, weights = coded_of(self), layout_of(self)
+        if coded is None and weights is None:
             return super().forward(hidden_states)
-        chosen = (hidden_states != 0).any(-1).nonzero().squeeze(1)
-        rows = hidden_states[chosen]
-        expert = chosen // (hidden_states.shape[0] // self.num_experts)
-        weight = torch.ones(rows.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
-        token = torch.arange(rows.shape[0], device=rows.device)
-        routing = Routing(token, expert, weight, rows.shape[0], self.num_experts, check=False)
-        weights = Weights(self.gate_up_proj.mT, self.down_proj.mT, activation=activation)
-        out = choose("auto", rows, weights)[0].run(rows, weights, routing)
+        rows, chosen, routing = _chosen_rows(self, hidden_states)
+        if coded is not None:
+            out = coded(rows, routing)
+        else:
+            assert weights is not None
+            out = choose("auto", rows, weights)[0].run(rows, weights, routing)
         return torch.zeros_like(hidden_states).index_copy(0, chosen, out)
 
 

@@ -18,9 +18,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-__all__ = ["MODEL_TYPE", "as_dense", "name_layers"]
+__all__ = ["MARKS", "MODEL_TYPE", "as_dense", "name_layers", "write_as_sparse"]
 
 MODEL_TYPE = "shunter"
+
+# What a configuration has of sparse layers, and of quantised experts.
+MARKS = ("shunter", "shunter_quantised")
 _DENSE = "shunter_dense"
 _WEIGHTS = "transformers_weights"
 _REFUSAL = "none, as the feed-forward blocks are Shunter's sparse experts; import shunter.hf and load by an Auto class"
@@ -33,6 +36,11 @@ _PART_REFUSAL = (
 def name_layers(config: Any, layers: Any) -> None:
     """Let a configuration, in place, name the sparse layers of its model, and so be written as that of a sparse one."""
     config.shunter = layers
+    write_as_sparse(config)
+
+
+def write_as_sparse(config: Any) -> None:
+    """Let a configuration, in place, be written as that of a model whose experts are Shunter's."""
     config.__class__ = _sparse(config.__class__)
 
 
@@ -52,7 +60,7 @@ def _sparse(kind: type[PreTrainedConfig]) -> Any:
 
         def to_dict(self) -> dict[str, Any]:
             values: dict[str, Any] = super().to_dict()
-            if values.get("shunter") is not None and _written() not in (None, self):
+            if any(values.get(mark) is not None for mark in MARKS) and _written() not in (None, self):
                 warnings.warn(
                     f"save_pretrained: a whole whose {kind.__name__.removesuffix('Config')} part alone is sparse: "
                     f"nothing loads the folder by its names: {_PART_REFUSAL.partition('; ')[2]}",

@@ -25,7 +25,7 @@ from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_layers
 from .hooks import check_batch, install
 
-__all__ = ["choose_blocks", "describe_layers", "make_layers", "sparsify"]
+__all__ = ["choose_blocks", "describe_layers", "make_layers", "save_sparse", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -175,16 +175,17 @@ def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dic
         for path, name in block.undropped:
             setattr(model.get_submodule(path), name, 0.0)
     name_layers(model.config, describe_layers(model) | {"batch": batch})
-    vars(model)["save_pretrained"] = partial(_save, model)  # of the instance: what is copied or pickled keeps it
+    vars(model)["save_pretrained"] = partial(save_sparse, model)  # of the instance: what is copied or pickled keeps it
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config is not model.config and moe_layers(part):
             vars(part)["save_pretrained"] = partial(_refuse_part, part, model)
     install(model, batch)
 
 
-def _save(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """Save as transformers does, with the layers as they are now in the configuration."""
-    model.config.shunter |= describe_layers(model)
+def save_sparse(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """Save a sparse or quantised model as transformers does, with the layers as they are now in the configuration."""
+    if getattr(model.config, "shunter", None) is not None:
+        model.config.shunter |= describe_layers(model)
     (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of the model that is replaced
     if len(args) < 2 and kwargs.get("state_dict") is None and (state := _state_of_wrapped(model)):
         kwargs["state_dict"] = state

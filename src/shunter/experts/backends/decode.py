@@ -16,6 +16,7 @@ from ..autograd import Gradients, Needs, Plan, differentiable
 from ..choice import Backend, register
 from ..combine import sum_by_token
 from ..cpu import SINGLE, scratch
+from ..quantised import QuantisedWeights
 from ..weights import ExpertWeights, Weights
 from .numba import bridge
 
@@ -89,6 +90,27 @@ def _in_loops(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Te
     return out, h
 
 
+def _coded_in_loops(x: Tensor, weights: QuantisedWeights, routing: Routing) -> Tensor:
+    """The output (T, d), each matrix decoded as it is multiplied."""
+    n, d, f = routing.token.numel(), weights.dim, weights.hidden
+    width = max(weights.up.width, weights.down.width)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    with bridge.ready() as loops:
+        loops.decode_coded(
+            loops.ACTIVATIONS[weights.activation],
+            bridge.array(x.contiguous()),
+            bridge.triples(loops, routing),
+            bridge.array(routing.weight.float()),
+            bridge.coded(loops, weights.up),
+            bridge.coded(loops, weights.down),
+            *bridge.biases(x.dtype, weights.up_bias, weights.down_bias),
+            width,
+            bridge.array(scratch("decode coded", SINGLE, n * (2 * d + weights.up.rows + f + width))),
+            bridge.array(out),
+        )
+    return out
+
+
 def _products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
     """The rows of x (., p) at an index (N,), sorted by expert, times their experts' matrices (E, q, p): (N, q)."""
     n, p = index.numel(), x.shape[1]
@@ -135,6 +157,8 @@ def decode(x: Tensor, weights: ExpertWeights, routing: Routing, recompute: bool 
     """The output (T, d) for few tokens: the weights of their experts are read, and no others."""
     if isinstance(weights, Weights):
         return _stacked(x, weights, routing, recompute)
+    if isinstance(weights, QuantisedWeights) and bridge.runs(x, weights):
+        return _coded_in_loops(x, weights, routing)
     return _one_by_one(x, weights, routing)
 
 
@@ -150,10 +174,12 @@ register(
             + (
                 bridge.how(bridge.usable(weights.up, weights.down))
                 if isinstance(weights, Weights)
+                else bridge.how(bridge.runs(x, weights))
+                if isinstance(weights, QuantisedWeights)
                 else "the matrices come one expert at a time"
             )
         ),
         no_backward=True,
-        one_by_one=True,
+        takes=(ExpertWeights,),
     )
 )

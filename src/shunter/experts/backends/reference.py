@@ -43,7 +43,7 @@ register(
         reference,
         lambda x, weights: None,
         "a loop over experts in plain autograd",
-        one_by_one=True,
+        takes=(ExpertWeights,),
         reason=lambda x, weights: "it runs on anything",
     )
 )

@@ -15,8 +15,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config_file import MODEL_TYPE, as_dense, name_layers
-from .formats import make_sparse
+from ..config_file import MODEL_TYPE, as_dense, write_as_sparse
+from .formats import complete
 from .loading import align
 
 __all__ = ["register"]
@@ -38,18 +38,18 @@ class SparseConfig(PreTrainedConfig):
         kind = values.get("model_type")
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING or kind == MODEL_TYPE:
             raise ValueError(f"a sparse model whose dense form is {kind!r}, which transformers does not know")
-        values["quantization_config"] = {"quant_method": MODEL_TYPE, "layers": values.get("shunter")}
+        coded = values.get("shunter_quantised")
+        values["quantization_config"] = {"quant_method": MODEL_TYPE, "layers": values.get("shunter"), "coded": coded}
         found = CONFIG_MAPPING[kind].from_dict(values, **kwargs)
-        config = found[0] if isinstance(found, tuple) else found
-        name_layers(config, getattr(config, "shunter", None))
+        write_as_sparse(found[0] if isinstance(found, tuple) else found)
         return found
 
 
 class _Layers(QuantizationConfigMixin):
     """The sparse layers on their way from a configuration to the model that is being loaded."""
 
-    def __init__(self, quant_method: Any, layers: Any) -> None:
-        self.quant_method, self.layers = quant_method, layers
+    def __init__(self, quant_method: Any, layers: Any, coded: Any = None) -> None:
+        self.quant_method, self.layers, self.coded = quant_method, layers, coded
 
 
 class _PutsLayersIn(HfQuantizer):
@@ -58,7 +58,7 @@ class _PutsLayersIn(HfQuantizer):
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         """Put the layers in."""
         layers: Any = self.quantization_config
-        make_sparse(model, layers.layers, str(model.config.name_or_path))
+        complete(model, layers.layers, layers.coded, str(model.config.name_or_path))
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Leave no mark of a quantizer."""

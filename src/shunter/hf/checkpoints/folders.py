@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ...errors import UserError, one_line
 from ...untrusted import open_file, read_file
-from ..config_file import as_dense
+from ..config_file import MARKS, as_dense
 from .reading import Stored, inside, read_json
 
 __all__ = [
@@ -70,8 +70,8 @@ def read_config(folder: Path, tensors: Mapping[str, Stored], quantised: bool = F
     file = folder / "config.json"
     raw = read_json(file)
     _plausible(file, raw, len(tensors), max((side for stored in tensors.values() for side in stored.shape), default=0))
-    if "quantization_config" in raw and not quantised:
-        raise UserError(f"{folder}: the weights are quantised; dequantise them first")
+    if ("quantization_config" in raw or "shunter_quantised" in raw) and not quantised:
+        raise UserError(f"{folder}: the weights are quantised; take the model that they were made of")
     if "transformers_weights" in as_dense(raw):
         raise UserError(f"{file}: names other weights by transformers_weights; put them under their usual name")
     try:
@@ -173,7 +173,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def without_marks(config: PreTrainedConfig) -> PreTrainedConfig:
     """A configuration as transformers read it; of a sparse one, without the layers that an Auto class is to put in."""
-    if getattr(config, "shunter", None) is not None:
+    if any(getattr(config, name, None) is not None for name in MARKS):
         vars(config).pop("quantization_config", None)
     return config
 

@@ -8,13 +8,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UserError
 from ...experts.weights import STACKED
+from ..config_file import MARKS
+from ..quantising import put_coded
 from ..sparsifying import make_layers, sparsify
 from .folders import model_class, on_meta
 from .layouts import PROJECTIONS, SPLIT, Form, Sizes, layers_of, split_pieces, stacked_pieces
 from .native import FAMILIES, Family, make_dense
 from .reading import Checkpoint
 
-__all__ = ["OWN", "Format", "find", "made_here", "make_sparse", "sparse_class", "split_layers"]
+__all__ = ["OWN", "Format", "complete", "find", "made_here", "make_sparse", "sparse_class", "split_layers"]
 
 
 class Own:
@@ -59,8 +61,25 @@ def find(name: str, verb: str) -> Format | None:
 
 
 def made_here(config: PreTrainedConfig) -> bool:
-    """Whether a configuration is of a model that `sparsify` made."""
-    return getattr(config, "shunter", None) is not None
+    """Whether a configuration is of a model that `sparsify` or `quantize` made."""
+    return any(getattr(config, name, None) is not None for name in MARKS)
+
+
+def complete(model: PreTrainedModel, spec: Any, coded: Any, path: str) -> None:
+    """Give a model of transformers the sparse layers and the quantised experts that a configuration names, in place.
+
+    Args:
+        model: its modules, without memory.
+        spec, coded: `config.shunter` and `config.shunter_quantised`; a quantised model may have experts of its own.
+        path: for the messages.
+
+    Raises:
+        UserError: as `make_sparse` and `put_coded`.
+    """
+    if spec is not None or coded is None:
+        make_sparse(model, spec, path)
+    if coded is not None:
+        put_coded(model, coded, path)
 
 
 def make_sparse(model: PreTrainedModel, spec: Any, path: str) -> None:
@@ -103,7 +122,7 @@ def sparse_class(config: PreTrainedConfig, path: str) -> Any:
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **options: Any) -> None:
         base.__init__(self, config, *args, **options)
-        make_sparse(self, getattr(config, "shunter", None), path)
+        complete(self, getattr(config, "shunter", None), getattr(config, "shunter_quantised", None), path)
         self.__class__ = base  # which can be pickled
 
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

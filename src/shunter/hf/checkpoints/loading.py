@@ -39,7 +39,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     folder = Path(path)
     if folder.is_dir() and not kwargs.get("subfolder"):
         checkpoint = Checkpoint(folder)
-        _match(checkpoint, read_config(folder, checkpoint.tensors))
+        _match(checkpoint, read_config(folder, checkpoint.tensors, quantised=True))
     return _sparse(path, kwargs)
 
 

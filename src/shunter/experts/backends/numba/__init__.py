@@ -20,6 +20,7 @@ from ....routing import Routing
 from ...autograd import Gradients, Needs, Plan, differentiable
 from ...choice import Backend, register
 from ...cpu import SINGLE, product_dtype, scratch, with_huge_pages
+from ...quantised import NO_BACKWARD, QuantisedWeights
 from ...weights import Weights
 from . import bridge
 
@@ -56,6 +57,28 @@ class _Numba:
                 bridge.array(out),
             )
         return out, h if keep else None
+
+    def forward_coded(self, x: Tensor, weights: QuantisedWeights, routing: Routing) -> Tensor:
+        """The output (T, d), each expert's matrices decoded panel by panel."""
+        n, d, f = routing.token.numel(), weights.dim, weights.hidden
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        block = min(n, BLOCK_ROWS)
+        with bridge.ready() as loops:
+            panel = loops.PANEL_ROWS * max(weights.up.width, weights.down.width)
+            loops.forward_coded(
+                loops.ACTIVATIONS[weights.activation],
+                bridge.array(x.contiguous()),
+                bridge.triples(loops, routing),
+                bridge.array(routing.weight.float()),
+                bridge.coded(loops, weights.up),
+                bridge.coded(loops, weights.down),
+                *bridge.biases(x.dtype, weights.up_bias, weights.down_bias),
+                block,
+                bridge.array(_single("coded", bridge.threads(), block * (d + weights.up.rows + f) + panel)),
+                bridge.array(_single("rows", n, d)),
+                bridge.array(out),
+            )
+        return out
 
     def backward(
         self, grad: Tensor, x: Tensor, weights: Weights, routing: Routing, plan: Plan, h: Tensor | None, needs: Needs
@@ -103,11 +126,13 @@ def _scratch_of_shares(x: Tensor, weights: Weights, shares: int, block: int) -> 
     return bridge.array(_single("shares", shares, block * (2 * (d + width + f) + width) + wide))
 
 
-def _refuses(x: Tensor, weights: Weights) -> str | None:
+def _refuses(x: Tensor, weights: Weights | QuantisedWeights) -> str | None:
     if not x.is_cpu:
         return "it runs on CPUs"
     if x.dtype not in bridge.DTYPES:
         return f"it computes in float32, not in {x.dtype}"
+    if isinstance(weights, QuantisedWeights):
+        return NO_BACKWARD if torch.is_grad_enabled() and x.requires_grad else bridge.lacks()
     if product_dtype(x) != torch.float32:
         return f"this processor multiplies {x.dtype} itself"
     parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
@@ -116,8 +141,10 @@ def _refuses(x: Tensor, weights: Weights) -> str | None:
     return bridge.lacks()
 
 
-def _not_worth_threads(x: Tensor, weights: Weights) -> str | None:
+def _not_worth_threads(x: Tensor, weights: Weights | QuantisedWeights) -> str | None:
     """Why so little work is left to another backend; None where it is enough."""
+    if isinstance(weights, QuantisedWeights):  # which no other multiplies without making all of a matrix first
+        return None
     if x.numel() < bridge.SMALL:
         return f"{x.numel()} numbers are few for threads that may be busy"
     if (experts := weights.up.shape[0]) < bridge.threads():
@@ -125,7 +152,15 @@ def _not_worth_threads(x: Tensor, weights: Weights) -> str | None:
     return None
 
 
-numba = differentiable("numba", _Numba())
+_stacked = differentiable("numba", _Numba())
+
+
+def numba(x: Tensor, weights: Weights | QuantisedWeights, routing: Routing, recompute: bool = False) -> Tensor:
+    """The output (T, d)."""
+    if isinstance(weights, QuantisedWeights):
+        return _Numba().forward_coded(x, weights, routing)
+    return _stacked(x, weights, routing, recompute)
+
 
 register(
     Backend(
@@ -135,5 +170,6 @@ register(
         "whole experts by thread, in compiled loops around MKL's products",
         _not_worth_threads,
         lambda x, weights: "on a CPU its threads neither wait for each other nor pay calls for each expert",
+        takes=(Weights, QuantisedWeights),
     )
 )

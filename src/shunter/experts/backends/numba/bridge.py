@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -20,10 +20,26 @@ import torch
 from torch import Tensor
 
 from ....routing import Routing
+from ...quantised import STEP, Coding, Packed, QuantisedWeights
 from ...tracing import outside_tracing
 from .mkl import addresses
 
-__all__ = ["DTYPES", "INSTALLED", "SMALL", "array", "how", "lacks", "matrices", "ready", "threads", "triples", "usable"]
+__all__ = [
+    "DTYPES",
+    "INSTALLED",
+    "SMALL",
+    "array",
+    "biases",
+    "coded",
+    "how",
+    "lacks",
+    "matrices",
+    "ready",
+    "runs",
+    "threads",
+    "triples",
+    "usable",
+]
 
 INSTALLED = find_spec("numba") is not None
 
@@ -41,6 +57,11 @@ def usable(*tensors: Tensor) -> bool:
     """Whether the loops run on these: many numbers, contiguous, on a CPU, in 32 or 16 bits; and numba is installed."""
     fit = all(t.is_cpu and t.dtype in DTYPES and t.is_contiguous() for t in tensors)
     return fit and sum(t.numel() for t in tensors) >= SMALL and INSTALLED and _running()
+
+
+def runs(x: Tensor, weights: QuantisedWeights) -> bool:
+    """Whether the loops decode these weights for x: on a CPU, in 32 or 16 bits; and numba is installed."""
+    return x.is_cpu and weights.device.type == "cpu" and x.dtype in DTYPES and INSTALLED and _running()
 
 
 def how(run: bool) -> str:
@@ -76,7 +97,7 @@ def array(tensor: Tensor) -> Any:
     """A numpy array over the tensor's memory, as the loops take it."""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.element_size() == 2:
+    if tensor.element_size() == 2 and tensor.is_floating_point():
         return tensor.view(torch.int16).numpy().view(DTYPES[tensor.dtype])
     return tensor.numpy()
 
@@ -91,6 +112,40 @@ def matrices(loops: Any, dtype: torch.dtype, *parts: Tensor | None) -> Any:
     none = _none(dtype)
     arrays = [none if part is None else array(part if part.ndim == 3 else part[:, None]) for part in parts]
     return loops.Matrices(*arrays)
+
+
+def biases(dtype: torch.dtype, *parts: Tensor | None) -> list[Any]:
+    """Biases (E, q) as (E, 1, q) of one dtype; none for None."""
+    return [_none(dtype) if part is None else array(part.to(dtype).contiguous()[:, None]) for part in parts]
+
+
+def coded(loops: Any, packed: Packed) -> Any:
+    """Matrices in codes, as the loops take them."""
+    coding = packed.coding
+    zeros = packed.zero if coding.zero_point else _middle()
+    return loops.Coded(
+        array(packed.codes),
+        array(packed.scale).view("uint16"),
+        array(zeros),
+        int(coding.zero_point),
+        *_places(coding, packed.rows, packed.columns),
+        (coding.group // STEP).bit_length() - 1,
+        packed.rows,
+        packed.columns,
+    )
+
+
+@cache
+def _middle() -> Tensor:
+    return torch.full((1,), 8, dtype=torch.uint8, device="cpu")
+
+
+@lru_cache(maxsize=1024)
+def _places(coding: Coding, rows: int, columns: int) -> tuple[Any, Any, Any]:
+    """Where the codes and the scales of each expert begin, and its bits."""
+    lists = (*coding.starts(rows, columns), coding.bits)
+    first, second, third = (array(torch.tensor(numbers, dtype=torch.int64, device="cpu")) for numbers in lists)
+    return first, second, third
 
 
 @cache

@@ -28,6 +28,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
 from .mkl import addresses
@@ -852,6 +853,366 @@ def decode(activation, x, triples, weight, weights, scratch, h, out):
     products(a, weights.down, experts, offsets, rows)
     _add_biases(weights.down_bias, experts, offsets, rows)
     _combine(0, 1, triples, False, rows, weight, True, out)
+
+
+# ---- matrices in codes of 8 or 4 bits
+
+
+class Coded(NamedTuple):
+    """A matrix (q, p) of each expert in codes, as `shunter.experts.quantised` lays them out.
+
+    Args:
+        codes: uint8, of one expert after the other.
+        scales: the bits of bfloat16.
+        zeros: uint8, of each scale, or one for all.
+        zero_step: 1 or 0: how far the zeros of neighbouring scales are apart.
+        starts, scale_starts: (E + 1,), where the codes and the scales of each expert begin.
+        bits: (E,), 8 or 4.
+        shift: log2 of how many steps of 32 columns share a scale, in 4 bits.
+        rows, columns: q and p.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray
+    zero_step: int
+    starts: np.ndarray
+    scale_starts: np.ndarray
+    bits: np.ndarray
+    shift: int
+    rows: int
+    columns: int
+
+
+# Rows of a matrix that are decoded for one product: few enough to be in the cache when it reads them.
+PANEL_ROWS = 128
+
+# How many bytes ahead codes are fetched.
+_AHEAD = 4096
+
+_FLOAT, _LANES = ir.FloatType(), ir.VectorType(ir.FloatType(), 16)
+
+
+def _in_all_lanes(builder, value):
+    one = builder.insert_element(ir.Constant(_LANES, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16))
+
+
+def _load(builder, kind, address, align):
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def _multiply_add(builder, a, b, c):
+    name = "llvm.fmuladd.v16f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_LANES, [_LANES] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+def _fetch_ahead(builder, address):
+    """What a thread will read in some steps, into the cache: the processor itself stops at the end of a page."""
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    ahead = builder.inttoptr(builder.add(address, address.type(_AHEAD)), byte)
+    builder.call(function, [ahead, flag(0), flag(3), flag(1)])
+
+
+def _step_of_eight(builder, i, codes, scales, offsets, shift):
+    """The codes of 32 columns as two vectors of numbers; their scale is the row's."""
+    _fetch_ahead(builder, builder.add(codes, builder.shl(i, i.type(5))))
+    for half in (0, 16):
+        address = builder.add(builder.add(codes, builder.shl(i, i.type(5))), i.type(half))
+        found = _load(builder, ir.VectorType(ir.IntType(8), 16), address, 1)
+        yield builder.sitofp(builder.sext(found, ir.VectorType(ir.IntType(32), 16)), _LANES)
+
+
+def _step_of_four(builder, i, codes, scales, offsets, shift):
+    """The weights of 32 columns as two vectors: code times scale minus zero times scale, exactly."""
+    wide = ir.VectorType(ir.IntType(32), 16)
+    address = builder.add(codes, builder.shl(i, i.type(4)))
+    _fetch_ahead(builder, address)
+    found = _load(builder, ir.VectorType(ir.IntType(8), 16), address, 1)
+    found = builder.zext(found, wide)
+    group = builder.shl(builder.lshr(i, shift), i.type(2))
+    scale = _in_all_lanes(builder, _load(builder, _FLOAT, builder.add(scales, group), 4))
+    offset = _in_all_lanes(builder, _load(builder, _FLOAT, builder.add(offsets, group), 4))
+    low = builder.and_(found, ir.Constant(wide, [15] * 16))
+    for half in (low, builder.lshr(found, ir.Constant(wide, [4] * 16))):
+        yield _multiply_add(builder, builder.uitofp(half, _LANES), scale, offset)
+
+
+def _dots_of(step, count):
+    """A function that multiplies two rows of codes with `count` rows of float32, all filled up to steps of 32 columns.
+
+    The second row of codes, scales and results is `apart` behind the first. Sums are in lanes that are added up once,
+    at the end: a loop that ended with every group would add up as often.
+    """
+
+    @intrinsic
+    def dots(context, codes, apart, scales, offsets, scales_apart, shift, steps, rows, stride, out):
+        def generate(context, builder, signature, arguments):
+            codes, apart, scales, offsets, scales_apart, shift, steps, rows, stride, out = arguments
+            matrix = [(codes, scales, offsets)]
+            matrix.append(
+                (builder.add(codes, apart), builder.add(scales, scales_apart), builder.add(offsets, scales_apart))
+            )
+            # With few rows, sums of their own for both halves: they wait less for each other.
+            chains = 2 if count < 4 else 1
+            sums = [[cgutils.alloca_once(builder, _LANES) for _ in range(chains * count)] for _ in matrix]
+            for cell in sums[0] + sums[1]:
+                builder.store(ir.Constant(_LANES, [0.0] * 16), cell)
+            with cgutils.for_range(builder, steps) as loop:
+                weights = [list(step(builder, loop.index, *row, shift)) for row in matrix]
+                for r in range(count):
+                    row = builder.add(rows, builder.mul(stride, stride.type(r)))
+                    row = builder.add(row, builder.shl(loop.index, loop.index.type(7)))
+                    for half in (0, 1):
+                        x = _load(builder, _LANES, builder.add(row, row.type(64 * half)), 4)
+                        for of_row, cells in zip(weights, sums, strict=True):
+                            cell = cells[chains * r + half % chains]
+                            builder.store(_multiply_add(builder, of_row[half], x, builder.load(cell)), cell)
+            cells = sums[0] + sums[1]
+            for i in range(2 * count):
+                total = builder.load(cells[chains * i])
+                if chains == 2:
+                    total = builder.fadd(total, builder.load(cells[2 * i + 1]))
+                for width in (8, 4, 2, 1):
+                    low, high = ([*range(first, first + width)] for first in (0, width))
+                    kind = ir.VectorType(ir.IntType(32), width)
+                    parts = [builder.shuffle_vector(total, total, ir.Constant(kind, part)) for part in (low, high)]
+                    total = builder.fadd(*parts)
+                one = builder.extract_element(total, ir.IntType(32)(0))
+                builder.store(one, builder.inttoptr(builder.add(out, out.type(4 * i)), _FLOAT.as_pointer()))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 10), generate
+
+    return dots
+
+
+def _decoded_by(step):
+    """A function that writes a row of codes as float32, in steps of 32 columns; of 8 bits without their scale."""
+
+    @intrinsic
+    def decoded(context, codes, scales, offsets, shift, steps, out):
+        def generate(context, builder, signature, arguments):
+            codes, scales, offsets, shift, steps, out = arguments
+            with cgutils.for_range(builder, steps) as loop:
+                to = builder.add(out, builder.shl(loop.index, loop.index.type(7)))
+                for half, weights in enumerate(step(builder, loop.index, codes, scales, offsets, shift)):
+                    place = builder.inttoptr(builder.add(to, to.type(64 * half)), _LANES.as_pointer())
+                    builder.store(weights, place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), generate
+
+    return decoded
+
+
+_eight_and_one, _eight_and_two, _eight_and_four = (_dots_of(_step_of_eight, count) for count in (1, 2, 4))
+_four_and_one, _four_and_two, _four_and_four = (_dots_of(_step_of_four, count) for count in (1, 2, 4))
+_decoded_eight, _decoded_four = _decoded_by(_step_of_eight), _decoded_by(_step_of_four)
+
+
+@_inner
+def _steps(coded, e):
+    """How many steps of 32 columns the rows of expert e have."""
+    return (coded.starts[e + 1] - coded.starts[e]) // coded.rows // (4 * coded.bits[e])
+
+
+@_inner
+def _read_scales(coded, at, scales, offsets):
+    """The scales from `at` on in float32, and what they are off: minus zero times scale."""
+    bits = coded.scales[at : at + scales.shape[0]]
+    for g in range(scales.shape[0]):
+        scales[g] = _read(bits[g])
+    if coded.zero_step == 0:
+        for g in range(scales.shape[0]):
+            offsets[g] = np.float32(-8) * scales[g]
+    else:
+        zeros = coded.zeros[at : at + scales.shape[0]]
+        for g in range(scales.shape[0]):
+            offsets[g] = np.float32(0) - np.float32(zeros[g]) * scales[g]
+
+
+@_inner
+def _coded_dots(rows, first, end, coded, e, top, bottom, out):
+    """Rows (N, .) of expert e, from `first` to `end`, times the rows of its matrix from `top` to `bottom`, into out.
+
+    Two rows of the matrix, half a block apart, at once, as in `products`.
+    """
+    steps, four = _steps(coded, e), coded.bits[e] == 4
+    groups = steps >> coded.shift if four else 1
+    row_bytes, shift, stride = steps * 4 * coded.bits[e], coded.shift, rows.strides[0]
+    scales, offsets = np.empty((bottom - top) * groups, np.float32), np.empty((bottom - top) * groups, np.float32)
+    _read_scales(coded, coded.scale_starts[e] + top * groups, scales, offsets)
+    sums = np.empty(8, np.float32)
+    to, base, x_first = sums.ctypes.data, coded.codes.ctypes.data + coded.starts[e], rows.ctypes.data
+    s_first, o_first = scales.ctypes.data, offsets.ctypes.data
+    half = (bottom - top + 1) // 2
+    for r in range(top, top + half):
+        other = min(r + half, bottom - 1)
+        codes, gap = base + r * row_bytes, (other - r) * row_bytes
+        part, apart = 4 * groups * (r - top), 4 * groups * (other - r)
+        s, o = s_first + part, o_first + part
+        n = first
+        while n < end:
+            x, count = x_first + n * stride, 4 if end - n >= 4 else 2 if end - n >= 2 else 1
+            if four:
+                if count == 4:
+                    _four_and_four(codes, gap, s, o, apart, shift, steps, x, stride, to)
+                elif count == 2:
+                    _four_and_two(codes, gap, s, o, apart, shift, steps, x, stride, to)
+                else:
+                    _four_and_one(codes, gap, s, o, apart, shift, steps, x, stride, to)
+                for i in range(count):
+                    out[n + i, r], out[n + i, other] = sums[i], sums[count + i]
+            else:
+                if count == 4:
+                    _eight_and_four(codes, gap, s, o, apart, shift, steps, x, stride, to)
+                elif count == 2:
+                    _eight_and_two(codes, gap, s, o, apart, shift, steps, x, stride, to)
+                else:
+                    _eight_and_one(codes, gap, s, o, apart, shift, steps, x, stride, to)
+                for i in range(count):
+                    out[n + i, r], out[n + i, other] = sums[i] * scales[r - top], sums[count + i] * scales[other - top]
+            n += count
+
+
+@_compiled
+def coded_products(rows, coded, experts, offsets, out):
+    """As `products`, with matrices in codes; rows are filled up with zeros to steps of 32 columns and whole groups."""
+    q = coded.rows
+    blocks = (q + _ROWS - 1) // _ROWS
+    for item in numba.prange(experts.shape[0] * blocks):
+        e, top = experts[item // blocks], item % blocks * _ROWS
+        _coded_dots(rows, offsets[e], offsets[e + 1], coded, e, top, min(q, top + _ROWS), out)
+
+
+@_inner
+def _filled_up(rows, out):
+    """The rows, with zeros behind them where out is wider."""
+    width = rows.shape[1]
+    for r in range(rows.shape[0]):
+        out[r, :width] = rows[r]
+        out[r, width:] = 0
+    return out
+
+
+@_inner
+def decode_coded(activation, x, triples, weight, up, down, up_bias, down_bias, width, scratch, out):
+    """The output of few triples; each code in use is read once.
+
+    Args:
+        activation: of `ACTIVATIONS`.
+        x: (T, d).
+        triples: `Triples`, N of them.
+        weight: (N,), float32, combine weights.
+        up, down: `Coded`.
+        up_bias, down_bias: (E, 1, 2f) and (E, 1, d) in the dtype of x; those absent have E 0.
+        width: to how many columns rows are filled up.
+        scratch: (N (2d + 3f + width),), float32; 2d + 2f + width where the activation does not gate.
+        out: (T, d), filled.
+    """
+    offsets, n, d, f = triples.offsets, triples.token.shape[0], down.rows, down.columns
+    experts = np.nonzero(offsets[1:] > offsets[:-1])[0]
+    x_n, at = _carve(scratch, 0, n, d)
+    h, at = _carve(scratch, at, n, up.rows)
+    a, at = _carve(scratch, at, n, f)
+    rows, at = _carve(scratch, at, n, d)
+    wide, at = _carve(scratch, at, n, width)
+    _gather(x, triples.token, 0, x_n)
+    coded_products(_filled_up(x_n, wide), up, experts, offsets, h)
+    _add_biases(up_bias, experts, offsets, h)
+    _activate(activation, h, a)
+    coded_products(_filled_up(a, wide), down, experts, offsets, rows)
+    _add_biases(down_bias, experts, offsets, rows)
+    _combine(0, 1, triples, False, rows, weight, True, out)
+
+
+@_inner
+def _decode_rows(coded, e, top, out):
+    """The rows of the matrix of expert e from `top` on, in float32, into out, filled up to steps of 32 columns."""
+    steps, four = _steps(coded, e), coded.bits[e] == 4
+    groups = steps >> coded.shift if four else 1
+    scales, offsets = np.empty(out.shape[0] * groups, np.float32), np.empty(out.shape[0] * groups, np.float32)
+    _read_scales(coded, coded.scale_starts[e] + top * groups, scales, offsets)
+    for r in range(out.shape[0]):
+        codes = coded.codes.ctypes.data + coded.starts[e] + (top + r) * steps * 4 * coded.bits[e]
+        s, o = scales.ctypes.data + 4 * groups * r, offsets.ctypes.data + 4 * groups * r
+        to = out.ctypes.data + r * out.strides[0]
+        if four:
+            _decoded_four(codes, s, o, coded.shift, steps, to)
+        else:
+            _decoded_eight(codes, s, o, coded.shift, steps, to)
+            row, scale = out[r], scales[r]
+            for i in range(row.shape[0]):
+                row[i] *= scale
+
+
+@_inner
+def _coded_linear(rows, coded, biases, e, panel, out, work):
+    """As `_linear`, a panel of the matrix after the other, decoded into scratch."""
+    biased, q, start, width = biases.shape[0] > 0, coded.rows, 0, 32 * _steps(coded, e)
+    if biased:
+        _broadcast(biases[e, 0], out)
+    while start < q:
+        stop = _end_of_block(start, q, PANEL_ROWS)
+        part, _ = _carve(panel, 0, stop - start, width)
+        _decode_rows(coded, e, start, part)
+        _product(rows, part[:, : coded.columns].T, out[:, start:stop], biased, work)
+        start = stop
+
+
+@_inner
+def _forward_coded(
+    activation, x, triples, single, weight, begin, end, up, down, up_bias, down_bias, block, scratch, rows, out
+):
+    """The share of one thread, as `_forward` has it: its triples from `begin` to `end`."""
+    token, offsets, d, f = triples.token, triples.offsets, down.rows, down.columns
+    x_b, at = _carve(scratch, 0, block, d)
+    h_b, at = _carve(scratch, at, block, up.rows)
+    a_b, at = _carve(scratch, at, block, f)
+    panel = scratch[at:]
+    _threads(1)
+    work = np.empty(10, np.int32)
+    start, e = begin, 0
+    while start < end:
+        e = _expert_of(offsets, start, e)
+        until = min(offsets[e + 1], end)
+        while start < until:
+            stop = _end_of_block(start, until, block)
+            n = stop - start
+            x_n, h_n, a_n = x_b[:n], h_b[:n], a_b[:n]
+            _gather(x, token, start, x_n)
+            _coded_linear(x_n, up, up_bias, e, panel, h_n, work)
+            _activate(activation, h_n, a_n)
+            y_n = x_n if single else rows[start:stop]
+            _coded_linear(a_n, down, down_bias, e, panel, y_n, work)
+            if single:
+                _scatter(y_n, token, start, weight[start:stop], True, out)
+            start = stop
+    _threads(0)
+
+
+@_compiled
+def forward_coded(activation, x, triples, weight, up, down, up_bias, down_bias, block, scratch, rows, out):
+    """Dispatch, experts and combine with matrices in codes: the output (T, d) of many tokens.
+
+    Args:
+        activation, x, triples, weight, up, down, up_bias, down_bias, out: as of `decode_coded`.
+        block, rows: as of `forward`.
+        scratch: (shares, .), float32: for each a block's rows, and `PANEL_ROWS` of the wider matrix, filled up.
+    """
+    shares = scratch.shape[0]
+    of, single = bounds(triples.offsets, shares), _one_choice_a_token(triples.starts)
+    for t in numba.prange(shares):
+        _forward_coded(
+            activation, x, triples, single, weight, of[t], of[t + 1], up, down, up_bias, down_bias, block, scratch[t],
+            rows, out,
+        )  # fmt: skip
+    for t in numba.prange(shares):
+        _combine(np.int64(t), shares, triples, single, rows, weight, True, out)
 
 
 # ---- the backward

@@ -8,6 +8,7 @@ from shapes, and programs without one end at once. The order of every sum is fix
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ....routing import Routing
+from ...activations import activate
 from ...autograd import Gradients, Needs, Plan, differentiable
 from ...choice import Backend, register
+from ...quantised import NO_BACKWARD, Coding, QuantisedWeights
 from ...weights import Weights
 from . import blocks
 
@@ -116,7 +119,36 @@ def _function(weights: Weights) -> tuple[str, bool]:
     return _POINTWISE.get(weights.activation, weights.activation), weights.gated
 
 
-def _refuses(x: Tensor, weights: Weights) -> str | None:
+@lru_cache(maxsize=1024)
+def _places(coding: Coding, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the codes and the scales of each expert begin, and its bits, on a device."""
+    first, second, third = (
+        torch.tensor(numbers, dtype=torch.int64, device=device)
+        for numbers in (*coding.starts(rows, columns), coding.bits)
+    )
+    return first, second, third
+
+
+def _coded(x: Tensor, weights: QuantisedWeights, routing: Routing) -> Tensor:
+    """The output (T, d), each tile of a matrix decoded by the program that multiplies it."""
+    routing = _contiguous(routing)
+    rows = blocks.tile_rows(routing.token.numel(), routing.num_experts, x.dtype)
+    tiles = blocks.expert_tiles(routing, rows)
+    out = x.new_empty(x.shape)
+    with torch.cuda.device_of(x):
+        kernels = _kernels()
+        (up, down), of = (weights.up, weights.down), weights.device
+        places = [_places(each.coding, each.rows, each.columns, of) for each in (up, down)]
+        h = kernels.coded_products(x, routing.token, up, places[0], weights.up_bias, tiles, rows)
+        a = activate(h, weights.activation)
+        y = kernels.coded_products(a, None, down, places[1], weights.down_bias, tiles, rows)
+        kernels.sum_by_token(y, routing.weight, routing, out)
+    return out
+
+
+def _refuses(x: Tensor, weights: Weights | QuantisedWeights) -> str | None:
+    if isinstance(weights, QuantisedWeights) and torch.is_grad_enabled() and x.requires_grad:
+        return NO_BACKWARD
     if x.dtype not in DTYPES:
         return f"its kernels compute in float32, float64, bfloat16 and float16, not in {x.dtype}"
     return _missing(x.device.type, x.device.index, x.dtype == torch.bfloat16)
@@ -140,8 +172,10 @@ def _missing(device: str, index: int | None, bfloat16: bool) -> str | None:
     return None
 
 
-def _unsuited(x: Tensor, weights: Weights) -> str | None:
+def _unsuited(x: Tensor, weights: Weights | QuantisedWeights) -> str | None:
     """Why cuBLAS is faster on what these kernels could run; None where it is not."""
+    if isinstance(weights, QuantisedWeights):  # which cuBLAS does not multiply
+        return None
     if x.element_size() != 2:
         return f"without tensor cores, in {x.dtype}, its products are slower than cuBLAS's"
     if any(width % 8 for width in weights.down.shape[1:]):
@@ -149,7 +183,15 @@ def _unsuited(x: Tensor, weights: Weights) -> str | None:
     return None
 
 
-triton = differentiable("triton", _Triton())
+_stacked = differentiable("triton", _Triton())
+
+
+def triton(x: Tensor, weights: Weights | QuantisedWeights, routing: Routing, recompute: bool = False) -> Tensor:
+    """The output (T, d)."""
+    if isinstance(weights, QuantisedWeights):
+        return _coded(x, weights, routing)
+    return _stacked(x, weights, routing, recompute)
+
 
 register(
     Backend(
@@ -159,5 +201,6 @@ register(
         "fused kernels: no gathered copies, nothing that waits for the device",
         _unsuited,
         lambda x, weights: "its fused kernels move the least memory on a GPU",
+        takes=(Weights, QuantisedWeights),
     )
 )

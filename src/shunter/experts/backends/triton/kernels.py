@@ -17,9 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ....routing import Routing
+from ...quantised import Packed
 from .blocks import product_blocks
 
-__all__ = ["INTERPRETED", "down_backward", "hidden", "outer", "products", "sum_by_expert", "sum_by_token"]
+__all__ = [
+    "INTERPRETED",
+    "coded_products",
+    "down_backward",
+    "hidden",
+    "outer",
+    "products",
+    "sum_by_expert",
+    "sum_by_token",
+]
 
 # Whether the kernels below run in Triton's interpreter: that is settled where they are decorated.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -280,6 +290,91 @@ def down_backward(
         *down.stride(), ACT=pointwise, GATED=gated, **_arithmetic(grad), **blocks.options,
     )  # fmt: skip
     return None if inner is None else inner.sum(0)
+
+
+@triton.jit
+def _coded_product_kernel(
+    rows, index, codes, scales, zeros, bias, starts, scale_starts, bits, out, tiles, num_tiles, num_columns, p, q,
+    rows_n, rows_p, bias_e, bias_q, GROUP_COLUMNS: tl.constexpr, ZERO_POINT: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The product of `coded_products`: a program has BLOCK_M triples of an expert, BLOCK_N of the q columns.
+
+    Each step decodes its tile of the matrix: that of 8 bits has one scale for a column, that of 4 bits one for a group.
+    """
+    expert, start, end, column = _expert_tile(tiles, num_tiles, num_columns)
+    if start >= end:
+        return
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row, n = start + i, (column * BLOCK_N + j).to(tl.int64)
+    from_row = tl.minimum(row, end - 1)
+    from_row = from_row if index is None else tl.load(index + from_row)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    left = rows + from_row[:, None] * rows_n + k[None, :] * rows_p
+    code, scale = codes + tl.load(starts + expert), scales + tl.load(scale_starts + expert)
+    sums = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
+    if tl.load(bits + expert) == 8:
+        width = (p + 31) // 32 * 32
+        of_column = (tl.load(scale + n, n < q, 0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        for at in range(0, p, BLOCK_K):
+            inside = k < p - at
+            tile = tl.load(code + n[None, :] * width + (at + k)[:, None], inside[:, None] & (n < q)[None, :], 0)
+            tile = tile.to(tl.int8, bitcast=True).to(tl.float32) * of_column[None, :]
+            values = tl.load(left, inside[None, :], 0.0)
+            sums = tl.dot(values, tile.to(values.dtype), sums, input_precision=PRECISION, out_dtype=ACC)
+            left += BLOCK_K * rows_p
+    else:
+        groups = (p + GROUP_COLUMNS - 1) // GROUP_COLUMNS
+        width = groups * (GROUP_COLUMNS // 2)
+        for at in range(0, p, BLOCK_K):
+            inside = k < p - at
+            there = inside[:, None] & (n < q)[None, :]
+            place = at + k
+            tile = tl.load(code + n[None, :] * width + (place // 32 * 16 + place % 16)[:, None], there, 0)
+            tile = (tile.to(tl.int32) >> (place // 16 % 2 * 4).to(tl.int32)[:, None]) & 15
+            group = n[None, :] * groups + (place // GROUP_COLUMNS)[:, None]
+            of_group = (tl.load(scale + group, there, 0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+            if ZERO_POINT:
+                tile -= tl.load(zeros + tl.load(scale_starts + expert) + group, there, 0).to(tl.int32)
+            else:
+                tile -= 8
+            tile = tile.to(tl.float32) * of_group
+            values = tl.load(left, inside[None, :], 0.0)
+            sums = tl.dot(values, tile.to(values.dtype), sums, input_precision=PRECISION, out_dtype=ACC)
+            left += BLOCK_K * rows_p
+    if bias is not None:
+        sums += tl.load(bias + expert * bias_e + n * bias_q, n < q, 0.0).to(ACC)[None, :]
+    out += start * q + column * BLOCK_N
+    tl.store(out + (i[:, None] * q + j[None, :]), sums, (row < end)[:, None] & (n < q)[None, :])
+
+
+def coded_products(
+    rows: Tensor,
+    index: Tensor | None,
+    packed: Packed,
+    places: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    tiles: Tensor,
+    block_m: int,
+) -> Tensor:
+    """Each triple's row (., p), in order or at an index (N,), times its expert's matrix (q, p) in codes: (N, q).
+
+    `places` (E + 1,), (E + 1,), (E,): where the codes and the scales of each expert begin, and its bits. `bias` is
+    (E, q) or None; `tiles` and `block_m` are as of `hidden`.
+    """
+    p, q = packed.columns, packed.rows
+    count = rows.shape[0] if index is None else index.numel()
+    out = rows.new_empty(count, q)
+    blocks = product_blocks(block_m, q, rows)
+    columns = triton.cdiv(q, blocks.n)
+    starts, scale_starts, bits = places
+    _coded_product_kernel[(tiles.shape[1] * columns,)](
+        rows, index, packed.codes, packed.scale, packed.zero, bias, starts, scale_starts, bits, out, tiles,
+        tiles.shape[1], columns, p, q, *rows.stride(), *_strides(bias), GROUP_COLUMNS=packed.coding.group,
+        ZERO_POINT=packed.coding.zero_point, **_arithmetic(rows), **blocks.options,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit
