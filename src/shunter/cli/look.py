@@ -1,4 +1,4 @@
-"""The verbs that look: routers, inspect."""
+"""The verbs that look: routers, roles, inspect."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def add_verbs(verbs: Any) -> None:
     table = verbs.add_parser("routers", help="list every router: who decides, what it needs, where it comes from")
     table.add_argument("--format", choices=["text", "markdown", "json"], default="text")
     table.set_defaults(verb=_routers)
+
+    roles = verbs.add_parser("roles", help="list a model's parameters by role: router, expert, attention, …")
+    roles.add_argument("model", metavar="MODEL", help="a model's folder, dense or sparse; its weights are not read")
+    roles.add_argument("--train", metavar="ROLES", help="count what this would train: moe, non_moe, expert,router, …")
+    roles.set_defaults(verb=_roles)
 
     inspect = verbs.add_parser(
         "inspect",
@@ -123,3 +128,15 @@ def _material(subject: Inspected, data: Sequence[str] | None, tokens: int, lengt
         return image_material(subject.model, subject.folder, data, tokens=tokens)
     domains = built_in_domains() if data is None else read_domains(data)
     return text_material(subject.model, subject.tokenizer(), domains, tokens=tokens, length=length)
+
+
+def _roles(args: argparse.Namespace) -> int:
+    from ..hf.checkpoints.folders import local_folder
+    from ..hf.checkpoints.loading import modules_of
+    from ..training.roles import table, train_only
+
+    model = modules_of(local_folder(args.model))
+    if args.train:
+        train_only(model, args.train)
+    print(table(model))
+    return 0

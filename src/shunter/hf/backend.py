@@ -45,6 +45,7 @@ class ExpertsModule(Protocol):
     has_gate: bool
     has_bias: bool
     has_post_expert_norm: bool
+    training: bool
     is_transposed: bool
     is_concatenated: bool
     _is_expert_parallel: bool
@@ -170,6 +171,8 @@ def _activation(module: ExpertsModule) -> str | None:
     default = getattr(module._apply_gate, "__func__", None) is _default_apply_gate
     if module.has_post_expert_norm or (module.has_gate and not (default and module.is_concatenated)):
         return None
+    if module.training and getattr(module.act_fn, "probability", None):
+        return None  # dropout, which its values cannot show
     names = _NAMES.setdefault(module.act_fn, {})
     if module.has_gate not in names:
         names[module.has_gate] = known_activation(module.act_fn, gated=module.has_gate)

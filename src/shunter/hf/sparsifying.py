@@ -232,6 +232,7 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "bias": experts.bias,
             "num_shared_experts": 0 if shared is None else shared.hidden // experts.hidden,
             "dropout": layer.dropout.p,
+            "expert_dropout": experts.dropout,
             "backend": experts.backend,
             "recompute": experts.recompute,
             "router": _name_of(type(layer.decider)),

@@ -155,7 +155,8 @@ class Family:
         config.architectures = [self.architecture]
         config.dtype = dense.dtype
         config.shunter_dense = dense.model_type
-        given = [{**layer.decider.options, "dropout": layer.dropout.p} for layer in layers.values()]
+        dropped = ((layer.dropout.p, layer.experts.dropout, layer.decider.options) for layer in layers.values())
+        given = [{**options, "dropout": p, "expert_dropout": inside} for p, inside, options in dropped]
         lost = dict.fromkeys(option for options in given for option in left_behind(self.name, options))
         return self._form(model, config, numbers, lost=tuple(lost))
 
