@@ -8,7 +8,6 @@ from shunter import routers
 
 from .pages import ROOT, run_page
 
-
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/balance.md", "docs/training.md", "docs/reliability.md"]
 
 

@@ -1,4 +1,4 @@
-"""The verbs of models on disk: upcycle, export."""
+"""The verbs of models on disk: upcycle, export, prune."""
 
 from __future__ import annotations
 
@@ -38,6 +38,20 @@ def add_verbs(verbs: Any) -> None:
     export.add_argument("--json", action="store_true", help="the receipt to standard output")
     export.set_defaults(verb=_export)
 
+    prune = verbs.add_parser("prune", help="write a sparse model with fewer experts, and measure what that costs")
+    prune.add_argument("model", metavar="MODEL", help="the folder of a mixture of experts, of transformers or Shunter")
+    prune.add_argument("--out", type=Path, required=True, help="the folder to make")
+    prune.add_argument("--keep", type=int, required=True, help="how many experts stay in each layer")
+    prune.add_argument("--method", default="reap", help="random, use, reap (default) or merge")
+    prune.add_argument("--data", nargs="+", help="held-out text as in train, or images; none: the built-in text")
+    prune.add_argument("--tokens", type=int, default=16384, help="how many of the data; half of them choose")
+    prune.add_argument("--length", type=int, default=128, help="tokens of a window")
+    prune.add_argument("--seed", type=int, default=0, help="of the method random")
+    prune.add_argument("--offload", action="store_true", help="weights from disk, a module at a time (slow)")
+    prune.add_argument("--no-check", action="store_true", help="do not measure the loss before and after")
+    prune.add_argument("--json", action="store_true", help="the receipt to standard output")
+    prune.set_defaults(verb=_prune)
+
 
 def _upcycle(args: argparse.Namespace) -> int:
     from transformers.utils import logging
@@ -74,5 +88,27 @@ def _export(args: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()
     receipt = export(args.model, args.out, args.to, check=not args.no_check)
+    print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..training.pruning import describe, prune
+
+    logging.disable_progress_bar()
+    receipt = prune(
+        args.model,
+        args.out,
+        args.keep,
+        args.method,
+        data=args.data,
+        tokens=args.tokens,
+        length=args.length,
+        seed=args.seed,
+        check=not args.no_check,
+        offload=args.offload or None,
+    )
     print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
     return 0

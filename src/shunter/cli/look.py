@@ -7,14 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..durable import make_folder, write
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from ..analysis.inspect.inspecting import Inspected
-    from ..analysis.inspect.material import Material
 
 __all__ = ["add_verbs"]
 
@@ -93,7 +89,7 @@ def _inspect_models(
     Raises:
         UserError: for models that cannot be inspected, or shown these data, and data that cannot be read.
     """
-    from ..analysis.inspect.inspecting import inspect, load
+    from ..analysis.inspect.inspecting import inspect, load, material_for
     from ..analysis.pages.inspect_page import render
 
     if len(models) > 2:
@@ -102,7 +98,7 @@ def _inspect_models(
         if value < least:
             raise UserError(f"{name} {value} must be at least {least}")
     *before, subject = [load(path) for path in models]
-    material = _material(subject, data, tokens, length)
+    material = material_for(subject, data, tokens, length)
     out = out or Path("runs") / f"inspect-{subject.name}"
     new = not out.exists()
     make_folder(out)
@@ -116,18 +112,6 @@ def _inspect_models(
     write(out / "inspect.json", json.dumps(findings, indent=1) + "\n")
     write(page, render(findings, material.images, material.patch))
     return findings, page
-
-
-def _material(subject: Inspected, data: Sequence[str] | None, tokens: int, length: int) -> Material:
-    from ..analysis.inspect.material import image_material, text_material
-    from ..data.documents import built_in_domains, read_domains
-
-    if subject.model.main_input_name == "pixel_values":
-        if data is None:
-            raise UserError("this model sees images, and none are built in; give --data with a folder of images")
-        return image_material(subject.model, subject.folder, data, tokens=tokens)
-    domains = built_in_domains() if data is None else read_domains(data)
-    return text_material(subject.model, subject.tokenizer(), domains, tokens=tokens, length=length)
 
 
 def _roles(args: argparse.Namespace) -> int:

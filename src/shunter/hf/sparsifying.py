@@ -23,7 +23,7 @@ from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_as_sparse
 from .hooks import check_batch, install
 
-__all__ = ["choose_blocks", "describe_layers", "make_layers", "sparsify"]
+__all__ = ["choose_blocks", "describe_layers", "make_layers", "router_name", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -86,7 +86,7 @@ def sparsify(
         raise UserError(
             f"sparsify: {type(model).__name__} is no model of transformers; put shunter.MoE into it yourself"
         )
-    name, told = router if isinstance(router, str) else _name_of(router), check_batch(batch)
+    name, told = router if isinstance(router, str) else router_name(router), check_batch(batch)
     if init not in ("scratch", "copy"):
         raise UserError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
     if init == "copy" and num_shared_experts:
@@ -235,14 +235,19 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "expert_dropout": experts.dropout,
             "backend": experts.backend,
             "recompute": experts.recompute,
-            "router": _name_of(type(layer.decider)),
+            "router": router_name(type(layer.decider)),
             "options": layer.decider.options,
         }
         entries.append(entry)
     return {"layout": STACKED, "layers": entries}
 
 
-def _name_of(router: type[Router]) -> str:
+def router_name(router: type[Router]) -> str:
+    """The name under which a router is registered.
+
+    Raises:
+        UserError: where it is not.
+    """
     for name in routers.names():
         if routers.find(name) is router:
             return name

@@ -89,6 +89,8 @@ def record(model: PreTrainedModel, material: Material, progress: Progress) -> Re
 def batch_losses(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     """The cross-entropy in nats of each target of a batch, in float32, NaN where it has none; None without logits."""
     device = next(model.parameters()).device
+    if device.type == "meta":  # its weights are on disk
+        device = torch.device("cpu")
     with tell(model, **{name: value.to(device) for name, value in batch.told.items()}):
         output = model(**{name: value.to(device) for name, value in batch.inputs.items()})
     logits = getattr(output, "logits", None)

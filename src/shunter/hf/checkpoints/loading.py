@@ -91,7 +91,7 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
         if not quantised:
             _refuse_integers(folder, model, checkpoint)
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise UserError(f"{folder}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
     return model.eval()
 
