@@ -54,7 +54,8 @@ _NAMES = {
 }
 _STACK = re.compile(r"(Layer|Block|Model|Encoder|Decoder|Stack|Stage|LM|PreTrainedModel)$|For[A-Z]\w+$")
 _SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
-_WRAPPED = {"base_layer", "original_module", "_orig_mod"}
+_WRAPPED_BY_ADAPTERS = {"base_layer", "original_module"}
+_WRAPPED = {*_WRAPPED_BY_ADAPTERS, "_orig_mod"}
 """What adapters and compiled modules call the module that they wrap."""
 
 
@@ -104,7 +105,7 @@ def train_only(model: nn.Module, which: str) -> None:
     """Train the parameters of some roles and freeze all others, by requires_grad.
 
     Args:
-        model: any; adapters of `peft` count with the modules that they adapt.
+        model: any; adapters of `peft` count with the modules that they adapt, which stay frozen.
         which: as of `select`; "non_moe" trains all but routers and experts.
 
     Raises:
@@ -113,7 +114,7 @@ def train_only(model: nn.Module, which: str) -> None:
     chosen = select(model, which)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.requires_grad_(name in chosen)
+            parameter.requires_grad_(name in chosen and not _WRAPPED_BY_ADAPTERS.intersection(name.split(".")))
 
 
 def parameter_groups(
@@ -134,7 +135,7 @@ def parameter_groups(
     Args:
         model: any.
         lr: the learning rate.
-        train: what is trained, as of `select`.
+        train: what is trained of what requires a gradient, as of `select`.
         rates: how many times the learning rate a role or a group of roles has; of two that name a role the later one
             counts.
         weight_decay: of matrices; vectors (norms, biases) have none.
@@ -147,7 +148,9 @@ def parameter_groups(
 
     Source: Zoph et al. 2022 (ST-MoE), sections 5.2 and 5.3: sparse models want other rates, and may train a part alone.
     """
-    trained, of = select(model, train), roles(model)
+    of, trained = roles(model), {name: p for name, p in select(model, train).items() if p.requires_grad}
+    if not trained:
+        raise UserError(f"no parameter among {train!r} requires a gradient; unfreeze them first, as by train_only")
     scale = dict.fromkeys(ROLES, 1.0)
     for name, factor in rates.items():
         if not (math.isfinite(factor) and factor > 0):
@@ -155,15 +158,16 @@ def parameter_groups(
         if not select(model, name).keys() & trained.keys():
             raise UserError(f"{name} has a rate, and is not among what is trained, {train!r}")
         scale |= dict.fromkeys(GROUPS.get(name, (name,)), factor)
-    train_only(model, train)
+    for name, parameter in model.named_parameters():
+        if name not in trained:
+            parameter.requires_grad_(False)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in trained.items():
-        if parameter.requires_grad:
-            decays = parameter.dim() > 1
-            new = {"params": [], "names": [], "role": of[name], "lr": lr * scale[of[name]]}
-            group = groups.setdefault((of[name], decays), new | {"weight_decay": weight_decay if decays else 0.0})
-            group["params"].append(parameter)
-            group["names"].append(name)
+        decays = parameter.dim() > 1
+        new = {"params": [], "names": [], "role": of[name], "lr": lr * scale[of[name]]}
+        group = groups.setdefault((of[name], decays), new | {"weight_decay": weight_decay if decays else 0.0})
+        group["params"].append(parameter)
+        group["names"].append(name)
     return list(groups.values())
 
 
