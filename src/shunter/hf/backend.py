@@ -70,11 +70,11 @@ class _Parameters(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """What is added to the matrix (out, in) of each expert e: b[e] @ a[e], which is never multiplied out.
+    """What is added to the matrix (out, in) of each expert e: b[e].T @ a[e], which is never multiplied out.
 
     Args:
         a: (E, r, in).
-        b: (E, out, r).
+        b: (E, r, out); of this layout the products with few columns are the fast ones.
     """
 
     a: Tensor
@@ -272,7 +272,7 @@ def _traced_products(
     product = torch.ops.shunter.products
     out: Tensor = product(rows, weight, bias, offsets)
     if low_rank is not None:
-        out = out + product(product(rows, low_rank.a, None, offsets), low_rank.b, None, offsets)
+        out = out + product(product(rows, low_rank.a, None, offsets), low_rank.b.mT, None, offsets)
     return out
 
 
@@ -296,7 +296,7 @@ class _Products(torch.autograd.Function):
 
 
 class _AdaptedProducts(torch.autograd.Function):
-    """As `_Products` with the matrices weight[e] + b[e] @ a[e], rows through a and then b: the sum is never made."""
+    """As `_Products` with the matrices weight[e] + b[e].T @ a[e], rows through a and then b: the sum is never made."""
 
     @staticmethod
     def forward(
@@ -305,7 +305,7 @@ class _AdaptedProducts(torch.autograd.Function):
         out = _multiply(rows, weight, bias, bounds)
         inner = _multiply(rows, a, None, bounds)
         for e, span in _spans(bounds):
-            out[span].addmm_(inner[span], b[e].T)
+            out[span].addmm_(inner[span], b[e])
         ctx.save_for_backward(rows, weight, bias, a, b, inner)
         ctx.bounds = bounds
         return out
@@ -318,16 +318,14 @@ class _AdaptedProducts(torch.autograd.Function):
             plain = partial(_plain_adapted, bounds)
             return (*gradients_in_graph(plain, (rows, weight, bias, a, b), needs[:5], grads[0]), None)
         grad = grads[0].contiguous()
-        grad_inner, grad_b, _ = _multiply_backward(grad, inner, b, (needs[0] or needs[3], needs[4], False), bounds)
         grad_rows, grad_weight, grad_bias = _multiply_backward(grad, rows, weight, needs[:3], bounds)
-        grad_a = torch.zeros_like(a) if needs[3] else None
+        grad_inner = _multiply(grad, b, None, bounds)
+        grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
         for e, span in _spans(bounds):
             if grad_rows is not None:
-                assert grad_inner is not None
                 grad_rows[span].addmm_(grad_inner[span], a[e])
-            if grad_a is not None:
-                assert grad_inner is not None
-                torch.mm(grad_inner[span].T, rows[span], out=grad_a[e])
+            torch.mm(grad_inner[span].T, rows[span], out=grad_a[e])
+            torch.mm(inner[span].T, grad[span], out=grad_b[e])
         return grad_rows, grad_weight, grad_bias, grad_a, grad_b, None
 
 
@@ -336,7 +334,7 @@ def _plain_adapted(
 ) -> Tensor:
     """As `_AdaptedProducts`, in plain autograd."""
     inner = _plain_products(bounds, rows, a, None)
-    return _plain_products(bounds, rows, weight, bias) + _plain_products(bounds, inner, b, None)
+    return _plain_products(bounds, rows, weight, bias) + _plain_products(bounds, inner, b.mT, None)
 
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, bounds: list[int]) -> Tensor:

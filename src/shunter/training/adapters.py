@@ -148,10 +148,10 @@ def _low_rank(wrapper: Any) -> LowRank | None:
     for name in adapters:
         a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
         a = a.reshape(wrapper.num_experts, -1, a.shape[-1])  # rows by expert, then rank
-        b = b.reshape(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)  # columns by rank, then expert
+        b = b.reshape(b.shape[0], -1, wrapper.num_experts).permute(2, 1, 0)  # columns by rank, then expert
         parts.append((a, b * wrapper.scaling[name]))
     dtype = wrapper.get_param().dtype
-    a, b = (torch.cat([part[i] for part in parts], 1 + i).to(dtype) for i in (0, 1))
+    a, b = (torch.cat([part[i] for part in parts], 1).to(dtype).contiguous() for i in (0, 1))
     return LowRank(a, b)
 
 
