@@ -103,7 +103,7 @@ class Family:
             raise UserError(f"export: {folder}: config.json leaves no layer with experts")
         try:
             router, options = router_of(config, len(numbers))
-            dense = self._dense_config(config)
+            dense = self.dense_config(config)
             dense.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[dense.model_type]]
             model = on_meta(model_class(dense, str(folder)), dense, folder)
             make_dense(model)
@@ -193,7 +193,7 @@ class Family:
             return {"head_dim": sparse.hidden_size // sparse.num_attention_heads}
         return {}
 
-    def _dense_config(self, sparse: PreTrainedConfig) -> PreTrainedConfig:
+    def dense_config(self, sparse: PreTrainedConfig) -> PreTrainedConfig:
         """The configuration of the dense model that a sparse one continues, all of whose layers are dense."""
         values = self._dense_fields(sparse)
         known = getattr(sparse, "shunter_dense", None)
