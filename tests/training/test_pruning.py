@@ -203,7 +203,12 @@ def test_what_cannot_be_pruned_so_is_one_line(family, keep, message, tmp_path):
 
 @pytest.mark.parametrize(
     "router, why",
-    [("prototypes", "has a router"), ("hash", "no weights|numbers"), ("dselect_k", "its experts go from 8 to 4")],
+    [
+        ("prototypes", "has a router"),
+        ("hash", "keeps numbers in table"),
+        ("hme", "leaves of a tree"),
+        ("dselect_k", "its experts go from 8 to 4"),
+    ],
 )
 def test_routers_that_cannot_lose_experts_say_why(router, why, tmp_path):
     model = sparsify(build("mistral"), 8, router, allow_leak=True)

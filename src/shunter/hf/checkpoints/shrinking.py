@@ -265,6 +265,8 @@ def _check(
             raise UserError(f"prune: keep {keep} of the {size} experts of {name}: it must be from 1 to {size - 1}")
         config: Any = getattr(tap.router, "config", None)
         top_k = tap.top_k or getattr(config, "num_experts_per_tok", None) or 1
+        if tap.own is not None and tap.own.decider.chooses in ("all", "slots"):
+            top_k = 1  # every token takes every expert, however many there are
         if top_k > keep:
             raise UserError(
                 f"prune: a token takes {top_k} experts in {name}, and {keep} are to stay; keep at least {top_k}"
@@ -295,7 +297,9 @@ def _check_router(folder: Path, name: str, tap: Tap, axes: Mapping[str, tuple[st
     inside = tap.router.state_dict()
     for key, tensor in inside.items():
         if not tensor.is_floating_point() and tensor.numel() > 1:
-            raise UserError(f"prune: {name} cannot lose experts: its router has the experts' numbers in {key}")
+            raise UserError(
+                f"prune: {name} cannot lose experts: its router keeps numbers in {key}, which may be theirs"
+            )
     router = {id(t) for t in inside.values()}
     held = [key for key, (layer, _) in axes.items() if layer == name and "experts." not in key.removeprefix(f"{name}.")]
     if not router or not held:
@@ -317,7 +321,7 @@ def _axes(
             continue
         differ = [i for i, n in enumerate(tensor.shape) if n != small[name].shape[i]] if name in small else []
         if len(differ) != 1 or layer is None:
-            raise UserError(f"{folder}: {name} does not have its experts along one axis; this family cannot be pruned")
+            raise UserError(f"{folder}: {name} does not have its experts along one axis; such a model cannot be pruned")
         axis = differ[0]
         if (tensor.shape[axis], small[name].shape[axis]) != (sizes[layer], keep):
             raise UserError(
