@@ -54,8 +54,7 @@ _NAMES = {
 }
 _STACK = re.compile(r"(Layer|Block|Model|Encoder|Decoder|Stack|Stage|LM|PreTrainedModel)$|For[A-Z]\w+$")
 _SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
-_WRAPPED_BY_ADAPTERS = {"base_layer", "original_module"}
-_WRAPPED = {*_WRAPPED_BY_ADAPTERS, "_orig_mod"}
+_WRAPPED = {"base_layer", "original_module", "_orig_mod"}
 """What adapters and compiled modules call the module that they wrap."""
 
 
@@ -114,7 +113,13 @@ def train_only(model: nn.Module, which: str) -> None:
     chosen = select(model, which)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.requires_grad_(name in chosen and not _WRAPPED_BY_ADAPTERS.intersection(name.split(".")))
+            parameter.requires_grad_(name in chosen and not _adapted(model, name))
+
+
+def _adapted(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is of a module that an adapter wraps, the innermost of several around each other."""
+    before, wrapped, _ = name.rpartition(".base_layer.")
+    return bool(wrapped) and not hasattr(model.get_submodule(f"{before}.base_layer"), "base_layer")
 
 
 def parameter_groups(

@@ -87,6 +87,8 @@ class Shrinking:
         layers = taps(model)
         if not layers:
             raise UserError(f"{folder}: {type(model).__name__} has no experts that could be pruned")
+        for name, tap in layers.items():
+            _check_kind(name, tap)
         sizes = {name: tap.num_weights for name, tap in layers.items()}
         groups = max(_groups(config, tap) for tap in layers.values())
         _check(folder, keep, layers, sizes, groups, _top_groups(config, layers))
@@ -99,7 +101,7 @@ class Shrinking:
             )
         axes, numbered = _axes(folder, model.state_dict(), small.state_dict(), sizes, keep)
         for name, tap in layers.items():
-            _check_router(folder, name, tap, axes)
+            _check_router(name, tap, axes)
         return cls(folder, keep, checkpoint, smaller, layers, groups, axes, numbered, model, own)
 
     def plan(self, mixes: Mapping[str, Tensor], facts: dict[str, Any], measure: Any) -> Plan:
@@ -284,14 +286,18 @@ def _check(
             )
 
 
-def _check_router(folder: Path, name: str, tap: Tap, axes: Mapping[str, tuple[str, int]]) -> None:
-    """Raises UserError where a layer's experts are numbered or grouped in what its router keeps."""
+def _check_kind(name: str, tap: Tap) -> None:
+    """Raises UserError for a layer whose experts belong together."""
     if tap.own is not None:
         if not isinstance(tap.own, MoE):
             raise UserError(f"prune: {name} is a {type(tap.own).__name__}; only layers of MoE can be pruned")
         called = router_name(type(tap.own.decider))
         if called in _IN_ONE_PIECE:
             raise UserError(f"prune: the router {called} of {name} cannot lose experts: {_IN_ONE_PIECE[called]}")
+
+
+def _check_router(name: str, tap: Tap, axes: Mapping[str, tuple[str, int]]) -> None:
+    """Raises UserError where a layer's router does not have what it knows of each expert in a row of its own."""
     if tap.router is None:
         raise UserError(f"prune: the router of {name} is not known")
     inside = tap.router.state_dict()
