@@ -1,6 +1,6 @@
 """A trained sparse model pruned in every way and distilled, in one table: docs/results/shrinking.{json,md}.
 
-shunter train text && python tools/shrinking.py runs/text --out docs/results
+shunter train text training.steps=150 && python tools/shrinking.py runs/text --out docs/results
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from transformers.utils import logging
 
 from shunter.environment import described, machine, versions
@@ -26,6 +27,7 @@ def measure(run: Path, tokens: int, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "machine": machine(),
         "versions": versions("transformers", "tokenizers"),
+        "training_steps": yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["training"]["steps"],
         "tokens": tokens,
         "steps": steps,
         "pruned": {},
@@ -57,7 +59,8 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "Written by `python tools/shrinking.py`; the numbers behind it are in the JSON file beside it.",
         "",
-        f"{described(found)}. The sparse model of a run of `shunter train text`, whose loss on held-out windows of "
+        f"{described(found)}. The sparse model of a run of `shunter train text` with "
+        f"{found['training_steps']} steps, whose loss on held-out windows of "
         f"{found['tokens']} tokens of the built-in text is {before:.4f}; the other half of them chooses the experts.",
         "",
         "| experts kept | " + " | ".join(METHODS) + " |",
