@@ -253,6 +253,8 @@ class MoE(RoutedLayer):
         num_shared_experts: how many experts of width f every token passes through besides, with weight 1.
         recompute: whether the experts' backward computes their pre-activations again instead of keeping them.
         dropout: in training, the probability of dropping an entry of the layer's output.
+        expert_dropout: likewise of the hidden units of its experts, which small data to fine-tune on want (Fedus et al.
+            2021, Switch, table 4: 0.4); shared experts have none.
         causal: whether the layer is in a causal model: a router that lets later tokens change earlier ones is refused.
         ready_experts: `RoutedExperts` to take, to which `hidden`, `activation`, `bias` … `recompute` do not apply.
         device, dtype: of the parameters.
@@ -286,6 +288,7 @@ class MoE(RoutedLayer):
         num_shared_experts: int = 0,
         recompute: bool = False,
         dropout: float = 0.0,
+        expert_dropout: float = 0.0,
         causal: bool = False,
         ready_experts: RoutedExperts | None = None,
         device: torch.device | str | None = None,
@@ -312,7 +315,7 @@ class MoE(RoutedLayer):
         alike: dict[str, Any] = {"activation": activation, "bias": bias, "backend": backend, "recompute": recompute}
         experts = ready_experts
         if experts is None:
-            experts = Experts(num_experts, dim, hidden, **alike, **place)
+            experts = Experts(num_experts, dim, hidden, dropout=expert_dropout, **alike, **place)
         elif (experts.num_experts, experts.dim) != (num_experts, dim):
             raise ValueError(
                 f"MoE: the experts are {experts.num_experts} of dim {experts.dim}, the layer has {num_experts} of dim "

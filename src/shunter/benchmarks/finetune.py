@@ -18,12 +18,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..environment import described, machine, versions
 
-__all__ = ["IMPLEMENTATIONS", "bench", "finetune", "markdown"]
+__all__ = ["IMPLEMENTATIONS", "Random", "bench", "finetune", "markdown", "train_steps"]
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "shunter"]
 
 
-class _Random(Dataset[dict[str, torch.Tensor]]):
+class Random(Dataset[dict[str, torch.Tensor]]):
     """The same random tokens over and over: a batch that a model learns."""
 
     def __init__(self, vocab_size: int, size: int, length: int) -> None:
@@ -82,7 +82,7 @@ def finetune(
         each training's first.
     """
     set_seed(seed)
-    data = _Random(config.get_text_config().vocab_size, batch, length)
+    data = Random(config.get_text_config().vocab_size, batch, length)
     found: dict[str, dict[str, list[float]]] = {name: {"losses": [], "seconds": []} for name in implementations}
     for round_ in range(rounds):
         turn = round_ % len(implementations)
@@ -91,13 +91,14 @@ def finetune(
             set_seed(seed)
             model: Any = model_class(config)
             model.set_experts_implementation(name)
-            watch = _train(model, data, steps, batch)
+            watch = train_steps(model, data, steps, batch)
             found[name]["losses"] = found[name]["losses"] or watch.losses
             found[name]["seconds"] += watch.seconds[1:]
     return found
 
 
-def _train(model: PreTrainedModel, data: _Random, steps: int, batch: int) -> _Watch:
+def train_steps(model: PreTrainedModel, data: Random, steps: int, batch: int) -> _Watch:
+    """Train a model with `Trainer`; the seconds and the loss of each step."""
     watch = _Watch()
     with TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -33,6 +33,9 @@ def add_verbs(verbs: Any) -> None:
     gpu.add_argument("--shapes", nargs="+", help="of the named ones, or T,d,f,E,k (default: all the named ones)")
     gpu.add_argument("--backends", nargs="+", help="default: triton and grouped_mm")
     gpu.set_defaults(rounds=11, measure=_bench_gpu)
+    lora = benches.add_parser("lora", help="what LoRA on all experts adds to a step, by peft and by Shunter")
+    lora.add_argument("--rank", type=int, default=8)
+    lora.set_defaults(rounds=3, measure=_bench_lora)
     deciding = benches.add_parser("routers", help="score and assign of every router, as a share of its layer's step")
     deciding.add_argument("--shape", help="T,d,f,E,1 (default: 4096,512,256,64,1); k is the router's own")
     deciding.add_argument("--routers", nargs="+", help="default: all")
@@ -49,7 +52,7 @@ def add_verbs(verbs: Any) -> None:
     layer.add_argument("--top-k", type=int, default=2, help="k (default: 2)")
     layer.add_argument("--dtype", default="float32")
     layer.set_defaults(rounds=11, measure=_bench_layer)
-    for each in (experts, finetune, gpu, deciding, layer, quantised):
+    for each in (experts, finetune, gpu, deciding, layer, lora, quantised):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -94,6 +97,15 @@ def _bench_finetune(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool
 
     found = bench(rounds=args.rounds, say=_progress)
     return found, markdown(found), True
+
+
+def _bench_lora(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from ..benchmarks.lora import bench, markdown, right
+
+    if args.rank < 1:
+        raise UserError(f"--rank {args.rank} must be at least 1")
+    found = bench(args.rank, rounds=args.rounds, say=_progress)
+    return found, markdown(found), right(found)
 
 
 def _bench_routers(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:

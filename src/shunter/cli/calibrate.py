@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..durable import make_folder, write, writing
 from ..errors import UserError, escaped
-from .look import material_of
 
 if TYPE_CHECKING:
     from ..analysis.calibration import Calibration
@@ -72,14 +71,14 @@ def _of_model(args: argparse.Namespace) -> dict[str, dict[str, Calibration]]:
     import torch
 
     from ..analysis.calibration import calibrations
-    from ..analysis.inspect.inspecting import load
+    from ..analysis.inspect.inspecting import load, material_for
     from ..analysis.inspect.recording import batch_logits
     from ..moe import dropless
 
     subject = load(str(args.run), experts=False)
     if args.dropless:
         dropless(subject.model)
-    material = material_of(subject, args.data or None)
+    material = material_for(subject, args.data or None)
     groups = material.groups.split([batch.targets.numel() for batch in material.batches])
 
     def parts() -> Any:

@@ -1,9 +1,10 @@
-"""The verbs of models on disk: upcycle, export, quantize."""
+"""The verbs of models on disk: upcycle, export, quantize, prune, distill."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,41 @@ def add_verbs(verbs: Any) -> None:
     quantize.add_argument("--tokens", type=int, default=16384, help="how many tokens calibrate (default: 16384)")
     quantize.add_argument("--json", action="store_true", help="the report to standard output")
     quantize.set_defaults(verb=_quantize)
+
+    prune = verbs.add_parser("prune", help="write a sparse model with fewer experts, and measure what that costs")
+    prune.add_argument("model", metavar="MODEL", help="the folder of a mixture of experts, of transformers or Shunter")
+    prune.add_argument("--out", type=Path, required=True, help="the folder to make")
+    prune.add_argument("--keep", type=int, required=True, help="how many experts stay in each layer")
+    prune.add_argument("--method", default="reap", help="random, use, reap (default) or merge")
+    prune.add_argument("--data", nargs="+", help="held-out text as in train, or images; none: the built-in text")
+    prune.add_argument("--tokens", type=int, default=16384, help="how many of the data; half of them choose")
+    prune.add_argument("--length", type=int, default=128, help="tokens of a window")
+    prune.add_argument("--seed", type=int, default=0, help="of the method random")
+    prune.add_argument("--offload", action="store_true", help="weights from disk, a module at a time (slow)")
+    prune.add_argument("--no-check", action="store_true", help="do not measure the loss before and after")
+    prune.add_argument("--json", action="store_true", help="the receipt to standard output")
+    prune.set_defaults(verb=_prune)
+
+    distill = verbs.add_parser("distill", help="train a smaller model on what a sparse one knows, and say what is kept")
+    distill.add_argument("teacher", metavar="TEACHER", help="the folder of a sparse model, or of a run of train")
+    distill.add_argument("--out", type=Path, required=True, help="the student's folder")
+    distill.add_argument("--student", type=Path, help="a model that is to learn, such as a pruned one (default: dense)")
+    distill.add_argument("--layers", type=int, help="a student of the teacher's kind with so many layers")
+    distill.add_argument("--data", nargs="+", help="text as in train, or images; none: the built-in text")
+    distill.add_argument(
+        "--baseline",
+        type=Path,
+        help="a model to count the gain from (default: the student's twin without a teacher, which is trained)",
+    )
+    distill.add_argument("--steps", type=int, default=300)
+    distill.add_argument("--learning-rate", type=float, default=1e-3)
+    distill.add_argument("--soft", type=float, default=0.25, help="the teacher's weight in the loss")
+    distill.add_argument("--stop", type=float, default=1.0, help="the share of the steps with a teacher")
+    distill.add_argument("--tokens", type=int, default=500_000, help="how many of the data; a tenth is held out")
+    distill.add_argument("--length", type=int, default=128, help="tokens of a window")
+    distill.add_argument("--seed", type=int, default=0)
+    distill.add_argument("--json", action="store_true", help="the receipt to standard output")
+    distill.set_defaults(verb=_distill)
 
 
 def _upcycle(args: argparse.Namespace) -> int:
@@ -117,4 +153,52 @@ def _quantize(args: argparse.Namespace) -> int:
         copy_companions(folder, made)
         (made / "receipt.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report) if args.json else f"{args.out}: {describe(report)}")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..training.pruning import describe, prune
+
+    logging.disable_progress_bar()
+    receipt = prune(
+        args.model,
+        args.out,
+        args.keep,
+        args.method,
+        data=args.data,
+        tokens=args.tokens,
+        length=args.length,
+        seed=args.seed,
+        check=not args.no_check,
+        offload=args.offload or None,
+    )
+    print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
+    return 0
+
+
+def _distill(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..training.distilling import describe, distill
+
+    logging.disable_progress_bar()
+    receipt = distill(
+        args.teacher,
+        args.out,
+        student=args.student,
+        layers=args.layers,
+        data=args.data,
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        soft=args.soft,
+        stop=args.stop,
+        baseline=args.baseline,
+        tokens=args.tokens,
+        length=args.length,
+        seed=args.seed,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
     return 0

@@ -1,4 +1,4 @@
-"""The verbs that look: routers, inspect."""
+"""The verbs that look: routers, roles, inspect."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..durable import make_folder, write
 from ..errors import UserError
 
-if TYPE_CHECKING:
-    from ..analysis.inspect.inspecting import Inspected
-    from ..analysis.inspect.material import Material
-
-__all__ = ["add_verbs", "material_of"]
+__all__ = ["add_verbs"]
 
 
 def add_verbs(verbs: Any) -> None:
@@ -24,6 +20,11 @@ def add_verbs(verbs: Any) -> None:
     table = verbs.add_parser("routers", help="list every router: who decides, what it needs, where it comes from")
     table.add_argument("--format", choices=["text", "markdown", "json"], default="text")
     table.set_defaults(verb=_routers)
+
+    roles = verbs.add_parser("roles", help="list a model's parameters by role: router, expert, attention, …")
+    roles.add_argument("model", metavar="MODEL", help="a model's folder, dense or sparse; its weights are not read")
+    roles.add_argument("--train", metavar="ROLES", help="count what this would train: moe, non_moe, expert,router, …")
+    roles.set_defaults(verb=_roles)
 
     inspect = verbs.add_parser(
         "inspect",
@@ -88,7 +89,7 @@ def _inspect_models(
     Raises:
         UserError: for models that cannot be inspected, or shown these data, and data that cannot be read.
     """
-    from ..analysis.inspect.inspecting import inspect, load
+    from ..analysis.inspect.inspecting import inspect, load, material_for
     from ..analysis.pages.inspect_page import render
 
     if len(models) > 2:
@@ -97,7 +98,7 @@ def _inspect_models(
         if value < least:
             raise UserError(f"{name} {value} must be at least {least}")
     *before, subject = [load(path) for path in models]
-    material = material_of(subject, data, tokens, length)
+    material = material_for(subject, data, tokens, length)
     out = out or Path("runs") / f"inspect-{subject.name}"
     new = not out.exists()
     make_folder(out)
@@ -113,14 +114,13 @@ def _inspect_models(
     return findings, page
 
 
-def material_of(subject: Inspected, data: Sequence[str] | None, tokens: int = 16384, length: int = 128) -> Material:
-    """What a model is shown: text or images of `data`, or the built-in text."""
-    from ..analysis.inspect.material import image_material, text_material
-    from ..data.documents import built_in_domains, read_domains
+def _roles(args: argparse.Namespace) -> int:
+    from ..hf.checkpoints.folders import local_folder
+    from ..hf.checkpoints.loading import modules_of
+    from ..training.roles import table, train_only
 
-    if subject.model.main_input_name == "pixel_values":
-        if data is None:
-            raise UserError("this model sees images, and none are built in; give --data with a folder of images")
-        return image_material(subject.model, subject.folder, data, tokens=tokens)
-    domains = built_in_domains() if data is None else read_domains(data)
-    return text_material(subject.model, subject.tokenizer(), domains, tokens=tokens, length=length)
+    model = modules_of(local_folder(args.model))
+    if args.train:
+        train_only(model, args.train)
+    print(table(model))
+    return 0

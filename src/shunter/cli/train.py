@@ -1,4 +1,4 @@
-"""The verbs of runs: train, compare, eval, generate."""
+"""The verbs of runs and of training: train, compare, finetune, eval, generate."""
 
 from __future__ import annotations
 
@@ -51,6 +51,27 @@ def add_verbs(verbs: Any) -> None:
     compare.add_argument("--resume", action="store_true", help="go on with a comparison that was stopped")
     compare.add_argument("--json", action="store_true", help="metrics to standard output, a JSON object a line")
     compare.set_defaults(verb=_compare)
+
+    finetune = verbs.add_parser(
+        "finetune", help="fine-tune a sparse model and its dense twin on labelled text, over rates, batches and parts"
+    )
+    finetune.add_argument(
+        "model", metavar="MODEL", help="a sparse model's folder, or a run of train with its two models"
+    )
+    finetune.add_argument("--dense", type=Path, help="the dense twin, of the same tokenizer (default: a run's own)")
+    labels = "files or folders, each a label, or one with several languages; none: the language of built-in text"
+    finetune.add_argument("--data", nargs="+", help=labels)
+    finetune.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3])
+    finetune.add_argument("--batches", type=int, nargs="+", default=[16, 64])
+    finetune.add_argument("--train", nargs="+", default=["all", "non_moe", "moe"], help="roles: see shunter roles")
+    finetune.add_argument("--capacities", type=float, nargs="+", default=[], help="factors in evaluation to try too")
+    finetune.add_argument("--expert-dropout", type=float, default=0.0)
+    finetune.add_argument("--examples", type=int, default=2048, help="that a fine-tuning sees, whatever its batch")
+    finetune.add_argument("--length", type=int, default=16, help="tokens of a window")
+    finetune.add_argument("--windows", type=int, default=200, help="of a label; a fifth is held out")
+    finetune.add_argument("--out", type=Path, default=Path("runs/finetune"), help="for finetune.json, .md and .png")
+    finetune.add_argument("--seed", type=int, default=0)
+    finetune.set_defaults(verb=_finetune)
 
     evaluate = verbs.add_parser("eval", help="evaluate a run's models again")
     evaluate.add_argument("run", type=Path, help="a run's folder; with --calibration a model's too")
@@ -144,6 +165,45 @@ def _compare(args: argparse.Namespace) -> int:
         compare_seeds(recipe, config, specs, args.run, seeds, resume=args.resume, as_json=args.json)
     if not args.json:
         print(f"\n{(args.run / 'compare.md').read_text(encoding='utf-8')}\nPicture: {args.run / 'compare.png'}")
+    return 0
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    from ..analysis.inspect.inspecting import load
+    from ..analysis.pages.style import PAPER, style
+    from ..data.documents import built_in_domains, read_domains
+    from ..durable import make_folder, write
+    from ..hf.checkpoints.loading import load_folder
+    from ..training.sweeping import labelled_windows, markdown, picture, sweep
+
+    for name, least in (("examples", 1), ("length", 2), ("windows", 10)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
+    subject = load(args.model)
+    models = {"sparse": subject.model}
+    twin = args.dense or Path(args.model) / "dense"
+    if args.dense or (twin / "config.json").is_file():
+        models["dense"] = load_folder(twin)
+    domains = read_domains(args.data) if args.data else [d for d in built_in_domains() if any(d.languages)]
+    data = labelled_windows(domains, subject.tokenizer(), args.length, args.windows)
+    make_folder(args.out)
+    found = sweep(
+        models,
+        data,
+        rates=args.rates,
+        batches=args.batches,
+        train=args.train,
+        capacities=args.capacities,
+        dropout=args.expert_dropout,
+        examples=args.examples,
+        seed=args.seed,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    write(args.out / "finetune.json", json.dumps(found, indent=1) + "\n")
+    write(args.out / "finetune.md", markdown(found))
+    with style(PAPER):
+        picture(found).savefig(args.out / "finetune.png", format="png", metadata={"Software": None})
+    print(f"{markdown(found)}\nPicture: {args.out / 'finetune.png'}")
     return 0
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..routing import Routing
 from . import choice as backends
 from .activations import ACTIVATIONS
+from .backends.reference import reference
 from .quantised import Coding, Packed, QuantisedWeights, check_bits, pack, without_backward
 from .weights import ExpertWeights, Weights
 
@@ -30,7 +31,7 @@ class RoutedExperts(nn.Module):
         num_experts, dim, hidden: E, d and f.
         activation: a key of `ACTIVATIONS`.
         bias: whether both projections have a bias.
-        backend, recompute: with what `Experts` a saved model is loaded.
+        backend, recompute, dropout: with what `Experts` a saved model is loaded.
     """
 
     num_experts: int
@@ -40,6 +41,7 @@ class RoutedExperts(nn.Module):
     bias: bool
     backend: str = "auto"
     recompute: bool = False
+    dropout: float = 0.0
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Sum over each token's experts of weight times expert output: x (T, d) -> (T, d)."""
@@ -76,6 +78,8 @@ class Experts(RoutedExperts):
         backend: "auto" or one of `shunter.experts.backend_names()`.
         recompute: whether the backward computes the pre-activations again instead of keeping them: less memory, about
             a fifth more work, the same gradients.
+        dropout: in training, the probability of dropping an entry of an expert's hidden units (Fedus et al. 2021,
+            Switch, table 4); then a loop over the experts computes, without a backend.
         device, dtype: of the parameters.
 
     Parameters are named and laid out as in Hugging Face models: gate_up_proj (E, 2f, d), or up_proj (E, f, d) where the
@@ -95,6 +99,7 @@ class Experts(RoutedExperts):
         bias: bool = False,
         backend: str = "auto",
         recompute: bool = False,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -105,8 +110,11 @@ class Experts(RoutedExperts):
             raise ValueError(f"activation {activation!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
         if backend != "auto":
             backends.get(backend)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"Experts: dropout {dropout} must be at least 0 and below 1")
         self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
         self.activation, self.bias, self.backend, self.recompute = activation, bias, backend, recompute
+        self.dropout = dropout
         self.gated = ACTIVATIONS[activation][1]
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -174,6 +182,8 @@ class Experts(RoutedExperts):
 
     def compute(self, x: Tensor, weights: ExpertWeights, routing: Routing) -> Tensor:
         """x (T, d), weights and a routing over their experts to the output (T, d), by the layer's backend."""
+        if self.training and self.dropout:
+            return reference(x, weights, routing, self.recompute, self.dropout)
         backend, _ = backends.choose(self.backend, x, weights, routing)
         return backend.run(x, weights, routing, recompute=self.recompute)
 

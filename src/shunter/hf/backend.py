@@ -9,7 +9,7 @@ autograd, so that whatever it computes is what is trained.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
+from ..errors import UserError
 from ..experts import QuantisedExperts, Weights, activate, choose
 from ..experts.autograd import gradients_in_graph
 from ..experts.combine import plain_sum, rows_of, sum_by_token, weighted_sum
@@ -30,7 +31,20 @@ from ..experts.tracing import outside_tracing
 from ..routing import Routing
 from .blocks import known_activation
 
-__all__ = ["NAME", "acted", "attach_coded", "coded_of", "experts_forward", "how", "layout_of", "routed", "use_experts"]
+__all__ = [
+    "NAME",
+    "LowRank",
+    "acted",
+    "around",
+    "attach_coded",
+    "coded_of",
+    "experts_forward",
+    "how",
+    "layout_of",
+    "refusal",
+    "routed",
+    "use_experts",
+]
 
 NAME = "shunter"
 
@@ -46,6 +60,7 @@ class ExpertsModule(Protocol):
     has_gate: bool
     has_bias: bool
     has_post_expert_norm: bool
+    training: bool
     is_transposed: bool
     is_concatenated: bool
     _is_expert_parallel: bool
@@ -69,7 +84,29 @@ class _Parameters(NamedTuple):
         return _Parameters(self.up.to(dtype), self.down.to(dtype), up_bias, down_bias)
 
 
-def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+class LowRank(NamedTuple):
+    """What is added to the matrix (out, in) of each expert e: b[e].T @ a[e], which is never multiplied out.
+
+    Args:
+        a: (E, r, in).
+        b: (E, r, out); of this layout the products with few columns are the fast ones.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same in another dtype."""
+        return LowRank(self.a.to(dtype), self.b.to(dtype))
+
+
+def experts_forward(
+    self: ExpertsModule,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    low_rank: tuple[LowRank | None, LowRank | None] = (None, None),
+) -> Tensor:
     """A module's experts on the tokens that chose them: the function behind `experts_implementation="shunter"`.
 
     Args:
@@ -77,6 +114,7 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
         hidden_states: (T, d).
         top_k_index: (T, k) integers in [0, E]; E: the expert is not here (expert parallelism) and adds nothing.
         top_k_weights: (T, k).
+        low_rank: what is added to the matrices up and down, if anything.
 
     Returns:
         (T, d), each token's weighted sum of expert outputs. Weights of a kind that Shunter does not compute with
@@ -86,10 +124,12 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
         ValueError: for ids outside [0, E] (checked on the CPU only).
     """
     if (coded := coded_of(self)) is not None:  # type: ignore[arg-type]
+        if any(low_rank):
+            raise UserError("adapters of quantised experts would have no gradient; adapt the model that was quantised")
         return _coded_forward(self, coded, hidden_states, top_k_index, top_k_weights)
     parameters = _parameters(self)
-    if refusal := _refusal(parameters):
-        _warn_once(type(self), refusal)
+    if why := _refusal(parameters):
+        _warn_once(type(self), why)
         own_loop = type(self).forward.__wrapped__  # type: ignore[attr-defined]
         return own_loop(self, hidden_states, top_k_index, top_k_weights)
     kind = hidden_states.device.type
@@ -97,12 +137,18 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     x, parameters = hidden_states.to(dtype), parameters.to(dtype)
     routing = _routing(self, top_k_index, top_k_weights)
     activation = _activation(self)
-    if activation is None:
-        out = _around_own_code(self, x, parameters, routing)
+    if activation is None or any(low_rank):
+        between, after = partial(_between, self), self.post_expert_norm if self.has_post_expert_norm else None
+        out = around(x, parameters, routing, between, after, low_rank)
     else:
         weights = Weights(*parameters, activation)
         out = choose("auto", x, weights, routing)[0].run(x, weights, routing)
     return out.to(hidden_states.dtype)
+
+
+def refusal(module: ExpertsModule) -> str | None:
+    """Why the weights of a decorated module cannot be computed with here; None where they can."""
+    return _refusal(_parameters(module))
 
 
 def how(module: ExpertsModule) -> str:
@@ -173,38 +219,59 @@ def _activation(module: ExpertsModule) -> str | None:
     default = getattr(module._apply_gate, "__func__", None) is _default_apply_gate
     if module.has_post_expert_norm or (module.has_gate and not (default and module.is_concatenated)):
         return None
+    if module.training and getattr(module.act_fn, "probability", None):
+        return None  # dropout, which its values cannot show
     names = _NAMES.setdefault(module.act_fn, {})
     if module.has_gate not in names:
         names[module.has_gate] = known_activation(module.act_fn, gated=module.has_gate)
     return names[module.has_gate]
 
 
-def _around_own_code(module: ExpertsModule, x: Tensor, parameters: _Parameters, routing: Routing) -> Tensor:
+def _between(module: ExpertsModule, h: Tensor) -> Tensor:
+    """What a module computes between its products."""
+    found: Tensor
+    if not module.has_gate:
+        found = module.act_fn(h)
+    elif not module.is_concatenated and getattr(module._apply_gate, "__func__", None) is _default_apply_gate:
+        found = module.act_fn(h[:, ::2]) * h[:, 1::2]
+    else:
+        found = module._apply_gate(h)
+    return found
+
+
+def around(
+    x: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    routing: Routing,
+    between: Callable[[Tensor], Tensor],
+    after: Callable[[Tensor], Tensor] | None = None,
+    low_rank: tuple[LowRank | None, LowRank | None] = (None, None),
+) -> Tensor:
+    """Experts as products of their rows around code that is not known here: x (T, d) -> (T, d).
+
+    Args:
+        x: (T, d).
+        parameters: up (E, 2f or f, d), down (E, d, f), and their biases.
+        routing: of the T tokens.
+        between: the rows' products with up -> what is multiplied with down.
+        after: the rows' products with down -> what is weighted and summed; None for themselves.
+        low_rank: what is added to up and down, if anything.
+    """
     up, down, up_bias, down_bias = parameters
+    up_part, down_part = (None if part is None else part.to(x.dtype) for part in low_rank)
     traced = torch.compiler.is_compiling()
     if traced:
-        products, rows = partial(torch.ops.shunter.products, offsets=routing.offsets), x.index_select(0, routing.token)
+        products, rows = partial(_traced_products, routing.offsets), x.index_select(0, routing.token)
     else:
         bounds = routing.offsets.tolist()
         products, rows = partial(_products, bounds), rows_of(x, routing)
-    a = _own_activation(module, products(rows, up, up_bias))
-    y = products(a.to(x.dtype), down, down_bias)
-    if module.has_post_expert_norm:
-        y = module.post_expert_norm(y)
+    h = products(rows, up, up_bias, up_part)
+    y = products(between(h).to(x.dtype), down, down_bias, down_part)
+    if after is not None:
+        y = after(y)
     if traced:
         return plain_sum(routing.token, x.shape, y, routing.weight)
     return weighted_sum(y, routing)
-
-
-def _own_activation(module: ExpertsModule, h: Tensor) -> Tensor:
-    """What a module's own code makes of pre-activations (n, 2f) or (n, f): (n, f)."""
-    if not module.has_gate:
-        out: Tensor = module.act_fn(h)
-        return out
-    if not module.is_concatenated and getattr(module._apply_gate, "__func__", None) is _default_apply_gate:
-        out = module.act_fn(h[:, ::2]) * h[:, 1::2]
-        return out
-    return module._apply_gate(h)
 
 
 def coded_of(module: nn.Module) -> QuantisedExperts | None:
@@ -236,7 +303,7 @@ def acted(module: nn.Module, weights: Weights, h: Tensor) -> Tensor:
     """The hidden states (n, f) that a module of experts makes of pre-activations (n, 2f) or (n, f)."""
     experts: Any = module
     own = hasattr(module, "has_gate") and _activation(experts) is None
-    return _own_activation(experts, h) if own else activate(h, weights.activation)
+    return _between(experts, h) if own else activate(h, weights.activation)
 
 
 def routed(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Routing]:
@@ -283,7 +350,7 @@ def _coded_forward(
         y = rows.new_empty(rows.shape[0], weights.dim)
         for e, span in _spans(bounds):
             up, down, up_bias, down_bias = weights.expert(e)
-            a = _own_activation(module, F.linear(rows[span], up, up_bias))
+            a = _between(module, F.linear(rows[span], up, up_bias))
             y[span] = F.linear(a.to(dtype), down, down_bias)
         if module.has_post_expert_norm:
             y = module.post_expert_norm(y)
@@ -291,8 +358,24 @@ def _coded_forward(
     return without_backward(out, x, top_k_weights)
 
 
-def _products(bounds: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = _Products.apply(rows, weight, bias, bounds)
+def _products(
+    bounds: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None
+) -> Tensor:
+    out: Tensor
+    if low_rank is None:
+        out = _Products.apply(rows, weight, bias, bounds)
+    else:
+        out = _AdaptedProducts.apply(rows, weight, bias, *low_rank, bounds)
+    return out
+
+
+def _traced_products(
+    offsets: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None
+) -> Tensor:
+    product = torch.ops.shunter.products
+    out: Tensor = product(rows, weight, bias, offsets)
+    if low_rank is not None:
+        out = out + product(product(rows, low_rank.a, None, offsets), low_rank.b.mT, None, offsets)
     return out
 
 
@@ -313,6 +396,48 @@ class _Products(torch.autograd.Function):
             plain = partial(_plain_products, ctx.bounds)
             return (*gradients_in_graph(plain, (rows, weight, bias), needs, grads[0]), None)
         return (*_multiply_backward(grads[0], rows, weight, needs, ctx.bounds), None)
+
+
+class _AdaptedProducts(torch.autograd.Function):
+    """As `_Products` with the matrices weight[e] + b[e].T @ a[e], rows through a and then b: the sum is never made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, bounds: list[int]
+    ) -> Tensor:
+        out = _multiply(rows, weight, bias, bounds)
+        inner = _multiply(rows, a, None, bounds)
+        for e, span in _spans(bounds):
+            out[span].addmm_(inner[span], b[e])
+        ctx.save_for_backward(rows, weight, bias, a, b, inner)
+        ctx.bounds = bounds
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows, weight, bias, a, b, inner = ctx.saved_tensors
+        needs, bounds = ctx.needs_input_grad, ctx.bounds
+        if torch.is_grad_enabled():
+            plain = partial(_plain_adapted, bounds)
+            return (*gradients_in_graph(plain, (rows, weight, bias, a, b), needs[:5], grads[0]), None)
+        grad = grads[0].contiguous()
+        grad_rows, grad_weight, grad_bias = _multiply_backward(grad, rows, weight, needs[:3], bounds)
+        grad_inner = _multiply(grad, b, None, bounds)
+        grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+        for e, span in _spans(bounds):
+            if grad_rows is not None:
+                grad_rows[span].addmm_(grad_inner[span], a[e])
+            torch.mm(grad_inner[span].T, rows[span], out=grad_a[e])
+            torch.mm(inner[span].T, grad[span], out=grad_b[e])
+        return grad_rows, grad_weight, grad_bias, grad_a, grad_b, None
+
+
+def _plain_adapted(
+    bounds: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> Tensor:
+    """As `_AdaptedProducts`, in plain autograd."""
+    inner = _plain_products(bounds, rows, a, None)
+    return _plain_products(bounds, rows, weight, bias) + _plain_products(bounds, inner, b.mT, None)
 
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, bounds: list[int]) -> Tensor:

@@ -253,8 +253,8 @@ def topk_options(config: Any) -> Options:
 
 
 _TRAINING_ONLY = (
-    "balance_choices", "bias_update_rate", "dropout", "importance_loss", "init_scale", "input_dropout", "jitter",
-    "load_balancing_loss", "policy", "sequence_balance_loss", "z_loss",
+    "balance_choices", "bias_update_rate", "dropout", "expert_dropout", "importance_loss", "init_scale",
+    "input_dropout", "jitter", "load_balancing_loss", "policy", "sequence_balance_loss", "z_loss",
 )  # fmt: skip
 """Options of a layer and its router that leave a model in evaluation as it is."""
 

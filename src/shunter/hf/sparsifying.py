@@ -25,7 +25,7 @@ from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_layers
 from .hooks import check_batch, install
 
-__all__ = ["choose_blocks", "describe_layers", "make_layers", "save_sparse", "sparsify"]
+__all__ = ["choose_blocks", "describe_layers", "make_layers", "router_name", "save_sparse", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -88,7 +88,7 @@ def sparsify(
         raise UserError(
             f"sparsify: {type(model).__name__} is no model of transformers; put shunter.MoE into it yourself"
         )
-    name, told = router if isinstance(router, str) else _name_of(router), check_batch(batch)
+    name, told = router if isinstance(router, str) else router_name(router), check_batch(batch)
     if init not in ("scratch", "copy"):
         raise UserError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
     if init == "copy" and num_shared_experts:
@@ -246,16 +246,17 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "bias": experts.bias,
             "num_shared_experts": 0 if shared is None else shared.hidden // experts.hidden,
             "dropout": layer.dropout.p,
+            "expert_dropout": experts.dropout,
             "backend": experts.backend,
             "recompute": experts.recompute,
-            "router": _name_of(type(layer.decider)),
+            "router": router_name(type(layer.decider)),
             "options": layer.decider.options,
         }
         entries.append(entry)
     return {"layout": STACKED, "layers": entries}
 
 
-def _name_of(router: type) -> str:
+def router_name(router: type) -> str:
     """The registered name of a router's class, or of the one that a wrapper (FSDP2, a parametrization) made it of.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from ...data.documents import built_in_domains, read_domains
 from ...errors import UserError
 from ...hf.checkpoints.folders import load_tokenizer, local_folder
 from ...hf.checkpoints.loading import load_folder
@@ -24,11 +25,11 @@ from ..expert_weights import expert_parameters, moved
 from ..specialisation import label_counts, label_shares
 from .ablation import ablate
 from .findings import describe_data, describe_usage, describe_weights, specialisation_of, tokens_served
-from .material import Material, Window, window_material
+from .material import Material, Window, image_material, text_material, window_material
 from .recording import Recording, batch_losses, record
 from .saturation import chance_saturation, saturation
 
-__all__ = ["Inspected", "inspect", "load", "specialisation"]
+__all__ = ["Inspected", "inspect", "load", "material_for", "specialisation"]
 
 ABLATION_TOKENS = 4096
 T = TypeVar("T")
@@ -59,7 +60,28 @@ class Inspected:
         return tokenizer
 
 
-def load(path: str, *, experts: bool = True) -> Inspected:
+def material_for(subject: Inspected, data: Sequence[str] | None, tokens: int = 16384, length: int = 128) -> Material:
+    """What a model is shown: windows of text, or images.
+
+    Args:
+        subject: the model.
+        data: as `shunter.data.documents.read_domains` takes it, or image files and folders for a model of images; None
+            takes the built-in text.
+        tokens: how many.
+        length: of a window of text.
+
+    Raises:
+        UserError: where there are no data for it, or they cannot be read.
+    """
+    if subject.model.main_input_name == "pixel_values":
+        if data is None:
+            raise UserError("this model sees images, and none are built in; give --data with a folder of images")
+        return image_material(subject.model, subject.folder, data, tokens=tokens)
+    domains = built_in_domains() if data is None else read_domains(data)
+    return text_material(subject.model, subject.tokenizer(), domains, tokens=tokens, length=length)
+
+
+def load(path: str, *, experts: bool = True, **options: Any) -> Inspected:
     """Load a model of Hugging Face or of Shunter, or of a run of `shunter train`, whose sparse model it takes.
 
     Weights are read from safetensors alone, and no code of the folder is run.
@@ -67,6 +89,7 @@ def load(path: str, *, experts: bool = True) -> Inspected:
     Args:
         path: a folder, or a name on the Hugging Face Hub.
         experts: refuse a model without any.
+        **options: of `load_folder`.
 
     Raises:
         UserError: where there is no such model, or it cannot be loaded whole.
@@ -83,13 +106,14 @@ def load(path: str, *, experts: bool = True) -> Inspected:
         raise UserError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
     hf_logging.disable_progress_bar()
     try:
-        model = load_folder(folder)
+        model = load_folder(folder, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
     if experts and not taps(model):
         name = type(model).__name__
         raise UserError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    if "device_map" not in options:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     return Inspected(Path(path).resolve().name, model, folder)
 
 

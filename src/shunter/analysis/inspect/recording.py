@@ -99,6 +99,8 @@ def batch_losses(model: PreTrainedModel, batch: Batch) -> Tensor | None:
 def batch_logits(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     """The logits (N, V) of each target of a batch in float32; None from a model without, or without one for each."""
     device = next(model.parameters()).device
+    if device.type == "meta":  # its weights are on disk
+        device = torch.device("cpu")
     with tell(model, **{name: value.to(device) for name, value in batch.told.items()}):
         output = model(**{name: value.to(device) for name, value in batch.inputs.items()})
     logits = getattr(output, "logits", None)

@@ -15,13 +15,16 @@ from ..weights import ExpertWeights
 __all__ = ["reference"]
 
 
-def reference(x: Tensor, weights: ExpertWeights, routing: Routing, recompute: bool = False) -> Tensor:
+def reference(
+    x: Tensor, weights: ExpertWeights, routing: Routing, recompute: bool = False, dropout: float = 0.0
+) -> Tensor:
     """y_t = sum over the experts e of token t of w_te (down_e act(up_e x_t)); x and y are (T, d).
 
-    The weighted sum runs in at least float32 and is rounded once, to x's dtype.
+    The weighted sum runs in at least float32 and is rounded once, to x's dtype. Of act(up_e x_t) each entry is dropped
+    with probability `dropout`.
     """
     if recompute and torch.is_grad_enabled():
-        return checkpoint(reference, x, weights, routing, use_reentrant=False)
+        return checkpoint(reference, x, weights, routing, dropout=dropout, use_reentrant=False)
     out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     # Empty sums tie every parameter to the result: without a triple, gradients are zeros rather than missing.
     out = out + sum(part[:0].sum() for part in (x, routing.weight, *weights.learned()))
@@ -32,7 +35,7 @@ def reference(x: Tensor, weights: ExpertWeights, routing: Routing, recompute: bo
         token = routing.token[start:end]
         up, down, up_bias, down_bias = weights.expert(e)
         hidden = activate(F.linear(x[token], up, up_bias), weights.activation)
-        y = F.linear(hidden, down, down_bias)
+        y = F.linear(F.dropout(hidden, dropout) if dropout else hidden, down, down_bias)
         out = out.index_add(0, token, (y * routing.weight[start:end, None]).to(out.dtype))
     return out.to(x.dtype)
 

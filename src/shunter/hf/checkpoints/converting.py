@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Plan:
         facts: further entries of the receipt.
         check_dtype: what both models are compared in.
         exact: whether the new model must compute what the old one does.
+        measure: what the check of a new model that does not is, from its folder; None compares the logits.
     """
 
     source: Checkpoint
@@ -45,6 +46,7 @@ class Plan:
     facts: dict[str, Any]
     check_dtype: torch.dtype
     exact: bool
+    measure: Callable[[Path], dict[str, Any]] | None = None
 
 
 def convert(verb: str, plan: Plan, out: Path, memory: Memory, check: bool, max_shard_bytes: int) -> dict[str, Any]:
@@ -76,7 +78,9 @@ def convert(verb: str, plan: Plan, out: Path, memory: Memory, check: bool, max_s
         plan.config.save_pretrained(folder)
         copy_companions(plan.source.folder, folder)
         receipt = {"made_by": f"shunter {VERSION} {verb}", **plan.facts, "peak_bytes": memory.peak, "check": None}
-        if check:
+        if check and plan.measure is not None:
+            receipt["check"] = plan.measure(folder)
+        elif check:
             receipt["check"] = compare_logits(plan.source.folder, folder, plan.check_dtype, exact=plan.exact)
         receipt |= {"tensors": plan.became, "new": plan.new}
         (folder / "receipt.json").write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")

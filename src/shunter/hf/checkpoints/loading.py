@@ -15,7 +15,7 @@ from .folders import COMPUTED, match_names, model_class, on_meta, read_config, w
 from .formats import made_here, sparse_class, split_layers
 from .reading import Checkpoint
 
-__all__ = ["align", "from_pretrained", "load_folder"]
+__all__ = ["align", "from_pretrained", "load_folder", "modules_of"]
 
 # Of the memory that torch allocates, in bytes.
 ALIGNMENT = 64
@@ -91,9 +91,22 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
         if not quantised:
             _refuse_integers(folder, model, checkpoint)
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise UserError(f"{folder}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
     return model.eval()
+
+
+def modules_of(folder: Path) -> PreTrainedModel:
+    """The modules of any model of a folder, dense or sparse, without memory: none of its weights is read.
+
+    Raises:
+        UserError: naming the folder or file and what is wrong with it.
+    """
+    config = read_config(folder, Checkpoint(folder).tensors, quantised=True)
+    kind = sparse_class(config, str(folder)) if made_here(config) else model_class(config, str(folder))
+    model = on_meta(kind, config, folder)
+    model.tie_weights()
+    return model
 
 
 def _refuse_more(folder: Path, model: PreTrainedModel, checkpoint: Checkpoint, times: int) -> None:

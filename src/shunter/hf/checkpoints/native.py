@@ -103,7 +103,7 @@ class Family:
             raise UserError(f"export: {folder}: config.json leaves no layer with experts")
         try:
             router, options = router_of(config, len(numbers))
-            dense = self._dense_config(config)
+            dense = self.dense_config(config)
             dense.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[dense.model_type]]
             model = on_meta(model_class(dense, str(folder)), dense, folder)
             make_dense(model)
@@ -155,7 +155,8 @@ class Family:
         config.architectures = [self.architecture]
         config.dtype = dense.dtype
         config.shunter_dense = dense.model_type
-        given = [{**layer.decider.options, "dropout": layer.dropout.p} for layer in layers.values()]
+        dropped = ((layer.dropout.p, layer.experts.dropout, layer.decider.options) for layer in layers.values())
+        given = [{**options, "dropout": p, "expert_dropout": inside} for p, inside, options in dropped]
         lost = dict.fromkeys(option for options in given for option in left_behind(self.name, options))
         return self._form(model, config, numbers, lost=tuple(lost))
 
@@ -192,7 +193,7 @@ class Family:
             return {"head_dim": sparse.hidden_size // sparse.num_attention_heads}
         return {}
 
-    def _dense_config(self, sparse: PreTrainedConfig) -> PreTrainedConfig:
+    def dense_config(self, sparse: PreTrainedConfig) -> PreTrainedConfig:
         """The configuration of the dense model that a sparse one continues, all of whose layers are dense."""
         values = self._dense_fields(sparse)
         known = getattr(sparse, "shunter_dense", None)

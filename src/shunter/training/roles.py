@@ -1,0 +1,249 @@
+"""A model's parameters by role: each in one of router, expert, shared, attention, …; trained, frozen, printed by it.
+
+Layers with experts are found as `shunter.hf.observe.taps` finds them, in Shunter's and in transformers' models; the
+other roles by what modules are and are called.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+from ..hf.observe.taps import Tap, taps
+
+__all__ = ["GROUPS", "ROLES", "parameter_groups", "roles", "select", "table", "train_only"]
+
+ROLES: dict[str, str] = {
+    "router": "what decides which experts a token takes, norms and scales of its own included",
+    "expert": "the experts among which the router chooses",
+    "shared": "experts that every token takes, and their gates",
+    "feed_forward": "feed-forward blocks without experts",
+    "attention": "what mixes tokens: attention, recurrences and convolutions over them",
+    "norm": "normalisations outside of routers and experts",
+    "embedding": "of tokens, positions and patches; an output matrix that is tied to them",
+    "head": "what makes logits or other outputs of the last hidden states",
+    "other": "what is none of these",
+}
+"""The roles, and what has them."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "all": tuple(ROLES),
+    "moe": ("router", "expert", "shared"),
+    "non_moe": tuple(role for role in ROLES if role not in ("router", "expert", "shared")),
+    "all_but_experts": tuple(role for role in ROLES if role != "expert"),
+}
+"""Names for several roles, which fine-tuning trains alone (Zoph et al. 2022, ST-MoE, section 5)."""
+
+# Of modules around a parameter, the outermost that tells decides.
+_KINDS = {
+    "embedding": r"Embed",
+    "attention": r"Attention|Attn|Mamba|Mixer|DeltaNet|Conv|Recurrent|Indexer|Compressor|SSM|RWKV|KDA|MLA",
+    "feed_forward": r"MLP|Mlp|FeedForward|FFN|FF$|MoE|MOE|Moe\w*Block|Intermediate|DenseAct|Output$",
+}
+_NAMES = {
+    "head": r"lm_head|embed_out|classifier|score|qa_outputs|pooler|cls|\w*predictions?|proj_out|head",
+    "embedding": r"\w*embed\w*|wte|wpe|\w*_token",
+    "attention": r"\w*(attn|attention)\w*|[qkvo]_proj|\w*conv\w*|mamba|linear_attn",
+    "feed_forward": r"mlp\w*|ffn?|feed_forward\w*|fc\d|lin\d|wi|wo|w\d",
+}
+_STACK = re.compile(r"(Layer|Block|Model|Encoder|Decoder|Stack|Stage|LM|PreTrainedModel)$|For[A-Z]\w+$")
+_SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+_WRAPPED = {"base_layer", "original_module", "_orig_mod"}
+"""What adapters and compiled modules call the module that they wrap."""
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """The role of each parameter of a model, by qualified name: a key of `ROLES`. A tied parameter has its first name.
+
+    Args:
+        model: any; its experts are known where `shunter.hf.observe.taps.taps` knows them, or by the name experts.
+    """
+    modules = dict(model.named_modules())
+    places = dict(_places(modules, taps(model)))
+    ends = _parameters_of(model, "get_output_embeddings") - _parameters_of(model, "get_input_embeddings")
+    return {name: _role(name, id(p) in ends, modules, places) for name, p in model.named_parameters()}
+
+
+def select(model: nn.Module, which: str) -> dict[str, nn.Parameter]:
+    """The parameters of some roles, by qualified name.
+
+    Args:
+        model: any.
+        which: roles and names of `GROUPS`, with commas between; one behind a minus is left out: "moe", "all,-norm".
+
+    Raises:
+        UserError: for a name that is neither, and a role that is named and that no parameter of the model has.
+
+    >>> list(select(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), "norm"))
+    ['0.weight', '0.bias']
+    """
+    of = roles(model)
+    chosen: set[str] = set()
+    for word in which.split(","):
+        name = word.strip().removeprefix("-")
+        if name not in ROLES and name not in GROUPS:
+            raise UserError(f"{name!r} is no role: {', '.join(ROLES)}; nor a group: {', '.join(GROUPS)}")
+        found = set(GROUPS.get(name, (name,)))
+        if not found & set(of.values()):
+            there = ", ".join(role for role in ROLES if role in of.values())
+            raise UserError(f"no parameter of {type(model).__name__} has the role {name}; there are {there}")
+        chosen = chosen - found if word.strip().startswith("-") else chosen | found
+    found_here = {name: p for name, p in model.named_parameters() if of[name] in chosen}
+    if not found_here:
+        raise UserError(f"{which!r} leaves no parameter of {type(model).__name__}")
+    return found_here
+
+
+def train_only(model: nn.Module, which: str) -> None:
+    """Train the parameters of some roles and freeze all others, by requires_grad.
+
+    Args:
+        model: any; adapters of `peft` count with the modules that they adapt, which stay frozen.
+        which: as of `select`; "non_moe" trains all but routers and experts.
+
+    Raises:
+        UserError: as of `select`.
+    """
+    chosen = select(model, which)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in chosen and not _adapted(model, name))
+
+
+def _adapted(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is of a module that an adapter wraps, the innermost of several around each other."""
+    before, wrapped, _ = name.rpartition(".base_layer.")
+    return bool(wrapped) and not hasattr(model.get_submodule(f"{before}.base_layer"), "base_layer")
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    train: str = "all",
+    *,
+    rates: Mapping[str, float] = MappingProxyType({}),
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """The groups of an optimizer, with a learning rate for each role; what is not trained is frozen.
+
+    In a loop it is the optimizer's first argument, and that optimizer is one argument of a Trainer:
+
+        optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, "non_moe", rates={"norm": 10}))
+        Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
+
+    Args:
+        model: any.
+        lr: the learning rate.
+        train: what is trained of what requires a gradient, as of `select`.
+        rates: how many times the learning rate a role or a group of roles has; of two that name a role the later one
+            counts.
+        weight_decay: of matrices; vectors (norms, biases) have none.
+
+    Returns:
+        A list of {"params", "names", "role", "lr", "weight_decay"}; parameters of one role share a group or two.
+
+    Raises:
+        UserError: as of `select`, and for a rate of a role that is not trained, and one that is no number above 0.
+
+    Source: Zoph et al. 2022 (ST-MoE), sections 5.2 and 5.3: sparse models want other rates, and may train a part alone.
+    """
+    of, trained = roles(model), {name: p for name, p in select(model, train).items() if p.requires_grad}
+    if not trained:
+        raise UserError(f"no parameter among {train!r} requires a gradient; unfreeze them first, as by train_only")
+    scale = dict.fromkeys(ROLES, 1.0)
+    for name, factor in rates.items():
+        if not (math.isfinite(factor) and factor > 0):
+            raise UserError(f"the rate {factor} of {name} must be a number above 0; to freeze a role leave it out")
+        if not select(model, name).keys() & trained.keys():
+            raise UserError(f"{name} has a rate, and is not among what is trained, {train!r}")
+        scale |= dict.fromkeys(GROUPS.get(name, (name,)), factor)
+    for name, parameter in model.named_parameters():
+        if name not in trained:
+            parameter.requires_grad_(False)
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        decays = parameter.dim() > 1
+        new = {"params": [], "names": [], "role": of[name], "lr": lr * scale[of[name]]}
+        group = groups.setdefault((of[name], decays), new | {"weight_decay": weight_decay if decays else 0.0})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def table(model: nn.Module) -> str:
+    """Each role of a model with its tensors, numbers and how many of these are trained, and an example, as text."""
+    of, rows = roles(model), []
+    for role in ROLES:
+        named = {name: p for name, p in model.named_parameters() if of[name] == role}
+        if named:
+            trained = sum(p.numel() for p in named.values() if p.requires_grad)
+            rows.append((role, len(named), sum(p.numel() for p in named.values()), trained, next(iter(named))))
+    totals = [sum(column) for column in zip(*(row[1:4] for row in rows), strict=True)]
+    lines = [f"{'role':12} {'tensors':>8} {'parameters':>16} {'trained':>16}  such as"]
+    lines += [f"{role:12} {n:8,} {size:16,} {trained:16,}  {name}" for role, n, size, trained, name in rows]
+    return "\n".join([*lines, "{:12} {:8,} {:16,} {:16,}".format("all", *totals)])
+
+
+def _parameters_of(model: nn.Module, getter: str) -> set[int]:
+    try:
+        part = getattr(model, getter, lambda: None)()
+    except (AttributeError, NotImplementedError):  # transformers: this model has none
+        return set()
+    return {id(p) for p in part.parameters()} if isinstance(part, nn.Module) else set()
+
+
+def _places(modules: Mapping[str, nn.Module], found: Mapping[str, Tap]) -> Iterator[tuple[str, str]]:
+    """Paths of modules under which all parameters have one role."""
+    paths = {id(module): path for path, module in modules.items()}
+    for path, tap in found.items():
+        if tap.router is not None:
+            yield paths[id(tap.router)], "router"
+        if tap.own is not None:
+            yield _join(path, "experts"), "expert"
+        elif tap.experts is not None:
+            parts = paths[id(tap.experts)].split(".")
+            while parts[-1] in _WRAPPED:
+                parts.pop()
+            yield ".".join(parts), "expert"
+        else:  # the layer is its router and experts, and may have shared ones
+            yield from ((_join(path, name), "shared") for name, _ in tap.layer.named_children() if "shared" in name)
+            yield path, "expert"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _role(name: str, ends: bool, modules: Mapping[str, nn.Module], places: Mapping[str, str]) -> str:
+    *parts, own = name.split(".")
+    around = {".".join(parts[:depth]): part for depth, part in enumerate(parts, 1)}  # outermost first
+    known = [places[path] for path in reversed(("", *around)) if path in places]  # innermost first
+    if known and known[0] != "shared":
+        return known[0]
+    if own in _SELECTION_BIASES:
+        return "router"
+    module = modules[".".join(parts)]
+    if not isinstance(module, nn.Embedding) and (re.search(r"Norm(?!al)", type(module).__name__) or "norm" in own):
+        return "norm"
+    if ends:
+        return "head"
+    if any("shared" in part and not isinstance(modules[path], nn.Embedding) for path, part in around.items()):
+        return "shared"
+    for path, part in around.items():
+        kind = type(modules[path]).__name__
+        if re.match(r"router|experts$", part):
+            return part.removesuffix("s") if part == "experts" else "router"
+        if re.fullmatch(_NAMES["head"], part):
+            return "head"
+        if part.isdigit() or _STACK.search(kind):
+            continue
+        for role, pattern in _KINDS.items():
+            if re.search(pattern, kind) or re.fullmatch(_NAMES[role], part):
+                return role
+    return next((role for role, pattern in _NAMES.items() if re.fullmatch(pattern, own)), "other")

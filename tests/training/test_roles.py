@@ -1,0 +1,152 @@
+"""Roles of parameters: each has one, on every architecture, and groups of an optimizer train by them."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from shunter import MoE, sparsify
+from shunter.errors import UserError
+from shunter.training.roles import GROUPS, ROLES, parameter_groups, roles, select, table, train_only
+from tests.hf.families import FAMILIES, build
+
+# What a parameter's own name says of its role, in every family that has such a name.
+NAMED = {
+    r"\.(gate|router)\.(weight|wg\.weight|proj\.weight|classifier\.weight|layer\.weight)$": "router",
+    r"(^|\.)experts\.(gate_up_proj|up_proj|down_proj)$": "expert",
+    r"shared_(experts?|mlp)\.": "shared",
+    r"[._]attn\.[qkvo]_proj\.weight$": "attention",
+    r"(input|post_attention)_layernorm\.weight$": "norm",
+    r"(embed_tokens|wte)\.weight$": "embedding",
+    r"^(lm_head|classifier)\.weight$": "head",
+    r"^(?!.*(shared|expert)).*mlp\.(down_proj|fc1|c_fc)\.weight$": "feed_forward",
+}
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+
+
+def dense():
+    yield GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
+    t5 = T5Config(vocab_size=32, d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2)
+    yield T5ForConditionalGeneration(t5)
+    yield ViTForImageClassification(ViTConfig(**SMALL, image_size=16, patch_size=8))
+    yield BertForSequenceClassification(BertConfig(**SMALL, vocab_size=32))
+
+
+def must_fit(model, without=()):
+    of = roles(model)
+    assert list(of) == [name for name, _ in model.named_parameters()]
+    assert set(of.values()) <= set(ROLES)
+    for name, role in of.items():
+        for pattern, expected in NAMED.items():
+            if re.search(pattern, name):
+                assert role == expected, f"{name} is {role}"
+        assert role != "other" or any(word in name for word in without), f"{name} has no role"
+    return of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_every_family_has_one_role(family):
+    with torch.device("meta"):
+        model = build(family)
+    # Hyper-connections and the embeddings of each layer are none of the roles.
+    of = must_fit(model, without=("hc_head", "_hc.", "per_layer"))
+    assert {"router", "expert", "attention", "norm"} <= set(of.values())
+
+
+def test_dense_models_and_their_sparse_forms():
+    for model in dense():
+        before = must_fit(model)
+        assert not {"router", "expert", "shared"} & set(before.values())
+        after = must_fit(sparsify(model, 4, "topk", num_shared_experts=1))
+        assert {"router", "expert", "shared"} <= set(after.values()) and "feed_forward" not in after.values()
+        kept = before.keys() & after.keys()
+        assert all(before[name] == after[name] for name in kept)
+    sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_experts": 4, "num_sparse_encoder_layers": 1}
+    config = SwitchTransformersConfig(vocab_size=32, num_layers=2, num_decoder_layers=2, **sizes)
+    assert {"router", "expert", "feed_forward"} <= set(
+        must_fit(SwitchTransformersForConditionalGeneration(config)).values()
+    )
+
+
+def test_groups_are_made_of_roles():
+    model = build("qwen2_moe")
+    everything = select(model, "all")
+    moe, rest = select(model, "moe"), select(model, "non_moe")
+    assert moe.keys() | rest.keys() == everything.keys() and not moe.keys() & rest.keys()
+    assert select(model, "all,-expert").keys() == select(model, "all_but_experts").keys()
+    assert select(model, "expert, router,shared").keys() == moe.keys()
+    assert set().union(*GROUPS.values()) == set(ROLES)
+
+
+@pytest.mark.parametrize(
+    "which, message",
+    [
+        ("mo", "'mo' is no role"),
+        ("feed_forward", "has the role feed_forward; there are router"),
+        ("norm,-norm", "leaves no"),
+    ],
+)
+def test_what_selects_nothing_is_an_error(which, message):
+    with pytest.raises(UserError, match=message):
+        select(build("mixtral"), which)
+
+
+def test_rates_that_train_nothing_are_an_error():
+    model = build("mixtral")
+    for rates, message in ({"expert": 0.0}, "above 0"), ({"router": 2.0}, "not among what is trained"):
+        with pytest.raises(UserError, match=message):
+            parameter_groups(model, 1e-3, "norm" if "router" in rates else "all", rates=rates)
+
+
+def test_each_role_moves_at_its_own_rate():
+    model = nn.Sequential(nn.LayerNorm(8), MoE(8, 16, 4, "topk", dropout=0.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rates = {"moe": 3.0, "router": 0.5}
+    optimizer = torch.optim.SGD(parameter_groups(model, 0.1, rates=rates))
+    model(torch.randn(32, 8)).square().sum().backward()
+    optimizer.step()
+    of = roles(model)
+    for name, p in model.named_parameters():
+        rate = {"router": 0.05, "expert": 0.3}.get(of[name], 0.1)
+        torch.testing.assert_close(p, before[name] - rate * p.grad)
+
+
+def test_a_trainer_trains_what_is_chosen_and_nothing_else(tmp_path):
+    model = build("mixtral")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = parameter_groups(model, 1e-2, "non_moe", rates={"norm": 10.0}, weight_decay=0.1)
+    assert {group["role"]: group["lr"] for group in groups}["norm"] == pytest.approx(0.1)
+    assert all(group["weight_decay"] == (0.1 if group["params"][0].dim() > 1 else 0) for group in groups)
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(64, (8, 6))]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True
+    )
+    Trainer(model, arguments, train_dataset=data, optimizers=(torch.optim.AdamW(groups), None)).train()
+    of = roles(model)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (of[name] in ("router", "expert")), name
+
+
+def test_the_table_counts_what_is_trained():
+    model = build("qwen2_moe")
+    train_only(model, "router")
+    rows = {line.split()[0]: line.split() for line in table(model).splitlines()[1:]}
+    total = sum(p.numel() for p in model.parameters())
+    routers = sum(p.numel() for name, p in model.named_parameters() if name.endswith("mlp.gate.weight"))
+    assert rows["all"][2:] == [f"{total:,}", f"{routers:,}"]
+    assert rows["router"][3] == f"{routers:,}" and rows["expert"][3] == "0"

@@ -1,0 +1,76 @@
+"""Sweeps of fine-tuning: labels from texts, every cell from the same weights, parts that are frozen, capacities."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from shunter import moe_layers, sparsify
+from shunter.data.documents import Domain
+from shunter.errors import UserError
+from shunter.training.sweeping import Labelled, labelled_windows, markdown, picture, sweep
+from tests.hf.families import build
+
+
+def by_letters(text, add_special_tokens):
+    return {"input_ids": [ord(letter) % 64 for letter in text]}
+
+
+def task(rows=60, length=6):
+    """Two labels that every token tells apart."""
+
+    def part(number):
+        labels = torch.arange(number) % 2
+        return torch.randint(32, (number, length)) + 32 * labels[:, None], labels
+
+    return Labelled(part(rows), part(rows), ["no", "yes"])
+
+
+def test_windows_have_the_label_of_their_text_and_later_ones_are_held_out():
+    domains = [Domain(name, [name * 40, name * 40]) for name in ("ab", "cd")]
+    data = labelled_windows(domains, by_letters, length=4, each=30)
+    assert data.names == ["ab", "cd"]
+    assert [len(part) for part in (*data.train, *data.test)] == [48, 48, 12, 12]
+    for ids, labels in (data.train, data.test):
+        for row, label in zip(ids, labels, strict=True):
+            assert row.tolist() == by_letters(data.names[label] * 2, False)["input_ids"]
+    mixed = Domain("all", ["xy" * 40, "zw" * 40, "??" * 40], languages=["x", "z", None])
+    assert labelled_windows([mixed], by_letters, 4, 12).names == ["x", "z"]
+    with pytest.raises(UserError, match="1 labels have ten windows"):
+        labelled_windows(domains[:1], by_letters, 4, 12)
+
+
+def test_cells_learn_from_the_same_weights_with_what_is_frozen_frozen():
+    sparse = sparsify(build("mistral", num_hidden_layers=1), 4, "switch", capacity_factor=1.25)
+    dense = build("mistral", num_hidden_layers=1)
+    before = copy.deepcopy(sparse.state_dict())
+    found = sweep(
+        {"sparse": sparse, "dense": dense}, task(), rates=[1e-6, 5e-3], batches=[20], train=["all", "non_moe"],
+        capacities=[0.1, 4.0], examples=600,
+    )  # fmt: skip
+    assert all(torch.equal(before[name], tensor) for name, tensor in sparse.state_dict().items())
+    assert moe_layers(sparse)["model.layers.0.mlp"].decider.eval_capacity_factor != 0.1
+    cells = {(c["model"], c["train"], c["rate"]): c for c in found["cells"]}
+    assert set(cells) == {
+        *(("sparse", part, rate) for part in ("all", "non_moe") for rate in (1e-6, 5e-3)),
+        *(("dense", "all", rate) for rate in (1e-6, 5e-3)),
+    }
+    for (model, part, rate), cell in cells.items():
+        if rate == 5e-3:
+            assert cell["loss"] < 0.6 < cells[model, part, 1e-6]["loss"]
+        assert set(cell["at_capacity"]) == ({"0.1", "4"} if model == "sparse" else set())
+    experts = sum(p.numel() for n, p in sparse.named_parameters() if "router" in n or "experts" in n)
+    assert cells["sparse", "all", 5e-3]["trained"] - cells["sparse", "non_moe", 5e-3]["trained"] == experts
+    page = markdown(json.loads(json.dumps(found)))
+    assert page.count("| sparse |") == 4 and page.count("| dense |") == 2
+    assert len(picture(found).axes[0].lines) == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"rates": [0.0]}, "rates .* above 0"), ({"batches": []}, "batches"), ({"train": ["mo"]}, "neither a role")],
+)
+def test_impossible_sweeps_are_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        sweep({"sparse": build("mixtral")}, task(), **options)
