@@ -24,10 +24,10 @@ OPTIONS = {
 }
 
 
-def layer(name, dtype=torch.float64, backend="reference", **options):
+def layer(name, dtype=torch.float64, backend="reference", experts=EXPERTS, **options):
     """A layer whose parameters are the same on every rank, as long as their random states are."""
     given = {**routers.find(name).example_options, **(OPTIONS.get(name, {})), **options}
-    made = MoE(DIM, HIDDEN, EXPERTS, name, backend, bias=True, dtype=dtype, **given)
+    made = MoE(DIM, HIDDEN, experts, name, backend, bias=True, dtype=dtype, **given)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.3)
     return made

@@ -234,7 +234,7 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "dropout": layer.dropout.p,
             "backend": experts.backend,
             "recompute": experts.recompute,
-            "router": _name_of(type(layer.decider)),
+            "router": _name_of(layer.decider.kind),
             "options": layer.decider.options,
         }
         entries.append(entry)
