@@ -5,6 +5,7 @@ from .checkpoint import load, save, save_pretrained
 from .experts import ShardedExperts, shard_experts
 from .fsdp import average_gradients, checkpoint_policy, clip_grad_norm_, parameter_groups, shard_model
 from .processes import mesh
+from .scope import decide_globally
 from .watch import named_errors
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "average_gradients",
     "checkpoint_policy",
     "clip_grad_norm_",
+    "decide_globally",
     "load",
     "mesh",
     "named_errors",
