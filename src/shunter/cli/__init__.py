@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import Diverged, Interrupted, NotWritten, escaped, one_line
+from ..errors import Diverged, Interrupted, LostRank, NotWritten, escaped, one_line
 from . import bench, convert, look, train
 
 __all__ = ["main"]
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except (Diverged, NotWritten) as error:
+    except (Diverged, LostRank, NotWritten) as error:
         print(f"shunter {args.name}: {escaped(str(error))}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:

@@ -9,12 +9,14 @@ from .checkpoints import auto_classes
 from .checkpoints.exporting import export
 from .checkpoints.loading import from_pretrained
 from .checkpoints.upcycling import upcycle
+from .distribute import distribute
 from .observe.records import RoutingRecord
 from .observe.replaying import record, replay
 from .sparsifying import sparsify
 
 __all__ = [
     "RoutingRecord",
+    "distribute",
     "export",
     "from_pretrained",
     "record",

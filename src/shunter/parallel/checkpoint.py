@@ -31,7 +31,7 @@ from ..errors import UserError, one_line
 from ..ranks import is_first_rank
 from .watch import named_errors
 
-__all__ = ["load", "save", "save_pretrained"]
+__all__ = ["first_does", "load", "save", "save_pretrained", "together"]
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 _SCALARS = "scalars.json"
@@ -50,7 +50,7 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: str 
         UserError: where the folder exists.
         NotWritten: where the disk does not take it.
     """
-    with _together(Path(folder)) as part, named_errors():
+    with together(Path(folder)) as part, named_errors():
         for name, state in _states(model, optimizer).items():
             tensors, scalars = _split(state)
             (part / name).mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: str 
         if optimizer is not None and name == "optimizer":
             set_optimizer_state_dict(model, optimizer, filled, options=_OPTIONS)
         else:
-            set_model_state_dict(model, filled)
+            set_model_state_dict(model, filled, options=StateDictOptions(strict=False))  # but for repeated names
 
 
 def save_pretrained(model: Any, folder: str | Path) -> None:
@@ -96,6 +96,9 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
         model: a Hugging Face model that `shard_model` or `shard_experts` sharded.
         folder: that the first rank writes, and plain `from_pretrained` reads.
     """
+    if getattr(model.config, "distributed_config", None) is not None:  # transformers gathers by itself
+        model.save_pretrained(folder, is_main_process=is_first_rank())
+        return
     with named_errors():
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     first_does(lambda: model.save_pretrained(folder, state_dict=whole))
@@ -107,10 +110,18 @@ def _read_scalars(folder: Path) -> dict[str, Any]:
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
-    states: dict[str, dict[str, Any]] = {"model": dict(get_model_state_dict(model))}
+    twice = _repeated(model)
+    states = {"model": {key: value for key, value in get_model_state_dict(model).items() if key not in twice}}
     if optimizer is not None:
         states["optimizer"] = dict(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))
     return states
+
+
+def _repeated(model: nn.Module) -> set[str]:
+    """Further names of tensors that have one already, as a tied output layer's."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    return {name for name, value in named if first.setdefault(id(value), name) != name}
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -159,10 +170,10 @@ def first_does(call: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _together(out: Path) -> Iterator[Path]:
-    """A folder in which every rank writes, which becomes `out` at the end; or disappears with an error of any rank."""
+def together(out: Path, **facts: Any) -> Iterator[Path]:
+    """A folder in which all ranks write, which becomes `out`, sealed with facts; or disappears with an error of any."""
     with ExitStack() as stack:
-        part = first_does(lambda: stack.enter_context(new_folder(out)))
+        part = first_does(lambda: stack.enter_context(new_folder(out, **facts)))
         error: Exception | None = None
         try:
             yield part
