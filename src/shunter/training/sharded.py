@@ -9,7 +9,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from .. import parallel
+from ..durable import discard
 from ..errors import UserError
+from ..parallel.checkpoint import first_does
 
 __all__ = ["SHARDED", "ShardedTrainer"]
 
@@ -40,7 +42,9 @@ class ShardedTrainer(Trainer):
         if not self.is_distributed_loading_by_transformers:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        parallel.save(self.model, getattr(self.optimizer, "optimizer", self.optimizer), Path(output_dir) / SHARDED)
+        folder = Path(output_dir) / SHARDED
+        first_does(lambda: discard(folder) if folder.exists() else None)  # as a Trainer writes over a checkpoint
+        parallel.save(self.model, getattr(self.optimizer, "optimizer", self.optimizer), folder)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
