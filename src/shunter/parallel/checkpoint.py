@@ -111,9 +111,11 @@ def _read_scalars(folder: Path) -> dict[str, Any]:
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
     twice = _repeated(model)
-    states = {"model": {key: value for key, value in get_model_state_dict(model).items() if key not in twice}}
+    states: dict[str, dict[str, Any]] = {
+        "model": {key: value for key, value in get_model_state_dict(model).items() if key not in twice}
+    }
     if optimizer is not None:
-        states["optimizer"] = dict(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))
+        states["optimizer"] = {**get_optimizer_state_dict(model, optimizer, options=_OPTIONS)}
     return states
 
 

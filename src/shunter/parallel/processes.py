@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -62,6 +63,13 @@ def join(timeout: float) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit)
     else:
         dist.init_process_group("gloo", timeout=limit)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End the group before the interpreter does: its threads would be found running, and the process aborted."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def launch(processes: int, arguments: list[str]) -> int:
@@ -77,7 +85,9 @@ def launch(processes: int, arguments: list[str]) -> int:
     # A store of its own for each group: the launcher's would outlive a killed rank with that rank's addresses in it.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    config = LaunchConfig(1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    config = LaunchConfig(
+        1, 1, processes, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 import sys
@@ -285,6 +286,8 @@ def _join(config: RunConfig, several: bool) -> None:
             "them by torchrun --nproc-per-node, or with parallel.processes"
         )
     if ranks > 1:
+        # It says at each norm over two meshes that one exchange would do for two.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         mesh(asked.expert_parallel, timeout=asked.timeout)
 
 
