@@ -371,6 +371,29 @@ def test_two_ranks_compute_what_data_parallelism_does(results):
     _holds(results)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size, expert_parallel", [(2, 1), (4, 1), (4, 2), (4, 4)])
+def test_four_ranks_in_every_layout(size, expert_parallel):
+    cases = {"every_router": (), "layouts": (), "checkpointing": (), "second_derivatives": ()}
+    found = _cases(expert_parallel, cases | {"backends": (QUICK_BACKENDS,), "no_tokens": (QUICK_BACKENDS,)}, size)
+    _holds(found)
+    for one in found:
+        assert one["checkpointing"]["kept"][:2] == (6, 4)
+        assert max(gap for *_, gap in one["checkpointing"].values()) == 0
+        assert one["second_derivatives"] < 1e-12
+
+
+@pytest.mark.slow
+def test_compiled_and_gpu_backends():
+    cases = {"backends": (("numba", "triton"),), "no_tokens": (("numba", "triton"),)}
+    for found in _cases(2, cases):
+        for name, (error, without) in found["backends"].items():
+            if name != "triton, torch.bfloat16":  # wrong in Triton's interpreter
+                assert error <= max(2e-6, 2 * without), (name, error, without)
+        for name, (gap, missing) in found["no_tokens"].items():
+            assert gap < 2e-6 and not missing, (name, gap, missing)
+
+
 @pytest.mark.parametrize("mutant", ["not divided", "divided twice", "weights twice", "counts of one rank"])
 def test_broken_forms_are_noticed(results, mutant):
     assert max(found["mutants"][mutant] for found in results) > 1e-6

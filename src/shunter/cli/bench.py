@@ -37,7 +37,13 @@ def add_verbs(verbs: Any) -> None:
     deciding.add_argument("--shape", help="T,d,f,E,1 (default: 4096,512,256,64,1); k is the router's own")
     deciding.add_argument("--routers", nargs="+", help="default: all")
     deciding.set_defaults(rounds=11, measure=_bench_routers)
-    for each in (experts, finetune, gpu, deciding):
+    several = benches.add_parser(
+        "parallel", help="a layer on several processes, by experts or by data, and transformers"
+    )
+    several.add_argument("--shapes", nargs="+", help="of S1 to S6, or T,d,f,E,k (default: S1 to S3)")
+    several.add_argument("--processes", type=int, default=2, help="which share the experts (default: 2)")
+    several.set_defaults(rounds=11, measure=_bench_parallel)
+    for each in (experts, finetune, gpu, deciding, several):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -90,6 +96,18 @@ def _bench_routers(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]
 
     shape = parse_shape(args.shape, {}) if args.shape else SHAPE
     found = bench(args.routers, shape, rounds=args.rounds, say=_progress)
+    return found, markdown(found), True
+
+
+def _bench_parallel(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from ..benchmarks.experts import SHAPES, parse_shape
+    from ..benchmarks.parallel import TARGETS, bench, markdown
+
+    shapes = {text: parse_shape(text, SHAPES) for text in args.shapes or TARGETS}
+    for name, shape in shapes.items():
+        if args.processes < 1 or shape.experts % args.processes or shape.tokens % args.processes:
+            raise UserError(f"--processes {args.processes} must divide the experts and tokens of {name}")
+    found = bench(shapes, args.processes, rounds=args.rounds, say=_progress)
     return found, markdown(found), True
 
 
