@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import warnings
 
 import pytest
@@ -77,7 +79,7 @@ def _llama():
     return shunter.sparsify(dense, 4, "topk", top_k=2).eval()
 
 
-def _folders(rank, seed, path):
+def folders(rank, seed, path):
     """Saved and loaded at 2 ranks and at 1 of 2; a sparse Llama to a plain folder; what goes wrong."""
     warnings.simplefilter("ignore")
     hashes = {"saved": _save(rank, seed, 2, path / "two", 6)}
@@ -103,17 +105,7 @@ def _folders(rank, seed, path):
     return hashes, equal, logits.tolist(), said
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    import os
-
-    os.environ["SHUNTER_SEED"] = str(SEED)
-    path = tmp_path_factory.mktemp("parallel")
-    return path, on_ranks(_folders, 2, SEED, path, start="spawn")
-
-
-def test_any_number_of_processes_loads_the_same_bits(folders):
-    path, results = folders
+def any_number_of_processes_loads_the_same_bits(path, results):
     expected = results[0][0]["saved"]
     assert len(expected) > 200
     for hashes, *_ in results:
@@ -123,8 +115,7 @@ def test_any_number_of_processes_loads_the_same_bits(folders):
     assert _hashes(model, optimizer) == expected
 
 
-def test_plain_folders_of_hugging_face(folders):
-    path, results = folders
+def plain_folders_are_hugging_faces(path, results):
     model = shunter.from_pretrained(path / "llama").eval()
     logits = model(input_ids=torch.arange(12).reshape(2, 6)).logits
     for _, equal, found, _ in results:
@@ -132,36 +123,37 @@ def test_plain_folders_of_hugging_face(folders):
         assert torch.allclose(torch.tensor(found), logits, atol=1e-5)
 
 
-def test_mistakes_are_named_on_every_rank(folders):
-    _, results = folders
+def mistakes_are_named_on_every_rank(path, results):
     for *_, said in results:
         assert "exists already" in said["exists"]
         assert "has shape (6, 8), and this model's (4, 8)" in said["another model"]
         assert "has no shunter-manifest.json" in said["not there"]
 
 
-def test_damage_is_named(folders, tmp_path):
-    import shutil
-
-    folder = tmp_path / "copy"
-    shutil.copytree(folders[0] / "two", folder)
+def damage_is_named(path, results):
+    folder = path / "copy"
+    shutil.copytree(path / "two", folder)
     missing = sorted((folder / "model").glob("*.safetensors"))[0]
     missing.unlink()
     model, optimizer = _model(6, None)
     with pytest.raises(UserError, match=missing.name):
         parallel.load(model, optimizer, folder)
-    shutil.copytree(folders[0] / "two", folder, dirs_exist_ok=True)
+    shutil.copytree(path / "two", folder, dirs_exist_ok=True)
     (folder / "optimizer" / "scalars.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="scalars.json"):
         parallel.load(model, optimizer, folder)
+
+
+CHECKS = (
+    any_number_of_processes_loads_the_same_bits, plain_folders_are_hugging_faces, mistakes_are_named_on_every_rank,
+    damage_is_named,
+)  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saved", [(4, 2), (2, 2)])
 @pytest.mark.parametrize("experts", [8, 6])
 def test_every_layout_loads_every_other(tmp_path, saved, experts):
-    import os
-
     os.environ["SHUNTER_SEED"] = str(SEED)
     size, expert_parallel = saved
     expected = on_ranks(_save, size, SEED, expert_parallel, tmp_path / "saved", experts, start="spawn")[0]

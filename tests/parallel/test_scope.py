@@ -89,9 +89,8 @@ def _triples(routing, first, last, shift=0):
     ]
 
 
-def _on_rank(rank, seed, expert_parallel):
-    warnings.simplefilter("ignore")
-    mesh = parallel.mesh(expert_parallel=expert_parallel)
+def decisions(mesh):
+    """By router: whether this rank keeps the triples of one process, and how far outputs, losses and gradients are."""
     found = {}
     for name, options in CASES.items():
         torch.manual_seed(SEED)
@@ -99,22 +98,23 @@ def _on_rank(rank, seed, expert_parallel):
     return found
 
 
-def _run(size, expert_parallel):
-    os.environ["SHUNTER_SEED"] = str(SEED)
-    for rank, found in enumerate(on_ranks(_on_rank, size, SEED, expert_parallel, start="spawn")):
+def _on_rank(rank, seed, expert_parallel):
+    warnings.simplefilter("ignore")
+    return decisions(parallel.mesh(expert_parallel=expert_parallel))
+
+
+def decide_as_one_process(results):
+    for rank, found in enumerate(results):
         for name, (triples, gap) in found.items():
             assert triples, f"{name}: rank {rank} keeps other triples"
             assert gap < 1e-12, (rank, name, gap)
 
 
-def test_two_ranks_decide_as_one_process():
-    _run(2, 2)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("expert_parallel", [1, 2, 4])
 def test_four_ranks_decide_as_one_process(expert_parallel):
-    _run(4, expert_parallel)
+    os.environ["SHUNTER_SEED"] = str(SEED)
+    decide_as_one_process(on_ranks(_on_rank, 4, SEED, expert_parallel, start="spawn"))
 
 
 @pytest.mark.parametrize("name, words", [("soft_moe", "mixes tokens into slots"), ("reinforce", "learns by reward")])
