@@ -371,7 +371,7 @@ class MoE(RoutedLayer):
             "slots": "experts compute slots, mixtures of all tokens, and every token takes all slots",
         }[router.chooses]
         lines = [
-            f"Router {type(router).__name__} ({router.source}): {deciders}; E={self.num_experts}.",
+            f"Router {router.kind.__name__} ({router.source}): {deciders}; E={self.num_experts}.",
             f"Capacity in {mode}: dropless, no token is dropped."
             if slots is None
             else f"Capacity in {mode}: {slots} slots an expert for {num_tokens} tokens "

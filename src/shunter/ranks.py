@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_first_rank", "sum_over_ranks"]
+__all__ = ["is_first_rank", "num_ranks", "sum_over_ranks"]
 
 
 def sum_over_ranks(*counts: Tensor, group: dist.ProcessGroup | None = None) -> None:
@@ -23,6 +23,11 @@ def sum_over_ranks(*counts: Tensor, group: dist.ProcessGroup | None = None) -> N
     dist.all_reduce(flat, group=group)
     for count, total in zip(counts, flat.split([count.numel() for count in counts]), strict=True):
         count.copy_(total.reshape(count.shape))
+
+
+def num_ranks() -> int:
+    """W, how many processes work together; 1 for one that is alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first_rank() -> bool:

@@ -24,10 +24,10 @@ OPTIONS = {
 }
 
 
-def layer(name, dtype=torch.float64, backend="reference", **options):
+def layer(name, dtype=torch.float64, backend="reference", experts=EXPERTS, **options):
     """A layer whose parameters are the same on every rank, as long as their random states are."""
     given = {**routers.find(name).example_options, **(OPTIONS.get(name, {})), **options}
-    made = MoE(DIM, HIDDEN, EXPERTS, name, backend, bias=True, dtype=dtype, **given)
+    made = MoE(DIM, HIDDEN, experts, name, backend, bias=True, dtype=dtype, **given)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.3)
     return made
@@ -60,18 +60,20 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """An input map, blocks with sparse layers, an output map that is the input's."""
+    """An input map, blocks with sparse layers, an output map of the input's weight."""
 
     def __init__(self, names, dtype=torch.float64, **options):
         super().__init__()
         self.inner = nn.Linear(DIM, DIM, dtype=dtype)
+        self.outer = nn.Linear(DIM, DIM, dtype=dtype)
+        self.outer.weight = self.inner.weight
         self.blocks = nn.ModuleList(Block(layer(name, dtype, **options)) for name in names)
 
     def forward(self, x):
         x = self.inner(x)
         for block in self.blocks:
             x = block(x)
-        return self.inner(x)
+        return self.outer(x)
 
 
 def loss_of(model, x):

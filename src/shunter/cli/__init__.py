@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..durable import NO_ROOM, why_not_written
-from ..errors import Diverged, Interrupted, NotWritten, escaped, one_line
+from ..errors import Diverged, Interrupted, LostRank, NotWritten, escaped, one_line
 from . import bench, convert, law, look, reproduce, train
 
 __all__ = ["main"]
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         _silence()
         return 1
-    except (Diverged, NotWritten) as error:
+    except (Diverged, LostRank, NotWritten) as error:
         print(f"shunter {args.name}: {escaped(str(error))}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:

@@ -52,7 +52,13 @@ def add_verbs(verbs: Any) -> None:
     layer.add_argument("--top-k", type=int, default=2, help="k (default: 2)")
     layer.add_argument("--dtype", default="float32")
     layer.set_defaults(rounds=11, measure=_bench_layer)
-    for each in (experts, finetune, gpu, deciding, layer, lora, quantised):
+    several = benches.add_parser(
+        "parallel", help="a layer on several processes, by experts or by data, and transformers"
+    )
+    several.add_argument("--shapes", nargs="+", help="of S1 to S6, or T,d,f,E,k (default: S1 to S3)")
+    several.add_argument("--processes", type=int, default=2, help="which share the experts (default: 2)")
+    several.set_defaults(rounds=11, measure=_bench_parallel)
+    for each in (experts, finetune, gpu, deciding, layer, lora, quantised, several):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -132,6 +138,18 @@ def _bench_quantised(args: argparse.Namespace) -> tuple[dict[str, Any], str, boo
     if args.windows < 1:
         raise UserError(f"--windows {args.windows} must be at least 1")
     found = bench(args.run, args.windows, say=_progress)
+    return found, markdown(found), True
+
+
+def _bench_parallel(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from ..benchmarks.experts import SHAPES, parse_shape
+    from ..benchmarks.parallel import TARGETS, bench, markdown
+
+    shapes = {text: parse_shape(text, SHAPES) for text in args.shapes or TARGETS}
+    for name, shape in shapes.items():
+        if args.processes < 1 or shape.experts % args.processes or shape.tokens % args.processes:
+            raise UserError(f"--processes {args.processes} must divide the experts and tokens of {name}")
+    found = bench(shapes, args.processes, rounds=args.rounds, say=_progress)
     return found, markdown(found), True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -111,6 +112,8 @@ def _sources(args: argparse.Namespace) -> list[str]:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from ..parallel.processes import launch
+    from ..ranks import is_first_rank
     from ..recipes.config import load_config
     from ..recipes.registry import find
     from ..recipes.run import configuration_of, train
@@ -127,8 +130,11 @@ def _train(args: argparse.Namespace) -> int:
         recipe = find(args.recipe)
         config = load_config(recipe.config, args.config, overrides + _sources(args))
         args.run = args.run or Path(config.out) / config.name
+    processes = config.parallel.processes or 1
+    if processes > 1 and "RANK" not in os.environ:
+        return launch(processes, ["-m", "shunter", *sys.argv[1:]])
     summary = train(recipe, config, args.run, resume=args.resume, as_json=args.json)
-    if not args.json:
+    if not args.json and is_first_rank():
         dense, sparse = summary["dense"], summary["sparse"]
         print(
             f"\nHeld-out loss ({recipe.words.loss}): dense {dense['eval_loss']:.4f}, sparse {sparse['eval_loss']:.4f}, "

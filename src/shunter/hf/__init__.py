@@ -9,6 +9,7 @@ from .checkpoints import auto_classes
 from .checkpoints.exporting import export
 from .checkpoints.loading import from_pretrained
 from .checkpoints.upcycling import upcycle
+from .distribute import distribute
 from .observe.records import RoutingRecord
 from .observe.replaying import record, replay
 from .quantising import quantize
@@ -16,6 +17,7 @@ from .sparsifying import sparsify
 
 __all__ = [
     "RoutingRecord",
+    "distribute",
     "export",
     "from_pretrained",
     "quantize",

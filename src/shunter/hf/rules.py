@@ -313,9 +313,9 @@ def routing_fields(family: str, router: Router, layers: int = 1) -> dict[str, An
     Raises:
         UserError: where the family cannot, saying why and what to change.
     """
-    if type(router) not in (TopK, DeepSeek, Switch):
+    if router.kind not in (TopK, DeepSeek, Switch):
         raise UserError(
-            f"{family} routes each token to its top k experts, which {type(router).__name__} does not: keep Shunter's "
+            f"{family} routes each token to its top k experts, which {router.kind.__name__} does not: keep Shunter's "
             "own format, or train with the router topk"
         )
     assert isinstance(router, TopK)

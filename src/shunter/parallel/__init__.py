@@ -1,9 +1,11 @@
 """Several processes: each holds a part of the experts, rows go to the ranks of their experts and back."""
 
 from ..ranks import sum_over_ranks
+from .checkpoint import load, save, save_pretrained
 from .experts import ShardedExperts, shard_experts
 from .fsdp import average_gradients, checkpoint_policy, clip_grad_norm_, parameter_groups, shard_model
 from .processes import mesh
+from .scope import decide_globally
 from .watch import named_errors
 
 __all__ = [
@@ -11,9 +13,13 @@ __all__ = [
     "average_gradients",
     "checkpoint_policy",
     "clip_grad_norm_",
+    "decide_globally",
+    "load",
     "mesh",
     "named_errors",
     "parameter_groups",
+    "save",
+    "save_pretrained",
     "shard_experts",
     "shard_model",
     "sum_over_ranks",

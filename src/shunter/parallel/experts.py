@@ -64,7 +64,7 @@ class ShardedExperts(Experts):
                 f"{name} has {experts.num_experts} experts, which {self.size} ranks cannot hold in equal parts; choose "
                 "expert_parallel among the divisors"
             )
-        for attribute in ("num_experts", "dim", "hidden", "activation", "bias", "backend", "recompute"):
+        for attribute in ("num_experts", "dim", "hidden", "activation", "bias", "backend", "recompute", "dropout"):
             setattr(self, attribute, getattr(experts, attribute))
         self.gated, self.up_name = experts.gated, experts.up_name
         self.sender = Sender(layer, name, part.get_group())

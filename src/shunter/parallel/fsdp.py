@@ -22,6 +22,7 @@ __all__ = [
     "average_gradients",
     "checkpoint_policy",
     "clip_grad_norm_",
+    "grad_norm",
     "parameter_groups",
     "shard_model",
 ]
@@ -50,11 +51,12 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None
     size = dist.get_world_size()
     if mesh.size() != size:
         raise UserError(f"the mesh has {mesh.size()} ranks of {size}; shard_model needs one over all of them")
-    shard_experts(model, mesh)
+    layers = moe_layers(model)
+    if layers or mesh["ep"].size() > 1:
+        shard_experts(model, mesh)
     every = init_device_mesh(mesh.device_type, (size,), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    layers = moe_layers(model)
     for layer in layers.values():
         if isinstance(layer.experts, ShardedExperts):
             fully_shard(layer.experts, mesh=mesh["edp"], mp_policy=policy)
@@ -69,7 +71,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The elements of the outermost lists of modules in which there are sparse layers: a model's blocks."""
+    """The elements of the outermost lists of modules in which there are sparse layers: a sparse model's blocks."""
     sparse = set(moe_layers(model).values())
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
@@ -119,17 +121,22 @@ def clip_grad_norm_(
         The norm before, a scalar, the same on every rank.
     """
     parameters = list(model.parameters() if isinstance(model, nn.Module) else model)
+    total = grad_norm(parameters)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(f"the norm of the gradients is {float(total)}, so they cannot be clipped")
+    for group in parameter_groups(p for p in parameters if p.grad is not None):
+        nn.utils.clip_grads_with_norm_(group["params"], max_norm, total)
+    return total
+
+
+def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The norm of the gradients of parameters of several meshes, a scalar, the same on every rank."""
     groups = [group["params"] for group in parameter_groups(p for p in parameters if p.grad is not None)]
     with named_errors():
         norms = [_whole(nn.utils.get_total_norm([p.grad for p in group])) for group in groups]
     if not norms:
         return torch.zeros(())
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
-    if error_if_nonfinite and not bool(total.isfinite()):
-        raise RuntimeError(f"the norm of the gradients is {float(total)}, so they cannot be clipped")
-    for group in groups:
-        nn.utils.clip_grads_with_norm_(group, max_norm, total)
-    return total
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
 
 
 def _whole(value: Tensor) -> Tensor:

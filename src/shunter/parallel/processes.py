@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
+import signal
+import sys
 from datetime import timedelta
 
 import torch
@@ -10,10 +14,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from ..errors import UserError
+from ..errors import LostRank, UserError
 from . import watch
 
-__all__ = ["join", "mesh"]
+__all__ = ["join", "launch", "mesh"]
 
 TIMEOUT = 600.0
 
@@ -59,3 +63,40 @@ def join(timeout: float) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit)
     else:
         dist.init_process_group("gloo", timeout=limit)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End the group before the interpreter does: its threads would be found running, and the process aborted."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launch(processes: int, arguments: list[str]) -> int:
+    """Run Python with these arguments in several processes of this machine, as torchrun would; returns an exit status.
+
+    Raises:
+        LostRank: naming the first process that ended otherwise than by an error that it has told itself.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # A store of its own for each group: the launcher's would outlive a killed rank with that rank's addresses in it.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        1, 1, processes, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except SignalException:
+        return 130
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return int(failure.exitcode)
+        killed = signal.Signals(-failure.exitcode).name
+        raise LostRank(f"rank {rank} of {processes}, process {failure.pid}, was killed by {killed}") from None
+    return 0

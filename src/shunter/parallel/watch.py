@@ -43,7 +43,8 @@ class _Watch:
 
     def end(self) -> None:
         self.ended.set()
-        self.thread.join(2 * PERIOD)
+        self.thread.join(2 * SILENCE)
+        del self.store
 
     def write(self) -> None:
         self.beats += 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,11 +26,16 @@ from ..analysis.calibration import Calibration, calibrations
 from ..analysis.ledger import TRAINING_FLOPS, Ledger
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import MODELS, Metrics, ModelSummary
-from ..durable import MANIFEST, make_folder, naming, new_folder, only_process, seal, sealed, verify, write
+from ..durable import MANIFEST, make_folder, naming, only_process, seal, sealed, verify, write
 from ..environment import run_versions
 from ..errors import Diverged, UserError, one_line
 from ..hf.checkpoints.reading import read_json
+from ..hf.distribute import distribute
 from ..moe import dropless, moe_layers, tell
+from ..parallel.checkpoint import first_does, together
+from ..parallel.processes import mesh
+from ..parallel.watch import named_errors
+from ..ranks import is_first_rank, num_ranks
 from ..training.checkpoints import Checkpoints
 from ..training.loop import told_and_given, train_model
 from .config import dump_config, load_config
@@ -82,22 +89,30 @@ def train(
     Raises:
         UserError: before anything is trained; see `begin`.
         Interrupted: after Ctrl-C, when the checkpoint is written.
+        LostRank: where another process of the training is gone, stopped or elsewhere.
     """
     if (run / "routers.json").exists():
         raise UserError(f"{run} holds a comparison; go on with shunter compare {recipe.name} --resume --run {run}")
     check_router(recipe, config, config.sparse.router)
-    with begin(recipe, config, run, dict.fromkeys(MODELS, config), resume=resume, as_json=as_json) as begun:
+    configs = dict.fromkeys(MODELS, config)
+    with named_errors(), begin(recipe, config, run, configs, resume=resume, as_json=as_json, several=True) as begun:
         costs = {which: train_one(begun, which) for which in MODELS}
-        accounts = {which: account(begun, which, costs[which]) for which in MODELS}
-        t = config.training
-        summary = runs.summarise(accounts, begun.metrics, t.steps, config.seed, begun.data.domains, run_versions())
-        write(run / "summary.json", json.dumps(summary, indent=2))
-        found = recipe.specialisation(load_model(run, "sparse"), begun.data)
-        if found is not None:
-            write(run / "specialisation.json", json.dumps(found))
-        write_report(run)
-        write_picture(run, run / "picture.png")
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        return first_does(partial(_finish, begun, costs))
+
+
+def _finish(begun: Begun, costs: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Leave the summary and the report of a run whose models are trained."""
+    recipe, config, run = begun.recipe, begun.configs["sparse"], begun.folder
+    accounts = {which: account(begun, which, costs[which]) for which in MODELS}
+    t = config.training
+    summary = runs.summarise(accounts, begun.metrics, t.steps, config.seed, begun.data.domains, run_versions())
+    write(run / "summary.json", json.dumps(summary, indent=2))
+    found = recipe.specialisation(load_model(run, "sparse"), begun.data)
+    if found is not None:
+        write(run / "specialisation.json", json.dumps(found))
+    write_report(run)
+    write_picture(run, run / "picture.png")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return summary
 
 
@@ -167,6 +182,7 @@ def begin(
     resume: bool,
     as_json: bool,
     decided: Mapping[str, str] = MappingProxyType({}),
+    several: bool = False,
 ) -> Iterator[Begun]:
     """Make the run folder, or find it again, and keep other processes out of it.
 
@@ -181,48 +197,101 @@ def begin(
         resume: go on with the run in the folder.
         as_json: metrics go to standard output too.
         decided: further files of the folder that say what was decided, and their text.
+        several: whether the caller trains on all processes; the first alone then writes.
 
     Raises:
         UserError: where there is a run already, or none to resume, or one that another process trains; where the
             configuration or the data are others than it began with; where a model cannot be trained.
     """
     hf_logging.disable_progress_bar()
-    if (ranks := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
-        raise UserError(f"a run is trained by one process, and torchrun has started {ranks}; start it without torchrun")
+    _join(config, several)
     if resume and not sealed(run):
         raise UserError(f"{run} holds no run to go on with: it has no {MANIFEST}. Start it without --resume")
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     texts = {"config.yaml": dump_config(config), **decided}
     new = not run.exists()
-    make_folder(run)
-    with only_process(run):
-        try:
-            if not resume:
-                _decide(recipe, run, texts)
-            facts = _decided(run, texts)
-            data: Prepared = recipe.prepare(config)
-            fingerprint = facts.get("data", data.fingerprint)
-            _check_data(recipe, data, fingerprint)
-            for name, own in configs.items():
-                rehearse(recipe, name, own, data)
-            if "data" not in facts:
-                write(run / "data.json", json.dumps(data.describe(), indent=2))
-                with naming(run / "tokenizer"):
-                    data.save_pretrained(run / "tokenizer")
-                tokenizer = [path.relative_to(run).as_posix() for path in (run / "tokenizer").glob("*")]
-                seal(run, [*facts["files"], "data.json", *tokenizer], **_facts(data=fingerprint))
-        except Exception:
-            if new and not resume:
-                shutil.rmtree(run, ignore_errors=True)
-            raise
+    prepared: list[Prepared] = []
+
+    def settle() -> tuple[str, str]:
+        """Decide, read and try everything; the data's fingerprint, and the configuration's checksum."""
+        if not resume:
+            _decide(recipe, run, texts)
+        facts = _decided(run, texts)
+        data: Prepared = recipe.prepare(config)
+        fingerprint = facts.get("data", data.fingerprint)
+        _check_data(recipe, data, fingerprint)
+        for name, own in configs.items():
+            rehearse(recipe, name, own, data)
+        if "data" not in facts:
+            write(run / "data.json", json.dumps(data.describe(), indent=2))
+            with naming(run / "tokenizer"):
+                data.save_pretrained(run / "tokenizer")
+            tokenizer = [path.relative_to(run).as_posix() for path in (run / "tokenizer").glob("*")]
+            seal(run, [*facts["files"], "data.json", *tokenizer], **_facts(data=fingerprint))
         if not as_json:
             for d in data.domains:
                 line = f"{d['name']}: {d['train_bytes']:,} bytes to train on, {d['source']}; {d['license']}"
                 print(line, file=sys.stderr)
-        identity = {"config": facts["files"]["config.yaml"]["sha256"], "data": fingerprint}
-        metrics = Metrics(run / "metrics.jsonl", sys.stdout if as_json else None)
-        yield Begun(recipe, run, configs, data, metrics, identity)
+        prepared.append(data)
+        return fingerprint, facts["files"]["config.yaml"]["sha256"]
+
+    with ExitStack() as stack:
+
+        def claim() -> tuple[str, str]:
+            make_folder(run)
+            stack.enter_context(only_process(run))
+            try:
+                return settle()
+            except Exception:
+                if new and not resume:
+                    shutil.rmtree(run, ignore_errors=True)
+                raise
+
+        fingerprint, checksum = first_does(claim)
+        data = prepared[0] if prepared else recipe.prepare(config)
+        if not prepared:
+            _check_data(recipe, data, fingerprint)
+        metrics = Metrics(run / "metrics.jsonl", sys.stdout if as_json else None) if is_first_rank() else _Unheard(run)
+        yield Begun(recipe, run, configs, data, metrics, {"config": checksum, "data": fingerprint})
+
+
+class _Unheard(Metrics):
+    """The metrics of a process that is not the first: nobody hears them."""
+
+    def write(self, **line: Any) -> None:
+        """Nothing."""
+
+    def lines(self, model: str | None = None) -> list[dict[str, Any]]:
+        """None."""
+        return []
+
+    def replace(self, model: str, lines: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+
+def _join(config: RunConfig, several: bool) -> None:
+    """Make one group of the processes that torchrun started, as the configuration has them.
+
+    Raises:
+        UserError: where it does not.
+    """
+    ranks, asked = int(os.environ.get("WORLD_SIZE") or 1), config.parallel
+    wanted = asked.processes is not None or asked.expert_parallel > 1
+    if ranks > 1 and not (wanted and several):
+        cure = "set parallel.expert_parallel (or parallel.processes)" if several else "start it without torchrun"
+        raise UserError(f"a run is trained by one process, and torchrun has started {ranks}; {cure}")
+    if asked.processes is not None and asked.processes != ranks:
+        raise UserError(f"parallel.processes is {asked.processes}, and {ranks} run; start as many by torchrun")
+    if ranks % asked.expert_parallel:
+        raise UserError(
+            f"parallel.expert_parallel={asked.expert_parallel} must divide the number of processes, {ranks}; start "
+            "them by torchrun --nproc-per-node, or with parallel.processes"
+        )
+    if ranks > 1:
+        # It says at each norm over two meshes that one exchange would do for two.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        mesh(asked.expert_parallel, timeout=asked.timeout)
 
 
 def _facts(**facts: Any) -> dict[str, Any]:
@@ -274,22 +343,23 @@ def train_one(begun: Begun, name: str) -> dict[str, float]:
         Diverged: where training met numbers that are not finite, and did so again from its newest checkpoint.
     """
     folder, identity = begun.folder / name, begun.identity | {"model": name}
-    if folder.exists():
-        return _trained(folder, name, identity, begun.metrics)
+    if first_does(folder.exists):
+        return first_does(partial(_trained, folder, name, identity, begun.metrics))
     checkpoints = Checkpoints(begun.folder / "checkpoints" / name, identity)
     while True:
         try:
             model, costs = _train(begun, name, checkpoints)
             break
         except Diverged as error:
-            if not checkpoints.go_back(error):
+            if not first_does(partial(checkpoints.go_back, error)):
                 raise
             print(f"{name} model, {error}. Once, it goes back to a checkpoint from before", file=sys.stderr)
-    with new_folder(folder, **identity) as part:
-        model.save_pretrained(part)
-        begun.data.save_pretrained(part)
-        write(part / "training.json", json.dumps(costs))
-        Metrics(part / "metrics.jsonl").replace(name, begun.metrics.lines(name))
+    with together(folder, **identity) as part:
+        model.save_pretrained(part, is_main_process=is_first_rank())
+        if is_first_rank():
+            begun.data.save_pretrained(part)
+            write(part / "training.json", json.dumps(costs))
+            Metrics(part / "metrics.jsonl").replace(name, begun.metrics.lines(name))
     return costs
 
 
@@ -297,6 +367,14 @@ def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTraine
     recipe, config, data = begun.recipe, begun.configs[name], begun.data
     t = config.training
     model = recipe.build(config, data, sparse=name != "dense")
+    ranks, items = num_ranks(), recipe.items_per_step(config)
+    if items % ranks:
+        raise UserError(f"a step has {items} items, which {ranks} processes cannot share equally")
+    if ranks > 1:
+        from transformers.distributed import DistributedConfig
+
+        share = config.parallel.expert_parallel if name != "dense" else 1
+        distribute(model, DistributedConfig(fsdp_size=ranks, ep_size=share), timeout=config.parallel.timeout)
     costs = train_model(
         name,
         model,
@@ -308,7 +386,7 @@ def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTraine
         eval_every=t.eval_every,
         log_every=t.log_every,
         max_steps=t.steps,
-        per_device_train_batch_size=recipe.items_per_step(config),
+        per_device_train_batch_size=items // ranks,
         learning_rate=t.learning_rate,
         warmup_steps=t.warmup,
         lr_scheduler_type=t.schedule,

@@ -24,7 +24,16 @@ from ..data.documents import MAX_BYTES
 from ..routers import Router
 from ..routers.registry import option_types
 
-__all__ = ["DataConfig", "ModelConfig", "RunConfig", "SparseConfig", "TextConfig", "TrainingConfig", "nearest"]
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SparseConfig",
+    "TextConfig",
+    "TrainingConfig",
+    "nearest",
+]
 
 
 class _Section(BaseModel):
@@ -147,6 +156,14 @@ class TrainingConfig(_Section):
     threads: int | None = Field(None, ge=1, le=1024)
 
 
+class ParallelConfig(_Section):
+    """How many processes train, and how the experts are among them."""
+
+    processes: int | None = Field(None, ge=1, le=1024, description="started here; none: one, or what torchrun started")
+    expert_parallel: int = Field(1, ge=1, le=1024, description="processes that share the experts among them")
+    timeout: float = Field(600.0, gt=0, description="seconds that a process waits for the others")
+
+
 class RunConfig(_Section):
     """What every recipe's configuration has; the others add `data`, `model` and what else they need."""
 
@@ -155,6 +172,18 @@ class RunConfig(_Section):
     seed: int = Field(0, ge=0, lt=2**31)
     sparse: SparseConfig = SparseConfig()
     training: TrainingConfig = TrainingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _divides(self) -> RunConfig:
+        share, processes = self.parallel.expert_parallel, self.parallel.processes
+        if self.sparse.num_experts % share:
+            raise ValueError(
+                f"parallel.expert_parallel {share} must divide sparse.num_experts {self.sparse.num_experts}"
+            )
+        if processes is not None and processes % share:
+            raise ValueError(f"parallel.expert_parallel {share} must divide parallel.processes {processes}")
+        return self
 
 
 class TextConfig(RunConfig):

@@ -116,6 +116,12 @@ class Router(nn.Module):
         """The router, where a module around it hands on its attributes."""
         return self
 
+    @property
+    def kind(self) -> type[Router]:
+        """Its class; of what FSDP2 shards, the class from which `fully_shard` derived the one that it has now."""
+        first, *others = type(self).__mro__
+        return others[1] if others[0].__name__ == "FSDPModule" else first
+
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Routing]:
         """The logits of hidden states x (T, d) and the routing that they lead to: `score`, then `assign`.
 

@@ -9,16 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..durable import discard, make_folder, publish, sealed, verify, write
+from ..durable import MANIFEST, discard, make_folder, publish, sealed, verify, write
 from ..errors import Diverged, UserError
+from .sharded import SHARDED
 
 __all__ = ["MEMORY", "Checkpoints"]
 
 KEPT = 2
 MEMORY = "watch.json"
 """What the loop itself goes on with: times, what the metrics add up, the lines that they have."""
-_PARTS = (MEMORY, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+_PARTS = (MEMORY, "scheduler.pt", "trainer_state.json")
 """What no checkpoint may lack besides the weights: a Trainer starts them anew in silence."""
+_OF_ONE = ("optimizer.pt", "rng_state.pth")
+_OF_MANY = (f"{SHARDED}/{MANIFEST}", "rng_state_0.pth", "rng_state_1.pth")
+"""Further parts, of the checkpoints of one process and of several."""
 
 
 class Checkpoints:
@@ -67,7 +71,7 @@ class Checkpoints:
                 facts = verify(path)
                 if any(facts.get(key) != value for key, value in self.identity.items()):
                     raise UserError(f"{path}: is of another run")
-                _must_hold(path, facts["files"])
+                _must_hold(path, {file.relative_to(path).as_posix() for file in path.rglob("*")})
             except UserError as error:
                 print(f"{path} is passed over. {error}", file=sys.stderr)
             else:
@@ -81,7 +85,7 @@ class Checkpoints:
         Raises:
             NotWritten: where the disk does not take it; the older ones are still there.
         """
-        _must_hold(part, {file.name for file in part.iterdir()})
+        _must_hold(part, {file.relative_to(part).as_posix() for file in part.rglob("*")})
         path = self.folder / part.name
         publish(part, path, **self.identity)
         self._proven = [*self._proven, path][-KEPT:]
@@ -95,5 +99,6 @@ def _step(path: Path) -> int:
 
 
 def _must_hold(folder: Path, names: Any) -> None:
-    if lacking := [name for name in _PARTS if name not in names]:
+    own = _OF_MANY if any(name.startswith(f"{SHARDED}/") for name in names) else _OF_ONE
+    if lacking := [name for name in (*_PARTS, *own) if name not in names]:
         raise UserError(f"{folder}: lacks {', '.join(lacking)}")

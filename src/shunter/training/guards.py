@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from ..errors import Diverged
+from ..parallel.fsdp import grad_norm
 from .trainer import caller, wrap_loss
 
 __all__ = ["NaNGuard", "not_finite"]
@@ -90,7 +92,7 @@ class NaNGuard(TrainerCallback):
         if getattr(optimizer, "scaler", None) is None:
             norm = self._norm
             if norm is None:
-                norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+                norm = grad_norm(model.parameters())
             bad |= not bool(torch.as_tensor(norm).isfinite().all())
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             flag = torch.tensor(float(bad), device=next(model.parameters()).device)
@@ -152,6 +154,8 @@ def not_finite(model: nn.Module, optimizer: Any = None) -> str:
 
 
 def _bad(tensor: Tensor) -> bool:
+    if isinstance(tensor, DTensor):  # of which each rank looks at its own part
+        tensor = tensor.to_local()
     return tensor.is_floating_point() and not bool(tensor.isfinite().all())
 
 

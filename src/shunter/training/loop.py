@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis.runs import Metrics
 from ..context import KNOWN
@@ -31,10 +32,13 @@ from ..errors import Diverged, Interrupted, NotWritten, UserError, one_line
 from ..losses import consistency_loss
 from ..metrics import balance
 from ..moe import RoutedLayer, aux_loss, expect_steps, moe_layers, tell, update_routers
+from ..parallel.checkpoint import first_does
+from ..ranks import is_first_rank, num_ranks, sum_over_ranks
 from ..routers.thor import Thor
 from .alarms import LoadAlarm, SpikeAlarm
 from .checkpoints import MEMORY, Checkpoints
 from .guards import CURES, NaNGuard, not_finite
+from .sharded import ShardedTrainer
 
 __all__ = ["told_and_given", "train_model"]
 
@@ -84,12 +88,24 @@ class _Watch(TrainerCallback):
             self.step["routed"] += layer.routing.num_tokens
             self.step["kept"] += layer.routing.token.numel()
 
+    def _over_ranks(self) -> None:
+        """Add up what the ranks' forwards left: losses become their mean, tokens and loads their sum."""
+        if (size := num_ranks()) == 1:
+            return
+        self.step_load = {name: load.clone() for name, load in self.step_load.items()}
+        values = torch.tensor(list(self.step.values()), dtype=torch.float64)
+        sum_over_ranks(values)
+        self.step = dict(zip(self.step, values.tolist(), strict=True))
+        for name in ("loss", "aux_loss", "steps"):
+            self.step[name] /= size
+        sum_over_ranks(*self.step_load.values())
+
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: PreTrainedModel = kwargs["model"]
         expect_steps(model, state.max_steps)
         if state.global_step == 0:
             self._evaluate(model, 0)
-        if self.metrics.echo is None:
+        if self.metrics.echo is None and is_first_rank():
             self.bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
@@ -111,6 +127,7 @@ class _Watch(TrainerCallback):
             self._alarm(step, "the loss or the gradient is not finite: the step was skipped")
         else:
             update_routers(model)
+            self._over_ranks()
             self._count(step)
         self.seconds += time.perf_counter() - self.began
         if step % self.log_every == 0 or last:
@@ -119,6 +136,9 @@ class _Watch(TrainerCallback):
             self.bar.update()
         if step % self.eval_every == 0 or last:
             self._evaluate(model, step)
+        stop = torch.tensor(int(self.stop))
+        sum_over_ranks(stop)  # whoever was asked
+        self.stop = bool(stop)
         if self.stop and not last:
             control.should_save = control.should_training_stop = True
         self.saving = control.should_save
@@ -136,7 +156,8 @@ class _Watch(TrainerCallback):
 
     def _alarm(self, step: int, text: str) -> None:
         self.metrics.write(kind="alarm", model=self.name, step=step, what=text)
-        tqdm.write(f"{self.name} model, step {step}: {text}", file=sys.stderr)
+        if is_first_rank():
+            tqdm.write(f"{self.name} model, step {step}: {text}", file=sys.stderr)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         memory = {
@@ -149,14 +170,22 @@ class _Watch(TrainerCallback):
             "skipped": self.guard.skipped,
         }
         part = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if name := not_finite(kwargs["model"], kwargs["optimizer"]):
-            shutil.rmtree(part)
+        bad = torch.tensor(int(bool(name := not_finite(kwargs["model"], kwargs["optimizer"]))))
+        sum_over_ranks(bad)
+        if bad:
+            first_does(partial(shutil.rmtree, part))
+            name = name or "a part of the model on another rank"
             self._alarm(state.global_step, f"{name} is not finite: no checkpoint")
             self.saving = False
             return
-        (part / MEMORY).write_text(json.dumps(memory), encoding="utf-8")
-        self.checkpoints.add(part)
+        text = json.dumps(memory)
+        first_does(partial(self._keep, part, text))
         self.saving = False
+
+    def _keep(self, part: Path, memory: str) -> None:
+        """Complete a checkpoint that was written aside, and put it in its place."""
+        (part / MEMORY).write_text(memory, encoding="utf-8")
+        self.checkpoints.add(part)
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint's memory."""
@@ -238,7 +267,7 @@ def _lr(scheduler: Any) -> float:
     return float(scheduler.get_last_lr()[0])
 
 
-class _Trainer(Trainer):
+class _Trainer(ShardedTrainer):
     """A Trainer that takes the data in its given order and shows each step's losses to its watch.
 
     Where a router trains by several passes, the loss is the sum of theirs and alpha times their disagreement.
@@ -343,7 +372,7 @@ def train_model(
     )
     trainer.watch = watch
     trainer.remove_callback(_printer())
-    checkpoint = checkpoints.newest()
+    checkpoint = first_does(checkpoints.newest)
     if checkpoint is not None:
         watch.restore(checkpoint)
     else:
@@ -363,7 +392,8 @@ def train_model(
     finally:
         if watch.bar is not None:
             watch.bar.close()
-        shutil.rmtree(checkpoints.partial, ignore_errors=True)
+        if is_first_rank():
+            shutil.rmtree(checkpoints.partial, ignore_errors=True)
     if watch.stop and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"{name} model, step {trainer.state.global_step} of {trainer.state.max_steps}")
     return {"seconds": watch.seconds, "peak_rss_bytes": peak_rss_bytes()}

@@ -1,0 +1,123 @@
+"""Decisions over all ranks' tokens are those of one process with the whole batch."""
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import shunter
+from shunter import parallel
+from shunter.errors import UserError
+from tests.conftest import SEED
+from tests.helpers import on_ranks
+from tests.parallel.models import DIM, difference, gradients, layer
+
+BALANCED = {"load_balancing_loss": 0.1, "z_loss": 0.01, "importance_loss": 0.1}
+CASES = {
+    "base": {},
+    "sinkhorn": {},
+    "expert_choice": {"capacity_factor": 2.0},
+    "two_sided": {},
+    "gshard": {"load_balancing_loss": 0.1},
+    "switch": {"capacity_factor": 0.75, "jitter": 0.0, **BALANCED},
+    "topk": {"top_k": 2, "capacity_factor": 0.75, "capacity_order": "batch", **BALANCED},
+    "topk, random": {"top_k": 2, "capacity_factor": 0.75, "capacity_order": "random", **BALANCED},
+    "topk, probability": {"top_k": 2, "capacity_factor": 0.75, "capacity_order": "probability", **BALANCED},
+    "deepseek": {"top_k": 2, "selection_bias": True},
+}
+SHARES = {2: (5, 0), 4: (4, 7, 0, 3)}  # sequences of a rank
+
+
+def _known(batches, rank):
+    """What a rank's layer is told: the padding of its sequences, where it has some."""
+    return {"mask": batches[rank][1]} if rank % 2 == 0 or len(batches) == 2 else {}
+
+
+def _compare(mesh, name, options):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    moe = layer(name.split(",")[0], **options).train()
+    alone = copy.deepcopy(moe)
+    batches = []
+    for sequences in SHARES[size]:
+        mask = torch.rand(sequences, 6) < 0.8
+        batches.append((torch.randn(sequences, 6, DIM, dtype=torch.float64), mask))
+    parallel.shard_experts(parallel.decide_globally(moe), mesh)
+    state = torch.get_rng_state()
+    drawn = int(torch.randint(2**62, ()))
+    torch.set_rng_state(state)
+    assign = alone.router.assign
+
+    def seeded(logits, context):
+        with torch.random.fork_rng():
+            torch.manual_seed(drawn)
+            return assign(logits, context)
+
+    alone.router.assign = seeded
+    whole = torch.cat([x for x, _ in batches]).requires_grad_()
+    told = {}
+    if any(_known(batches, r) for r in range(size)):
+        masks = [_known(batches, r).get("mask", torch.ones_like(batches[r][1])) for r in range(size)]
+        told = {"mask": torch.cat(masks)}
+    y = alone(whole, **told)
+    (y.square().sum() / whole[..., 0].numel() + shunter.aux_loss(alone)).backward()
+    x = batches[rank][0].clone().requires_grad_()
+    out = moe(x, **_known(batches, rank))
+    (size * out.square().sum() / whole[..., 0].numel() + shunter.aux_loss(moe)).backward()
+    parallel.average_gradients(moe, mesh)
+    first = sum(SHARES[size][:rank])
+    rows = slice(first, first + SHARES[size][rank])
+    triples = _triples(alone.routing, 6 * first, 6 * rows.stop) == _triples(moe.routing, 0, 6 * len(x), 6 * first)
+    losses = {key: (float(value), float(moe.losses[key])) for key, value in alone.losses.items()}
+    gap = max([0.0, *(abs(a - b) / max(abs(a), 1e-9) for a, b in losses.values())])
+    found = {"out": out.detach(), "x": x.grad / size}
+    expected = {"out": y.detach()[rows], "x": whole.grad[rows]}
+    return triples, max(gap, difference(found, expected), difference(gradients(moe), gradients(alone)))
+
+
+def _triples(routing, first, last, shift=0):
+    parts = [routing] if routing.dropped is None else [routing, routing.dropped]
+    return [
+        [
+            (t + shift, e)
+            for t, e in zip(part.token.tolist(), part.expert.tolist(), strict=True)
+            if first <= t < last or shift
+        ]
+        for part in parts
+    ]
+
+
+def decisions(mesh):
+    """By router: whether this rank keeps the triples of one process, and how far outputs, losses and gradients are."""
+    found = {}
+    for name, options in CASES.items():
+        torch.manual_seed(SEED)
+        found[name] = _compare(mesh, name, options)
+    return found
+
+
+def _on_rank(rank, seed, expert_parallel):
+    warnings.simplefilter("ignore")
+    return decisions(parallel.mesh(expert_parallel=expert_parallel))
+
+
+def decide_as_one_process(results):
+    for rank, found in enumerate(results):
+        for name, (triples, gap) in found.items():
+            assert triples, f"{name}: rank {rank} keeps other triples"
+            assert gap < 1e-12, (rank, name, gap)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expert_parallel", [1, 2, 4])
+def test_four_ranks_decide_as_one_process(expert_parallel):
+    os.environ["SHUNTER_SEED"] = str(SEED)
+    decide_as_one_process(on_ranks(_on_rank, 4, SEED, expert_parallel, start="spawn"))
+
+
+@pytest.mark.parametrize("name, words", [("soft_moe", "mixes tokens into slots"), ("reinforce", "learns by reward")])
+def test_what_has_no_scope_of_all_ranks_is_refused(name, words):
+    with pytest.raises(UserError, match=words):
+        parallel.decide_globally(layer(name))

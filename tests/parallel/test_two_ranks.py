@@ -1,0 +1,35 @@
+"""Every quick case of several processes, in one group of two."""
+
+import os
+import warnings
+
+import torch
+
+from shunter import parallel
+from tests.conftest import SEED
+from tests.helpers import on_ranks
+from tests.parallel import test_checkpoint, test_scope, test_sharding
+
+
+def _on_rank(rank, seed, path):
+    assert seed == SEED, "the ranks draw alike"
+    warnings.simplefilter("ignore")
+    mesh = parallel.mesh(expert_parallel=2, timeout=60)
+    found = {}
+    for name, arguments in test_sharding.QUICK.items():
+        torch.manual_seed(SEED)
+        found[name] = getattr(test_sharding, name)(mesh, *arguments)
+    return found, test_scope.decisions(mesh), test_checkpoint.folders(rank, seed, path)
+
+
+def test_two_ranks(tmp_path, subtests):
+    os.environ["SHUNTER_SEED"] = str(SEED)  # of the spawned processes
+    sharded, decided, saved = zip(*on_ranks(_on_rank, 2, SEED, tmp_path, start="spawn"), strict=True)
+    for check in test_sharding.CHECKS:
+        with subtests.test(msg=check.__name__):
+            check(sharded)
+    with subtests.test(msg="decide_as_one_process"):
+        test_scope.decide_as_one_process(decided)
+    for check in test_checkpoint.CHECKS:
+        with subtests.test(msg=check.__name__):
+            check(tmp_path, saved)

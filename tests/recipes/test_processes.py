@@ -1,0 +1,105 @@
+"""`shunter train` on several processes: the curve of one, resumed to the end, and a lost process named."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers import TIME_LIMIT
+from tests.recipes.conftest import SMALL
+
+# Balance losses are means over a rank's own tokens, so that curves are compared without.
+SETTINGS = [*SMALL, "training.save_every=3", "training.log_every=1", "sparse.options={load_balancing_loss: 0.0}"]
+TWO = ["parallel.processes=2", "parallel.expert_parallel=2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def _train(corpus, run, *words, launcher=(), steps=8, wait=True):
+    # torchrun takes --run for the beginning of an option of its own, unless told where its own end.
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        *(["--"] if launcher else []),
+        "shunter",
+        "train",
+        "text",
+        "--run",
+        str(run),
+        *words,
+    ]
+    if "--resume" not in words:
+        command += ["--data", str(corpus), *SETTINGS, f"training.steps={steps}"]
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    if not wait:
+        return process
+    out, error = process.communicate(timeout=TIME_LIMIT)
+    return process.returncode, out + error
+
+
+def _losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {(line["model"], line["kind"], line["step"]): line.get("loss") for line in lines if line["kind"] != "load"}
+    assert len(found) == sum(line["kind"] != "load" for line in lines), "each line once"
+    return found
+
+
+def _same(one, other):
+    assert one.keys() == other.keys()
+    for key, loss in one.items():
+        assert loss == pytest.approx(other[key], rel=1e-5), key
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_curve_of_one(corpus, tmp_path):
+    assert _train(corpus, tmp_path / "one")[0] == 0
+    status, said = _train(corpus, tmp_path / "two", *TWO)
+    assert status == 0, said
+    assert said.count("Held-out loss") == 1, "one process speaks"
+    _same(_losses(tmp_path / "two"), _losses(tmp_path / "one"))
+    status, said = _train(corpus, tmp_path / "three", TWO[1], launcher=TORCHRUN)
+    assert status == 0, said
+    assert _losses(tmp_path / "three") == _losses(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_named_and_the_run_goes_on(corpus, tmp_path):
+    steps = 60
+    process = _train(corpus, tmp_path / "run", *TWO, steps=steps, wait=False)
+    end = time.monotonic() + TIME_LIMIT
+    folder = tmp_path / "run" / "checkpoints" / "sparse"
+    while time.monotonic() < end and not list(folder.glob("checkpoint-*")) and process.poll() is None:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    victim = max(map(int, children.stdout.split()))
+    os.kill(victim, signal.SIGKILL)
+    said = process.communicate(timeout=TIME_LIMIT)[1]
+    assert process.returncode == 1
+    line = said.strip().splitlines()[-1]
+    assert re.search(rf"rank 1 of 2, process {victim}, was killed by SIGKILL", line), said
+    status, said = _train(corpus, tmp_path / "run", "--resume")
+    assert status == 0, said
+    assert _train(corpus, tmp_path / "whole", *TWO, steps=steps)[0] == 0
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["parallel.expert_parallel=3"], "parallel.expert_parallel 3 must divide sparse.num_experts 4"),
+        (["parallel.expert_parallel=2", "parallel.processes=3"], "must divide parallel.processes 3"),
+        (["parallel.expert_parallel=2"], "must divide the number of processes, 1"),
+    ],
+)
+def test_settings_that_do_not_fit(corpus, tmp_path, capsys, settings, words):
+    from shunter.cli import main
+
+    assert main(["train", "text", "--data", str(corpus), "--run", str(tmp_path / "run"), *SETTINGS, *settings]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
