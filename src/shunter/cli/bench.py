@@ -37,7 +37,10 @@ def add_verbs(verbs: Any) -> None:
     deciding.add_argument("--shape", help="T,d,f,E,1 (default: 4096,512,256,64,1); k is the router's own")
     deciding.add_argument("--routers", nargs="+", help="default: all")
     deciding.set_defaults(rounds=11, measure=_bench_routers)
-    for each in (experts, finetune, gpu, deciding):
+    offload = benches.add_parser("offload", help="decoding with experts on disk, next to all in memory and to a map")
+    offload.add_argument("--folder", type=Path, help="where the model's file is made (default: with temporary files)")
+    offload.set_defaults(rounds=5, measure=_bench_offload)
+    for each in (experts, finetune, gpu, deciding, offload):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -82,6 +85,13 @@ def _bench_finetune(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool
 
     found = bench(rounds=args.rounds, say=_progress)
     return found, markdown(found), True
+
+
+def _bench_offload(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from ..benchmarks.offload import bench, markdown, right
+
+    found = bench(rounds=args.rounds, folder=args.folder, say=_progress)
+    return found, markdown(found), right(found)
 
 
 def _bench_routers(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:

@@ -11,12 +11,14 @@ from .checkpoints.loading import from_pretrained
 from .checkpoints.upcycling import upcycle
 from .observe.records import RoutingRecord
 from .observe.replaying import record, replay
+from .offloading import offload
 from .sparsifying import sparsify
 
 __all__ = [
     "RoutingRecord",
     "export",
     "from_pretrained",
+    "offload",
     "record",
     "replay",
     "sparsify",
