@@ -35,6 +35,8 @@ CONTESTANTS = {"all in memory": 1.0, "offload 2/3": 2 / 3, "offload 1/3": 1 / 3,
 TARGETS = {"offload 2/3": 0.85, "offload 1/3": 0.5}
 """Of the speed of all in memory."""
 
+SLACK = 8 * 2**20  # bytes of anonymous memory beside the experts: threads that read, and what they need
+
 _START_SECONDS = 300  # a process that has not answered by then has failed
 
 
@@ -387,8 +389,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def right(found: dict[str, Any]) -> bool:
-    """Whether every contestant gave the same bits, and those that are offloaded kept within their memory."""
+    """Whether every contestant gave the same bits, and offloaded experts kept within their memory and `SLACK`."""
     ran = {name: row for name, row in found["results"].items() if "refused" not in row}
-    besides = ran["all in memory"]["rss_anon_bytes"]  # the cache of keys and values
-    bounded = all(row["rss_anon_bytes"] <= row["limit_bytes"] + besides for n, row in ran.items() if n in TARGETS)
+    bounded = all(row["rss_anon_bytes"] <= row["limit_bytes"] + SLACK for name, row in ran.items() if name in TARGETS)
     return bounded and all(row["same_bits"] for row in ran.values())
