@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import Diverged, Interrupted, NotWritten, escaped, one_line
-from . import bench, convert, law, look, train
+from . import bench, convert, law, look, plan, train
 
 __all__ = ["main"]
 
@@ -55,6 +55,6 @@ def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shunter", description="Sparse expert models: train, look, continue.")
     verbs = parser.add_subparsers(dest="name", required=True, metavar="verb")
-    for group in (train, convert, look, law, bench):
+    for group in (train, convert, look, law, bench, plan):
         group.add_verbs(verbs)
     return parser
