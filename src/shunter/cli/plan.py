@@ -1,4 +1,4 @@
-"""The verbs that plan: simulate."""
+"""The verbs that plan: simulate, advise."""
 
 from __future__ import annotations
 
@@ -50,10 +50,24 @@ def add_verbs(verbs: Any) -> None:
     )
     simulate.add_argument("--fp8", action="store_true", help="dispatch in one byte a number")
     simulate.add_argument("--check", action="store_true", help="published measurements next to what is predicted")
+    simulate.add_argument("--ledger", action="store_true", help="parameters and FLOPs of published models, counted")
     simulate.add_argument("--list", action="store_true", help="the models and clusters that are described here")
     simulate.add_argument("--out", type=Path, help="the folder (default: runs/simulate-NAME)")
     simulate.add_argument("--json", action="store_true", help="JSON to standard output instead of the table")
     simulate.set_defaults(verb=_simulate)
+
+    advise = verbs.add_parser(
+        "advise",
+        help="sparse or dense, how many experts, how often, which capacity, for a budget; and why",
+        epilog="By the simulator, and the scaling law of routed models: an estimate of pre-training's loss.",
+    )
+    advise.add_argument("--flops", required=True, help="of the whole training, as 1e21")
+    advise.add_argument("--memory", required=True, help="of a device, as 80GiB")
+    advise.add_argument("--devices", type=int, required=True, help="how many")
+    advise.add_argument("--bandwidth", required=True, help="bytes/s of a device to others, as 50GB")
+    advise.add_argument("--device-flops", default="9.89e14", help="peak FLOP/s of a device (default: an H100's)")
+    advise.add_argument("--json", action="store_true", help="all that was compared, to standard output")
+    advise.set_defaults(verb=_advise)
 
 
 def counts(text: str) -> list[int]:
@@ -106,6 +120,8 @@ def _simulate(args: argparse.Namespace) -> int:
         return 0
     if args.check:
         return _check(args)
+    if args.ledger:
+        return _ledger(args)
     if args.model is None:
         raise UserError(f"name a model, as in: shunter simulate {names('models')[0]}; --list has them all")
     from ..analysis.pages.simulate_figures import sweep_figure
@@ -203,4 +219,48 @@ def _check(args: argparse.Namespace) -> int:
         write(args.out / "simulate-published.json", json.dumps(found, indent=1) + "\n")
         write(args.out / "simulate-published.md", text)
     sys.stdout.write(json.dumps(found) + "\n" if args.json else text)
+    return 0
+
+
+def _ledger(args: argparse.Namespace) -> int:
+    from ..simulate.ledger import ledger, markdown
+
+    rows = ledger()
+    if args.out:
+        make_folder(args.out)
+        write(args.out / "simulate-ledger.json", json.dumps(rows, indent=1) + "\n")
+        write(args.out / "simulate-ledger.md", markdown(rows))
+    sys.stdout.write(json.dumps(rows) + "\n" if args.json else markdown(rows))
+    return 0
+
+
+def _advise(args: argparse.Namespace) -> int:
+    from ..simulate.advise import Budget, advise
+
+    if not 1 <= args.devices <= _MOST:
+        raise UserError(f"--devices {args.devices} must be from 1 to {_MOST:,}")
+    budget = Budget(
+        quantity(args.flops, "--flops"),
+        quantity(args.memory, "--memory"),
+        args.devices,
+        quantity(args.bandwidth, "--bandwidth"),
+        quantity(args.device_flops, "--device-flops"),
+    )
+    found = advise(budget)
+    if args.json:
+        rows = [choice.row() for choice in found.choices]
+        print(json.dumps({"budget": asdict(budget), "days": found.days, "reasons": found.reasons, "choices": rows}))
+        return 0
+    best = found.best
+    if best.experts == 1:
+        print("A dense model.")
+    else:
+        layout = best.step.layout
+        blocks = {1.0: "every block", 0.5: "every second block", 0.25: "every fourth block"}[best.frequency]
+        print(
+            f"A sparse model: {best.experts} experts in {blocks}, capacity factor {best.capacity_factor:g}; "
+            f"ep {layout.ep}, pp {layout.pp}, tp {layout.tp}."
+        )
+    for reason in found.reasons:
+        print(f"- {reason}")
     return 0
