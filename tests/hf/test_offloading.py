@@ -235,6 +235,8 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path):
             lose()
     with pytest.raises(UserError, match="in a file"):
         model.save_pretrained(tmp_path / "copy")
+    with pytest.raises(UserError, match="load the model before it is offloaded"):
+        model.load_state_dict(load_folder(folder).state_dict())
     with pytest.raises(UserError, match="stay in torch.float32 on the CPU"):
         model.to(torch.bfloat16)
     assert model.to("cpu", torch.float32) is model

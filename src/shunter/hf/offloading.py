@@ -294,6 +294,7 @@ def _install(residency: Residency, name: str, module: Any, sources: dict[str, So
     module.forward = forward
     module._apply = partial(_stay, module)
     module.register_state_dict_pre_hook(_refuse_saving)
+    module.register_load_state_dict_pre_hook(_refuse_loading)
 
 
 def _chosen(module: Any, *args: Any, **kwargs: Any) -> list[int]:
@@ -314,6 +315,13 @@ def _refuse_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise UserError(
         f"offload: {prefix}down_proj and its like are in a file, and only some experts in memory; save the model "
         "before it is offloaded"
+    )
+
+
+def _refuse_loading(module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
+    raise UserError(
+        f"offload: {prefix}down_proj and its like are read from a file, which nothing can be loaded into; load the "
+        "model before it is offloaded"
     )
 
 

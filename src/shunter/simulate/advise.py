@@ -195,14 +195,15 @@ def _reasons(budget: Budget, found: list[Choice], dense: Choice, size: float, da
             f"Sparse: in the same time {_named(chosen)} act as {_many(chosen.effective)} dense parameters and see "
             f"{chosen.tokens / dense.tokens:.0%} of the tokens: loss {chosen.loss:.3f}."
         )
+        times, worth = chosen.parameters / dense.parameters, chosen.effective / chosen.parameters
         said.append(
-            f"It holds {_many(chosen.parameters)} parameters for that, {chosen.parameters / dense.parameters:.1f} times "
-            f"the dense model's: a parameter of it is worth {chosen.effective / chosen.parameters:.2f} of a dense one, so "
-            "where memory and not computing is what there is little of, dense is better."
+            f"It holds {_many(chosen.parameters)} parameters for that, {times:.1f} times the dense model's: one of "
+            f"them is worth {worth:.2f} of a dense one, so where memory and not computing is short, dense is better."
         )
         few = [choice for choice in sparse if choice.experts == 2]
         if few and chosen.experts > 2:
-            said.append(f"Two experts already reach {few[0].loss:.3f}.")
+            pay = "already help" if few[0].loss < dense.loss else "alone do not pay for their routing here"
+            said.append(f"Two experts {pay}: loss {few[0].loss:.3f}.")
         often = {choice.frequency: choice for choice in reversed(sparse) if choice.experts == chosen.experts}
         for f in sorted(often):
             if f != chosen.frequency:
@@ -216,8 +217,8 @@ def _reasons(budget: Budget, found: list[Choice], dense: Choice, size: float, da
         few = [choice for choice in sparse if choice.experts == 64]
         if chosen.experts > 64 and few:
             said.append(
-                f"This is the loss of pre-training: models that were fine-tuned or asked with few examples did best with "
-                f"at most 64 experts (arXiv 2209.01667, section 3.3), which reach {few[0].loss:.3f}."
+                "This is the loss of pre-training: models that were fine-tuned or asked with few examples did best "
+                f"with at most 64 experts (arXiv 2209.01667, section 3.3), which reach {few[0].loss:.3f}."
             )
     elif sparse:
         nearest = sparse[0]

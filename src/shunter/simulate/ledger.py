@@ -54,6 +54,8 @@ def _note(model: ModelShape, published: float) -> str:
         return (
             f"the paper rounds: experts alone are {experts / 1e9:.0f} B; sizes of attention are not published in full"
         )
+    if model.name == "Switch-Large":
+        return "the shape makes more than the paper states; not explained"
     if abs(model.total / published - 1) > 0.01:
         return "the paper states a rounded number"
     return ""
@@ -66,7 +68,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         "Written by `shunter simulate --ledger`, from the shapes in `src/shunter/simulate/models/`. Matrices are "
         "counted (attention, blocks, experts, routers, embeddings of input and output), norms and biases are not; of a "
-        "token those that multiply for it. FLOPs are of one token forward, scores over half of the sequence.",
+        "token those that multiply for it, in encoder and decoder together. FLOPs are of one token forward, scores "
+        "over half of the sequence.",
         "",
         "| model | parameters | published | error | of which experts | of a token | GFLOP a token | |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
