@@ -136,6 +136,19 @@ def test_what_changed_in_memory_since_it_was_loaded_is_what_computes(tmp_path):
     assert torch.equal(offload(model, 10**6)(ids).logits, expected)
 
 
+def test_inference_mode_and_autocast_in_any_order(tmp_path):
+    folder = save(build("qwen3_moe"), tmp_path)
+    whole, ids = load_folder(folder), torch.randint(3, VOCAB, (2, 9))
+    modes = [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad]
+    for memory in (15_000, 60_000):
+        model = offload(folder, memory)
+        for mode in random.choices(modes, k=6):
+            with torch.no_grad(), mode():
+                expected = whole(ids).logits
+            with mode():
+                assert torch.equal(model(ids).logits, expected)
+
+
 def rss_anon():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))

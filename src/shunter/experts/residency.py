@@ -389,7 +389,8 @@ class Residency:
             before, counts = self._last[1], self._followed[self._last[0]]
             if counts is None:
                 shape = self._layers[self._last[0]].num_experts, 1 + self._layers[layer].num_experts
-                counts = self._followed[self._last[0]] = torch.zeros(shape)
+                with torch.inference_mode(False):  # what inference mode makes could not be written to outside of it
+                    counts = self._followed[self._last[0]] = torch.zeros(shape)
             counts *= 0.99  # what was long ago counts less
             counts[before, 0] += 1
             counts[torch.tensor(before)[:, None], 1 + torch.tensor(experts)] += 1
@@ -410,7 +411,7 @@ class Residency:
         """The layer's stacks in a temporary file, with these experts."""
         with self._state:
             self.misses += len(experts)
-        own = {key: parameter.data for key, parameter in stacks.parameters.items()}
+        own = {key: pages.tensor for key, pages in stacks.pages.items()}
         with tempfile.TemporaryFile(prefix="shunter-experts-") as file:
             bounds, end = {}, 0
             for key, pages in stacks.pages.items():
@@ -425,14 +426,16 @@ class Residency:
                 at = {key: start + e * stacks.pages[key].stride for key, (start, _) in bounds.items()}
                 stacks.read(e, {key: whole[a : a + stacks.pages[key].stride] for key, a in at.items()})
                 self.read_bytes += stacks.expert_bytes
-            for key, (start, _) in bounds.items():
-                like = own[key]
-                there = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=start)
-                stacks.parameters[key].data = there.view(like.shape)
+            with torch.inference_mode(False):
+                for key, (start, _) in bounds.items():
+                    like = own[key]
+                    there = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=start)
+                    stacks.parameters[key].data = there.view(like.shape)
             yield
         finally:
-            for key, data in own.items():
-                stacks.parameters[key].data = data
+            with torch.inference_mode(False):
+                for key, data in own.items():
+                    stacks.parameters[key].data = data
             whole.release()
 
 
