@@ -13,7 +13,7 @@ from .routing import Routing
 
 if TYPE_CHECKING:
     from . import hf, parallel
-    from .hf import RoutingRecord, export, from_pretrained, quantize, record, replay, sparsify, upcycle
+    from .hf import RoutingRecord, export, from_pretrained, offload, quantize, record, replay, sparsify, upcycle
     from .training.balance import BalanceWarning
     from .training.trainer import BalanceCallback
 
@@ -35,6 +35,7 @@ __all__ = [
     "losses",
     "mixtures",
     "moe_layers",
+    "offload",
     "parallel",
     "quantize",
     "record",
@@ -57,6 +58,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".training.trainer", __name__).BalanceCallback
     if name == "BalanceWarning":
         return importlib.import_module(".training.balance", __name__).BalanceWarning
-    if name in ("RoutingRecord", "export", "from_pretrained", "quantize", "record", "replay", "sparsify", "upcycle"):
+    if name in __all__ and name in importlib.import_module(".hf", __name__).__all__:
         return getattr(importlib.import_module(".hf", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -188,6 +188,8 @@ def test_saved_runs_evaluate_to_the_same_numbers_and_continue_prompts(run, capsy
             assert main(args) == 0
             texts.append(capsys.readouterr().out)
         assert texts[0] == texts[1] and texts[0].startswith("abc")
+    assert main([*args, "--memory", "300kB"]) == 0
+    assert capsys.readouterr().out == texts[0]
 
 
 @pytest.mark.parametrize(

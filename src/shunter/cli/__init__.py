@@ -13,7 +13,7 @@ from typing import Any
 
 from ..durable import NO_ROOM, why_not_written
 from ..errors import Diverged, Interrupted, LostRank, NotWritten, escaped, one_line
-from . import bench, convert, law, look, reproduce, train
+from . import bench, convert, law, look, plan, reproduce, train
 
 __all__ = ["main"]
 
@@ -72,6 +72,6 @@ def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shunter", description="Sparse expert models: train, look, continue.")
     verbs = parser.add_subparsers(dest="name", required=True, metavar="verb")
-    for group in (train, convert, look, law, reproduce, bench):
+    for group in (train, convert, look, law, reproduce, bench, plan):
         group.add_verbs(verbs)
     return parser

@@ -58,7 +58,10 @@ def add_verbs(verbs: Any) -> None:
     several.add_argument("--shapes", nargs="+", help="of S1 to S6, or T,d,f,E,k (default: S1 to S3)")
     several.add_argument("--processes", type=int, default=2, help="which share the experts (default: 2)")
     several.set_defaults(rounds=11, measure=_bench_parallel)
-    for each in (experts, finetune, gpu, deciding, layer, lora, quantised, several):
+    offload = benches.add_parser("offload", help="decoding with experts on disk, next to all in memory and to a map")
+    offload.add_argument("--folder", type=Path, help="where the model's file is made (default: with temporary files)")
+    offload.set_defaults(rounds=5, measure=_bench_offload)
+    for each in (experts, finetune, gpu, deciding, layer, lora, offload, quantised, several):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -111,6 +114,13 @@ def _bench_lora(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
     if args.rank < 1:
         raise UserError(f"--rank {args.rank} must be at least 1")
     found = bench(args.rank, rounds=args.rounds, say=_progress)
+    return found, markdown(found), right(found)
+
+
+def _bench_offload(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from ..benchmarks.offload import bench, markdown, right
+
+    found = bench(rounds=args.rounds, folder=args.folder, say=_progress)
     return found, markdown(found), right(found)
 
 

@@ -86,6 +86,8 @@ def add_verbs(verbs: Any) -> None:
     evaluate.add_argument(
         "--dropless", action="store_true", help="drop no token, whatever the capacity was in training"
     )
+    within = "what the sparse model's experts may take of memory, as 8GiB; the others stay in their file"
+    evaluate.add_argument("--memory", help=within)
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(verb=_eval)
 
@@ -96,6 +98,7 @@ def add_verbs(verbs: Any) -> None:
     generate.add_argument("--max-new-tokens", type=int, default=100)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--memory", help=within)
     generate.set_defaults(verb=_generate)
 
 
@@ -218,10 +221,12 @@ def _eval(args: argparse.Namespace) -> int:
     from .calibrate import calibrate
 
     if args.calibration:
+        if args.memory:
+            raise UserError("--memory is not for --calibration, which loads the whole model")
         return calibrate(args)
     if args.data or args.out:
         raise UserError("--data and --out are for --calibration; a run is evaluated on its own data")
-    found = evaluate_run(args.run, without_drops=args.dropless)
+    found = evaluate_run(args.run, without_drops=args.dropless, memory=args.memory)
     for which, said in ({} if args.dropless else summarised(args.run)).items():
         if not math.isclose(found[which]["loss"], said, rel_tol=_SAME):
             now = found[which]["loss"]
@@ -241,5 +246,6 @@ def _eval(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from ..recipes.text import generate
 
-    print(generate(args.run, args.model, args.prompt, args.max_new_tokens, args.temperature, args.seed))
+    said = generate(args.run, args.model, args.prompt, args.max_new_tokens, args.temperature, args.seed, args.memory)
+    print(said)
     return 0

@@ -12,6 +12,7 @@ from .checkpoints.upcycling import upcycle
 from .distribute import distribute
 from .observe.records import RoutingRecord
 from .observe.replaying import record, replay
+from .offloading import offload
 from .quantising import quantize
 from .sparsifying import sparsify
 
@@ -20,6 +21,7 @@ __all__ = [
     "distribute",
     "export",
     "from_pretrained",
+    "offload",
     "quantize",
     "record",
     "replay",

@@ -31,6 +31,7 @@ from ..environment import run_versions
 from ..errors import Diverged, UserError, one_line
 from ..hf.checkpoints.reading import read_json
 from ..hf.distribute import distribute
+from ..hf.offloading import offload
 from ..moe import dropless, moe_layers, tell
 from ..parallel.checkpoint import first_does, together
 from ..parallel.processes import mesh
@@ -468,8 +469,13 @@ def configuration_of(run: Path) -> tuple[Recipe[Any, Any], Any]:
     return recipe, load_config(recipe.config, run / "config.yaml", [])
 
 
-def load_model(run: Path, which: str) -> PreTrainedModel:
+def load_model(run: Path, which: str, memory: str | None = None) -> PreTrainedModel:
     """A trained model of a run folder, in evaluation mode.
+
+    Args:
+        run: the folder.
+        which: "dense" or "sparse".
+        memory: what the experts of the sparse one may take of it, as `shunter.offload` has it; None for all.
 
     Raises:
         UserError: where the run has no such model (yet).
@@ -479,21 +485,25 @@ def load_model(run: Path, which: str) -> PreTrainedModel:
     folder = run / which
     if not folder.is_dir():
         raise UserError(f"{folder} holds no trained model; `shunter train` leaves one in its run folder")
+    if memory is not None and which == "sparse":
+        model: PreTrainedModel = offload(folder, memory)
+        return model
     return recipe_of(run).load(folder)
 
 
-def evaluate_run(run: Path, *, without_drops: bool = False) -> dict[str, Any]:
+def evaluate_run(run: Path, *, without_drops: bool = False, memory: str | None = None) -> dict[str, Any]:
     """Evaluate both models of a run folder again, on the run's own held-out data.
 
     Args:
         run: the folder.
+        memory: what the sparse model's experts may take of it, as in `load_model`.
         without_drops: evaluate the sparse model by `shunter.dropless`, whatever capacity it was trained with.
 
     Raises:
         UserError: where the folder holds no finished run, or its data have changed.
         ValueError: where its router decides by its capacity, and without_drops is asked for.
     """
-    recipe, models, data = _trained_run(run, without_drops)
+    recipe, models, data = _trained_run(run, without_drops, memory)
     return {which: recipe.evaluate(model, data) for which, model in models.items()}
 
 
@@ -509,10 +519,12 @@ def calibrate_run(run: Path, *, without_drops: bool = False) -> dict[str, dict[s
     return {which: calibrations(recipe.predictions(model, data)) for which, model in models.items()}
 
 
-def _trained_run(run: Path, without_drops: bool) -> tuple[Recipe[Any, Any], dict[str, PreTrainedModel], Any]:
+def _trained_run(
+    run: Path, without_drops: bool, memory: str | None = None
+) -> tuple[Recipe[Any, Any], dict[str, PreTrainedModel], Any]:
     """The recipe, both models and the data of a finished run."""
     recipe, config = configuration_of(run)
-    models = {which: load_model(run, which) for which in MODELS}
+    models = {which: load_model(run, which, memory) for which in MODELS}
     if without_drops:
         dropless(models["sparse"])
     data: Prepared = recipe.prepare(config)

@@ -159,8 +159,18 @@ def _predictions(
             yield domain.name, logits.flatten(0, 1), ids[:, 1:].flatten()
 
 
-def generate(folder: Path, which: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
+def generate(
+    folder: Path,
+    which: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    memory: str | None = None,
+) -> str:
     """Continue a prompt with one of a run's models; temperature 0 takes the likeliest token each time.
+
+    `memory` is what the sparse model's experts may take of it, as "8GiB"; the others are read from its file.
 
     Raises:
         UserError: for a prompt that is empty or no text, a temperature out of range, a run of another recipe, and a
@@ -172,7 +182,7 @@ def generate(folder: Path, which: str, prompt: str, max_new_tokens: int, tempera
         raise UserError("the prompt is not UTF-8 text")
     if (recipe := run.recipe_of(folder)) is not RECIPE:
         raise UserError(f"{folder} is a run of {recipe.name}, which does not continue text")
-    model: Any = run.load_model(folder, which)
+    model: Any = run.load_model(folder, which, memory)
     tokenizer = load_tokenizer(folder / which)
     set_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt").input_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .folders import COMPUTED, match_names, model_class, on_meta, read_config, w
 from .formats import made_here, sparse_class, split_layers
 from .reading import Checkpoint
 
-__all__ = ["align", "from_pretrained", "load_folder", "modules_of"]
+__all__ = ["align", "from_pretrained", "load_folder", "load_without", "modules_of"]
 
 # Of the memory that torch allocates, in bytes.
 ALIGNMENT = 64
@@ -107,6 +108,35 @@ def modules_of(folder: Path) -> PreTrainedModel:
     model = on_meta(kind, config, folder)
     model.tie_weights()
     return model
+
+
+def load_without(kind: Any, path: str, absent: Collection[str], options: dict[str, Any]) -> Any:
+    """The model of a folder without some parameters, for which no memory is taken and nothing is read.
+
+    Args:
+        kind: the class of the model.
+        path: the folder, which holds those parameters too.
+        absent: their qualified names; the modules of them count as initialised.
+        options: of transformers' `from_pretrained`.
+
+    Raises:
+        UserError: as `from_pretrained`.
+    """
+    base = next(c for c in kind.__mro__ if c.__module__.startswith("transformers."))
+
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **rest: Any) -> None:
+        kind.__init__(self, config, *args, **rest)
+        for name in absent:
+            owner, _, key = name.rpartition(".")
+            module: Any = self.get_submodule(owner)
+            del module._parameters[key]
+            module._is_hf_initialized = True
+
+    ignored = [*(kind._keys_to_ignore_on_load_unexpected or ()), *(f"{re.escape(name)}$" for name in absent)]
+    members = {"__init__": __init__, "__module__": kind.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
+    model = _load(type(kind.__name__, (kind,), members), path, {"use_safetensors": True, **options})
+    model.__class__ = base  # which can be pickled
+    return model.eval()
 
 
 def _refuse_more(folder: Path, model: PreTrainedModel, checkpoint: Checkpoint, times: int) -> None:

@@ -1,0 +1,207 @@
+"""Predictions against published measurements, and the order that they must have."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+
+import pytest
+
+from shunter.cli import main
+from shunter.errors import UserError
+from shunter.simulate.clusters import load_cluster
+from shunter.simulate.files import names
+from shunter.simulate.published import check
+from shunter.simulate.shapes import load_model
+from shunter.simulate.step import Job, Layout, best, imbalance, layer_seconds, layouts, predict, sweep
+
+from ..pages import ROOT
+
+
+def test_published_measurements_are_predicted():
+    rows = check()
+    groups = itertools.groupby(rows, key=lambda row: row.source.split(",")[0].split(" 2048")[0])
+    assert all(sum(row.fitted for row in group) <= 3 for _, group in groups)
+    predictions = [row for row in rows if not row.fitted]
+    assert len(predictions) >= 26
+    failed = {row.what for row in predictions if not row.within}
+    assert failed == {"EP8 PP32 TP2, plain all-to-all", "EP8 PP8 TP4", "MoE-Base, top-2, CF 2"}  # as the page says
+    assert all(bool(row.note) == (not row.within) for row in predictions)
+    assert all(abs(row.error) < 1e-6 for row in rows if row.fitted)
+
+
+def some_cluster():
+    return load_cluster(random.choice([name for name in names("clusters") if name != "tpu-v3"]))
+
+
+@pytest.mark.parametrize("form", ["deduplicated", "flat", "two_level"])
+def test_exchanges_take_longer_with_more_of_anything_but_bandwidth(form):
+    cluster, tokens, k, ranks = (
+        some_cluster(),
+        random.randint(64, 8192),
+        random.randint(1, 8),
+        random.choice([8, 16, 64]),
+    )
+
+    def seconds(cluster=cluster, tokens=tokens, k=k, ranks=ranks, size=2048, limit=0, factor=None):
+        return cluster.exchange_seconds(tokens, k, size, ranks, limit, form, factor)
+
+    assert seconds() < seconds(tokens=2 * tokens)
+    assert seconds() < seconds(k=k + 1)
+    assert seconds() < seconds(size=4096)
+    assert seconds() <= seconds(ranks=4 * ranks)
+    assert seconds(factor=1.0) < seconds(factor=1.5)
+    slower = {name: tuple(v / 2 for v in getattr(cluster, name)) for name in ("intra", "inter")}
+    assert seconds() < seconds(cluster=replace(cluster, **slower))
+    assert seconds(ranks=1) == 0
+    if form == "deduplicated":
+        assert seconds(ranks=64, k=8, limit=2) < seconds(ranks=64, k=8)
+
+
+def test_two_levels_pay_between_16_and_2048_ranks():
+    cluster = load_cluster("a100")
+    flat, levels = (
+        [cluster.exchange_seconds(4096, 2, 4096, ranks, 0, form, 1.0) for ranks in (16, 2048)]
+        for form in ("flat", "two_level")
+    )
+    assert flat[0] < levels[0] and levels[1] < flat[1]
+
+
+def test_steps_take_longer_with_load_capacity_and_choices():
+    model, cluster, layout = load_model("qwen3-235b-a22b"), some_cluster(), Layout(256, 32, 8)
+    job = Job(2**22)
+
+    def seconds(model=model, job=job):
+        return predict(model, cluster, layout, job).seconds
+
+    assert seconds() < seconds(job=replace(job, load=1.5)) < seconds(job=replace(job, load=3.0))
+    assert seconds(replace(model, capacity_factor=1.0)) < seconds(replace(model, capacity_factor=1.25))
+    assert seconds() < seconds(replace(model, top_k=9))
+    assert seconds(job=job) < seconds(job=replace(job, shuffle=True))
+    assert seconds() < seconds(job=replace(job, recompute=True))
+    step = predict(model, cluster, layout, job)
+    assert step.shortest < step.seconds < step.longest
+    parts = ("compute", "exposed", "routing", "data", "tensor", "bubble")
+    assert step.seconds == pytest.approx(sum(getattr(step, part) for part in parts))
+
+
+def test_chance_alone_makes_the_fullest_rank_fuller():
+    assert imbalance(4096, 8, 1) == 1
+    assert 1 < imbalance(4096, 8, 8) < imbalance(64, 8, 8) < imbalance(64, 8, 64)
+    assert imbalance(64, 8, 8, capacity_factor=1.25) == 1  # its rows are there in any case
+    assert imbalance(64, 8, 8, load=2.5) == 2.5 and imbalance(64, 8, 2, load=2.5) == 2
+
+
+def test_the_best_layout_is_the_fastest_that_fits():
+    model, cluster, job = load_model("mixtral-8x7b"), some_cluster(), Job(2**20)
+    n = random.choice([16, 32, 64])
+    found = best(model, cluster, n, job)
+    every = [
+        predict(model, cluster, layout, replace(job, recompute=recompute))
+        for layout in layouts(model, cluster, n, job)
+        for recompute in (True, False)
+    ]
+    fitting = [step.seconds for step in every if step.fits]
+    assert found.fits and found.seconds == min(fitting)
+    assert not best(load_model("switch-c"), cluster, 8, job).fits
+    for step in every:
+        assert (
+            n == step.layout.dp * step.layout.tp * step.layout.pp == step.layout.edp * step.layout.ep * step.layout.pp
+        )
+
+
+def test_more_devices_take_less_time_and_memory_of_each():
+    steps = sweep(load_model("deepseek-v3"), load_cluster("h800"), [256, 512, 1024, 2048], Job(15360 * 4096))
+    assert all(a.seconds > b.seconds for a, b in itertools.pairwise(steps))
+    weak = sweep(load_model("deepseek-v3"), load_cluster("h800"), [256, 2048], Job(15360 * 4096), weak=True)
+    assert weak[0].seconds < steps[0].seconds and weak[1].seconds == steps[3].seconds
+
+
+def test_a_layer_over_two_ranks_in_closed_form():
+    alone = layer_seconds(100, 8, 16, 2, 1, 1e9, 1e-3, 1e6)
+    assert alone == {"compute": 18 * 100 * 2 * 8 * 16 / 1e9, "exchange": 0.0, "seconds": 18 * 100 * 2 * 8 * 16 / 1e9}
+    two = layer_seconds(100, 8, 16, 2, 2, 1e9, 1e-3, 1e6)
+    assert two["exchange"] == pytest.approx(4 * (1e-3 + 100 * 2 / 2 * 8 * 4 / 1e6))
+
+
+def test_layouts_that_cannot_be_are_refused():
+    model, cluster = load_model("mixtral-8x7b"), load_cluster("h100")
+    for layout, message in (
+        (Layout(8, 3), "ep 3 must divide"),
+        (Layout(16, 16), "ep 16 must divide"),
+        (Layout(8, 1, 3), "no multiple of pp 3"),
+        (Layout(64, 1, 64), "more than the 32 layers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict(model, cluster, layout, Job())
+    with pytest.raises(UserError, match="no layout exists"):
+        best(model, cluster, 8, Job(100))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("efficiency: [0.5, 0.4, 0.6]", "must be a number, or"),
+        ("efficiency: 1.5", "shares, of at most 1"),
+        ("intra: 0", "intra must be above zero"),
+        ("node: 0", "node must be above zero"),
+        ("torus: 1", "torus must be true or false"),
+    ],
+)
+def test_what_describes_no_cluster(tmp_path, text, message):
+    fields = {"name": "a", "node": 8, "flops": 1.0, "efficiency": 0.5, "memory": 1.0, "memory_bandwidth": 1.0}
+    fields |= {"intra": 1.0, "inter": 1.0}
+    key, _, value = text.partition(": ")
+    lines = [f"{k}: {v}" for k, v in fields.items() if k != key] + [text]
+    (tmp_path / "c.yaml").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_cluster(str(tmp_path / "c.yaml"))
+
+
+def test_the_command(tmp_path, capsys):
+    assert (
+        main(["simulate", "qwen3-235b-a22b", "--gpus", "64..256", "--batch-tokens", "8Mi", "--out", str(tmp_path)]) == 0
+    )
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "simulate.json").read_text())
+    assert [row["devices"] for row in found["steps"]] == [64, 128, 256]
+    assert found["job"]["batch_tokens"] == 2**23 and (tmp_path / "simulate.png").stat().st_size > 10_000
+    assert f"{found['steps'][2]['tokens_per_s']:,.0f}" in said
+    fixed = ["--layout", "ep=32,pp=8,tp=2", "--recompute"]
+    rest = ["--gpus", "256", "--batch-tokens", "8Mi", "--out", str(tmp_path), "--json"]
+    assert main(["simulate", "qwen3-235b-a22b", *fixed, *rest]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"][0]["edp"] == 1
+    assert main(["simulate", "--check", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(check())
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["nowhere"], "no such file"),
+        ([], "name a model"),
+        (["mixtral-8x7b", "--gpus", "8.."], "neither a range"),
+        (["mixtral-8x7b", "--gpus", "0..8"], "neither a range"),
+        (["mixtral-8x7b", "--cluster", "nowhere"], "clusters described here"),
+        (["mixtral-8x7b", "--batch-tokens", "-3"], "no number above zero"),
+        (["mixtral-8x7b", "--batch-tokens", "0"], "no number above zero"),
+        (["mixtral-8x7b", "--load", "0.5"], "at least 1"),
+        (["mixtral-8x7b", "--layout", "ep=0"], "give sizes of ep, pp, tp"),
+        (["mixtral-8x7b", "--layout", "ep=64"], "ep 64 must divide"),
+        (["mixtral-8x7b", "--sequence-length", "0"], "must not be negative"),
+    ],
+)
+def test_what_the_command_refuses(tmp_path, capsys, args, message):
+    assert main(["simulate", *args, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_page_says_what_the_check_says():
+    predictions = [row for row in check() if not row.fitted]
+    page = (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
+    assert (
+        f"of {len(predictions)} that no figure was fitted to, {sum(row.within for row in predictions)} come out" in page
+    )
+    kept = json.loads((ROOT / "docs" / "results" / "simulate-published.json").read_text(encoding="utf-8"))
+    assert [row["predicted"] for row in kept] == pytest.approx([row.predicted for row in check()], rel=1e-6)
