@@ -14,7 +14,7 @@ import torch
 from shunter.durable import new_folder, verify
 from shunter.errors import UserError
 from shunter.recipes.config import load_config
-from shunter.recipes.sections import TextConfig
+from shunter.recipes.text import TextConfig
 from shunter.training.alarms import LoadAlarm, SpikeAlarm
 from tests.campaigns.processes import BROKEN, Points, in_child
 from tests.campaigns.runs import KINDS, STEPS, Job, fresh

@@ -31,7 +31,8 @@ def add_verbs(verbs: Any) -> None:
         epilog="Leaves inspect.html and inspect.json. Ctrl-C ends the work early and reports what there is.",
     )
     inspect.add_argument("models", nargs="+", metavar="MODEL", help="a model's folder; two: before and after")
-    inspect.add_argument("--data", nargs="+", help="text as in train, or folders of images; none: the built-in text")
+    own = "text as in train, or folders of images; none: the built-in text, or what a run of images held out"
+    inspect.add_argument("--data", nargs="+", help=own)
     inspect.add_argument("--out", type=Path, help="the report's folder (default: runs/inspect-MODEL)")
     inspect.add_argument("--tokens", type=int, default=16384, help="how many tokens to look at")
     inspect.add_argument("--length", type=int, default=128, help="tokens of a window")
@@ -119,7 +120,23 @@ def _material(subject: Inspected, data: Sequence[str] | None, tokens: int, lengt
 
     if subject.model.main_input_name == "pixel_values":
         if data is None:
-            raise UserError("this model sees images, and none are built in; give --data with a folder of images")
+            if (held_out := _held_out(subject, tokens)) is not None:
+                return held_out
+            raise UserError("this model sees images, and is of no run; give --data with a folder of images")
         return image_material(subject.model, subject.folder, data, tokens=tokens)
     domains = built_in_domains() if data is None else read_domains(data)
     return text_material(subject.model, subject.tokenizer(), domains, tokens=tokens, length=length)
+
+
+def _held_out(subject: Inspected, tokens: int) -> Material | None:
+    """The images that the run of a model held out; None where it is of no run."""
+    run = subject.folder.parent
+    if not (run / "recipe.json").is_file():
+        return None
+    from ..recipes.images import ImagesRecipe
+    from ..recipes.run import configuration_of
+
+    recipe, config = configuration_of(run)
+    if not isinstance(recipe, ImagesRecipe):
+        return None
+    return recipe.material(subject.model, recipe.prepare(config), tokens)

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["find", "names", "register"]
 
-_RECIPES: dict[str, str | Recipe[Any, Any]] = {"text": "shunter.recipes.text:RECIPE"}
+_RECIPES: dict[str, str | Recipe[Any, Any]] = {
+    "text": "shunter.recipes.text:RECIPE",
+    "images": "shunter.recipes.images:RECIPE",
+}
 
 
 def names() -> list[str]:
