@@ -29,8 +29,8 @@ from shunter.environment import run_versions
 from shunter.hf.checkpoints.gguf import unpack
 from shunter.hf.checkpoints.loading import load_folder
 from shunter.hf.checkpoints.upcycling import describe
-from shunter.recipes.sections import DataConfig, TextConfig, TrainingConfig
-from shunter.recipes.text import evaluate
+from shunter.recipes.sections import TrainingConfig
+from shunter.recipes.text import DataConfig, TextConfig, evaluate
 from shunter.training.loop import train_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,7 +2,7 @@
 
 from shunter.errors import UserError
 from shunter.recipes.config import load_config
-from shunter.recipes.sections import TextConfig
+from shunter.recipes.text import TextConfig
 from tests.campaigns.campaign import drawn
 
 VALUES = [

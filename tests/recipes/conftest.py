@@ -5,7 +5,7 @@ import random
 import pytest
 
 from shunter.recipes.config import load_config
-from shunter.recipes.sections import TextConfig
+from shunter.recipes.text import TextConfig
 
 SMALL = [
     "data.tokenizer=bytes", "data.sequence_length=16", "data.eval_windows=4", "data.eval_share=0.2",

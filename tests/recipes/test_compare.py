@@ -202,7 +202,7 @@ def test_options_are_the_routers_own(small):
         ("speech:embedding_dim=3", "needs embedding"),
         ("expert_choice", "in evaluation too, so its loss would be no causal model's; leave it out, or set"),
         ("gshard", "leave it out, evaluate it by :eval_capacity_factor=dropless, or set"),
-        ("hash:vocab_size=5", "vocab_size is that of the data's tokenizer"),
+        ("hash:vocab_size=5", "vocab_size is that of the data"),
         ("topk:top_k=true", "top_k: must not be true or false"),
         ("topk:expert_groups=true", "expert_groups=True: Input should be a valid integer"),
         ("topk:top_k=99", "top_k 99"),
@@ -222,8 +222,8 @@ def test_lists_are_options_and_commas_within_them_part_no_routers(small):
     assert specs == [
         "switch", "hme:branching=[2,2]", "gshard:eval_capacity_factor=dropless:top_k=2", "language:experts=[0,3,3]",
     ]  # fmt: skip
-    assert with_router(RECIPE, small(), specs[1]).sparse.build_router(8, 257).widths == [2, 4]
-    assert with_router(RECIPE, small(), specs[2]).sparse.build_router(8, 257).eval().leak is None
+    assert with_router(RECIPE, small(), specs[1]).sparse.build_router(8).widths == [2, 4]
+    assert with_router(RECIPE, small(), specs[2]).sparse.build_router(8).eval().leak is None
 
 
 def test_several_seeds_have_error_bars(corpus, tmp_path, capsys):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shunter import routers
 from shunter.errors import UserError
 from shunter.recipes.config import dump_config, load_config
-from shunter.recipes.sections import TextConfig
+from shunter.recipes.text import TextConfig
 from shunter.routers.registry import option_types
 
 KEYS = [
@@ -43,7 +43,7 @@ def test_files_and_overrides_combine(tmp_path):
 
 def test_options_that_are_lists(tmp_path):
     config = load_config(TextConfig, None, ["sparse={router: hme, options: {branching: [4, 6]}}"])
-    assert config.sparse.build_router(8, 257).widths == [4, 24]
+    assert config.sparse.build_router(8).widths == [4, 24]
     (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(TextConfig, tmp_path / "c.yaml", []) == config
 
@@ -79,7 +79,7 @@ def test_every_option_of_every_router_has_a_type(name):
         ("training.steps=true", ["training.steps=True", "must not be true or false"]),
         ("sparse.top_k=true", ["sparse.top_k=True", "must not be true or false"]),
         ("sparse.options={group_size: true}", ["group_size=True", "valid integer"]),
-        ("sparse={router: hash, options: {vocab_size: 5}}", ["vocab_size is that of the data's tokenizer"]),
+        ("sparse={router: hash, options: {vocab_size: 5}}", ["vocab_size is that of the data"]),
         ("training.steps=many", ["training.steps='many'", "valid integer"]),
         ("training.learning_rate=.nan", ["training.learning_rate=nan", "finite"]),
         ("model.family=lama", ["model.family='lama'", "did you mean llama?"]),

@@ -10,8 +10,7 @@ from shunter.cli import main
 from shunter.recipes.compare import compare
 from shunter.recipes.config import load_config
 from shunter.recipes.run import configuration_of, load_model
-from shunter.recipes.sections import TextConfig
-from shunter.recipes.text import RECIPE
+from shunter.recipes.text import RECIPE, TextConfig
 from shunter.training import loop
 
 from .conftest import SMALL

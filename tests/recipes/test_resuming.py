@@ -50,7 +50,7 @@ def stopped(tmp_path_factory):
         (root / f"corpus/letters/{i}.txt").write_text("abc de fgh " * 12)
         (root / f"corpus/digits/{i}.txt").write_text("12 345 6 78 " * 12)
     from shunter.recipes.config import load_config
-    from shunter.recipes.sections import TextConfig
+    from shunter.recipes.text import TextConfig
     from tests.recipes.conftest import SMALL
 
     config = load_config(TextConfig, None, [*SMALL, f"data.source=['{root / 'corpus'}']", *OPTIONS])

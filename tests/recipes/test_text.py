@@ -20,8 +20,7 @@ from shunter.recipes import registry
 from shunter.recipes.config import load_config
 from shunter.recipes.run import expert_width
 from shunter.recipes.run import train as run_recipe
-from shunter.recipes.sections import TextConfig
-from shunter.recipes.text import RECIPE, evaluate
+from shunter.recipes.text import RECIPE, TextConfig, evaluate
 from shunter.training import loop as training
 from tests.helpers import TIME_LIMIT
 

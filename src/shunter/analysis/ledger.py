@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ TRAINING_FLOPS = 3
 
 @dataclass(frozen=True)
 class Ledger:
-    """The account of a causal language model.
+    """The account of a model.
 
     Args:
         params_total: all parameters, shared ones once, embeddings included.
@@ -37,8 +38,11 @@ class Ledger:
         return sum(self.flops.values())
 
 
-def ledger(model: PreTrainedModel, sequence_length: int) -> Ledger:
-    """The ledger of a decoder-only Hugging Face language model, dense or sparsified, at a sequence length.
+def ledger(model: PreTrainedModel, sequence_length: int, once: Collection[str] = ()) -> Ledger:
+    """The ledger of a Hugging Face model with one sequence, dense or sparsified, at a length of that.
+
+    Linear maps are counted once a token, as convolutions that cut an image into patches are, but for those named in
+    `once`, which a sequence passes once (the head of a classifier).
 
     Attention scores are counted over the whole sequence, as the kernels compute them (not halved for causality). A
     router that chooses a varying number of experts counts with its mean, or with the layer's `experts_taken`; dropped
@@ -60,9 +64,9 @@ def ledger(model: PreTrainedModel, sequence_length: int) -> Ledger:
             flops[part] += count
         inactive += layer.inactive_parameters(sequence_length)
     inside = {id(part) for layer in layers for part in layer.modules()}
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside:
-            flops["projections"] += 2 * module.weight.numel()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D | nn.Conv2d) and id(module) not in inside:
+            flops["projections"] += 2 * module.weight.numel() / (sequence_length if name in once else 1)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     flops["attention"] = config.num_hidden_layers * 2 * 2 * sequence_length * heads * head_dim

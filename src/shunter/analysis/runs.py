@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .. import metrics
 from ..durable import write
 from ..errors import NotWritten, UserError
+from .exhibits import EXHIBITS, Exhibit, read_exhibits
 from .ledger import TRAINING_FLOPS
 
 __all__ = ["Metrics"]
@@ -45,6 +46,10 @@ class Words:
         loss: the unit of the loss.
         right: what a model is right about, where the loss is minus the logarithm of a probability; else empty.
         shown: further numbers of an evaluation, by key, and their units.
+        higher: the keys of those of which more is better.
+        data: what is learned from, and held out.
+        domain: what kinds of data are called: domains, classes, ….
+        token: what passes through the layers and is sent to experts, by which training is counted.
     """
 
     recipe: str
@@ -52,6 +57,20 @@ class Words:
     loss: str
     right: str = ""
     shown: dict[str, str] = field(default_factory=dict)
+    higher: list[str] = field(default_factory=list)
+    data: str = "data"
+    domain: str = "domain"
+    token: str = "token"
+
+    @property
+    def tokens(self) -> str:
+        """Several of them."""
+        return self.token + ("es" if self.token.endswith("ch") else "s")
+
+    @property
+    def domains(self) -> str:
+        """Several of them."""
+        return self.domain + ("es" if self.domain.endswith("s") else "s")
 
     def save(self, run: Path) -> None:
         """Write recipe.json."""
@@ -64,6 +83,7 @@ TEXT = Words(
     "nats/token",
     "the right next token",
     {"bits_per_byte": "bits per byte"},
+    data="text",
 )
 """Of text, and of folders from before there were other recipes."""
 
@@ -184,6 +204,7 @@ class Run:
     domains: list[str] = field(default_factory=list)
     layers: dict[str, Specialisation] = field(default_factory=dict)
     data: dict[str, Any] | None = None
+    exhibits: list[Exhibit] = field(default_factory=list)
     config: str = ""
     words: Words = TEXT
     notices: list[str] = field(default_factory=list)
@@ -215,6 +236,7 @@ def read_run(path: Path) -> Run:
         )
     _read_specialisation(run)
     run.data = _read_data(path / "data.json")
+    run.exhibits = _read_exhibits(path / EXHIBITS)
     config = path / "config.yaml"
     run.config = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     return run
@@ -416,14 +438,34 @@ def _read_data(path: Path) -> dict[str, Any] | None:
     content = _load_json(path)
     if content is None:
         return None
-    columns = ("train_bytes", "eval_bytes", "train_tokens", "eval_tokens")
     with _schema(path):
         domains = [
             {"name": str(row["name"]), "license": str(row["license"]), "source": str(row["source"])}
-            | {column: _number(row[column]) for column in columns}
+            | {part: {unit: _number(row[f"{part}_{unit}"]) for unit in _units(row)} for part in ("train", "eval")}
             for row in content["domains"]
         ]
-        return {"domains": domains} | {key: content[key] for key in ("fingerprint", "vocab_size", "tokenizer")}
+        notes = [str(note) for note in content.get("notes", [])]
+        return {"domains": domains, "notes": notes, "fingerprint": str(content["fingerprint"])}
+
+
+def _units(row: dict[str, Any]) -> list[str]:
+    """What a record of data counts, in its order: bytes, tokens, images, ….
+
+    Raises:
+        KeyError: where it counts nothing.
+    """
+    units = [key.removeprefix("train_") for key in row if key.startswith("train_")]
+    if not units:
+        raise KeyError("train_bytes")
+    return units
+
+
+def _read_exhibits(path: Path) -> list[Exhibit]:
+    content = _load_json(path)
+    if content is None:
+        return []
+    with _schema(path):
+        return read_exhibits(content)
 
 
 class Metrics:

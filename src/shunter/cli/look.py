@@ -7,10 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..durable import make_folder, write
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..analysis.inspect.inspecting import Inspected
+    from ..analysis.inspect.material import Material
 
 __all__ = ["add_verbs"]
 
@@ -32,7 +36,8 @@ def add_verbs(verbs: Any) -> None:
         epilog="Leaves inspect.html and inspect.json. Ctrl-C ends the work early and reports what there is.",
     )
     inspect.add_argument("models", nargs="+", metavar="MODEL", help="a model's folder; two: before and after")
-    inspect.add_argument("--data", nargs="+", help="text as in train, or folders of images; none: the built-in text")
+    own = "text as in train, or folders of images; none: the built-in text, or what a run of images held out"
+    inspect.add_argument("--data", nargs="+", help=own)
     inspect.add_argument("--out", type=Path, help="the report's folder (default: runs/inspect-MODEL)")
     inspect.add_argument("--tokens", type=int, default=16384, help="how many tokens to look at")
     inspect.add_argument("--length", type=int, default=128, help="tokens of a window")
@@ -98,7 +103,8 @@ def _inspect_models(
         if value < least:
             raise UserError(f"{name} {value} must be at least {least}")
     *before, subject = [load(path) for path in models]
-    material = material_for(subject, data, tokens, length)
+    held_out = _held_out(subject, tokens) if data is None else None
+    material = held_out or material_for(subject, data, tokens, length)
     out = out or Path("runs") / f"inspect-{subject.name}"
     new = not out.exists()
     make_folder(out)
@@ -124,3 +130,17 @@ def _roles(args: argparse.Namespace) -> int:
         train_only(model, args.train)
     print(table(model))
     return 0
+
+
+def _held_out(subject: Inspected, tokens: int) -> Material | None:
+    """The images that the run of a model held out; None where it is of no run."""
+    run = subject.folder.parent
+    if not (run / "recipe.json").is_file():
+        return None
+    from ..recipes.images import ImagesRecipe
+    from ..recipes.run import configuration_of
+
+    recipe, config = configuration_of(run)
+    if not isinstance(recipe, ImagesRecipe):
+        return None
+    return recipe.material(subject.model, recipe.prepare(config), tokens)

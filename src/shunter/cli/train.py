@@ -29,8 +29,8 @@ def add_verbs(verbs: Any) -> None:
     )
     train.add_argument("recipe", choices=names(), help="what to train")
     train.add_argument("--config", type=Path, help="YAML or TOML file")
-    own_text = "your own text: files (text, JSONL, Parquet), folders, a datasets name"
-    train.add_argument("--data", nargs="+", help=own_text)
+    own = "your own text (files, folders) or images (a folder of classes, or of IDX files), or a datasets name"
+    train.add_argument("--data", nargs="+", help=own)
     train.add_argument("--run", type=Path, help="the run's folder (default: runs/<name>)")
     train.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     train.add_argument("--json", action="store_true", help="metrics to standard output, a JSON object a line")
@@ -44,7 +44,7 @@ def add_verbs(verbs: Any) -> None:
     compare.add_argument("recipe", choices=names(), help="what to train")
     compare.add_argument("--routers", help="as in switch,topk:top_k=1,hash; shunter routers lists them")
     compare.add_argument("--config", type=Path, help="YAML or TOML file")
-    compare.add_argument("--data", nargs="+", help=own_text)
+    compare.add_argument("--data", nargs="+", help=own)
     compare.add_argument(
         "--seeds", help="repeat with so many seeds, or with those of a list as 0,7,9; errors are shown"
     )

@@ -6,19 +6,33 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file, parse_json, read_file
 from .files import files_in, say_left_out
 
-__all__ = ["SUFFIXES", "Normalisation", "find_images", "read_image"]
+__all__ = [
+    "PATCH_IDS",
+    "SUFFIXES",
+    "Normalisation",
+    "find_images",
+    "image_ids",
+    "open_image",
+    "patch_ids",
+    "pixels_of",
+    "read_image",
+]
+
+_BITS = 8
+PATCH_IDS = 2**_BITS
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
 
@@ -63,26 +77,64 @@ def read_image(file: Path, size: int, channels: int) -> Tensor:
     Raises:
         UserError: where it cannot be read.
     """
-    mode = "L" if channels == 1 else "RGB"
+    with open_image(file) as image:
+        return pixels_of(image, size, channels)
+
+
+def open_image(file: Path) -> Image.Image:
+    """An image, decoded whole.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
     try:
         with open_file(file) as stream, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(stream) as image:
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith(("I", "F")):  # 16 bits, which conversion would cut at 255
-                    upright = upright.convert("F")
-                    planes = [upright.resize((size, size), Image.Resampling.BILINEAR)] * channels
-                    array = np.stack([np.asarray(plane, dtype=np.float32) for plane in planes], -1) / 65535
-                else:
-                    picture = upright.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
-                    array = np.asarray(picture, dtype=np.float32) / 255
+            image = Image.open(stream)
+            image.load()
+            return image
     except UserError:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{file}: not an image that can be read ({one_line(error)})") from None
     except Exception as error:  # a damaged file fails in as many ways as there are readers
         raise UserError(f"{file}: not an image that can be read ({one_line(error)})") from None
+
+
+def pixels_of(image: Image.Image, size: int, channels: int) -> Tensor:
+    """What `read_image` says, of an image that is decoded."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith(("I", "F")):  # 16 bits, which conversion would cut at 255
+        upright = upright.convert("F")
+        planes = [upright.resize((size, size), Image.Resampling.BILINEAR)] * channels
+        array = np.stack([np.asarray(plane, dtype=np.float32) for plane in planes], -1) / 65535
+    else:
+        picture = upright.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
+        array = np.asarray(picture, dtype=np.float32) / 255
     return torch.from_numpy(array.copy()).reshape(size, size, -1).permute(2, 0, 1)
+
+
+def patch_ids(pixels: Tensor, patch: int) -> Tensor:
+    """Ids (B, P) int64 from 0 to `PATCH_IDS` - 1 of the patches of images, alike for patches that look alike.
+
+    The bits of an id are on which sides of fixed random planes a patch lies, its mean taken off (locality-sensitive
+    hashing; Charikar 2002): what hash routing takes for the words of an image.
+
+    Args:
+        pixels: (B, channels, height, width).
+        patch: the height and width of a patch.
+    """
+    rows = torch.nn.functional.unfold(pixels.float(), patch, stride=patch).mT  # (B, P, channels * patch * patch)
+    sides = (rows - rows.mean(-1, keepdim=True)) @ _planes(rows.shape[-1]).to(rows.device) > 1e-6
+    return (sides * 2 ** torch.arange(_BITS, device=rows.device)).sum(-1)
+
+
+@cache
+def _planes(width: int) -> Tensor:
+    return torch.randn(width, _BITS, generator=torch.Generator().manual_seed(0))
+
+
+def image_ids(pixels: Tensor, patch: int) -> Tensor:
+    """The `patch_ids` (B, 1 + P) of images, before them an id of its own for the token of the class."""
+    return torch.nn.functional.pad(patch_ids(pixels, patch), (1, 0), value=PATCH_IDS)
 
 
 @dataclass(frozen=True)

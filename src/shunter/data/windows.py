@@ -82,6 +82,7 @@ class TextData:
             "vocab_size": len(self.tokenizer),
             "tokenizer": self.kind,
             "languages": self.languages,
+            "notes": [f"Tokens: {self.kind}, {len(self.tokenizer)} of them."],
         }
 
 

@@ -22,7 +22,7 @@ from ..errors import UserError, one_line
 from .config import parse_value
 from .recipe import Recipe
 from .run import account, begin, check_router, configuration_of, train_one
-from .sections import RunConfig, SparseConfig
+from .sections import ANY_LABELS, RunConfig, SparseConfig
 
 __all__ = ["compare", "draw", "parse_routers", "resumed", "table", "with_router"]
 
@@ -92,7 +92,7 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
             where = [str(part) for part in error.errors()[0]["loc"][1:2]]
         said = ": ".join([*where, " ".join(first.removeprefix("Value error, ").split())])
         raise UserError(f"router {spec!r}: {said}") from None
-    leak = insisting.sparse.build_router(8, 257).eval().leak
+    leak = insisting.sparse.leak(evaluation=True) if config.causal else None
     if leak and not config.sparse.allow_leak:
         cure = ", evaluate it by :eval_capacity_factor=dropless" if _leaks_by_capacity(insisting.sparse) else ""
         raise UserError(
@@ -104,7 +104,7 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
 
 def _leaks_by_capacity(sparse: SparseConfig) -> bool:
     """Whether the router's evaluation is causal once it drops nothing."""
-    options = sparse.router_options(257) | {"eval_capacity_factor": "dropless"}
+    options = sparse.router_options(ANY_LABELS) | {"eval_capacity_factor": "dropless"}
     try:
         return routers.create(sparse.router, 8, sparse.num_experts, **options).eval().leak is None
     except ValueError:  # experts that choose have to have a capacity
@@ -195,9 +195,13 @@ def _routing(metrics: Metrics, name: str) -> dict[str, float]:
 
 
 def _leak(config: RunConfig) -> str | None:
-    """Where a later token can change an earlier one: "training", "training and evaluation", or nowhere."""
-    router = config.sparse.build_router(8, 257)
-    training, evaluation = router.leak, router.eval().leak
+    """Where a later token can change an earlier one: "training", "training and evaluation", or nowhere.
+
+    None too where that does no harm.
+    """
+    if not config.causal:
+        return None
+    training, evaluation = config.sparse.leak(), config.sparse.leak(evaluation=True)
     return "training and evaluation" if evaluation else "training" if training else None
 
 

@@ -27,7 +27,7 @@ from ..durable import verify
 from ..moe import MoE, aux_loss, give_reward, tell
 from . import run
 from .recipe import Recipe
-from .sections import RunConfig, TrainingConfig, _Section
+from .sections import RunConfig, Section, TrainingConfig
 
 __all__ = ["RECIPE", "Facts", "FactsConfig", "FactsData", "FactsRecipe"]
 
@@ -35,7 +35,7 @@ __all__ = ["RECIPE", "Facts", "FactsConfig", "FactsData", "FactsRecipe"]
 _FACTS = 7919_000_000  # the seed of the first facts
 
 
-class FactsDataConfig(_Section):
+class FactsDataConfig(Section):
     """Which facts there are, and how they are drawn."""
 
     keys: int = Field(8192, ge=2, le=1_000_000)
@@ -46,7 +46,7 @@ class FactsDataConfig(_Section):
     seed: int = Field(0, ge=0, lt=2**31, description="of the facts themselves")
 
 
-class FactsModelConfig(_Section):
+class FactsModelConfig(Section):
     """The dense model: one gated block on fixed vectors of the keys, and a linear map to the values."""
 
     dim: int = Field(32, ge=2, le=4096)
@@ -243,13 +243,13 @@ class FactsRecipe(Recipe[FactsConfig, FactsData]):
         m, s, d = config.model, config.sparse, config.data
         shape: dict[str, Any] = {"keys": d.keys, "values": d.values, "dim": m.dim, "hidden": m.hidden}
         if sparse:
-            router = s.build_router(m.dim, d.keys)
+            router = s.build_router(m.dim, {"token_ids": d.keys})
             shape["hidden"] = s.hidden or run.expert_width(m.hidden, router, d.sequence_length)
             shape["experts"] = {
                 "num_experts": s.num_experts,
                 "router": s.router,
                 "backend": s.backend,
-                **s.router_options(d.keys),
+                **s.router_options({"token_ids": d.keys}),
             }
         set_seed(config.seed)
         return Facts(FactsModelShape(**shape))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..analysis.exhibits import Exhibit
 from ..analysis.ledger import Ledger
 from ..analysis.runs import Words
 from ..errors import UserError
@@ -32,14 +33,14 @@ class Prepared(Protocol):
 
     @property
     def domains(self) -> list[dict[str, Any]]:
-        """A record of each kind of data: name, license, source; train_bytes, eval_bytes, train_tokens, eval_tokens."""
+        """A record of each kind of data: name, license, source; train_N and eval_N, by what N they are counted."""
 
     @property
     def fingerprint(self) -> str:
         """A hash over all that is trained and evaluated on."""
 
     def describe(self) -> dict[str, Any]:
-        """What data.json holds: domains, fingerprint, vocab_size, tokenizer (the latter two may be None)."""
+        """What data.json holds: domains, fingerprint, notes (sentences for people: what was left out, and why)."""
 
     def save_pretrained(self, folder: Path) -> None:
         """Write beside a model what it needs to read new data: a tokenizer, a feature extractor; or nothing."""
@@ -61,6 +62,8 @@ class Recipe(ABC, Generic[C, D]):
     """Its configuration's class."""
     words: ClassVar[Words]
     """What its numbers are called."""
+    reader: ClassVar[str] = "reader"
+    """The folder of a run with what reads its data, where `save_pretrained` of these writes something."""
     knows: ClassVar[tuple[str, ...]] = ("mask",)
     """The fields of `shunter.routers.Context` that its batches tell."""
 
@@ -124,3 +127,7 @@ class Recipe(ABC, Generic[C, D]):
     def specialisation(self, model: PreTrainedModel, data: D) -> dict[str, Any] | None:
         """What the experts of the sparse model took, as specialisation.json holds it; None where there is nothing."""
         return None
+
+    def exhibits(self, models: dict[str, PreTrainedModel], config: C, data: D) -> list[Exhibit]:
+        """What else the page of a finished run shows, of the models "dense" and "sparse"; nothing by default."""
+        return []

@@ -15,6 +15,7 @@ __all__ = ["find", "names", "register"]
 
 _RECIPES: dict[str, str | Recipe[Any, Any]] = {
     "text": "shunter.recipes.text:RECIPE",
+    "images": "shunter.recipes.images:RECIPE",
     "facts": "shunter.recipes.facts:RECIPE",
 }
 

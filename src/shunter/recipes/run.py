@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 from .. import routers
 from ..analysis import runs
 from ..analysis.calibration import Calibration, calibrations
+from ..analysis.exhibits import save_exhibits
 from ..analysis.ledger import TRAINING_FLOPS, Ledger
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import MODELS, Metrics, ModelSummary
@@ -62,13 +63,14 @@ __all__ = [
 ]
 
 
-def expert_width(hidden: int, router: routers.Router, sequence_length: int) -> int:
-    """The width f of one expert at which k experts and the router cost what one dense gated block does.
+def expert_width(hidden: int, router: routers.Router, sequence_length: int, *, gated: bool = True) -> int:
+    """The width f of one expert at which k experts and the router cost what one dense block does, gated or not.
 
-    6 d f k + router FLOPs = 6 d hidden, rounded to the nearest whole unit; k is the mean number of experts that a token
-    will ask for in evaluation, by the router's own word.
+    With three matrices of a gated block, 6 d f k + router FLOPs = 6 d hidden, with two 4 in place of 6; rounded to the
+    nearest whole unit. k is the mean number of experts that a token will ask for in evaluation, by the router's own
+    word.
     """
-    unit, router = 6 * router.dim, copy.deepcopy(router).eval()
+    unit, router = (6 if gated else 4) * router.dim, copy.deepcopy(router).eval()
     return max(1, round((unit * hidden - router.flops_per_token) / (unit * router.experts_for(sequence_length))))
 
 
@@ -108,9 +110,11 @@ def _finish(begun: Begun, costs: dict[str, dict[str, float]]) -> dict[str, Any]:
     t = config.training
     summary = runs.summarise(accounts, begun.metrics, t.steps, config.seed, begun.data.domains, run_versions())
     write(run / "summary.json", json.dumps(summary, indent=2))
-    found = recipe.specialisation(load_model(run, "sparse"), begun.data)
+    models = {which: load_model(run, which) for which in MODELS}
+    found = recipe.specialisation(models["sparse"], begun.data)
     if found is not None:
         write(run / "specialisation.json", json.dumps(found))
+    save_exhibits(run, recipe.exhibits(models, config, begun.data))
     write_report(run)
     write_picture(run, run / "picture.png")
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -125,7 +129,8 @@ def check_router(recipe: Recipe[Any, Any], config: RunConfig, router: str) -> No
     """
     if lacking := [need for need in routers.find(router).needs if not recipe.tells(need, config)]:
         raise UserError(
-            f"router {router!r} needs {', '.join(lacking)} of each token, which plain {recipe.name} has not"
+            f"router {router!r} needs {', '.join(lacking)} of each {recipe.words.token}, which plain {recipe.name} "
+            "has not"
         )
 
 
@@ -226,14 +231,17 @@ def begin(
             rehearse(recipe, name, own, data)
         if "data" not in facts:
             write(run / "data.json", json.dumps(data.describe(), indent=2))
-            with naming(run / "tokenizer"):
-                data.save_pretrained(run / "tokenizer")
-            tokenizer = [path.relative_to(run).as_posix() for path in (run / "tokenizer").glob("*")]
-            seal(run, [*facts["files"], "data.json", *tokenizer], **_facts(data=fingerprint))
+            with naming(run / recipe.reader):
+                data.save_pretrained(run / recipe.reader)
+            reader = [path.relative_to(run).as_posix() for path in (run / recipe.reader).glob("*")]
+            seal(run, [*facts["files"], "data.json", *reader], **_facts(data=fingerprint))
         if not as_json:
             for d in data.domains:
-                line = f"{d['name']}: {d['train_bytes']:,} bytes to train on, {d['source']}; {d['license']}"
-                print(line, file=sys.stderr)
+                key = next(key for key in d if key.startswith("train_"))
+                print(
+                    f"{d['name']}: {d[key]:,} {key.removeprefix('train_')} to train on, {d['source']}; {d['license']}",
+                    file=sys.stderr,
+                )
         prepared.append(data)
         return fingerprint, facts["files"]["config.yaml"]["sha256"]
 
@@ -546,6 +554,6 @@ def summarised(run: Path) -> dict[str, float]:
 def _check_data(recipe: Recipe[Any, Any], data: Prepared, recorded: str) -> None:
     if data.fingerprint != recorded:
         raise UserError(
-            f"the {recipe.name} has changed since this run: its fingerprint is {data.fingerprint[:12]}, the run's "
-            f"{recorded[:12]}. Bring back the data, and the versions that the run's {MANIFEST} names"
+            f"the {recipe.words.data} has changed since this run: its fingerprint is {data.fingerprint[:12]}, the "
+            f"run's {recorded[:12]}. Bring back the data, and the versions that the run's {MANIFEST} names"
         )

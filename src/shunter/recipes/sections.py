@@ -1,11 +1,11 @@
-"""The sections of a recipe's configuration: data, model, experts, training."""
+"""The sections that the configuration of every recipe has: experts, training."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,23 +20,16 @@ from pydantic import (
 )
 
 from .. import experts, routers
-from ..data.documents import MAX_BYTES
+from ..errors import UserError
 from ..routers import Router
 from ..routers.registry import option_types
 
-__all__ = [
-    "DataConfig",
-    "ModelConfig",
-    "ParallelConfig",
-    "RunConfig",
-    "SparseConfig",
-    "TextConfig",
-    "TrainingConfig",
-    "nearest",
-]
+__all__ = ["ANY_LABELS", "ParallelConfig", "RunConfig", "Section", "SparseConfig", "TrainingConfig", "nearest"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a configuration: no key but those it names, no infinity, and true is no number."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
@@ -48,41 +41,20 @@ class _Section(BaseModel):
         return value
 
 
-class DataConfig(_Section):
-    """What to read and how to cut it."""
-
-    source: list[Annotated[str, Field(min_length=1)]] | None = Field(
-        None, min_length=1, description="files, folders or one datasets name; none: the built-in text"
-    )
-    tokenizer: Literal["bpe", "bytes"] = "bpe"
-    vocab_size: int = Field(1024, ge=257, le=65536, description="of the BPE")
-    sequence_length: int = Field(128, ge=8, le=8192, description="tokens")
-    eval_share: float = Field(0.05, gt=0, lt=0.5, description="of each domain's documents, held out")
-    eval_windows: int = Field(48, ge=1, description="held-out windows of each domain")
-    max_bytes: int = Field(MAX_BYTES, ge=1000, description="of each domain")
-
-
-class ModelConfig(_Section):
-    """The dense model; the sparse twin differs in its feed-forward blocks alone."""
-
-    family: Literal["llama", "qwen3"] = "llama"
-    dim: int = Field(128, ge=8, le=16384)
-    layers: int = Field(3, ge=1, le=256)
-    heads: int = Field(4, ge=1)
-    kv_heads: int | None = Field(None, ge=1)
-    hidden: int = Field(264, ge=8, description="width of the dense feed-forward block")
-
+ANY_LABELS = {"token_ids": 257}
+"""Where a router is built before data are read: a vocabulary, which hashing cannot do without."""
 
 Value = bool | int | float | str | None
 
 
-class SparseConfig(_Section):
+class SparseConfig(Section):
     """The experts that take the place of the dense blocks."""
 
     num_experts: int = Field(24, ge=1, le=4096)
     router: str = "topk"
     top_k: int | None = Field(None, ge=1, description="experts of a token; none: the router's own default")
-    every: int = Field(1, ge=1)
+    every: int = Field(1, ge=1, description="sparsify every n-th block, the n-th first")
+    last: int | None = Field(None, ge=1, description="of these, the last n alone; none: all")
     hidden: int | None = Field(None, ge=1, description="width of one expert; none: equal FLOPs, the router's included")
     backend: str = "auto"
     options: dict[str, Value | list[Value]] = Field({}, description="further options of the router")
@@ -109,17 +81,32 @@ class SparseConfig(_Section):
                     f"router {self.router!r}: an option cannot be used: {key}={self.options[key]!r}: {wrong}"
                 )
         if "vocab_size" in self.options:
-            raise ValueError(f"router {self.router!r}: vocab_size is that of the data's tokenizer; leave it out")
+            raise ValueError(f"router {self.router!r}: vocab_size is that of the data; leave it out")
         try:
-            router = self.build_router(8, 257)
+            self.build_router(8, ANY_LABELS)
         except TypeError as error:  # an option of another type
             raise ValueError(f"router {self.router!r}: an option cannot be used: {error}") from None
-        if router.leak and not self.allow_leak:
-            raise ValueError(f"router {self.router!r}: {router.leak}; set sparse.allow_leak=true if you insist")
         return self
 
-    def router_options(self, vocab_size: int, labels: Mapping[str, int] = MappingProxyType({})) -> dict[str, Any]:
-        """What the router is created with, for so many token ids and so many values of each label of the tokens.
+    def leak(self, evaluation: bool = False) -> str | None:
+        """How the router lets later tokens change earlier ones, in training or evaluation; None where not."""
+        return self.build_router(8, ANY_LABELS).train(not evaluation).leak
+
+    def blocks(self, layers: int) -> list[int]:
+        """Which of so many feed-forward blocks are sparse, from 0: every n-th, and of these the last.
+
+        Raises:
+            UserError: where that is none.
+
+        Source: Riquelme et al. 2021, section 2.3 ("every n", "last n").
+        """
+        chosen = list(range(layers))[self.every - 1 :: self.every]
+        if not chosen:
+            raise UserError(f"sparse.every={self.every} leaves no block of {layers} to replace")
+        return chosen if self.last is None else chosen[-self.last :]
+
+    def router_options(self, labels: Mapping[str, int] = MappingProxyType({})) -> dict[str, Any]:
+        """What the router is created with, for so many values of each label of the tokens: token_ids, domain, ….
 
         Where there are more values than experts, these take turns.
         """
@@ -128,18 +115,18 @@ class SparseConfig(_Section):
             options["top_k"] = self.top_k
         known = routers.options(self.router)
         if "vocab_size" in known:
-            options["vocab_size"] = vocab_size
+            options["vocab_size"] = labels.get("token_ids")
         values = max((labels.get(need, 0) for need in routers.find(self.router).needs), default=0)
         if "experts" in known and values > self.num_experts:
             options.setdefault("experts", [value % self.num_experts for value in range(values)])
         return options
 
-    def build_router(self, dim: int, vocab_size: int, labels: Mapping[str, int] = MappingProxyType({})) -> Router:
+    def build_router(self, dim: int, labels: Mapping[str, int] = MappingProxyType({})) -> Router:
         """The router of one layer, as the sparse model will have it."""
-        return routers.create(self.router, dim, self.num_experts, **self.router_options(vocab_size, labels))
+        return routers.create(self.router, dim, self.num_experts, **self.router_options(labels))
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How long and how to train; the same for both models."""
 
     steps: int = Field(700, ge=1)
@@ -156,7 +143,7 @@ class TrainingConfig(_Section):
     threads: int | None = Field(None, ge=1, le=1024)
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How many processes train, and how the experts are among them."""
 
     processes: int | None = Field(None, ge=1, le=1024, description="started here; none: one, or what torchrun started")
@@ -164,8 +151,11 @@ class ParallelConfig(_Section):
     timeout: float = Field(600.0, gt=0, description="seconds that a process waits for the others")
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """What every recipe's configuration has; the others add `data`, `model` and what else they need."""
+
+    causal: ClassVar[bool] = True
+    """Whether later tokens must not change earlier ones."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     out: str = "runs"
@@ -185,30 +175,10 @@ class RunConfig(_Section):
             raise ValueError(f"parallel.expert_parallel {share} must divide parallel.processes {processes}")
         return self
 
-
-class TextConfig(RunConfig):
-    """The configuration of `shunter train text`."""
-
-    name: str = Field("text", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-
     @model_validator(mode="after")
-    def _fits(self) -> TextConfig:
-        m, t, d = self.model, self.training, self.data
-        if m.dim % (2 * m.heads):
-            raise ValueError(f"model.dim {m.dim} must be a multiple of 2 * model.heads ({2 * m.heads})")
-        if m.kv_heads is not None and m.heads % m.kv_heads:
-            raise ValueError(f"model.heads {m.heads} must be a multiple of model.kv_heads {m.kv_heads}")
-        if t.batch_tokens % d.sequence_length:
-            raise ValueError(
-                f"training.batch_tokens {t.batch_tokens} must be a multiple of data.sequence_length {d.sequence_length}"
-            )
-        if self.sparse.hidden is None and 3 * m.hidden <= self.sparse.num_experts:
-            raise ValueError(
-                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
-                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
-            )
+    def _keeps_order(self) -> RunConfig:
+        if self.causal and not self.sparse.allow_leak and (leak := self.sparse.leak()):
+            raise ValueError(f"sparse: router {self.sparse.router!r}: {leak}; set sparse.allow_leak=true if you insist")
         return self
 
 

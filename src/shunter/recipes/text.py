@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from ..analysis.inspect.inspecting import specialisation
+from ..analysis.inspect.material import Window, window_material
 from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import TEXT
-from ..data.documents import built_in_domains, read_domains
+from ..data.documents import MAX_BYTES, built_in_domains, read_domains
 from ..data.windows import EvalDomain, TextData, prepare
 from ..errors import UserError
 from ..hf import sparsify
@@ -23,9 +26,62 @@ from ..hf.checkpoints.folders import load_tokenizer
 from ..moe import tell
 from . import run
 from .recipe import Recipe
-from .sections import TextConfig
+from .sections import RunConfig, Section
 
-__all__ = ["RECIPE", "TextRecipe", "evaluate", "generate"]
+__all__ = ["RECIPE", "TextConfig", "TextRecipe", "evaluate", "generate"]
+
+EVAL_BATCH = 32  # windows of a forward
+
+
+class DataConfig(Section):
+    """What to read and how to cut it."""
+
+    source: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, min_length=1, description="files, folders or one datasets name; none: the built-in text"
+    )
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    vocab_size: int = Field(1024, ge=257, le=65536, description="of the BPE")
+    sequence_length: int = Field(128, ge=8, le=8192, description="tokens")
+    eval_share: float = Field(0.05, gt=0, lt=0.5, description="of each domain's documents, held out")
+    eval_windows: int = Field(48, ge=1, description="held-out windows of each domain")
+    max_bytes: int = Field(MAX_BYTES, ge=1000, description="of each domain")
+
+
+class ModelConfig(Section):
+    """The dense model; the sparse twin differs in its feed-forward blocks alone."""
+
+    family: Literal["llama", "qwen3"] = "llama"
+    dim: int = Field(128, ge=8, le=16384)
+    layers: int = Field(3, ge=1, le=256)
+    heads: int = Field(4, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    hidden: int = Field(264, ge=8, description="width of the dense feed-forward block")
+
+
+class TextConfig(RunConfig):
+    """The configuration of `shunter train text`."""
+
+    name: str = Field("text", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> TextConfig:
+        m, t, d = self.model, self.training, self.data
+        if m.dim % (2 * m.heads):
+            raise ValueError(f"model.dim {m.dim} must be a multiple of 2 * model.heads ({2 * m.heads})")
+        if m.kv_heads is not None and m.heads % m.kv_heads:
+            raise ValueError(f"model.heads {m.heads} must be a multiple of model.kv_heads {m.kv_heads}")
+        if t.batch_tokens % d.sequence_length:
+            raise ValueError(
+                f"training.batch_tokens {t.batch_tokens} must be a multiple of data.sequence_length {d.sequence_length}"
+            )
+        if self.sparse.hidden is None and 3 * m.hidden <= self.sparse.num_experts:
+            raise ValueError(
+                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
+                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
+            )
+        return self
 
 
 class TextRecipe(Recipe[TextConfig, TextData]):
@@ -34,6 +90,7 @@ class TextRecipe(Recipe[TextConfig, TextData]):
     name = "text"
     config = TextConfig
     words = TEXT
+    reader = "tokenizer"
     knows = ("mask", "token_ids", "sequence", "position", "domain")
 
     def tells(self, name: str, config: TextConfig) -> bool:
@@ -82,17 +139,18 @@ class TextRecipe(Recipe[TextConfig, TextData]):
             bos_token_id=None,
             eos_token_id=None,
         )
-        router = s.build_router(m.dim, vocab_size, labels)
+        labels = {"token_ids": vocab_size, **labels}
+        router = s.build_router(m.dim, labels)
         hidden = s.hidden or run.expert_width(m.hidden, router, config.data.sequence_length)
         set_seed(config.seed)
         model = AutoModelForCausalLM.from_config(shape)
         if not sparse:
             return model
-        options: dict[str, Any] = s.router_options(vocab_size, labels) | {
+        options: dict[str, Any] = s.router_options(labels) | {
             "allow_leak": s.allow_leak,
             "backend": s.backend,
         }
-        return sparsify(model, s.num_experts, s.router, every=s.every, hidden=hidden, **options)
+        return sparsify(model, s.num_experts, s.router, layers=s.blocks(m.layers), hidden=hidden, **options)
 
     def evaluate(self, model: PreTrainedModel, data: TextData) -> dict[str, Any]:
         """Nats per token and bits per byte of the held-out windows."""
@@ -116,14 +174,21 @@ class TextRecipe(Recipe[TextConfig, TextData]):
 
     def specialisation(self, model: PreTrainedModel, data: TextData) -> dict[str, Any]:
         """Which domains and tokens each expert took of the held-out windows."""
-        told = {name: torch.cat([d.labels[name] for d in data.eval]) for name in data.label_counts}
-        return specialisation(model, {d.name: d.input_ids for d in data.eval}, data.tokenizer, told=told)
+        windows = [Window(ids, domain.name) for domain in data.eval for ids in domain.input_ids.tolist()]
+        domains = [domain.name for domain in data.eval]
+        material = window_material(model, data.tokenizer, windows, domains, batch_size=EVAL_BATCH)
+        told = {name: torch.cat([d.labels[name] for d in data.eval]).split(EVAL_BATCH) for name in data.label_counts}
+        batches = [
+            replace(batch, told={name: parts[i] for name, parts in told.items()})
+            for i, batch in enumerate(material.batches)
+        ]
+        return specialisation(model, replace(material, batches=batches))
 
 
 RECIPE = TextRecipe()
 
 
-def evaluate(model: PreTrainedModel, domains: list[EvalDomain], batch_size: int = 32) -> dict[str, Any]:
+def evaluate(model: PreTrainedModel, domains: list[EvalDomain], batch_size: int = EVAL_BATCH) -> dict[str, Any]:
     """The held-out loss (nats per token) and bits per byte, in all and by domain.
 
     All domains count by their tokens. The mode of the model is restored.

@@ -13,8 +13,8 @@ from ..recipes.facts import RECIPE as FACTS
 from ..recipes.facts import FactsConfig
 from ..recipes.recipe import Recipe
 from ..recipes.run import account, begin, train_one
-from ..recipes.sections import TextConfig
 from ..recipes.text import RECIPE as TEXT
+from ..recipes.text import TextConfig
 
 __all__ = ["COUNTS", "FACT_SWEEP", "ROUTERS", "TEXT_SWEEP", "Sweep"]
 

@@ -16,8 +16,7 @@ from ..analysis.inspect.recording import Recording, record
 from ..analysis.specialisation import label_counts
 from ..durable import sealed
 from ..recipes.run import account, begin, load_model, train_one
-from ..recipes.sections import TextConfig
-from ..recipes.text import RECIPE
+from ..recipes.text import RECIPE, TextConfig
 from .results import NOT_RUN, Result, Row, judge
 
 __all__ = ["kind_lifts", "table_2", "table_3"]

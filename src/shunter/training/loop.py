@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
@@ -45,6 +46,8 @@ __all__ = ["told_and_given", "train_model"]
 Evaluate = Callable[[PreTrainedModel], dict[str, Any]]
 
 IN_A_LOG = 20.0  # seconds between lines of progress where standard error is no terminal
+
+WEIGHTS = "model.safetensors"  # of a checkpoint
 
 # What is added up between two lines of the log; routed are tokens, kept their assignments, over all layers.
 _WINDOW = ("loss", "aux_loss", "steps", "routed", "kept", "skipped")
@@ -274,6 +277,18 @@ class _Trainer(ShardedTrainer):
     """
 
     watch: _Watch
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # As the model names its weights: save_pretrained renames those of some families, and a Trainer that goes on
+        # does not know the names and leaves the weights as they are.
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        assert self.model is not None
+        safetensors.torch.save_model(self.model, str(folder / WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self.model is not None
+        safetensors.torch.load_model(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         assert isinstance(self.train_dataset, Sized)

@@ -13,7 +13,7 @@ pytest.importorskip("jinja2")
 import shunter
 from shunter.analysis.inspect import inspecting as room
 from shunter.analysis.inspect.inspecting import inspect, load, specialisation
-from shunter.analysis.inspect.material import text_material
+from shunter.analysis.inspect.material import Window, text_material, window_material
 from shunter.analysis.pages.inspect_page import render
 from shunter.errors import UserError
 from tests.analysis.inspect.subjects import BYTES, EXPERTS, material_of, random_documents, saved, sparse
@@ -142,7 +142,8 @@ def test_hash_routing_shows_each_expert_its_own_tokens():
     )
     shunter.sparsify(model, 4, "hash")
     ids = {"a": torch.randint(0, 20, (6, 32)), "b": torch.randint(20, 40, (6, 32))}
-    found = specialisation(model, ids, BYTES, batch_size=4)
+    windows = [Window(row, name) for name, rows in ids.items() for row in rows.tolist()]
+    found = specialisation(model, window_material(model, BYTES, windows, ["a", "b"], batch_size=4))
     assert found["domains"] == ["a", "b"]
     for name, layer in shunter.moe_layers(model).items():
         table, seen = layer.router.table, found["layers"][name]

@@ -14,7 +14,7 @@ from shunter.hf.checkpoints import folders
 from shunter.hf.checkpoints.folders import load_tokenizer
 from shunter.hf.checkpoints.loading import load_folder
 from shunter.recipes.config import dump_config
-from shunter.recipes.sections import TextConfig
+from shunter.recipes.text import TextConfig
 from tests.hf.checkpoints.damage import DAMAGE, HOSTILE, OTHER, SPARSE, Evil, config
 
 

@@ -17,7 +17,15 @@ from ..information import information
 from ..specialisation import MIN_COUNT, characteristic, label_counts, label_shares
 from .material import Material, Stream
 
-__all__ = ["FEATURES", "describe_data", "describe_usage", "describe_weights", "specialisation_of", "tokens_served"]
+__all__ = [
+    "FEATURES",
+    "describe_data",
+    "describe_usage",
+    "describe_weights",
+    "patches_served",
+    "specialisation_of",
+    "tokens_served",
+]
 
 FEATURES = ("domain", "language", "position", "kind", "previous", "token")
 GIVEN_TOKEN = ("domain", "position", "previous")  # asked for once more among tokens that are the same
@@ -102,7 +110,7 @@ def specialisation_of(layer: Decisions, stream: Stream | None, material: Materia
         if what in size:
             found[key] = tokens_served(layer, stream, what)
     if material.images is not None:
-        found["patches"] = _patches(layer, stream, material.window)
+        found["patches"] = patches_served(layer, stream, material.window)
     return found
 
 
@@ -138,7 +146,7 @@ def tokens_served(layer: Decisions, stream: Stream, what: str = "token") -> list
     return [[[names[i], share, lift] for i, share, lift in row] for row in rows]
 
 
-def _patches(layer: Decisions, stream: Stream, per_image: int) -> list[list[list[Any]]]:
+def patches_served(layer: Decisions, stream: Stream, per_image: int) -> list[list[list[Any]]]:
     """For each expert its patches of largest weight, as [image, patch, weight]."""
     number = torch.full_like(stream.labels["position"], -1)
     known = stream.labels["position"] >= 0

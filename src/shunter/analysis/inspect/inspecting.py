@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -25,7 +23,7 @@ from ..expert_weights import expert_parameters, moved
 from ..specialisation import label_counts, label_shares
 from .ablation import ablate
 from .findings import describe_data, describe_usage, describe_weights, specialisation_of, tokens_served
-from .material import Material, Window, image_material, text_material, window_material
+from .material import Material, image_material, text_material
 from .recording import Recording, batch_losses, record
 from .saturation import chance_saturation, saturation
 
@@ -75,7 +73,7 @@ def material_for(subject: Inspected, data: Sequence[str] | None, tokens: int = 1
     """
     if subject.model.main_input_name == "pixel_values":
         if data is None:
-            raise UserError("this model sees images, and none are built in; give --data with a folder of images")
+            raise UserError("this model sees images, and is of no run; give --data with a folder of images")
         return image_material(subject.model, subject.folder, data, tokens=tokens)
     domains = built_in_domains() if data is None else read_domains(data)
     return text_material(subject.model, subject.tokenizer(), domains, tokens=tokens, length=length)
@@ -180,49 +178,37 @@ def inspect(
     return _finite(findings)
 
 
-def specialisation(
-    model: PreTrainedModel,
-    domains: Mapping[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 32,
-    told: Mapping[str, Tensor] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """Measure which domains and which tokens of held-out text the experts of a language model serve.
+def specialisation(model: PreTrainedModel, material: Material) -> dict[str, Any]:
+    """Measure which domains, and of text which tokens, the experts of a model serve.
 
     Args:
         model: it is run in evaluation mode, its own mode restored.
-        domains: name -> (windows, sequence length) token ids.
-        tokenizer: the model's own.
-        batch_size: windows a forward.
-        told: what layers are told of the windows of all domains, in order, by names of `Context`: (windows, …).
+        material: of one stream.
 
     Returns:
         What specialisation.json of a run holds: {"domains": names, "layers": {layer: {"load": (E,) shares of all
-        assignments, "domains": {name: (E,) shares of that domain's assignments}, "tokens": `tokens_served`}}}.
+        assignments, "domains": {name: (E,) shares of that domain's assignments}, "tokens": `tokens_served`}}}, the
+        latter a list without anything for each expert where there are no tokens of text.
 
     Raises:
         ValueError: where the model has no layer whose routing can be read.
+        KeyboardInterrupt: where Ctrl-C comes before it is done.
     """
-    windows = [Window(ids, name) for name, rows in domains.items() for ids in rows.tolist()]
-    material = window_material(model, tokenizer, windows, list(domains), batch_size=batch_size)
-    parts = [
-        {name: value[i : i + batch_size] for name, value in told.items()} for i in range(0, len(windows), batch_size)
-    ]
-    batches = [replace(batch, told=part) for batch, part in zip(material.batches, parts, strict=True)]
-    material = replace(material, batches=batches)
     recording = record(model, material, lambda batches, what, total: batches)
     if recording.batches < len(material.batches):
         raise KeyboardInterrupt
-    [stream] = material.streams.values()
     layers = {}
     for name, layer in recording.layers.items():
-        counts = label_counts(layer.index, stream.labels["domain"], layer.num_experts, len(domains))
+        stream = material.stream(name, len(layer.index), recording.batches)
+        assert stream is not None
+        counts = label_counts(layer.index, stream.labels["domain"], layer.num_experts, len(material.domains))
+        text = "token" in stream.labels
         layers[name] = {
             "load": (counts.sum(0) / counts.sum().clamp_min(1)).tolist(),
-            "domains": dict(zip(domains, label_shares(counts).tolist(), strict=True)),
-            "tokens": tokens_served(layer, stream),
+            "domains": dict(zip(material.domains, label_shares(counts).tolist(), strict=True)),
+            "tokens": tokens_served(layer, stream) if text else [[] for _ in range(layer.num_experts)],
         }
-    return {"domains": list(domains), "layers": layers}
+    return {"domains": material.domains, "layers": layers}
 
 
 class _Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
 from ...data.documents import Domain
-from ...data.images import Normalisation, find_images, read_image
+from ...data.images import Normalisation, find_images, image_ids, read_image
 from ...errors import UserError
+from ...moe import moe_layers
 from .tokens import KINDS, kind, token_text
 
-__all__ = ["Batch", "Material", "Stream", "Window", "image_material", "text_material", "window_material"]
+__all__ = [
+    "Batch",
+    "Material",
+    "Stream",
+    "Window",
+    "image_material",
+    "pixel_material",
+    "text_material",
+    "window_material",
+]
 
 POSITIONS = 128  # at most; longer windows have runs of positions for one label
 MASK_EVERY = 7  # of the tokens of a masked language model's text
@@ -296,26 +307,51 @@ def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *
     Raises:
         UserError: where there is no image, or one cannot be read.
     """
-    config = model.config
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    channels = getattr(config, "num_channels", 3)
-    if not isinstance(size, int) or not isinstance(patch, int):
-        raise UserError(f"this model's images are of {size} in patches of {patch}: only square ones can be shown")
-    normalise = Normalisation.of(folder, channels)
-    patches = (size // patch) ** 2
+    size, channels, patches = _image_sizes(model)
     found = find_images(paths, tokens // patches)
     domains = list(found)
     files = [file for name in domains for file in found[name]]
     domain = [number for number, name in enumerate(domains) for _ in found[name]]
     pixels = torch.stack([read_image(file, size, channels) for file in files])
-    shown = normalise(pixels)
-    classes = {str(name): int(i) for name, i in (config.label2id or {}).items()}
+    return pixel_material(model, Normalisation.of(folder, channels), pixels, domain, domains)
+
+
+def _image_sizes(model: PreTrainedModel) -> tuple[int, int, int]:
+    """The height and width of a model's images, their channels, and how many patches they are cut into."""
+    size, patch = getattr(model.config, "image_size", None), getattr(model.config, "patch_size", None)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        raise UserError(f"this model's images are of {size} in patches of {patch}: only square ones can be shown")
+    return size, getattr(model.config, "num_channels", 3), (size // patch) ** 2
+
+
+def pixel_material(
+    model: PreTrainedModel, normalise: Normalisation, pixels: Tensor, domain: Sequence[int], domains: list[str]
+) -> Material:
+    """Images as the model takes them, in their order.
+
+    Args:
+        model: as of `image_material`. Where a router goes by token ids, it is given `patch_ids` of the patches.
+        normalise: what the model's processor does.
+        pixels: (images, channels, height, width) in [0, 1].
+        domain: of each image, the number of its domain.
+        domains: their names.
+    """
+    size, _, patches = _image_sizes(model)
+    classes = {str(name): int(i) for name, i in (model.config.label2id or {}).items()}
     targets = torch.tensor([classes.get(domains[d], -100) for d in domain])
-    batches = [Batch({"pixel_values": x}, t) for x, t in zip(shown.split(IMAGES), targets.split(IMAGES), strict=True)]
-    place = torch.arange(patches).repeat(len(files))
-    side = size // patch
+    shown = normalise(pixels)
+    side = math.isqrt(patches)
+    by_ids = any("token_ids" in layer.decider.required for layer in moe_layers(model).values())
+    batches = [
+        Batch({"pixel_values": x}, t, {"token_ids": image_ids(x, size // side)} if by_ids else {})
+        for x, t in zip(shown.split(IMAGES), targets.split(IMAGES), strict=True)
+    ]
+    count = len(pixels) * patches
     stream = Stream(
-        {"domain": torch.tensor(domain).repeat_interleave(patches), "position": place},
+        {
+            "domain": torch.tensor(domain).repeat_interleave(patches),
+            "position": torch.arange(patches).repeat(len(pixels)),
+        },
         {"domain": domains, "position": [f"r{i // side} c{i % side}" for i in range(patches)]},
     )
-    return Material(batches, {"": stream}, torch.tensor(domain), domains, len(files) * patches, patches, pixels, patch)
+    return Material(batches, {"": stream}, torch.tensor(domain), domains, count, patches, pixels, size // side)

@@ -171,8 +171,8 @@ def picture(run: Run) -> Figure:
     """The result at a glance: loss of both models against tokens, and the gain by domain."""
     figure = Figure(figsize=(9.6, 3.8), layout=ConstrainedLayoutEngine(wspace=0.06), facecolor="white")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    draw_loss(left, run, Axis("tokens read in training", "tokens", dict.fromkeys(MODELS, 1.0)), PAPER)
-    left.set_title("Loss while reading the same text")
+    draw_loss(left, run, Axis(f"{run.words.tokens} read in training", "tokens", dict.fromkeys(MODELS, 1.0)), PAPER)
+    left.set_title(f"Loss while reading the same {run.words.data}")
     draw_gain(right, run, PAPER)
-    right.set_title("What the experts gain on held-out text")
+    right.set_title(f"What the experts gain on held-out {run.words.data}")
     return figure

@@ -15,8 +15,9 @@ from ...errors import UserError
 from ...metrics import DEAD_BELOW
 from .. import information
 from ..ledger import TRAINING_FLOPS
-from ..runs import MODELS, ModelSummary, Run, Summary, read_run
+from ..runs import MODELS, ModelSummary, Run, Summary, Words, read_run
 from . import heat_maps, html, run_figures
+from .exhibit_figures import exhibit
 from .style import PAPER, THEME, style
 
 __all__ = ["mutual_information", "write_picture", "write_report"]
@@ -69,31 +70,36 @@ def _page(run: Run) -> dict[str, Any]:
         "run": run,
         "summary": run.summary,
         "finite": run.summary is not None and math.isfinite(run.summary.gain),
-        "costs": _costs(run.summary) if run.summary else [],
+        "costs": _costs(run.summary, run.words) if run.summary else [],
         "compute_gap": _compute_gap(run.summary) if run.summary else 0.0,
         "experts": " or ".join(map(str, sorted(experts))),
         "losses": _loss_figures(run),
         "domains": _domain_rows(run),
-        "domain_figure": html.svg(run_figures.domain_losses(run, THEME), "domains", "Held-out loss by domain")
-        if run.scored_domains
-        else None,
+        "domain_figure": _domain_figure(run),
         "loads": _load_figures(run),
         "specialisation": _specialisation(run),
+        "exhibits": [exhibit(one, f"exhibit-{number}") for number, one in enumerate(run.exhibits)],
         "shown_layers": html.SHOWN_LAYERS,
         "dead_below": DEAD_BELOW,
         "training_flops": TRAINING_FLOPS,
     }
 
 
-def _costs(summary: Summary) -> list[dict[str, Any]]:
+def _domain_figure(run: Run) -> str | None:
+    if not run.scored_domains:
+        return None
+    return html.svg(run_figures.domain_losses(run, THEME), "domains", f"Held-out loss by {run.words.domain}")
+
+
+def _costs(summary: Summary, words: Words) -> list[dict[str, Any]]:
     """Rows of the cost table: label, what the number is, the formatting filter, and the value of each model."""
     rows = (
         ("Training time", "seconds", "fixed", lambda model: model.seconds),
-        ("Training speed", "tokens/s", "si", lambda model: model.tokens_per_second),
+        ("Training speed", f"{words.tokens}/s", "si", lambda model: model.tokens_per_second),
         ("Peak memory", "of the training process", "binary", lambda model: model.peak_rss_bytes),
         ("Parameters stored", "all experts", "si", lambda model: model.params_total),
-        ("Parameters active", "used by one token", "si", lambda model: model.params_active),
-        ("Compute per token", "FLOPs, forward pass", "si", lambda model: model.flops_per_token),
+        ("Parameters active", f"used by one {words.token}", "si", lambda model: model.params_active),
+        (f"Compute per {words.token}", "FLOPs, forward pass", "si", lambda model: model.flops_per_token),
         ("Compute of training", "FLOPs", "si", lambda model: model.training_flops),
     )
     return [
@@ -112,7 +118,13 @@ def _loss_figures(run: Run) -> list[dict[str, Any]]:
     if not run.train and not run.evals:
         return []
     one = dict.fromkeys(MODELS, 1.0)
-    axes = [("tokens", "against tokens", run_figures.Axis("tokens read in training", "tokens", one))]
+    axes = [
+        (
+            "tokens",
+            f"against {run.words.tokens}",
+            run_figures.Axis(f"{run.words.tokens} read in training", "tokens", one),
+        )
+    ]
     if run.summary:
         models = {name: _model(run.summary, name) for name in MODELS}
         flops = {
@@ -164,15 +176,16 @@ def _specialisation(run: Run) -> dict[str, Any] | None:
     if not run.layers or not run.domains:
         return None
     scale = heat_maps.domain_scale(len(run.domains))
-    bar = heat_maps.colour_bar(scale, "domain's part of an expert's tokens, in even shares")
+    what, pieces = run.words.domain, run.words.tokens
+    bar = heat_maps.colour_bar(scale, f"{what}'s part of an expert's {pieces}, in even shares")
     layers = []
     for number, (layer, row) in enumerate(run.layers.items()):
         mix = heat_maps.domain_mix(row.share)
-        title = f"Domains served by the {len(row.load)} experts of {layer}"
+        title = f"{run.words.domains.capitalize()} served by the {len(row.load)} experts of {layer}"
         layers.append(
             {
                 "name": layer,
-                "svg": html.svg(heat_maps.domain_map(row.share, run.domains), f"domain-{number}", title),
+                "svg": html.svg(heat_maps.domain_map(row.share, run.domains, what), f"domain-{number}", title),
                 "information": mutual_information(row.share),
                 "at_most": math.log2(min(row.share.shape)),
                 "experts": [
@@ -186,4 +199,6 @@ def _specialisation(run: Run) -> dict[str, Any] | None:
                 ],
             }
         )
-    return {"key": html.svg(bar, "domain-key", "Colour key of the domain maps"), "layers": layers}
+    told = any(tokens for row in run.layers.values() for tokens in row.tokens)
+    key = html.svg(bar, "domain-key", f"Colour key of the {what} maps")
+    return {"key": key, "layers": layers, "with_tokens": told}

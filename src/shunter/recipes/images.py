@@ -1,0 +1,508 @@
+"""Images: a Vision Transformer and its sparse twin (V-MoE), trained from scratch to tell the classes of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, set_seed
+
+from ..analysis.exhibits import Curves, Exhibit, Pictures, Table
+from ..analysis.inspect.findings import patches_served
+from ..analysis.inspect.inspecting import specialisation
+from ..analysis.inspect.material import Material, pixel_material
+from ..analysis.inspect.recording import record
+from ..analysis.ledger import Ledger, ledger
+from ..analysis.pages.inspect_figures import patch_sheet
+from ..analysis.runs import Words
+from ..data.images import PATCH_IDS, Normalisation, image_ids, pixels_of
+from ..data.labelled_images import Split, built_in_images, read_labelled, split
+from ..hf import sparsify
+from ..moe import moe_layers, tell
+from . import run
+from .recipe import Recipe
+from .sections import RunConfig, Section, SparseConfig, TrainingConfig
+
+__all__ = ["RECIPE", "ImagesConfig", "ImagesRecipe"]
+
+EVAL_BATCH = 64  # images of a forward
+SHOWN = 256  # images whose patches are looked at
+FACTORS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+"""The capacity factors of the evaluation; V-MoE's figure goes from 0 to 2."""
+ORDERS = {"batch": "batch priority", "position": "position order"}
+
+
+class DataConfig(Section):
+    """Which images, and how they are seen."""
+
+    source: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, min_length=1, max_length=1, description="a folder of images or IDX files, a datasets name; none: MNIST"
+    )
+    image_size: int = Field(28, ge=4, le=1024, description="height and width that images are brought to")
+    channels: Literal[1, 3] | None = Field(None, description="1: grey, 3: colours; none: as the images are")
+    eval_share: float = Field(0.2, gt=0, lt=1, description="held out of each class where the data do not say what is")
+    train_images: int = Field(100_000, ge=2, description="at most")
+    eval_images: int = Field(10_000, ge=2, description="at most")
+    shift: int = Field(2, ge=0, description="pixels that images are moved by at most in training, at random")
+
+
+class ModelConfig(Section):
+    """The dense Vision Transformer; the sparse twin differs in some of its feed-forward blocks alone."""
+
+    patch_size: int = Field(4, ge=1, le=256)
+    dim: int = Field(96, ge=8, le=16384)
+    layers: int = Field(4, ge=1, le=256)
+    heads: int = Field(4, ge=1)
+    hidden: int = Field(192, ge=8, description="width of the dense feed-forward block")
+
+
+class ImagesSparse(SparseConfig):
+    """V-MoE blocks in place of every second dense one."""
+
+    num_experts: int = Field(8, ge=1, le=4096)
+    router: str = "vmoe"
+    every: int = Field(2, ge=1, description="sparsify every n-th block, the n-th first")
+
+
+class ImagesTraining(TrainingConfig):
+    """Eight times through the built-in images."""
+
+    steps: int = Field(1000, ge=1)
+    batch_tokens: int = Field(1600, ge=8, description="patches of one optimizer step, rounded down to whole images")
+    warmup: int = Field(100, ge=0, description="steps")
+    learning_rate: float = Field(1.5e-3, gt=0, le=1)
+    eval_every: int = Field(200, ge=1, description="steps")
+    beta2: float = Field(0.99, gt=0, lt=1)
+
+
+class ImagesConfig(RunConfig):
+    """The configuration of `shunter train images`."""
+
+    causal = False
+
+    name: str = Field("images", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    sparse: ImagesSparse = ImagesSparse()
+    training: ImagesTraining = ImagesTraining()
+
+    @model_validator(mode="after")
+    def _fits(self) -> ImagesConfig:
+        m, d = self.model, self.data
+        if d.image_size % m.patch_size:
+            raise ValueError(f"data.image_size {d.image_size} must be a multiple of model.patch_size {m.patch_size}")
+        if m.dim % m.heads:
+            raise ValueError(f"model.dim {m.dim} must be a multiple of model.heads {m.heads}")
+        if d.shift >= d.image_size:
+            raise ValueError(f"data.shift {d.shift} must be less than data.image_size {d.image_size}")
+        if self.training.batch_tokens < self.tokens:
+            raise ValueError(
+                f"training.batch_tokens {self.training.batch_tokens} must be at least the {self.tokens} of an image"
+            )
+        if self.sparse.hidden is None and 2 * m.hidden <= self.sparse.num_experts:
+            raise ValueError(
+                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
+                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
+            )
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Of an image: its patches, and one for the class."""
+        return (self.data.image_size // self.model.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images as the models take them.
+
+    Args:
+        found: the images, and which are held out.
+        config: how they are seen.
+        count: how many are trained on, with those that come again.
+    """
+
+    found: Split
+    config: ImagesConfig
+    count: int
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colours."""
+        return self.config.data.channels or (3 if self.found.colours else 1)
+
+    @property
+    def normalise(self) -> Normalisation:
+        """Values from -1 to 1."""
+        return Normalisation(1.0, torch.full((self.channels,), 0.5), torch.full((self.channels,), 0.5))
+
+    def pixels(self, i: int) -> Tensor:
+        """Image i of all, (channels, size, size) in [0, 1].
+
+        Raises:
+            UserError: where it cannot be read any more.
+        """
+        with self.found.images.open(i) as image:
+            return pixels_of(image, self.config.data.image_size, self.channels)
+
+    def example(self, pixels: Tensor, i: int) -> dict[str, Tensor]:
+        """The keywords of a forward, and the ids of the tokens."""
+        shown = self.normalise(pixels)
+        ids = image_ids(shown[None], self.config.model.patch_size)[0]
+        return {"pixel_values": shown, "labels": torch.tensor(self.found.targets[i]), "token_ids": ids}
+
+    @property
+    def train(self) -> Dataset[dict[str, Tensor]]:
+        """Images in training order."""
+        return _Images(self)
+
+    def batches(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """The held-out images in their order: their numbers, and the keywords of a forward."""
+        held_out = self.found.held_out
+        for start in range(0, len(held_out), EVAL_BATCH):
+            some = held_out[start : start + EVAL_BATCH]
+            examples = [self.example(self.pixels(i), i) for i in some]
+            yield some, {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+    @property
+    def domains(self) -> list[dict[str, Any]]:
+        """A record of each class."""
+        images = self.found.images
+        size = self.config.tokens
+        counts = [
+            {"name": name, "license": images.license, "source": images.source}
+            | {
+                f"{part}_{unit}": times * sum(self.found.targets[i] == n for i in some)
+                for part, some in (("train", self.found.train), ("eval", self.found.held_out))
+                for unit, times in (("images", 1), ("patches", size))
+            }
+            for n, name in enumerate(self.found.classes)
+        ]
+        return counts
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the bytes and labels of all images that are used."""
+        return self.found.fingerprint
+
+    def describe(self) -> dict[str, Any]:
+        """What data.json holds."""
+        d, found = self.config.data, self.found
+        patch = self.config.model.patch_size
+        seen = (
+            f"Images of {d.image_size} by {d.image_size} in {'colours' if self.channels == 3 else 'grey'}, "
+            f"{self.config.tokens - 1} patches of {patch} by {patch} each; the class has a token of its own. "
+            f"The {len(found.train):,} to train on come "
+            f"{self.count / len(found.train):.1f} times."
+        )
+        return {
+            "domains": self.domains,
+            "fingerprint": self.fingerprint,
+            "notes": [seen, *([found.left_out] if found.left_out else [])],
+        }
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the settings of the image processor."""
+        size, half = self.config.data.image_size, [0.5] * self.channels
+        _processor()(image_mean=half, image_std=half, size={"height": size, "width": size}).save_pretrained(folder)
+
+
+class _Images(Dataset[dict[str, Tensor]]):
+    """Item i is the i-th image of training, a function of the seed and i: each pass in another order, all moved."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+        generator = torch.Generator().manual_seed(data.config.seed)
+        train = data.found.train
+        passes = -(-data.count // len(train))
+        self.order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(passes)])[: data.count]
+        most = data.config.data.shift
+        self.moves = torch.randint(-most, most + 1, (data.count, 2), generator=generator, dtype=torch.int16)
+
+    def __len__(self) -> int:
+        return self.data.count
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        number = self.data.found.train[int(self.order[i])]
+        return self.data.example(_moved(self.data.pixels(number), *self.moves[i].tolist()), number)
+
+
+def _moved(pixels: Tensor, down: int, right: int) -> Tensor:
+    """Pixels (channels, height, width) moved, what comes in being as the edge is."""
+    height, width = pixels.shape[-2:]
+    rows = (torch.arange(height) - down).clamp(0, height - 1)
+    columns = (torch.arange(width) - right).clamp(0, width - 1)
+    return pixels[:, rows][:, :, columns]
+
+
+class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
+    """Classification of images: the loss is the cross-entropy of the class in nats."""
+
+    name = "images"
+    config = ImagesConfig
+    words = Words(
+        "images",
+        "Two Vision Transformers see the same images in the same order, cut into patches, and learn to tell the class "
+        "of each.",
+        "nats/image",
+        "the right class",
+        {"accuracy": "% of the images right"},
+        ["accuracy"],
+        data="images",
+        domain="class",
+        token="patch",
+    )
+    knows = ("mask", "token_ids", "sequence", "position")
+
+    def prepare(self, config: ImagesConfig) -> ImageData:
+        """The images of the configuration, and which are held out."""
+        d = config.data
+        images = built_in_images() if d.source is None else read_labelled(d.source[0])
+        found = split(images, share=d.eval_share, most=d.train_images, most_held_out=d.eval_images)
+        return ImageData(found, config, config.training.steps * self.items_per_step(config))
+
+    def build(self, config: ImagesConfig, data: ImageData, sparse: bool) -> PreTrainedModel:
+        """A ViT of the data's classes."""
+        m, s, d = config.model, config.sparse, config.data
+        shape = ViTConfig(
+            hidden_size=m.dim,
+            num_hidden_layers=m.layers,
+            num_attention_heads=m.heads,
+            intermediate_size=m.hidden,
+            image_size=d.image_size,
+            patch_size=m.patch_size,
+            num_channels=data.channels,
+            initializer_range=m.dim**-0.5,  # the default 0.02 is that of 768 and more
+            id2label=dict(enumerate(data.found.classes)),
+            label2id={name: n for n, name in enumerate(data.found.classes)},
+        )
+        shape.problem_type = "single_label_classification"
+        labels = {"token_ids": PATCH_IDS + 1}
+        hidden = s.hidden or run.expert_width(m.hidden, s.build_router(m.dim, labels), config.tokens, gated=False)
+        set_seed(config.seed)
+        model = ViTForImageClassification(shape)
+        if not sparse:
+            return model
+        options = s.router_options(labels) | {"allow_leak": s.allow_leak, "backend": s.backend}
+        return sparsify(model, s.num_experts, s.router, layers=s.blocks(m.layers), hidden=hidden, **options)
+
+    def evaluate(self, model: PreTrainedModel, data: ImageData) -> dict[str, Any]:
+        """Nats an image, and how many of a hundred are right, in all and by class."""
+        loss, right = _predict(model, data)
+        target = torch.tensor([data.found.targets[i] for i in data.found.held_out])
+
+        def of(chosen: Tensor) -> dict[str, float]:
+            return {"loss": float(loss[chosen].mean()), "accuracy": 100 * float(right[chosen].double().mean())}
+
+        classes = {name: of(target == n) for n, name in enumerate(data.found.classes)}
+        return of(torch.ones_like(right)) | {"domains": classes}
+
+    def ledger(self, model: PreTrainedModel, config: ImagesConfig) -> Ledger:
+        """Of an image's patches and the token of its class."""
+        return ledger(model, config.tokens, once=("classifier",))
+
+    def items_per_step(self, config: ImagesConfig) -> int:
+        """Images."""
+        return config.training.batch_tokens // config.tokens
+
+    def tokens_per_step(self, config: ImagesConfig) -> int:
+        """The patches of whole images."""
+        return self.items_per_step(config) * config.tokens
+
+    def material(self, model: PreTrainedModel, data: ImageData, tokens: int) -> Material:
+        """Held-out images with so many patches at most, of each class in turn."""
+        chosen = _in_turn(data, max(1, tokens // (data.config.tokens - 1)))
+        pixels = torch.stack([data.pixels(i) for i in chosen])
+        domain = [data.found.targets[i] for i in chosen]
+        return pixel_material(model, data.normalise, pixels, domain, data.found.classes)
+
+    def specialisation(self, model: PreTrainedModel, data: ImageData) -> dict[str, Any]:
+        """Which classes' patches each expert took."""
+        return specialisation(model, self.material(model, data, SHOWN * (data.config.tokens - 1)))
+
+    def exhibits(self, models: dict[str, PreTrainedModel], config: ImagesConfig, data: ImageData) -> list[Exhibit]:
+        """Both models on the same images; accuracy against the capacity factor; the patches of each expert."""
+        right = {which: _predict(model, data)[1] for which, model in models.items()}
+        shown: list[Exhibit] = [_side_by_side(right["dense"], right["sparse"])]
+        shown += self._capacity(models, config, data)
+        return [*shown, self._patches(models["sparse"], data)]
+
+    def _capacity(self, models: dict[str, PreTrainedModel], config: ImagesConfig, data: ImageData) -> list[Exhibit]:
+        """V-MoE's figure; nothing where the router has no capacity."""
+        sparse = models["sparse"]
+        chooses = {layer.decider.chooses for layer in moe_layers(sparse).values()}
+        if not chooses <= {"tokens", "experts"}:
+            return []
+        orders = ORDERS if chooses == {"tokens"} else {"position": "experts choose"}
+        dense_flops = self.ledger(models["dense"], config).flops_per_token
+        whole = self.ledger(sparse, config)
+        dense = self.evaluate(models["dense"], data)["accuracy"]
+        lines: dict[str, list[tuple[float, float]]] = {name: [] for name in orders.values()}
+        rows: list[list[str | float]] = []
+        for factor in FACTORS:
+            cells: list[str | float] = []
+            for order, name in orders.items():
+                with _capacity_of(sparse, factor, order) as taken:
+                    accuracy = self.evaluate(sparse, data)["accuracy"]
+                lines[name].append((factor, accuracy))
+                kept = taken["kept"] / max(taken["asked"], 1)
+                share = (whole.flops_per_token - (1 - kept) * whole.flops["experts"]) / dense_flops
+                cells += [f"{accuracy:.2f} %", f"{100 * kept:.0f} %", f"{share:.2f}×"]
+            rows.append([f"{factor:g}", *cells])
+        heads = ["factor", *(f"{name}: {what}" for name in orders.values() for what in ("right", "kept", "compute"))]
+        says = _capacity_words(lines, rows, dense)
+        figure = Curves(
+            "Accuracy against the capacity in evaluation",
+            says,
+            "capacity factor in evaluation",
+            "% of the images right",
+            lines,
+            {"dense": dense},
+            logarithmic=True,
+        )
+        table = Table(
+            "The same in numbers",
+            "Right: of the held-out images. Kept: of the assignments of patches to experts; the others find "
+            "their expert full and are passed over by it. Compute: FLOPs of the whole model per patch, over the dense "
+            "model’s.",
+            heads,
+            rows,
+        )
+        return [figure, table]
+
+    def _patches(self, model: PreTrainedModel, data: ImageData) -> Exhibit:
+        material = self.material(model, data, SHOWN * (data.config.tokens - 1))
+        recording = record(model, material, lambda batches, what, total: batches)
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for name, layer in recording.layers.items():
+            stream = material.stream(name, len(layer.index), recording.batches)
+            if stream is None or layer.weight is None:
+                continue
+            assert material.images is not None
+            sheets = patches_served(layer, stream, material.window)
+            groups[name] = [
+                (f"expert {n}", patch_sheet(patches, material.images, material.patch) if patches else "")
+                for n, patches in enumerate(sheets)
+            ]
+        return Pictures(
+            "The patches of each expert",
+            f"Of {len(material.groups)} held-out images, for each expert up to 16 patches, those that its router "
+            "weighs most.",
+            groups,
+        )
+
+
+RECIPE = ImagesRecipe()
+
+
+def _processor() -> Any:
+    import transformers
+
+    # The first needs no torchvision; versions before it have the second alone, which needs none either.
+    return getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+
+
+@torch.no_grad()
+def _predict(model: PreTrainedModel, data: ImageData) -> tuple[Tensor, Tensor]:
+    """The loss (N,) float64 of each held-out image, and whether the model is right about it (N,) bool."""
+    was_training = model.training
+    model.eval()
+    losses, right = [], []
+    for _, batch in data.batches():
+        target = batch["labels"].to(model.device)
+        with tell(model, token_ids=batch["token_ids"].to(model.device)):
+            logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits.float()
+        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double().cpu())
+        right.append((logits.argmax(-1) == target).cpu())
+    model.train(was_training)
+    return torch.cat(losses), torch.cat(right)
+
+
+def _in_turn(data: ImageData, most: int) -> list[int]:
+    """So many held-out images at most, a first of each class, then a second, ….
+
+    A pass over part of them has seen all classes.
+    """
+    targets, seen = data.found.targets, [0] * len(data.found.classes)
+    ranked = []
+    for i in data.found.held_out:
+        ranked.append((seen[targets[i]], targets[i], i))
+        seen[targets[i]] += 1
+    return [i for _, _, i in sorted(ranked)[:most]]
+
+
+def _side_by_side(dense: Tensor, sparse: Tensor) -> Table:
+    both, neither = int((dense & sparse).sum()), int((~dense & ~sparse).sum())
+    gained, lost = int((sparse & ~dense).sum()), int((dense & ~sparse).sum())
+    chance = _sign_test(gained, lost)
+    verdict = (
+        "which is more than chance would explain"
+        if chance < 0.05
+        else "so that these images do not show which model is the better one"
+    )
+    return Table(
+        "The same images, both models",
+        f"Of {len(dense):,} held-out images the sparse model alone is right about {gained:,}, the dense one "
+        f"alone about {lost:,}. Were they equally good, a difference as large would come with probability "
+        f"{chance:.2g} (sign test), {verdict}. It is one run with one seed; another seed gives other models.",
+        ["", "sparse right", "sparse wrong"],
+        [["dense right", f"{both:,}", f"{lost:,}"], ["dense wrong", f"{gained:,}", f"{neither:,}"]],
+    )
+
+
+def _sign_test(a: int, b: int) -> float:
+    """The two-sided probability of counts as uneven as a and b, were both outcomes equally likely (McNemar, exact)."""
+    total = sum(math.comb(a + b, i) for i in range(min(a, b) + 1))
+    return min(1.0, float(Fraction(2 * total, 2 ** (a + b))))
+
+
+@contextmanager
+def _capacity_of(model: PreTrainedModel, factor: float, order: str) -> Iterator[dict[str, int]]:
+    """Within the block, the layers of a model have this capacity; what they ask for and keep is counted."""
+    layers = list(moe_layers(model).values())
+    routers = [layer.decider for layer in layers]
+    before = [(r.capacity_factor, r.eval_capacity_factor, r.capacity_order) for r in routers]
+    counts = {"asked": 0, "kept": 0}
+
+    def count(layer: Any, *_: Any) -> None:
+        counts["asked"] += int(layer.routing.demand.sum())
+        counts["kept"] += layer.routing.token.numel()
+
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        for router in routers:
+            router.capacity_factor, router.eval_capacity_factor, router.capacity_order = factor, None, order
+        yield counts
+    finally:
+        for router, old in zip(routers, before, strict=True):
+            router.capacity_factor, router.eval_capacity_factor, router.capacity_order = old
+        for handle in handles:
+            handle.remove()
+
+
+def _capacity_words(lines: dict[str, list[tuple[float, float]]], rows: list[list[Any]], dense: float) -> str:
+    name, first = next(iter(lines.items()))
+    half = {name: dict(points)[0.5] for name, points in lines.items()}
+    says = (
+        "With a capacity factor of 1 an expert has as many slots as its even share of the patches; with less, some "
+        "find their expert full. With batch priority the patches that the router is surest of go first, with position "
+        "order those that come first. With half of the slots (0.5) "
+        + ", ".join(f"{value:.2f} % of the images are right by {name}" for name, value in half.items())
+        + f"; the dense model is right about {dense:.2f} %. "
+    )
+    good = [row for row, (_, accuracy) in zip(rows, first, strict=True) if accuracy >= dense]
+    if good:
+        return says + (
+            f"The least factor at which {name} is at least as often right as the dense model is {good[0][0]}, for "
+            f"{good[0][3]} of the dense model’s compute."
+        )
+    return says + f"At no factor is {name} as often right as the dense model."
