@@ -60,14 +60,14 @@ def test_little_memory_is_dense():
 
 
 def test_more_devices_and_more_memory_hold_more_experts():
-    by_devices = [advise(Budget(1e21, 40 * GIB, n, 50e9)).best.experts for n in (8, 64, 256)]
-    by_memory = [advise(Budget(1e21, memory * GIB, 16, 50e9)).best.experts for memory in (24, 192)]
-    assert by_devices == sorted(by_devices) and by_devices[0] < by_devices[-1]
-    assert by_memory[0] < by_memory[1]
+    few, many, more = (
+        advise(Budget(1e21, memory * GIB, n, 50e9)).best.experts for n, memory in ((8, 40), (64, 40), (8, 192))
+    )
+    assert few < many and few < more
 
 
 def test_a_slower_network_has_fewer_expert_layers(ample):
-    slower = [advise(Budget(1e21, 80 * GIB, 64, speed)).best for speed in (5e9, 2e9, 1e9)]
+    slower = [advise(Budget(1e21, 80 * GIB, 64, speed)).best for speed in (2e9, 1e9)]
     often = [choice.frequency for choice in (ample.best, *slower)]
     assert often == sorted(often, reverse=True) and often[0] > often[-1] == 0
     losses = [choice.loss for choice in (ample.best, *slower)]

@@ -11,7 +11,7 @@ from shunter.cli import main
 from shunter.errors import UserError
 from shunter.simulate.clusters import load_cluster
 from shunter.simulate.files import names
-from shunter.simulate.published import check
+from shunter.simulate.published import check, layers_of_bench
 from shunter.simulate.shapes import load_model
 from shunter.simulate.step import Job, Layout, best, imbalance, layer_seconds, layouts, predict, sweep
 
@@ -205,3 +205,31 @@ def test_the_page_says_what_the_check_says():
     )
     kept = json.loads((ROOT / "docs" / "results" / "simulate-published.json").read_text(encoding="utf-8"))
     assert [row["predicted"] for row in kept] == pytest.approx([row.predicted for row in check()], rel=1e-6)
+
+
+def bench_of(ranks, latency, bandwidth):
+    """What `shunter bench parallel` would keep where exchanges take exactly this, in ms and MiB/ms."""
+    cases = []
+    for number in range(4):
+        shape = {"tokens": 64 * random.randint(1, 64), "dim": 8 * random.randint(1, 64), "top_k": random.randint(1, 8)}
+        sent = 4 * shape["tokens"] / ranks * shape["top_k"] * (1 - 1 / ranks) * shape["dim"] * 4 / 2**20
+        plain = random.uniform(10, 100)
+        times = {"data parallel": plain, "expert parallel": plain + 4 * latency + sent / bandwidth}
+        cases.append({"name": f"S{number}", **shape, "results": {name: {"ms": ms} for name, ms in times.items()}})
+    return {"processes": ranks, "cases": cases}
+
+
+def test_layers_of_a_planted_bench_are_predicted_exactly():
+    for latency in (0.0, random.uniform(0.1, 2)):
+        for row in layers_of_bench(bench_of(random.choice([2, 4]), latency, random.uniform(0.1, 2))):
+            assert row.predicted == pytest.approx(row.measured, rel=1e-6)
+
+
+KEPT = ROOT / "docs" / "results" / "bench-parallel.json"
+
+
+@pytest.mark.skipif(not KEPT.exists(), reason="no run of shunter bench parallel is kept")
+def test_layers_of_the_kept_bench_are_predicted_within_a_quarter():
+    found = json.loads(KEPT.read_text(encoding="utf-8"))
+    for row in layers_of_bench(found):
+        assert abs(row.error) <= 0.25, f"{row.what}: {row.measured:.1f} ms, predicted {row.predicted:.1f}"

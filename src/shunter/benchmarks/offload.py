@@ -37,6 +37,8 @@ TARGETS = {"offload 2/3": 0.85, "offload 1/3": 0.5}
 
 SLACK = 8 * 2**20  # bytes of anonymous memory beside the experts: threads that read, and what they need
 
+_GROUP = "shunter-bench-{}"  # of a process
+
 _START_SECONDS = 300  # a process that has not answered by then has failed
 
 
@@ -155,6 +157,7 @@ def bench(
             for process, _ in running.values():
                 process.kill()
                 process.join()
+                _remove_group(process.pid)
     whole = results["all in memory"]
     for row in results.values():
         if "refused" not in row:
@@ -324,7 +327,7 @@ def _limited(more: int | None) -> Iterator[str | None]:
         return
     try:
         own, limit, used = _group()
-        inner = own / f"shunter-bench-{os.getpid()}"
+        inner = own / _GROUP.format(os.getpid())
         inner.mkdir()
     except (OSError, StopIteration) as error:
         yield f"no control group can be made to limit memory with ({error})"
@@ -332,13 +335,21 @@ def _limited(more: int | None) -> Iterator[str | None]:
     try:
         (inner / "cgroup.procs").write_text(str(os.getpid()))
         # What was charged before stays with the group around this one.
-        (inner / limit).write_text(str(int((inner / used).read_text()) + more))
+        (inner / limit).write_text(str(int((inner / used).read_text()) + more + SLACK))
         yield None
     except OSError as error:
         yield f"a control group cannot limit memory here ({error})"
     finally:
         (own / "cgroup.procs").write_text(str(os.getpid()))
         inner.rmdir()
+
+
+def _remove_group(process: int) -> None:
+    """Remove the control group of a process that was killed in it."""
+    try:
+        (_group()[0] / _GROUP.format(process)).rmdir()
+    except (OSError, StopIteration):  # it had none, or removed it itself
+        pass
 
 
 def _group() -> tuple[Path, str, str]:

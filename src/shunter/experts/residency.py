@@ -208,7 +208,6 @@ class Stacks:
     """The matrices of one layer's experts, in stacks that `Residency` fills.
 
     Args:
-        name: of the layer, for messages.
         module: holds the parameters, which become `PagedParameter`s.
         sources: by the parameter's name, where its experts are.
         shapes: by the parameter's name, its shape (E, …), dtype, and an address that it is to be aligned like.
@@ -216,12 +215,11 @@ class Stacks:
 
     def __init__(
         self,
-        name: str,
         module: nn.Module,
         sources: dict[str, Sources],
         shapes: dict[str, tuple[torch.Size, torch.dtype, int]],
     ) -> None:
-        self.name, self.module, self.sources = name, module, sources
+        self.sources = sources
         self.pages = {key: _Pages(*shape) for key, shape in shapes.items()}
         self.num_experts = next(iter(shapes.values()))[0][0]
         self.parameters = {key: PagedParameter(p.tensor, requires_grad=False) for key, p in self.pages.items()}

@@ -273,7 +273,7 @@ def _install(residency: Residency, name: str, module: Any, sources: dict[str, So
     """Give a module stacks that are in memory for the experts alone that its forward is about to use."""
     shapes = {key: (t.shape, t.dtype, 0 if t.is_meta else t.data_ptr()) for key, t in like.items()}
     like.clear()  # the memory of what is replaced
-    layer = residency.add(Stacks(name, module, sources, shapes))
+    layer = residency.add(Stacks(module, sources, shapes))
     before = module.__dict__.get("forward")  # of who wrapped it before; else that of the class which it has then
     chosen: Callable[..., list[int]] = partial(_chosen, module)
 

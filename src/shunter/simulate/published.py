@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .clusters import Cluster, load_cluster
 from .shapes import ModelShape, load_model
 from .step import Job, Layout, predict
-from .volumes import rows_between_nodes, rows_to_ranks
+from .volumes import exchanges, rows_between_nodes, rows_leaving, rows_to_ranks
 
-__all__ = ["TOLERANCE", "Row", "check"]
+__all__ = ["TOLERANCE", "Row", "check", "layers_of_bench"]
 
 TOLERANCE = 0.2
 """The relative error up to which a prediction counts as right."""
@@ -189,4 +190,37 @@ def _switch() -> list[Row]:
     )
     gshard = predict(load_model("gshard-600b"), cluster, Layout(2048, 2048), Job(4 * 2**20, micro_batch=16))
     rows.append(Row("GShard 600B, 2048 TPU v3 cores", "a step of 4 M tokens", "steps/s", 0.72, 1 / gshard.seconds))
+    return rows
+
+
+def layers_of_bench(found: dict[str, Any]) -> list[Row]:
+    """The expert-parallel layers of `shunter bench parallel` next to predictions, in ms.
+
+    Computing takes what it takes in the same run without expert parallelism; latency and bandwidth of an exchange are
+    fitted to the other shapes of the run.
+
+    Args:
+        found: what bench-parallel.json holds, of three shapes or more.
+    """
+    import numpy as np
+
+    ranks, cases = found["processes"], found["cases"]
+    count = sum(exchanges())
+    sent = [
+        count * rows_leaving(case["tokens"] / ranks, case["top_k"], ranks) * case["dim"] * 4 / 2**20 for case in cases
+    ]
+    plain = [case["results"]["data parallel"]["ms"] for case in cases]
+    measured = [case["results"]["expert parallel"]["ms"] for case in cases]
+    rows = []
+    for i, case in enumerate(cases):
+        others = [j for j in range(len(cases)) if j != i]
+        known = np.array([[count, sent[j]] for j in others])
+        more = np.array([measured[j] - plain[j] for j in others])
+        cost = np.linalg.lstsq(known, more, rcond=None)[0]
+        if cost.min() < 0:  # neither a latency nor a bandwidth is negative: one of them explains all
+            alone = [known[:, k] @ more / (known[:, k] @ known[:, k]) for k in range(2)]
+            left = [((more - alone[k] * known[:, k]) ** 2).sum() for k in range(2)]
+            cost = np.array([alone[0], 0.0]) if left[0] <= left[1] else np.array([0.0, alone[1]])
+        said = plain[i] + float(cost.clip(0) @ np.array([count, sent[i]]))
+        rows.append(Row("shunter bench parallel", f"{case['name']} on {ranks} processes", "ms", measured[i], said))
     return rows
