@@ -122,7 +122,7 @@ def test_an_expert_without_tokens_is_reported():
     report = shunter.quantize(model, 4, calibrate=[torch.randint(3, VOCAB, (2, 20))])
     entry = report["layers"][f"{name}.experts"]
     assert entry["tokens"] == [40, 40, 0, 0] and entry["few"] == [2, 3]
-    assert "Fewer than 16 tokens of the calibration chose" in describe(report)
+    assert "Chosen by fewer than 16 tokens of the calibration" in describe(report)
 
 
 @pytest.mark.parametrize(
