@@ -122,7 +122,7 @@ def test_an_expert_without_tokens_is_reported():
     report = shunter.quantize(model, 4, calibrate=[torch.randint(3, VOCAB, (2, 20))])
     entry = report["layers"][f"{name}.experts"]
     assert entry["tokens"] == [40, 40, 0, 0] and entry["few"] == [2, 3]
-    assert "Fewer than 16 tokens of the calibration chose" in describe(report)
+    assert "Chosen by fewer than 16 tokens of the calibration" in describe(report)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,11 @@ def test_a_folder_of_it_is_refused_where_float_weights_are_wanted(tmp_path):
         ValueError, match="Shunter's sparse experts"
     ):  # the class itself, which knows nothing of Shunter
         type(model).from_pretrained(tmp_path / "model")
+    name, experts = next((n, m) for n, m in model.named_modules() if isinstance(m, QuantisedExperts))
+    experts.up_scale[3] = 0x7FC0  # a NaN of bfloat16
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match=f"the scales of '{name}' hold NaN or infinity"):
+        load_folder(tmp_path / "broken")
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
     raw["shunter_quantised"]["layers"] = {"model.layers.7.mlp.experts": 4}
     (tmp_path / "model" / "config.json").write_text(json.dumps(raw))

@@ -6,6 +6,7 @@ from scipy.optimize import linear_sum_assignment
 
 from shunter import MoE, dropless, routers
 from shunter.context import Context
+from shunter.routers import base
 from shunter.routers.base import largest
 from shunter.routers.registry import create
 
@@ -38,6 +39,19 @@ def test_largest_is_a_stable_sort(k):
     expected = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     assert torch.equal(largest(scores, k), expected)
     assert torch.equal(largest(scores.double(), k), expected)
+
+
+def test_keys_are_made_for_rows_with_ties_alone(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        base, "_by_keys", lambda scores, k, own=base._by_keys: made.append(len(scores)) or own(scores, k)
+    )
+    scores = torch.stack([torch.randperm(64) for _ in range(50)]).float()
+    assert torch.equal(largest(scores, 3), scores.argsort(dim=-1, descending=True)[:, :3]) and not made
+    scores[7, :] = 1.0
+    scores[9, 5] = float("nan")
+    largest(scores, 3)
+    assert made == [2]
 
 
 @pytest.mark.parametrize("name, options", FOUR)

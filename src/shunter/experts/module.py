@@ -287,6 +287,11 @@ class QuantisedExperts(RoutedExperts):
         weights = self.weights(torch.float32)
         return weights.up.nbytes + weights.down.nbytes
 
+    def finite(self) -> bool:
+        """Whether every scale is a finite number, and so every weight."""
+        scales = (self.get_buffer(f"{name}_scale").view(torch.bfloat16) for name in self.sizes)
+        return all(bool(scale.isfinite().all()) for scale in scales)
+
     def weights(self, dtype: torch.dtype) -> QuantisedWeights:
         """The experts as the backends take them, decoded into a dtype."""
 

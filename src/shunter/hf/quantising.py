@@ -118,8 +118,8 @@ def describe(report: dict[str, Any]) -> str:
     if few:
         name, experts = next(iter(few.items()))
         lines.append(
-            f"Fewer than {_FEW} tokens of the calibration chose {sum(map(len, few.values()))} experts, such as expert "
-            f"{experts[0]} of {name}: tokens of their layers stood in."
+            f"Chosen by fewer than {_FEW} tokens of the calibration, and calibrated with others of their layers: "
+            f"{sum(map(len, few.values()))} of the experts, first expert {experts[0]} of {name}."
         )
     return "\n".join(lines)
 

@@ -370,6 +370,22 @@ def largest(scores: Tensor, k: int) -> Tensor:
         return scores.argmax(-1, keepdim=True)
     if scores.dtype != torch.float32:
         return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    if k and scores.is_cpu and type(scores) is Tensor and not _is_traced(scores):
+        # Where the k differ, and no other score reaches the last of them, there is nothing to break: keys, which are
+        # several arrays of T x E integers, are for the other rows.
+        best, index = torch.topk(scores.detach(), k, dim=-1)
+        clear = (best[:, 1:] < best[:, :-1]).all(-1) & ((scores >= best[:, -1:]).sum(-1) == k)  # not where one is NaN
+        return index if clear.all() else index.index_put((~clear,), _by_keys(scores[~clear], k))
+    return _by_keys(scores, k)
+
+
+def _is_traced(scores: Tensor) -> bool:
+    """Whether values cannot be looked at: a compiler traces, or a transform of torch.func goes over them."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(scores)
+
+
+def _by_keys(scores: Tensor, k: int) -> Tensor:
+    """`largest` of float32 by integers that are all different."""
     # An integer key that orders as the float does (its bits, negatives flipped; -0.0 joins 0.0), unique by the column.
     bits = (scores.detach() + 0.0).contiguous().view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)

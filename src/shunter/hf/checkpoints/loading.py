@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...errors import UserError, one_line
+from ...experts import QuantisedExperts
 from ...moe import moe_layers
 from .folders import COMPUTED, match_names, model_class, on_meta, read_config, without_marks
 from .formats import made_here, sparse_class, split_layers
@@ -94,6 +95,9 @@ def load_folder(folder: Path, **options: Any) -> PreTrainedModel:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise UserError(f"{folder}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantisedExperts) and not module.finite():
+            raise UserError(f"{folder}: the scales of {name!r} hold NaN or infinity; quantize the model again")
     return model.eval()
 
 
