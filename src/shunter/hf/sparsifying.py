@@ -63,7 +63,8 @@ def sparsify(
         layers: sparsify these blocks of each stack instead, counted from 0.
         hidden: f of one expert; default: the dense block's.
         init: "scratch" draws each expert from a normal distribution with the dense weights' standard deviation; "copy"
-            makes each expert a copy of the dense block.
+            makes each expert a copy of the dense block; "paper" begins as scratch, and goes on as the router's paper
+            does (switch: its scale; vmoe: all experts equal; base: the block is zero).
         backend: of the experts.
         num_shared_experts: see `MoE`.
         allow_leak: insist on a router that lets later tokens change earlier ones, in a causal model.
@@ -89,8 +90,8 @@ def sparsify(
             f"sparsify: {type(model).__name__} is no model of transformers; put shunter.MoE into it yourself"
         )
     name, told = router if isinstance(router, str) else router_name(router), check_batch(batch)
-    if init not in ("scratch", "copy"):
-        raise UserError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
+    if init not in ("scratch", "copy", "paper"):
+        raise UserError(f"sparsify: init {init!r} is unknown; choose scratch, copy or paper")
     if init == "copy" and num_shared_experts:
         raise UserError("sparsify: copies beside a shared expert would not compute what the dense block does")
     known = routers.options(name)
@@ -312,10 +313,12 @@ def _initialise(moe: MoE, block: FeedForward, init: str) -> None:
     weights = moe.experts.weights
     if weights.up.is_meta or block.down.is_meta:
         return  # about to be loaded
-    if init == "scratch":
+    if init != "copy":
         for experts in (moe.experts, moe.shared_experts):
             if experts is not None:
                 experts.reset_parameters(float(block.up.float().std()), float(block.down.float().std()))
+        if init == "paper":
+            moe.init_as_in_paper()
         return
     for ours, dense in (
         (weights.up, block.up),
