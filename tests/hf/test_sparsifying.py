@@ -355,3 +355,16 @@ def test_experts_begin_as_in_the_papers(build):
             assert not layer.train(mode)(x).any()
     with pytest.raises(ValueError, match="begins experts in no way of its own"):
         shunter.sparsify(build("llama"), 4, "topk", top_k=2, init="paper")
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp", "model.layers.0.mlp.down_proj"])
+def test_hooks_on_what_is_replaced_are_not_lost(where, build):
+    model = build("llama")
+    kept = model.model.layers[0].self_attn.register_forward_hook(lambda *args: None)
+    hook = model.get_submodule(where).register_forward_pre_hook(lambda *args: None)
+    with pytest.raises(UserError, match=f"sparsify: {where} has hooks, which its replacement would not call"):
+        shunter.sparsify(model, 4, "topk", top_k=2)
+    assert not shunter.moe_layers(model)
+    hook.remove()
+    shunter.sparsify(model, 4, "topk", top_k=2)
+    kept.remove()

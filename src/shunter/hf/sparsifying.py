@@ -29,6 +29,8 @@ __all__ = ["choose_blocks", "describe_layers", "make_layers", "router_name", "sa
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def sparsify(
     model: Model,
@@ -106,6 +108,7 @@ def sparsify(
         warnings.warn(f"sparsify: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=2)
     for block in choose_blocks(stacks, every, layers):
         _must_be_here(block)
+        _must_call_none(model, block)
         width = block.hidden if hidden is None else hidden
         if init == "copy" and width != block.hidden:
             raise UserError(f"sparsify: init='copy' keeps the dense width {block.hidden}; leave hidden out")
@@ -156,6 +159,19 @@ def _must_be_here(block: FeedForward) -> None:
     for rows in block.maps.values():
         if rows.weight.is_meta and hasattr(rows.linear, "_hf_hook"):
             raise UserError(f"sparsify: the weights of {rows.path} are offloaded; sparsify the model, then offload it")
+
+
+def _must_call_none(model: nn.Module, block: FeedForward) -> None:
+    """Raises UserError where somebody has registered hooks within a block, which what replaces it would not call."""
+    for path in (block.path, *block.superfluous, *(rows.path for rows in block.maps.values())):
+        for name, module in model.get_submodule(path).named_modules(prefix=path):
+            if any(
+                vars(module).get(f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+            ):
+                raise UserError(
+                    f"sparsify: {name} has hooks, which its replacement would not call; remove them, and register what "
+                    "you need on the sparse layer"
+                )
 
 
 def _make(block: FeedForward, *, options: dict[str, Any], **sizes: Any) -> MoE:
@@ -266,8 +282,8 @@ def router_name(router: type) -> str:
     for kind in router.__mro__:
         if found := next((name for name in routers.names() if routers.find(name) is kind), None):
             return found
-        own = [name for name in vars(kind) if hasattr(Router, name) and (name == "__init__" or name[:2] != "__")]
-        if issubclass(kind, Router) and own:
+        wrappers = {prefix + base.__name__ for base in kind.__bases__ for prefix in ("FSDP", "Parametrized")}
+        if issubclass(kind, Router) and kind.__name__ not in wrappers:
             break
     raise UserError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
 
