@@ -348,6 +348,17 @@ class MoE(RoutedLayer):
             out = out + self.shared_experts(tokens, _everyone(tokens))
         return self.finish(self.dropout(out).reshape(x.shape), tokens, logits, routing, context)
 
+    @torch.no_grad()
+    def init_as_in_paper(self) -> None:
+        """Begin the experts as the router's paper does, where it says how: Switch, V-MoE and BASE. Biases stay.
+
+        Raises:
+            ValueError: for another router, and for experts that are not `Experts`.
+        """
+        if not isinstance(self.experts, Experts):
+            raise ValueError(f"MoE: {type(self.experts).__name__} draws its own experts; init_as_in_paper cannot")
+        self.decider.draw_experts(self.experts.weights.up, self.experts.weights.down)
+
     def flops_per_token(self, sequence_length: int) -> dict[str, float]:
         """As in any layer, with the shared experts, which every token takes."""
         products = self.share_used(sequence_length) * self.num_experts * self.experts.matrix_numbers

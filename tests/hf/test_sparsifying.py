@@ -331,3 +331,40 @@ def test_a_router_of_another_kind_is_not_saved_as_the_one_that_it_is_made_of(bui
         layer.router = Other(32, 4, top_k=2)
     with pytest.raises(ValueError, match="register .*Other.* first"):
         model.save_pretrained(tmp_path)
+
+
+def test_experts_begin_as_in_the_papers(build):
+    """The formulae: sd sqrt(s / n) of n inputs, cut at 2 sd, s = 0.1; one draw for all experts; a block of zeros."""
+    switch = shunter.MoE(256, 1024, 4, "switch")
+    switch.init_as_in_paper()
+    for weight, inputs_of in ((switch.experts.gate_up_proj, 256), (switch.experts.down_proj, 1024)):
+        scale = (0.1 / inputs_of) ** 0.5
+        assert 1.9 * scale < float(weight.abs().max()) <= 2 * scale
+        # A normal distribution cut at 2 sd has the variance 1 - 4 phi(2) / (2 Phi(2) - 1) = 0.7737.
+        assert abs(float(weight.double().square().mean()) / scale**2 - 0.7737) < 0.01
+        assert abs(float(weight.double().mean())) < 0.01 * scale
+    model = shunter.sparsify(build("vit"), 4, "vmoe", init="paper")
+    for layer in shunter.moe_layers(model).values():
+        for weight in layer.experts.parameters():
+            assert torch.equal(weight, weight[:1].expand_as(weight))
+        assert layer.experts.up_proj[0].std() > 0
+    model = shunter.sparsify(build("bert"), 4, "base", init="paper", allow_leak=True)
+    for layer in shunter.moe_layers(model).values():
+        x = torch.randn(3, 5, layer.dim)
+        for mode in (True, False):
+            assert not layer.train(mode)(x).any()
+    with pytest.raises(ValueError, match="begins experts in no way of its own"):
+        shunter.sparsify(build("llama"), 4, "topk", top_k=2, init="paper")
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp", "model.layers.0.mlp.down_proj"])
+def test_hooks_on_what_is_replaced_are_not_lost(where, build):
+    model = build("llama")
+    kept = model.model.layers[0].self_attn.register_forward_hook(lambda *args: None)
+    hook = model.get_submodule(where).register_forward_pre_hook(lambda *args: None)
+    with pytest.raises(UserError, match=f"sparsify: {where} has hooks, which its replacement would not call"):
+        shunter.sparsify(model, 4, "topk", top_k=2)
+    assert not shunter.moe_layers(model)
+    hook.remove()
+    shunter.sparsify(model, 4, "topk", top_k=2)
+    kept.remove()

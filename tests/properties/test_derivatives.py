@@ -100,3 +100,25 @@ def test_vmap_is_refused_in_one_line(over):
             weights = torch.randn(3, *layer.router.weight.shape, dtype=torch.float64)
             vmap(lambda w: functional_call(layer, {"router.weight": w}, (x[0],)))(weights)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "padded", "grouped_mm"])
+def test_gradients_of_several_outputs_at_once(backend):
+    dtype = torch.float32 if backend == "grouped_mm" else torch.float64
+    layer = _layer("topk", backend).to(dtype)
+    x = torch.randn(5, 6, dtype=dtype, requires_grad=True)
+    inputs = (x, *layer.parameters())
+    out, each = layer(x), torch.randn(3, 5, 6, dtype=dtype)
+    found = torch.autograd.grad(out, inputs, each, is_grads_batched=True, retain_graph=True)
+    expected = zip(*(torch.autograd.grad(out, inputs, one, retain_graph=True) for one in each), strict=True)
+    for value, one_by_one in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, torch.stack(one_by_one), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["padded", "grouped_mm", "numba", "decode"])
+def test_a_backend_that_was_asked_for_refuses_transforms_in_one_line(backend):
+    layer, x = _layer("topk", backend), torch.randn(5, 6, dtype=torch.float64)
+    for run in (lambda: grad(lambda a: layer(a).sum())(x), lambda: jvp(layer, (x,), (x,))):
+        with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this: .*; take \"auto\" or") as said:
+            run()
+        assert "\n" not in str(said.value)

@@ -135,6 +135,52 @@ def test_what_was_told_in_a_forward_counts_when_it_is_run_again(reentrant):
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
 
 
+class _Foreign(torch.autograd.Function):
+    """Checkpointing of somebody else's."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.run(x), grad)
+        return None, x.grad
+
+
+@pytest.mark.parametrize("around", ["a layer", "the base", "the whole"])
+def test_what_a_batch_says_counts_when_anything_is_run_again(around):
+    model = shunter.sparsify(_llama().double(), 4, "task", num_tasks=3, top_k=2, batch={"task": "task_ids"}).train()
+    ids = torch.randint(1, 50, (2, 6))
+    batches = [{"input_ids": ids, "labels": ids, "task_ids": torch.tensor(tasks)} for tasks in ([2, 0], [0, 1])]
+
+    def gradients(run):
+        model.zero_grad()
+        sum(run(**batch) for batch in batches).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients(lambda **batch: model(**batch).loss)
+    if around == "the whole":
+        found = gradients(lambda **batch: checkpoint(lambda: model(**batch).loss, use_reentrant=False))
+    else:
+        if around == "the base":
+            model.model = _Checkpointed(model.model, lambda m: m, False)
+            model.model.config = model.config
+        else:
+            for layer in moe_layers(model).values():
+                layer.router.coefficients = {}
+            expected = gradients(lambda **batch: model(**batch).loss)
+            for layer in moe_layers(model).values():
+                layer.forward = lambda x, run=layer.forward: _Foreign.apply(run, x)
+        found = gradients(lambda **batch: model(**batch).loss)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-14)
+
+
 def test_threads_see_their_own_padding():
     model = shunter.sparsify(_llama(), 4, "topk", top_k=2).eval()
     batches = list(_batches(12))

@@ -123,6 +123,9 @@ def _reference(places: Sequence[Tensor], size: tuple[int, int], activation: str)
     return run
 
 
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -151,9 +154,11 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, up, down, up_bias, down_bias, h, *indices = ctx.saved_tensors
         places = indices[: ctx.places]
-        if torch.is_grad_enabled():  # under create_graph=True
+        batched = torch._C._dispatch_keys(grads[0]).has(_BATCHED)  # under is_grads_batched=True
+        if torch.is_grad_enabled() or batched:  # under create_graph=True
             parts, needs = (x, weight, up, down, up_bias, down_bias), ctx.needs_input_grad[:6]
-            outer = gradients_in_graph(_reference(places, ctx.size, ctx.activation), parts, needs, grads[0])
+            with torch.enable_grad():
+                outer = gradients_in_graph(_reference(places, ctx.size, ctx.activation), parts, needs, grads[0])
             return (*outer, None, None, None, None)
         routing = Routing.from_indices(places, weight, *ctx.size)
         plan = Plan(ctx.layout, tuple(indices[ctx.places :]))

@@ -101,12 +101,16 @@ def choose(name: str, x: Tensor, weights: ExpertWeights, routing: Routing | None
     Raises:
         ValueError: where the named backend cannot run this input.
     """
+    transformed = not torch.compiler.is_compiling() and _is_transformed((x, *weights.learned(), *_weight_of(routing)))
     if name != "auto":
         backend = get(name)
-        if refusal := backend.lacks(x, weights, routing):
+        refusal: str | None = 'an input is in a transform of torch.func or forward mode; take "auto" or "reference"'
+        if not transformed or name == "reference":
+            refusal = backend.lacks(x, weights, routing)
+        if refusal:
             raise ValueError(f"backend {name!r} cannot run this: {refusal}")
         return backend, "you asked for it"
-    if not torch.compiler.is_compiling() and _is_transformed((x, *weights.learned(), *_weight_of(routing))):
+    if transformed:
         return get("reference"), "an input is in a transform of torch.func or forward mode, which it alone supports"
     passed = ""
     for candidate in _ON_CPU if x.is_cpu else _ON_CUDA if x.is_cuda else _ELSEWHERE:

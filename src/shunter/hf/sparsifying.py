@@ -29,6 +29,8 @@ __all__ = ["choose_blocks", "describe_layers", "make_layers", "router_name", "sa
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def sparsify(
     model: Model,
@@ -63,7 +65,8 @@ def sparsify(
         layers: sparsify these blocks of each stack instead, counted from 0.
         hidden: f of one expert; default: the dense block's.
         init: "scratch" draws each expert from a normal distribution with the dense weights' standard deviation; "copy"
-            makes each expert a copy of the dense block.
+            makes each expert a copy of the dense block; "paper" begins as scratch, and goes on as the router's paper
+            does (switch: its scale; vmoe: all experts equal; base: the block is zero).
         backend: of the experts.
         num_shared_experts: see `MoE`.
         allow_leak: insist on a router that lets later tokens change earlier ones, in a causal model.
@@ -89,8 +92,8 @@ def sparsify(
             f"sparsify: {type(model).__name__} is no model of transformers; put shunter.MoE into it yourself"
         )
     name, told = router if isinstance(router, str) else router_name(router), check_batch(batch)
-    if init not in ("scratch", "copy"):
-        raise UserError(f"sparsify: init {init!r} is unknown; choose scratch or copy")
+    if init not in ("scratch", "copy", "paper"):
+        raise UserError(f"sparsify: init {init!r} is unknown; choose scratch, copy or paper")
     if init == "copy" and num_shared_experts:
         raise UserError("sparsify: copies beside a shared expert would not compute what the dense block does")
     known = routers.options(name)
@@ -105,6 +108,7 @@ def sparsify(
         warnings.warn(f"sparsify: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=2)
     for block in choose_blocks(stacks, every, layers):
         _must_be_here(block)
+        _must_call_none(model, block)
         width = block.hidden if hidden is None else hidden
         if init == "copy" and width != block.hidden:
             raise UserError(f"sparsify: init='copy' keeps the dense width {block.hidden}; leave hidden out")
@@ -155,6 +159,19 @@ def _must_be_here(block: FeedForward) -> None:
     for rows in block.maps.values():
         if rows.weight.is_meta and hasattr(rows.linear, "_hf_hook"):
             raise UserError(f"sparsify: the weights of {rows.path} are offloaded; sparsify the model, then offload it")
+
+
+def _must_call_none(model: nn.Module, block: FeedForward) -> None:
+    """Raises UserError where somebody has registered hooks within a block, which what replaces it would not call."""
+    for path in (block.path, *block.superfluous, *(rows.path for rows in block.maps.values())):
+        for name, module in model.get_submodule(path).named_modules(prefix=path):
+            if any(
+                vars(module).get(f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+            ):
+                raise UserError(
+                    f"sparsify: {name} has hooks, which its replacement would not call; remove them, and register what "
+                    "you need on the sparse layer"
+                )
 
 
 def _make(block: FeedForward, *, options: dict[str, Any], **sizes: Any) -> MoE:
@@ -265,8 +282,8 @@ def router_name(router: type) -> str:
     for kind in router.__mro__:
         if found := next((name for name in routers.names() if routers.find(name) is kind), None):
             return found
-        own = [name for name in vars(kind) if hasattr(Router, name) and (name == "__init__" or name[:2] != "__")]
-        if issubclass(kind, Router) and own:
+        wrappers = {prefix + base.__name__ for base in kind.__bases__ for prefix in ("FSDP", "Parametrized")}
+        if issubclass(kind, Router) and kind.__name__ not in wrappers:
             break
     raise UserError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
 
@@ -312,10 +329,12 @@ def _initialise(moe: MoE, block: FeedForward, init: str) -> None:
     weights = moe.experts.weights
     if weights.up.is_meta or block.down.is_meta:
         return  # about to be loaded
-    if init == "scratch":
+    if init != "copy":
         for experts in (moe.experts, moe.shared_experts):
             if experts is not None:
                 experts.reset_parameters(float(block.up.float().std()), float(block.down.float().std()))
+        if init == "paper":
+            moe.init_as_in_paper()
         return
     for ours, dense in (
         (weights.up, block.up),

@@ -281,6 +281,14 @@ class Router(nn.Module):
         """
         return experts(x, routing)
 
+    def draw_experts(self, up: Tensor, down: Tensor) -> None:
+        """Set the matrices (E, f or 2f, d) and (E, d, f) of new experts, in place, as the router's paper begins them.
+
+        Raises:
+            ValueError: where the paper has no way of its own.
+        """
+        raise ValueError(f"{type(self).__name__}: its paper begins experts in no way of its own; leave them as drawn")
+
     def observe(self, logits: Tensor, routing: Routing, context: Context = NO_CONTEXT) -> None:
         """Note what `update` needs of a training forward. `MoE` calls it once a forward, not in a recomputation."""
 

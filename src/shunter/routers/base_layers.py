@@ -54,8 +54,8 @@ class Base(_Balanced):
     loss. The weight is sigmoid(h): the paper's sigma f(x) + (1 - sigma) x with its residual experts f(x) = x + g(x) is
     x + sigma g(x), which is what a layer in a residual block computes.
 
-    In the paper g starts at zero, and so the layer as the identity. That is not the router's: a layer draws its experts
-    as for any router; set `moe.experts.down_proj` to zero before training to follow the paper there.
+    In the paper g starts at zero, and so the layer as the identity: `sparsify(init="paper")` and `MoE.init_as_in_paper`
+    begin so, everything else with experts as of any router.
 
     Args:
         centroid_gain: the expert centroids begin orthogonal, with this norm; the paper's code 0.1.
@@ -71,6 +71,10 @@ class Base(_Balanced):
             raise ValueError(f"centroid_gain {centroid_gain} must be positive")
         self.centroid_gain = centroid_gain
         super().__init__(dim, num_experts, **options)
+
+    def draw_experts(self, up: Tensor, down: Tensor) -> None:
+        """The map down begins at zero."""
+        down.zero_()
 
     def reset_parameters(self) -> None:
         """Draw orthogonal centroids."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import capacity
@@ -27,8 +27,8 @@ class Switch(TopK):
 
     The input is cast to float32 inside the router and the weights stay float32 (selective precision).
 
-    The initial scale 0.1 is the router's. The paper's is of the experts' matrices too, which the layer draws as for any
-    router: multiply them by 0.1 ** 0.5 to follow it there.
+    The initial scale 0.1 is the router's. The paper's is of the experts' matrices too: `sparsify(init="paper")` and
+    `MoE.init_as_in_paper` draw them so, everything else as for any router.
 
     Args:
         policy: how a training token explores: "jitter" (input times uniform noise), "input_dropout", "sample" (the
@@ -87,6 +87,12 @@ class Switch(TopK):
         if self.training and self.policy == "input_dropout":
             x = F.dropout(x.to(torch.promote_types(x.dtype, torch.float32)), self.input_dropout)
         return super().score(x, context)
+
+    def draw_experts(self, up: Tensor, down: Tensor) -> None:
+        """Truncated normal, sd sqrt(s / n) for n inputs and the initial scale s (section 2.4)."""
+        for weight in (up, down):
+            std = (self.init_scale / weight.shape[-1]) ** 0.5
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
     def choose(self, logits: Tensor, context: Context) -> Routing:
         """The argmax of each row, or a draw from its softmax."""

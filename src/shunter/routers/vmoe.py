@@ -23,8 +23,8 @@ class VMoE(TopK):
     `capacity_order="batch"`: when slots are few, the tokens with the highest probability in the batch get them, which
     lets a capacity factor far below 1 serve in evaluation; it leaks in causal models.
 
-    The experts of the authors' code all start from one draw. That is not the router's: `sparsify(init="copy")` starts
-    all from the dense block, everything else draws each by itself.
+    The experts of the authors' code all start from one draw: `sparsify(init="paper")` and `MoE.init_as_in_paper` draw
+    them so, everything else each by itself.
 
     Args:
         top_k: k; the paper's 2.
@@ -77,6 +77,11 @@ class VMoE(TopK):
         clean = super().score(x, context)
         noisy = clean + self.noise_std * torch.randn_like(clean) if self.training else clean
         return torch.cat([clean, noisy], dim=-1)
+
+    def draw_experts(self, up: Tensor, down: Tensor) -> None:
+        """Every expert as the first."""
+        for weight in (up, down):
+            weight.copy_(weight[:1].clone())
 
     def probs(self, logits: Tensor) -> Tensor:
         """The softmax (T, E) of the noisy logits."""
