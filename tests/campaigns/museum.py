@@ -189,5 +189,6 @@ def museum(result, folder, cases, seed):
             timeout=5 * TIME_LIMIT,
             check=False,
         )
-        result.count(case, "" if ended.returncode == 1 else f"{bug.what}: exit code {ended.returncode}", detected=True)
+        found = ended.returncode == 1 or ended.returncode < 0  # a test failed, or the bug ended the process
+        result.count(case, "" if found else f"{bug.what}: exit code {ended.returncode}", detected=True)
         shutil.rmtree(copy)

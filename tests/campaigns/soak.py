@@ -21,7 +21,7 @@ def soak(result, folder, cases, seed):
     if cases[0]:
         return
     every = [f"training.{name}_every=50" for name in ("save", "eval", "log")]
-    settings = [*work.settings, "training.steps=100000000", *every, "model.layers=1", f"seed={seed}"]
+    settings = [*work.settings, f"training.steps={300 * seconds + 500}", *every, "model.layers=1", f"seed={seed}"]
     with fresh(folder) as run:
         arguments = ["train", "text", "--run", str(run), *settings]
         ended = in_child(lambda: _watched(arguments, run, seconds), limit=10 * seconds + 600)
@@ -40,10 +40,13 @@ def soak(result, folder, cases, seed):
 
 
 def _watched(arguments, run, seconds):
-    """Train in this process, sampled twenty times from another, and end it as Ctrl-C would."""
-    parent, began = os.getpid(), time.monotonic()
+    """Train in this process, sampled from another after its first checkpoint, and end it as Ctrl-C would."""
+    parent = os.getpid()
     if os.fork() == 0:
         try:
+            while not list(run.rglob("checkpoint-*/shunter-manifest.json")):
+                time.sleep(0.1)
+            began = time.monotonic()
             with run.with_name("samples").open("w") as out:
                 while (now := time.monotonic() - began) < seconds:
                     out.write(" ".join(map(str, (now, *_sample(parent, run)))) + "\n")
