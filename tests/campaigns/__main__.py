@@ -75,7 +75,7 @@ def _run(progress, folder, args):
         while True:
             over = args.minutes is not None and time.monotonic() - began > 60 * args.minutes
             while len(running) < args.workers and not over and (part := progress.next()):
-                running[pool.submit(_part, *part, args.seed, folder)] = part
+                running[pool.submit(_part, *part, progress.wanted[part[0]], args.seed, folder)] = part
             if not running:
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -83,13 +83,13 @@ def _run(progress, folder, args):
             print(progress.line(time.monotonic() - began), file=sys.stderr, flush=True)
 
 
-def _part(name, first, seed, folder):
+def _part(name, first, size, seed, folder):
     """Cases of one campaign, in the folder of this process; and the seconds they took."""
     began = time.monotonic()
     own = folder / str(os.getpid())
     own.mkdir(exist_ok=True)
     try:
-        result = CAMPAIGNS[name].run(name, own, range(first, first + CAMPAIGNS[name].part), seed)
+        result = CAMPAIGNS[name].run(name, own, range(first, first + min(CAMPAIGNS[name].part, size)), seed)
     except Exception:
         result = Result(name, seed, failures=[f"the campaign itself failed: {traceback.format_exc()}"])
     return result, time.monotonic() - began

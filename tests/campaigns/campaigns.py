@@ -1,9 +1,10 @@
 """Every campaign by its name."""
 
-from tests.campaigns import damages, numbers, settings, stops, verbs
+from tests.campaigns import damages, layers, museum, numbers, settings, soak, stops, texts, verbs
 from tests.campaigns.campaign import Campaign
 
 CAMPAIGNS = {
+    "soak": Campaign("R", "seconds of a training: memory, files, threads, disk", soak.soak, 1800, 20, 1800, slow=True),
     "kills": Campaign("A", "SIGKILL at random times of a run, first and resumed", stops.kills, 5000, 3, 20),
     "crash_points": Campaign(
         "B", "SIGKILL before an operation on files, and twice with it a power loss", stops.crash_points, None, 5, 15
@@ -34,4 +35,20 @@ CAMPAIGNS = {
         50,
     ),
     "settings": Campaign("P", "settings of wrong names, types and ranges", settings.settings, 20000, 300, 5000),
+    "shapes": Campaign(
+        "K", "numbers of tokens and choices, layouts in memory, extreme logits", layers.shapes, 2000, 60, 250
+    ),
+    "invariants": Campaign(
+        "J", "properties of a layer with each backend, on random layers", layers.invariants, 40000, 120, 2000
+    ),
+    "data": Campaign("O", "files of text, JSON, Parquet that are damaged or lie", texts.data, 1000, 80, 250),
+    "museum": Campaign(
+        "N",
+        "known bugs put back, each found by the tests named for it",
+        museum.museum,
+        len(museum.MUSEUM),
+        2,
+        3,
+        slow=True,
+    ),
 }

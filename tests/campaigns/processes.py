@@ -30,7 +30,7 @@ class Ended:
         return (self.said.strip().splitlines() or [""])[-1]
 
 
-def in_child(work, *, kill_after=None):
+def in_child(work, *, kill_after=None, limit=LIMIT):
     """Run work() -> exit code in a forked process; SIGKILL it after some seconds, if asked to."""
     sys.stdout.flush(), sys.stderr.flush()
     gc.freeze()  # or the child would copy what it collects
@@ -57,7 +57,7 @@ def in_child(work, *, kill_after=None):
             elif kill_after is not None and time.monotonic() - start >= kill_after:
                 os.kill(pid, signal.SIGKILL)
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            elif time.monotonic() - start > LIMIT:
+            elif time.monotonic() - start > limit:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 break

@@ -57,20 +57,24 @@ def test_numbers_of_experts_that_no_small_integer_holds(experts):
     assert int(routing.counts.sum()) == tokens * k and routing.counts.numel() == experts
 
 
-def test_offsets_beyond_two_to_the_31_in_the_triton_kernels():
-    """One tile far into a tensor, of which only that much is ever touched: offsets of 32 bits would wrap."""
+@pytest.mark.parametrize(
+    "name, dimension", [("up", 0), ("up", 1), ("up", 2), ("down", 0), ("down", 1), ("down", 2), ("x", 0), ("x", 1)]
+)
+def test_offsets_beyond_two_to_the_31_in_the_triton_kernels(name, dimension):
+    """One tile of a tensor spread so wide that offsets of 32 bits would wrap; few of its pages are ever touched."""
     triton = get("triton")
-    x, chosen = torch.randn(3, 8).half(), torch.full((3, 1), 8)
-    routing = Routing.from_topk(chosen, torch.ones(3, 1), 9)
-    near = Weights(torch.randn(9, 10, 8).half(), torch.randn(9, 8, 5).half())
-    if refusal := triton.refuses(x, near):
+    near = {"x": torch.randn(9, 9), "up": torch.randn(9, 18, 9), "down": torch.randn(9, 9, 9)}
+    near = {key: value.half() for key, value in near.items()}
+    routing = Routing.from_topk(torch.full((9, 1), 8), torch.ones(9, 1), 9)
+    if refusal := triton.refuses(near["x"], Weights(near["up"], near["down"])):
         pytest.skip(refusal)
-    apart = 2**28  # which 32 bits hold, but not eight times
-    up = torch.empty(8 * apart + 80, dtype=torch.float16).as_strided((9, 10, 8), (apart, 8, 1))
-    up[8] = near.up[8]
+    tensor, apart = near[name], 2**28  # which 32 bits hold, but not eight times
+    strides = [apart if i == dimension else stride for i, stride in enumerate(tensor.stride())]
+    room = (tensor.shape[dimension] - 1) * apart + tensor.numel()
+    far = near | {name: torch.empty(room, dtype=torch.float16).as_strided(tensor.shape, strides).copy_(tensor)}
     with torch.no_grad():
-        found = triton.run(x, Weights(up, near.down), routing)
-        assert torch.equal(found, triton.run(x, near, routing))
+        found = [triton.run(given["x"], Weights(given["up"], given["down"]), routing) for given in (near, far)]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
