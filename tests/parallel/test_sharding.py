@@ -283,6 +283,11 @@ def inference(mesh):
         for tokens in (0, 1, 3 * dist.get_rank(), 40):
             x = _of_this_rank(lambda n=tokens: torch.randn(n, DIM))
             found.append(difference({"out": moe(x)}, {"out": copied(x)}))
+    again = copy.deepcopy(moe)
+    again.load_state_dict(layer("topk", torch.float32).state_dict())
+    changed = not torch.equal(again(x), moe(x))
+    again.load_state_dict(copied.state_dict())
+    assert changed and torch.equal(again(x), moe(x)), "a copy takes the state of whole experts"
     same = {name: tuple(value.shape) for name, value in moe.state_dict().items()} == state
     local = sum(p.to_local().numel() for p in moe.experts.parameters()) / sum(
         p.numel() for p in copied.experts.parameters()

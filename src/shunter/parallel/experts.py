@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..errors import UserError
 from ..experts import Experts, Weights, choose
@@ -96,6 +96,17 @@ class ShardedExperts(Experts):
             raise UserError(f"{self.sender.name}: the experts are sharded further; call the module, not its parts")
         out: Tensor = _Scaled.apply(local, 1 / self.size) if self.size > 1 and local.requires_grad else local
         return out
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As any module, from the state of whole experts too, of which this rank takes its part."""
+        for key, parameter in self._parameters.items():
+            value = state_dict.get(prefix + key)
+            whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+            if whole and isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
+                state_dict[prefix + key] = distribute_tensor(
+                    value, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.compiler.disable
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
