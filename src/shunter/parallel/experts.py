@@ -157,15 +157,15 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         UserError: where no layer has experts to shard, P does not divide E, or the ranks' parameters differ.
     """
     watch.begin()
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, MoE) and isinstance(module.experts, Experts)
-    ]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no MoE layer whose experts could be sharded; see shunter.sparsify")
     if sharded := [name for name, layer in layers if isinstance(layer.experts, ShardedExperts)]:
         raise UserError(f"the experts of {sharded[0] or 'the layer'} are sharded already")
+    for name, layer in layers:
+        if type(layer.experts) is not Experts:  # a subclass may compute with more than its matrices
+            kind = type(layer.experts).__name__
+            raise UserError(f"{name or 'the layer'}: its experts are {kind}, which cannot be sharded; only Experts can")
     same_on_all_ranks(model)
     made = [
         ShardedExperts(layer.experts, mesh, number, name or "the layer")
