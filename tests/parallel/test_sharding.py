@@ -283,6 +283,11 @@ def inference(mesh):
         for tokens in (0, 1, 3 * dist.get_rank(), 40):
             x = _of_this_rank(lambda n=tokens: torch.randn(n, DIM))
             found.append(difference({"out": moe(x)}, {"out": copied(x)}))
+    again = copy.deepcopy(moe)
+    again.load_state_dict(layer("topk", torch.float32).state_dict())
+    changed = not torch.equal(again(x), moe(x))
+    again.load_state_dict(copied.state_dict())
+    assert changed and torch.equal(again(x), moe(x)), "a copy takes the state of whole experts"
     same = {name: tuple(value.shape) for name, value in moe.state_dict().items()} == state
     local = sum(p.to_local().numel() for p in moe.experts.parameters()) / sum(
         p.numel() for p in copied.experts.parameters()
@@ -305,6 +310,9 @@ def refusals(mesh):
     said("experts", lambda: parallel.shard_experts(shunter.MoE(DIM, 4, 5, "topk"), mesh))
     said("world", lambda: parallel.mesh(expert_parallel=3))
     said("dense", lambda: parallel.shard_experts(torch.nn.Linear(2, 2), mesh))
+    adapted = layer("topk", torch.float32)
+    torch.nn.utils.parametrizations.weight_norm(adapted.experts, "down_proj")
+    said("adapted", lambda: parallel.shard_experts(adapted, mesh))
     moe = layer("topk", torch.float32)
     said("twice", lambda: parallel.shard_experts(parallel.shard_experts(moe, mesh), mesh))
     other = layer("topk", torch.float32)
@@ -463,6 +471,7 @@ MISTAKES = [
     ("experts", "5 experts, which 2 ranks cannot hold"),
     ("world", "2 processes cannot share experts in groups of 3"),
     ("dense", "Linear has no MoE layer"),
+    ("adapted", "its experts are ParametrizedExperts, which cannot be sharded"),
     ("twice", "sharded already"),
     ("drawn apart", "router.weight is another on rank 1"),
     ("evaluates alone", "gradients but for its input's, and rank 1 at sparse layer 0 in float32 without gradients"),

@@ -8,6 +8,7 @@ router's gradient needs no exchange of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,9 @@ class Sender:
     layer: int
     name: str
     group: dist.ProcessGroup
+
+    def __deepcopy__(self, memo: Any) -> Sender:
+        return self  # a copied model is at the same place, among the same ranks
 
     def header(self, x: Tensor) -> list[int]:
         """The layer's number, and how its input x is computed with."""

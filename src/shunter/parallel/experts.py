@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..errors import UserError
 from ..experts import Experts, Weights, choose
@@ -97,6 +97,17 @@ class ShardedExperts(Experts):
         out: Tensor = _Scaled.apply(local, 1 / self.size) if self.size > 1 and local.requires_grad else local
         return out
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As any module, from the state of whole experts too, of which this rank takes its part."""
+        for key, parameter in self._parameters.items():
+            value = state_dict.get(prefix + key)
+            whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+            if whole and isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
+                state_dict[prefix + key] = distribute_tensor(
+                    value, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @torch.compiler.disable
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """As `Experts`, in three exchanges (counts, rows, outputs), and two in the backward.
@@ -146,15 +157,15 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         UserError: where no layer has experts to shard, P does not divide E, or the ranks' parameters differ.
     """
     watch.begin()
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, MoE) and isinstance(module.experts, Experts)
-    ]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no MoE layer whose experts could be sharded; see shunter.sparsify")
     if sharded := [name for name, layer in layers if isinstance(layer.experts, ShardedExperts)]:
         raise UserError(f"the experts of {sharded[0] or 'the layer'} are sharded already")
+    for name, layer in layers:
+        if type(layer.experts) is not Experts:  # a subclass may compute with more than its matrices
+            kind = type(layer.experts).__name__
+            raise UserError(f"{name or 'the layer'}: its experts are {kind}, which cannot be sharded; only Experts can")
     same_on_all_ranks(model)
     made = [
         ShardedExperts(layer.experts, mesh, number, name or "the layer")
