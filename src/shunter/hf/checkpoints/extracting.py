@@ -105,15 +105,14 @@ def describe(receipt: dict[str, Any]) -> str:
 
 def _experts_of(path: str, layer: MoE, kind: str, number: int) -> list[tuple[int, float]]:
     """The experts of all tokens of a task, domain or language, with their weights."""
-    router: Any = layer.decider
-    if kind not in _KINDS or not isinstance(router, _KINDS[kind]):
+    router = layer.decider
+    right = kind in _KINDS and isinstance(router, _KINDS[kind])
+    if not right:
         raise UserError(
             f"extract: {path} routes by {type(router).__name__}, not by {kind}; all layers must go by one of "
             f"{', '.join(_KINDS)}"
         )
-    if layer.router.eval_capacity_factor not in (None, "dropless") or (
-        router.capacity_factor is not None and router.eval_capacity_factor is None
-    ):
+    if router.capacity_factor is not None and router.eval_capacity_factor != "dropless":
         raise UserError(f"extract: {path} has a capacity, which drops tokens; call shunter.dropless(model) first")
     known: dict[str, Any] = {kind: torch.tensor([number])}
     context = Context(**known)
@@ -153,7 +152,7 @@ def _block(layer: MoE, chosen: list[tuple[int, float]]) -> Block:
     return [torch.cat(rows) for rows in ups], up_bias_all, [torch.cat(downs)], down_bias
 
 
-def _dense(sparse: PreTrainedModel, folder: Path, width: int) -> PreTrainedModel:
+def _dense(sparse: PreTrainedModel, folder: Path, width: int) -> Any:
     """The dense model with blocks of at least a width, its weights to be written."""
     config = copy.deepcopy(sparse.config)
     del config.shunter
@@ -174,9 +173,8 @@ def _dense(sparse: PreTrainedModel, folder: Path, width: int) -> PreTrainedModel
                     break
         else:
             raise UserError(f"extract: no field of {config.model_type} makes its blocks {wanted} wide")
-    made: PreTrainedModel = kind(config).to(sparse.dtype)
-    for parameter in made.parameters():
-        parameter.data = parameter.data.clone()
+    made: Any = kind(config)
+    made = made.to(sparse.dtype)
     return made
 
 
