@@ -24,6 +24,7 @@ from ...moe import MoE, tell
 from ...routers.fixed import Domain, Language
 from ...routers.task import Task
 from ..blocks import FeedForward, find_feed_forwards
+from ..config_file import forget_layers
 from .check import probe
 from .folders import local_folder, model_class, on_meta
 from .formats import made_here
@@ -155,7 +156,7 @@ def _block(layer: MoE, chosen: list[tuple[int, float]]) -> Block:
 def _dense(sparse: PreTrainedModel, folder: Path, width: int) -> Any:
     """The dense model with blocks of at least a width, its weights to be written."""
     config = copy.deepcopy(sparse.config)
-    del config.shunter
+    forget_layers(config)
     kind = model_class(config, str(folder))
 
     def widths(config: Any) -> list[int]:
