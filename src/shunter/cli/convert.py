@@ -1,4 +1,4 @@
-"""The verbs of models on disk: upcycle, export, quantize, prune, distill."""
+"""The verbs of models on disk: upcycle, export, quantize, prune, extract, distill."""
 
 from __future__ import annotations
 
@@ -65,6 +65,15 @@ def add_verbs(verbs: Any) -> None:
     prune.add_argument("--no-check", action="store_true", help="do not measure the loss before and after")
     prune.add_argument("--json", action="store_true", help="the receipt to standard output")
     prune.set_defaults(verb=_prune)
+
+    extract = verbs.add_parser("extract", help="write the dense model that a sparse one is for one task or language")
+    extract.add_argument("model", metavar="MODEL", help="a model with the router task, domain or language")
+    extract.add_argument("--out", type=Path, required=True, help="the folder to make")
+    which = extract.add_mutually_exclusive_group(required=True)
+    for kind in ("task", "domain", "language"):
+        which.add_argument(f"--{kind}", type=int, help=f"the number of the {kind}")
+    extract.add_argument("--json", action="store_true", help="the receipt to standard output")
+    extract.set_defaults(verb=_extract)
 
     distill = verbs.add_parser("distill", help="train a smaller model on what a sparse one knows, and say what is kept")
     distill.add_argument("teacher", metavar="TEACHER", help="the folder of a sparse model, or of a run of train")
@@ -174,6 +183,18 @@ def _prune(args: argparse.Namespace) -> int:
         check=not args.no_check,
         offload=args.offload or None,
     )
+    print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
+    return 0
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..hf.checkpoints.extracting import describe, extract
+
+    logging.disable_progress_bar()
+    kind = next(kind for kind in ("task", "domain", "language") if getattr(args, kind) is not None)
+    receipt = extract(args.model, args.out, kind, getattr(args, kind))
     print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
     return 0
 

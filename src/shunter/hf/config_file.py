@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-__all__ = ["MARKS", "MODEL_TYPE", "as_dense", "name_layers", "write_as_sparse"]
+__all__ = ["MARKS", "MODEL_TYPE", "as_dense", "forget_layers", "name_layers", "write_as_sparse"]
 
 MODEL_TYPE = "shunter"
 
@@ -42,6 +42,13 @@ def name_layers(config: Any, layers: Any) -> None:
 def write_as_sparse(config: Any) -> None:
     """Let a configuration, in place, be written as that of a model whose experts are Shunter's."""
     config.__class__ = _sparse(config.__class__)
+
+
+def forget_layers(config: Any) -> None:
+    """Let a configuration, in place, be that of the dense model which the sparse one was made of."""
+    for mark in (*MARKS, "quantization_config"):
+        vars(config).pop(mark, None)
+    config.__class__ = getattr(config.__class__, "_shunter_dense", config.__class__)
 
 
 @cache

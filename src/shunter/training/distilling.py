@@ -31,6 +31,7 @@ from ..hf.checkpoints.formats import made_here, sparse_class
 from ..hf.checkpoints.loading import load_folder
 from ..hf.checkpoints.native import FAMILIES
 from ..hf.checkpoints.writing import copy_companions
+from ..hf.config_file import forget_layers
 from ..hf.observe.taps import taps
 from ..moe import aux_loss, moe_layers, update_routers
 from .balance import Balance
@@ -219,7 +220,7 @@ def student_of(subject: Inspected, layers: int | None = None) -> PreTrainedModel
 def _dense_config(config: PreTrainedConfig, subject: Inspected) -> PreTrainedConfig:
     """The configuration of the dense model with the teacher's attention, as wide as the experts of a token together."""
     if made_here(config):
-        del config.shunter
+        forget_layers(config)
         return config
     family = FAMILIES.get(config.model_type)
     if family is None or family.sparse_only:

@@ -259,7 +259,10 @@ def picture(found: dict[str, Any]) -> Figure:
             linestyle="--" if dense else ("-", "-.", ":")[i % 3],
             label=f"{model}, {part}, batch {batch}",
         )
+    rates_shown = sorted({cell["rate"] for cell in found["cells"]})
     axes.set_xscale("log")
+    axes.set_xticks(rates_shown, [f"{rate:g}" for rate in rates_shown])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("held-out accuracy")
     figure.legend(loc="outside right upper", fontsize=7)

@@ -83,6 +83,8 @@ class Shrinking:
         checkpoint = Checkpoint(folder)
         config = read_config(folder, checkpoint.tensors)
         own = made_here(config)
+        if getattr(config, "shunter_quantised", None) is not None:
+            raise UserError(f"{folder}: its experts are quantised; prune the model first, then quantise it")
         model = _modules(config, folder, own)
         layers = taps(model)
         if not layers:
