@@ -126,8 +126,12 @@ def _table(name: str, group: dict[str, Any], inside: float) -> str:
     cells = {(row["parameters"], row["experts"]): row["effective"] for row in group["effective_parameters"]}
     lines += ["", "  Effective parameters, by parameters (down) and experts (across):"]
     lines.append("  " + " " * 10 + "".join(f"{count:>10g}" for count in counts))
-    lines += [f"  {size:>10.3g}" + "".join(f"{cells[size, count]:>10.3g}" for count in counts) for size in sizes]
+    lines += [f"  {size:>10.3g}" + "".join(_cell(cells[size, count]) for count in counts) for size in sizes]
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None) -> str:
+    return f"{'no end':>10}" if value is None else f"{value:>10.3g}"
 
 
 def _shown(value: float | None) -> str:

@@ -81,7 +81,8 @@ def asynchronous() -> Result:
     notes = [
         f"Models of facts, 2048 keys, width 16, dense and with {EXPERTS} experts behind a hash, {STEPS} steps of plain "
         f"gradient descent at a rate of {RATE}. Gradients are as many updates old as the picture says; processes share "
-        "parameters in memory. The review leaves open what asynchronous updates do to experts.",
+        "parameters in memory. The review leaves open what asynchronous updates do to experts: “reproduced” "
+        "says of such a claim that it holds here.",
     ]
     return Result(
         "asynchronous", claims, {"staleness": STALENESS, "losses": curves, "processes": processes}, notes=notes

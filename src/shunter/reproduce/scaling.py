@@ -164,7 +164,7 @@ def _sign(name: str, found: dict[str, Any]) -> Row:
         "c between 0.009 and 0.012",
         f"c = {c:.4f}, 90 % between {low:.4f} and {high:.4f}; {said}",
         judge(low > 0, direction=c > 0),
-        "" if c > 0 else "here larger models gain more",
+        "here larger models gain more" if high < 0 else "" if low > 0 else "c is not told from 0",
     )
 
 
