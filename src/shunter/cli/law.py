@@ -14,6 +14,8 @@ from ..errors import UserError, escaped
 
 __all__ = ["add_verbs"]
 
+_ANY_SIZE = 20  # log10 of parameters
+
 
 def add_verbs(verbs: Any) -> None:
     """Add the verbs to the parser of the command line."""
@@ -113,12 +115,11 @@ def _table(name: str, group: dict[str, Any], inside: float) -> str:
     lines = [f"{escaped(name)}: {len(group['runs'])} runs, residual {law['residual']:.4f} in log10 of the loss"]
     for key, value in (values | {"log10_cutoff": group["log10_cutoff"]}).items():
         lines.append(f"  {key:13} {_shown(value):>10}{_interval(group['intervals'].get(key), inside)}")
-    if group["log10_cutoff"] is None:
-        lines.append("  Experts help at every size: the law has no cut-off.")
+    cutoff = group["log10_cutoff"]
+    if cutoff is None or cutoff > _ANY_SIZE:
+        lines.append("  Experts help at every size that there may be.")
     else:
-        lines.append(
-            f"  Experts help below {10.0 ** min(group['log10_cutoff'], 300):.3g} parameters of the dense model."
-        )
+        lines.append(f"  Experts help below {10.0**cutoff:.3g} parameters of the dense model.")
     if group["edge"]:
         lines.append(f"  At the edge of what is searched is {group['edge']}. The coefficients mean little.")
     sizes = sorted({row["parameters"] for row in group["effective_parameters"]})
