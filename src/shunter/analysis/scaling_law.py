@@ -114,8 +114,15 @@ class UnifiedLaw:
 
     @property
     def log10_cutoff(self) -> float:
-        """log10 of the dense parameters from which on experts no longer help, -b/c; infinite where they always do."""
+        """log10 of the dense parameters from which on experts no longer help, -b/c; infinite where c is not above 0.
+
+        Then experts are worth the more, the larger the model is; whether they help at a size `helps` says.
+        """
         return -self.b / self.c if self.c > 0 else math.inf
+
+    def helps(self, parameters: float) -> bool:
+        """Whether more experts lower the loss of models with these dense parameters: b + c log N is below 0."""
+        return self.b + self.c * math.log10(parameters) < 0
 
     @property
     def edge(self) -> str:

@@ -115,11 +115,7 @@ def _table(name: str, group: dict[str, Any], inside: float) -> str:
     lines = [f"{escaped(name)}: {len(group['runs'])} runs, residual {law['residual']:.4f} in log10 of the loss"]
     for key, value in (values | {"log10_cutoff": group["log10_cutoff"]}).items():
         lines.append(f"  {key:13} {_shown(value):>10}{_interval(group['intervals'].get(key), inside)}")
-    cutoff = group["log10_cutoff"]
-    if cutoff is None or cutoff > _ANY_SIZE:
-        lines.append("  Experts help at every size that there may be.")
-    else:
-        lines.append(f"  Experts help below {10.0**cutoff:.3g} parameters of the dense model.")
+    lines.append(f"  {_where_experts_help(group)}")
     if group["edge"]:
         lines.append(f"  At the edge of what is searched is {group['edge']}. The coefficients mean little.")
     sizes = sorted({row["parameters"] for row in group["effective_parameters"]})
@@ -129,6 +125,20 @@ def _table(name: str, group: dict[str, Any], inside: float) -> str:
     lines.append("  " + " " * 10 + "".join(f"{count:>10g}" for count in counts))
     lines += [f"  {size:>10.3g}" + "".join(_cell(cells[size, count]) for count in counts) for size in sizes]
     return "\n".join(lines) + "\n"
+
+
+def _where_experts_help(group: dict[str, Any]) -> str:
+    from ..analysis.scaling_law import UnifiedLaw
+
+    law, cutoff = UnifiedLaw(**group["law"]), group["log10_cutoff"]
+    sizes = [run["parameters"] for run in group["runs"]]
+    if not law.helps(min(sizes)) and not law.helps(max(sizes)):
+        return "Experts do not help at the sizes of these runs."
+    if cutoff is not None and cutoff < _ANY_SIZE:
+        return f"Experts help below {10.0**cutoff:.3g} parameters of the dense model."
+    if law.helps(min(sizes)):
+        return "Experts help at every size of these runs, and at larger ones."
+    return f"Experts help above {10.0 ** (-law.b / law.c):.3g} parameters of the dense model."
 
 
 def _cell(value: float | None) -> str:
