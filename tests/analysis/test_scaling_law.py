@@ -114,6 +114,25 @@ def test_runs_that_determine_no_law_are_refused_in_a_line(spoil, said, seed):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "b, c, said",
+    [
+        (-0.12, 0.012, "help below 1e+10 parameters"),
+        (0.12, -0.012, "do not help at the sizes"),
+        (0.12, -0.016, "help above 3.16e+07 parameters"),
+        (-0.12, -0.002, "help at every size of these runs, and at larger"),
+        (0.05, 0.004, "do not help at the sizes"),
+    ],
+)
+def test_where_experts_help_is_said_of_harm_too(b, c, said, tmp_path, capsys, seed):
+    random = np.random.default_rng(seed)
+    n, e = (grid.flatten() for grid in np.meshgrid([1e6, 1e7, 3e8], [1.0, 2, 4, 8, 16, 32, 64]))
+    runs = Runs(n, e, UnifiedLaw(-0.1, b, c, random.uniform(0.8, 1.5), random.uniform(1.5, 3), 200).loss(n, e))
+    path = table(tmp_path / "runs.csv", runs)
+    assert main(["law", "fit", str(path), "--resamples", "0", "--out", str(tmp_path / "law")]) == 0
+    assert said in capsys.readouterr().out
+
+
 def table(path, runs, **columns):
     names = ["parameters", "experts", "loss", *columns]
     rows = zip(runs.parameters, runs.experts, runs.loss, *columns.values(), strict=True)

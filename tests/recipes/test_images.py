@@ -73,6 +73,14 @@ def test_a_run_from_end_to_end(pictures, tmp_path, capsys, monkeypatch):
         assert seen["data"]["kind"] == "images" and seen["complete"]
         bad.write_bytes((pictures / "left" / "0.png").read_bytes()[:60])
 
+    capsys.readouterr()
+    assert main(["eval", str(run), "--calibration", "--json"]) == 0
+    calibrated = json.loads(capsys.readouterr().out)["models"]
+    summary = json.loads((run / "summary.json").read_text())
+    for which in ("dense", "sparse"):
+        assert 100 * calibrated[which]["accuracy"] == pytest.approx(summary[which]["accuracy"])
+        assert set(calibrated[which]["domains"]) == {"left", "right"}
+
     (pictures / "right" / "3.png").write_bytes((pictures / "right" / "4.png").read_bytes())
     assert main(["eval", str(run)]) == 2
     assert "the images has changed" in capsys.readouterr().err.replace("have", "has")

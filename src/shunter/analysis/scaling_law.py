@@ -100,7 +100,7 @@ class UnifiedLaw:
     def loss(self, parameters: ArrayLike, experts: ArrayLike) -> NDArray[np.float64]:
         """The loss of models with these dense parameters and expert counts, which broadcast."""
         x, h = np.log10(parameters), np.log10(self.effective_experts(experts))
-        return np.asarray(10 ** (self.a * x + self.b * h + self.c * x * h + self.d))
+        return _power(self.a * x + self.b * h + self.c * x * h + self.d)
 
     def effective_parameters(self, parameters: ArrayLike, experts: ArrayLike) -> NDArray[np.float64]:
         """The effective parameter count: how large a dense model of the same loss is, by the law.
@@ -110,12 +110,19 @@ class UnifiedLaw:
         x, h = np.log10(parameters), np.log10(self.effective_experts(experts))
         start = math.log10(self.e_start)
         dense = self.a + self.c * start
-        return np.asarray(10 ** (((self.a + self.c * h) * x + self.b * (h - start)) / dense))
+        return _power(((self.a + self.c * h) * x + self.b * (h - start)) / dense)
 
     @property
     def log10_cutoff(self) -> float:
-        """log10 of the dense parameters from which on experts no longer help, -b/c; infinite where they always do."""
+        """log10 of the dense parameters from which on experts no longer help, -b/c; infinite where c is not above 0.
+
+        Then experts are worth the more, the larger the model is; whether they help at a size `helps` says.
+        """
         return -self.b / self.c if self.c > 0 else math.inf
+
+    def helps(self, parameters: float) -> bool:
+        """Whether more experts lower the loss of models with these dense parameters: b + c log N is below 0."""
+        return self.b + self.c * math.log10(parameters) < 0
 
     @property
     def edge(self) -> str:
@@ -127,6 +134,11 @@ class UnifiedLaw:
         if low[1]:
             return "e_max, hardly above e_start: the gain of experts ends at once"
         return "e_start" if low[0] or high[0] else ""
+
+
+def _power(exponent: ArrayLike) -> NDArray[np.float64]:
+    with np.errstate(over="ignore"):  # infinite is what a law far from its runs may say
+        return np.asarray(10.0 ** np.asarray(exponent))
 
 
 def _effective(experts: NDArray[np.float64], start: float, most: float) -> NDArray[np.float64]:
@@ -228,7 +240,7 @@ def account(runs: Runs, resamples: int = 500, seed: int = 0) -> dict[str, Any]:
         "runs"; "law", the coefficients and the residual; "separable_residual", of the law with c = 0; "edge";
         "log10_cutoff", None where there is none;
         "intervals" of `INSIDE` by name, None for an end that is infinite; "effective_parameters", a row for each size
-        and expert count; "left_out", the law without each size and each expert count.
+        and expert count, None where they are infinite; "left_out", the law without each size and each expert count.
 
     Raises:
         UserError: as `fit` and `bootstrap`.
@@ -256,7 +268,7 @@ def account(runs: Runs, resamples: int = 500, seed: int = 0) -> dict[str, Any]:
         "resamples": resamples,
         "intervals": intervals,
         "effective_parameters": [
-            {"parameters": float(n), "experts": float(e), "effective": float(law.effective_parameters(n, e))}
+            {"parameters": float(n), "experts": float(e), "effective": _finite(float(law.effective_parameters(n, e)))}
             for n in sizes
             for e in counts
         ],

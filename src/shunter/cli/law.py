@@ -14,6 +14,8 @@ from ..errors import UserError, escaped
 
 __all__ = ["add_verbs"]
 
+_ANY_SIZE = 20  # log10 of parameters
+
 
 def add_verbs(verbs: Any) -> None:
     """Add the verbs to the parser of the command line."""
@@ -113,12 +115,7 @@ def _table(name: str, group: dict[str, Any], inside: float) -> str:
     lines = [f"{escaped(name)}: {len(group['runs'])} runs, residual {law['residual']:.4f} in log10 of the loss"]
     for key, value in (values | {"log10_cutoff": group["log10_cutoff"]}).items():
         lines.append(f"  {key:13} {_shown(value):>10}{_interval(group['intervals'].get(key), inside)}")
-    if group["log10_cutoff"] is None:
-        lines.append("  Experts help at every size: the law has no cut-off.")
-    else:
-        lines.append(
-            f"  Experts help below {10.0 ** min(group['log10_cutoff'], 300):.3g} parameters of the dense model."
-        )
+    lines.append(f"  {_where_experts_help(group)}")
     if group["edge"]:
         lines.append(f"  At the edge of what is searched is {group['edge']}. The coefficients mean little.")
     sizes = sorted({row["parameters"] for row in group["effective_parameters"]})
@@ -126,8 +123,26 @@ def _table(name: str, group: dict[str, Any], inside: float) -> str:
     cells = {(row["parameters"], row["experts"]): row["effective"] for row in group["effective_parameters"]}
     lines += ["", "  Effective parameters, by parameters (down) and experts (across):"]
     lines.append("  " + " " * 10 + "".join(f"{count:>10g}" for count in counts))
-    lines += [f"  {size:>10.3g}" + "".join(f"{cells[size, count]:>10.3g}" for count in counts) for size in sizes]
+    lines += [f"  {size:>10.3g}" + "".join(_cell(cells[size, count]) for count in counts) for size in sizes]
     return "\n".join(lines) + "\n"
+
+
+def _where_experts_help(group: dict[str, Any]) -> str:
+    from ..analysis.scaling_law import UnifiedLaw
+
+    law, cutoff = UnifiedLaw(**group["law"]), group["log10_cutoff"]
+    sizes = [run["parameters"] for run in group["runs"]]
+    if not law.helps(min(sizes)) and not law.helps(max(sizes)):
+        return "Experts do not help at the sizes of these runs."
+    if cutoff is not None and cutoff < _ANY_SIZE:
+        return f"Experts help below {10.0**cutoff:.3g} parameters of the dense model."
+    if law.helps(min(sizes)):
+        return "Experts help at every size of these runs, and at larger ones."
+    return f"Experts help above {10.0 ** (-law.b / law.c):.3g} parameters of the dense model."
+
+
+def _cell(value: float | None) -> str:
+    return f"{'no end':>10}" if value is None else f"{value:>10.3g}"
 
 
 def _shown(value: float | None) -> str:

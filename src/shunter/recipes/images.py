@@ -306,6 +306,12 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
         classes = {name: of(target == n) for n, name in enumerate(data.found.classes)}
         return of(torch.ones_like(right)) | {"domains": classes}
 
+    def predictions(self, model: PreTrainedModel, data: ImageData) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of the class of each held-out image, by class."""
+        for logits, target in _logits(model, data):
+            for n in target.unique().tolist():
+                yield data.found.classes[n], logits[target == n], target[target == n]
+
     def ledger(self, model: PreTrainedModel, config: ImagesConfig) -> Ledger:
         """Of an image's patches and the token of its class."""
         return ledger(model, config.tokens, once=("classifier",))
@@ -417,14 +423,20 @@ def _predict(model: PreTrainedModel, data: ImageData) -> tuple[Tensor, Tensor]:
     was_training = model.training
     model.eval()
     losses, right = [], []
-    for _, batch in data.batches():
-        target = batch["labels"].to(model.device)
-        with tell(model, token_ids=batch["token_ids"].to(model.device)):
-            logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits.float()
+    for logits, target in _logits(model, data):
         losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").double().cpu())
         right.append((logits.argmax(-1) == target).cpu())
     model.train(was_training)
     return torch.cat(losses), torch.cat(right)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, data: ImageData) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits (B, classes) float32 and the class (B,) of held-out images, a batch at a time, in their order."""
+    for _, batch in data.batches():
+        with tell(model, token_ids=batch["token_ids"].to(model.device)):
+            logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits.float()
+        yield logits, batch["labels"].to(model.device)
 
 
 def _in_turn(data: ImageData, most: int) -> list[int]:

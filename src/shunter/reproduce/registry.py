@@ -210,6 +210,23 @@ ALL = (
         trains=True,
     ),
     Reproduction(
+        "asynchronous",
+        "Training without locks",
+        "9 Future directions",
+        "section 9, Recht et al. 2011",
+        "Gradients that are several updates old, and processes that share parameters without locks.",
+        minutes=5,
+        run="asynchronous:asynchronous",
+        draw="asynchronous:draw_asynchronous",
+    ),
+    Reproduction(
+        "retrieval",
+        "Retrieval against experts",
+        "9 Future directions",
+        "section 9, Khandelwal et al. 2020",
+        "A language model with a store of its own states, and experts, at equal bytes and at equal computing.",
+    ),
+    Reproduction(
         "headline",
         "Headline numbers",
         "Numbers that the review quotes",

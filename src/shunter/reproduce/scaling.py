@@ -141,7 +141,15 @@ def _law(name: str, runs_of: Sweep, runs: Path, notes: list[str]) -> Result:
         found = account(Runs(*(np.array([row[key] for row in mine], dtype=np.float64) for key in columns)))
         groups[_NAMES[router]] = found
         residual, separable = found["law"]["residual"], found["separable_residual"]
+        dense = {row["size"]: row["loss"] for row in rows if row["router"] == "dense"}
+        better = [row["loss"] < dense[row["size"]] for row in mine if row["router"] == router]
         claims += [
+            Row(
+                f"{_NAMES[router]}: experts lower the loss",
+                "they do",
+                f"{sum(better)} of {len(better)} runs are below the dense model of their size",
+                judge(all(better), direction=sum(better) > len(better) / 2),
+            ),
             Row(
                 f"{_NAMES[router]}: the law fits, and better than one without the product of size and experts",
                 "residual 0.0030 to 0.0034 in log10 of the loss, 0.0056 to 0.0061 without the product",
@@ -164,7 +172,7 @@ def _sign(name: str, found: dict[str, Any]) -> Row:
         "c between 0.009 and 0.012",
         f"c = {c:.4f}, 90 % between {low:.4f} and {high:.4f}; {said}",
         judge(low > 0, direction=c > 0),
-        "" if c > 0 else "here larger models gain more",
+        "here larger models gain more" if high < 0 else "" if low > 0 else "c is not told from 0",
     )
 
 

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
 from ..scaling_law import UnifiedLaw
 from .style import COLOUR_MAP, PAPER, shorten
@@ -41,7 +42,7 @@ def _losses(axes: Any, found: dict[str, Any], law: UnifiedLaw) -> None:
     for size, colour in zip(sizes, _colours(len(sizes)), strict=True):
         here = runs["parameters"] == size
         axes.plot(runs["experts"][here], runs["loss"][here], "o", color=colour, markersize=4, label=shown_count(size))
-        axes.plot(fine, law.loss(size, fine), color=colour, linewidth=1.2)
+        axes.plot(fine, _shown(law.loss(size, fine)), color=colour, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
     counts = np.unique(runs["experts"])
@@ -62,13 +63,13 @@ def _gains(axes: Any, found: dict[str, Any], law: UnifiedLaw) -> None:
     high = max([high + 1, *(value + 0.3 for value in near if value < high + 5)])
     fine = 10 ** np.linspace(low, high, 100)
     for count, colour in zip(counts, _colours(len(counts)), strict=True):
-        worth = law.effective_parameters(fine, count) / fine
+        worth = _shown(law.effective_parameters(fine, count) / fine)
         axes.plot(fine, worth, color=colour, linewidth=1.2, label=f"{count:g}")
     axes.axhline(1, color=PAPER.ink, linewidth=0.8)
-    if interval and interval[0] is not None:
+    if interval and interval[0] is not None and interval[0] < high:
         end = high if interval[1] is None else min(interval[1], high)
         axes.axvspan(10 ** max(interval[0], low), 10**end, color=PAPER.dense, alpha=0.12, linewidth=0)
-    if cutoff is not None and cutoff <= high:
+    if cutoff is not None and low <= cutoff <= high:
         axes.axvline(10**cutoff, color=PAPER.dense, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.axvspan(sizes.min(), sizes.max(), color=PAPER.ink, alpha=0.06, linewidth=0)
     axes.set_xscale("log")
@@ -83,6 +84,11 @@ def _gains(axes: Any, found: dict[str, Any], law: UnifiedLaw) -> None:
     axes.set_xlabel("dense parameters (grey: of the runs; dashed: the cut-off and its interval)")
     axes.set_ylabel("effective over dense parameters")
     axes.legend(title="experts", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8)
+
+
+def _shown(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values that a picture can show; a law far from its runs may say anything."""
+    return np.where((values > 1e-12) & (values < 1e12), values, np.nan)
 
 
 def _plain_ticks(axis: Any, ticks: Iterable[float]) -> None:
