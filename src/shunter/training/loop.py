@@ -401,6 +401,7 @@ def train_model(
     try:
         with _interruptible(watch):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            sum_over_ranks(torch.zeros(1))  # no rank looks into the partial folder any more
     except NotWritten:
         raise
     except Exception as error:
