@@ -283,10 +283,15 @@ class _Trainer(ShardedTrainer):
         # does not know the names and leaves the weights as they are.
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        if self.is_distributed_loading_by_transformers:  # the ranks' parts hold the weights
+            return
         assert self.model is not None
         safetensors.torch.save_model(self.model, str(folder / WEIGHTS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_distributed_loading_by_transformers:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         assert self.model is not None
         safetensors.torch.load_model(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
@@ -396,6 +401,7 @@ def train_model(
     try:
         with _interruptible(watch):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            sum_over_ranks(torch.zeros(1))  # no rank looks into the partial folder any more
     except NotWritten:
         raise
     except Exception as error:
