@@ -1,7 +1,7 @@
 """Campaign D for every verb of the command line: full and read-only disks, files for folders, no file handles left.
 
-The verbs are those that the parser knows, but for some that are named; the arguments of one that it learns are filled in
-by their names.
+The verbs are those that the parser knows, but for some that are named; the arguments of one that it learns are filled
+in by their names.
 """
 
 import argparse
