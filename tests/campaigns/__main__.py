@@ -41,6 +41,7 @@ def main():
     parser.add_argument("--keep", type=Path, help="a folder for the progress")
     parser.add_argument("--out", type=Path, help="a folder for campaigns.json and campaigns.md, at the end")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # also what the progress says of the machine
     wanted = {}
     for word in args.names or CAMPAIGNS:
         name, _, size = word.partition("=")
