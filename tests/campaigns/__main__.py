@@ -41,6 +41,7 @@ def main():
     parser.add_argument("--keep", type=Path, help="a folder for the progress")
     parser.add_argument("--out", type=Path, help="a folder for campaigns.json and campaigns.md, at the end")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # also what the progress says of the machine
     wanted = {}
     for word in args.names or CAMPAIGNS:
         name, _, size = word.partition("=")
@@ -121,7 +122,9 @@ class Progress:
                 lines = []
             for line in lines[1:]:
                 self.done.setdefault(line["campaign"], {})[line["first"]] = line
-            write(path, "".join(json.dumps(line) + "\n" for line in lines or [self.known]))
+            content = "".join(json.dumps(line) + "\n" for line in lines or [self.known])
+            if not path.exists() or path.read_text() != content:  # or a process that adds to it would lose it
+                write(path, content)
             self.file = path.open("a")
         self.given = {name: set(self.done[name]) for name in wanted}
 
