@@ -124,6 +124,7 @@ def test_layers_that_differ_are_saved_as_they_are(way, build, inputs, tmp_path):
             "bias": False,
             "num_shared_experts": 2,
             "dropout": 0.0,
+            "expert_dropout": 0.0,
             "backend": "auto",
             "recompute": True,
             "router": "deepseek",
@@ -238,7 +239,7 @@ def test_a_refusal_leaves_the_model_whole(build, inputs):
     [
         ({"router": "swich"}, "did you mean 'switch'"),
         ({"router": "topk", "topk": 2}, "did you mean 'top_k'"),
-        ({"init": "copied"}, "choose scratch or copy"),
+        ({"init": "copied"}, "choose scratch, copy or paper"),
         ({"every": 0}, "every=0"),
         ({"every": 3}, "leaves no block"),
         ({"init": "copy", "hidden": 7}, "keeps the dense width 48"),

@@ -76,7 +76,7 @@ except ValueError as error:
     assert "elsewhere:Missing cannot be loaded" in str(error), error
 else:
     raise AssertionError
-from shunter.recipes.sections import (TextConfig)
+from shunter.recipes.text import (TextConfig)
 from shunter.recipes.config import (load_config)
 assert load_config(TextConfig, None, ["sparse.router=best"]).sparse.router == "best"
 import warnings

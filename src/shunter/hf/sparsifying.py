@@ -29,7 +29,7 @@ __all__ = ["choose_blocks", "describe_layers", "make_layers", "router_name", "sa
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of torch.nn.Module
 
 
 def sparsify(
@@ -163,11 +163,12 @@ def _must_be_here(block: FeedForward) -> None:
 
 def _must_call_none(model: nn.Module, block: FeedForward) -> None:
     """Raises UserError where somebody has registered hooks within a block, which what replaces it would not call."""
+    modules = dict(model.named_modules())
     for path in (block.path, *block.superfluous, *(rows.path for rows in block.maps.values())):
-        for name, module in model.get_submodule(path).named_modules(prefix=path):
-            if any(
-                vars(module).get(f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
-            ):
+        if path not in modules:  # a plain function
+            continue
+        for name, module in modules[path].named_modules(prefix=path):
+            if any(vars(module).get(hooks) for hooks in _HOOKS):
                 raise UserError(
                     f"sparsify: {name} has hooks, which its replacement would not call; remove them, and register what "
                     "you need on the sparse layer"

@@ -293,20 +293,16 @@ class _Trainer(ShardedTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         assert self.model is not None
-        safetensors.torch.load_model(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        file = Path(resume_from_checkpoint) / WEIGHTS
+        missing, unexpected = safetensors.torch.load_model(model or self.model, file, strict=False)
+        if wrong := [*missing, *unexpected]:
+            raise UserError(
+                f"the checkpoint of the {self.watch.name} model has other weights: {wrong[0]!r} in one alone"
+            )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         assert isinstance(self.train_dataset, Sized)
         return SequentialSampler(self.train_dataset)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint of other weights; those that share a tensor with another one are saved once."""
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        if wrong := [*missing, *load_result.unexpected_keys]:
-            raise UserError(
-                f"the checkpoint of the {self.watch.name} model has other weights: {wrong[0]!r} in one alone"
-            )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
