@@ -1,6 +1,7 @@
 """What the text knows of its tokens besides their ids reaches the routers, in training, evaluation and the report."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -70,6 +71,10 @@ def test_a_run_by_domain_reports_whom_each_expert_serves(spoken, tmp_path):
     for layer in found["layers"].values():
         for number, name in enumerate(found["domains"]):
             assert layer["domains"][name] == pytest.approx([float(expert == number) for expert in range(4)])
+    assert main(["inspect", str(run), "--tokens", "200", "--ablate", "0", "--out", str(tmp_path / "seen")]) == 0
+    seen = json.loads((tmp_path / "seen/inspect.json").read_text())
+    for layer in seen["models"][0]["layers"].values():
+        assert layer["information"]["domain"]["bits"] == pytest.approx(math.log2(3))
 
 
 def test_labels_that_the_text_has_not_are_named(corpus, tmp_path, capsys):

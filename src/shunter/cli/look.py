@@ -36,7 +36,7 @@ def add_verbs(verbs: Any) -> None:
         epilog="Leaves inspect.html and inspect.json. Ctrl-C ends the work early and reports what there is.",
     )
     inspect.add_argument("models", nargs="+", metavar="MODEL", help="a model's folder; two: before and after")
-    own = "text as in train, or folders of images; none: the built-in text, or what a run of images held out"
+    own = "text as in train, or folders of images; none: the built-in text, or what the model's run held out"
     inspect.add_argument("--data", nargs="+", help=own)
     inspect.add_argument("--out", type=Path, help="the report's folder (default: runs/inspect-MODEL)")
     inspect.add_argument("--tokens", type=int, default=16384, help="how many tokens to look at")
@@ -133,14 +133,15 @@ def _roles(args: argparse.Namespace) -> int:
 
 
 def _held_out(subject: Inspected, tokens: int) -> Material | None:
-    """The images that the run of a model held out; None where it is of no run."""
+    """What the run of a model held out, if no built-in text serves: of images, or where a router goes by labels."""
+    from ..moe import moe_layers
+
     run = subject.folder.parent
-    if not (run / "recipe.json").is_file():
+    labels = {"task", "domain", "language", "modality"}
+    told = any(labels & set(layer.decider.required) for layer in moe_layers(subject.model).values())
+    if not (run / "recipe.json").is_file() or not (told or subject.model.main_input_name == "pixel_values"):
         return None
-    from ..recipes.images import ImagesRecipe
     from ..recipes.run import configuration_of
 
     recipe, config = configuration_of(run)
-    if not isinstance(recipe, ImagesRecipe):
-        return None
     return recipe.material(subject.model, recipe.prepare(config), tokens)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..analysis.exhibits import Exhibit
+from ..analysis.inspect.material import Material
 from ..analysis.ledger import Ledger
 from ..analysis.runs import Words
 from ..errors import UserError
@@ -126,6 +127,10 @@ class Recipe(ABC, Generic[C, D]):
 
     def specialisation(self, model: PreTrainedModel, data: D) -> dict[str, Any] | None:
         """What the experts of the sparse model took, as specialisation.json holds it; None where there is nothing."""
+        return None
+
+    def material(self, model: PreTrainedModel, data: D, tokens: int) -> Material | None:
+        """Of so many held-out tokens at most, what `shunter inspect` shows a model; None where there is nothing."""
         return None
 
     def exhibits(self, models: dict[str, PreTrainedModel], config: C, data: D) -> list[Exhibit]:

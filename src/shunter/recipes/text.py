@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from ..analysis.inspect.inspecting import specialisation
-from ..analysis.inspect.material import Window, window_material
+from ..analysis.inspect.material import Material, Window, window_material
 from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import TEXT
 from ..data.documents import MAX_BYTES, built_in_domains, read_domains
@@ -174,15 +174,23 @@ class TextRecipe(Recipe[TextConfig, TextData]):
 
     def specialisation(self, model: PreTrainedModel, data: TextData) -> dict[str, Any]:
         """Which domains and tokens each expert took of the held-out windows."""
-        windows = [Window(ids, domain.name) for domain in data.eval for ids in domain.input_ids.tolist()]
+        return specialisation(model, self.material(model, data))
+
+    def material(self, model: PreTrainedModel, data: TextData, tokens: int | None = None) -> Material:
+        """Held-out windows, and what is told of them: equal parts of each domain, of so many tokens in all, or all."""
+        most = None if tokens is None else max(1, tokens // len(data.eval) // data.eval[0].input_ids.shape[1])
+        windows = [Window(ids, domain.name) for domain in data.eval for ids in domain.input_ids[:most].tolist()]
         domains = [domain.name for domain in data.eval]
         material = window_material(model, data.tokenizer, windows, domains, batch_size=EVAL_BATCH)
-        told = {name: torch.cat([d.labels[name] for d in data.eval]).split(EVAL_BATCH) for name in data.label_counts}
+        told = {
+            name: torch.cat([domain.labels[name][:most] for domain in data.eval]).split(EVAL_BATCH)
+            for name in data.label_counts
+        }
         batches = [
             replace(batch, told={name: parts[i] for name, parts in told.items()})
             for i, batch in enumerate(material.batches)
         ]
-        return specialisation(model, replace(material, batches=batches))
+        return replace(material, batches=batches)
 
 
 RECIPE = TextRecipe()
