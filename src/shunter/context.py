@@ -48,6 +48,7 @@ class Context:
             replayed, which leaves the router the weights alone.
         free: (T,) bool, the tokens that choose by themselves although `experts` are given; None where none does.
         shape: the leading sizes (...) of the layer's input, whose product is T; None where it is not known.
+        in_rows: whether the sequences are the rows of that shape, in order and of one length: nobody told others.
     """
 
     mask: Tensor | None = None
@@ -62,6 +63,7 @@ class Context:
     experts: Tensor | None = None
     free: Tensor | None = None
     shape: torch.Size | None = None
+    in_rows: bool = False
 
     def num_real(self, num_tokens: int) -> int:
         """T without padding."""
@@ -99,7 +101,7 @@ class Context:
 
 
 NO_CONTEXT = Context()
-KNOWN = tuple(field.name for field in fields(Context) if field.name != "shape")
+KNOWN = tuple(field.name for field in fields(Context) if field.name not in ("shape", "in_rows"))
 """What a layer can be told of its tokens."""
 
 
@@ -254,12 +256,13 @@ def of_tokens(x: Tensor, told: Mapping[str, Tensor | None], around: Context, req
                     )
                 value = None
         values[name] = None if value is None else _spread(name, value, shape)
-    if shape and values["sequence"] is None and {"sequence", "position"} & set(required):
+    in_rows = bool(shape) and values["sequence"] is None and bool({"sequence", "position"} & set(required))
+    if in_rows:
         values["sequence"] = _rows(shape, x.device)
     if shape and values["position"] is None and "position" in required:
         assert values["sequence"] is not None
         values["position"] = places_in(values["sequence"], values["mask"])
-    return Context(**values, shape=shape)
+    return Context(**values, shape=shape, in_rows=in_rows)
 
 
 def places_in(sequence: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import accelerate
 import torch
 
 from shunter import MoE, give_reward, update_routers
-from shunter.context import Context
+from shunter.context import KNOWN, Context
 from shunter.routers.registry import create
 
 DIM, EXPERTS = 6, 8
@@ -86,7 +86,7 @@ def padding_reaches_no_gradient(name, options, context):
     moe = MoE(DIM, 4, EXPERTS, router=name, num_shared_experts=1, **options).train()
     for parameter in moe.router.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    known = {key: value for key, value in vars(context(12)).items() if value is not None}
+    known = {key: value for key, value in vars(context(12)).items() if key in KNOWN and value is not None}
     x, upstream, reward = torch.randn(12, DIM), torch.randn(12, DIM), torch.randn(12)
     found = []
     for padding in (7.0, torch.nan):
@@ -213,7 +213,7 @@ class Around(torch.nn.Module):
 def modules_around_it_change_nothing(name, options, context):
     """A module around the router, and weights that are there only while it is called."""
     moe = MoE(DIM, 4, EXPERTS, router=make(name, options)).train()
-    known = {key: value for key, value in vars(context(10)).items() if value is not None}
+    known = {key: value for key, value in vars(context(10)).items() if key in KNOWN and value is not None}
     x = torch.randn(10, DIM)
 
     def run(layer):
@@ -241,7 +241,7 @@ def modules_around_it_change_nothing(name, options, context):
 def state_moves_by_update_alone(name, options, context):
     """Evaluation and recomputation move nothing; `update` moves state once."""
     moe = MoE(DIM, 4, EXPERTS, router=name, **options)
-    known = {key: value for key, value in vars(context(10)).items() if value is not None}
+    known = {key: value for key, value in vars(context(10)).items() if key in KNOWN and value is not None}
     x = torch.randn(10, DIM, requires_grad=True)
     before = {key: value.clone() for key, value in moe.router.named_buffers()}
     moe.eval()(x, **known)
@@ -268,7 +268,7 @@ def the_layer_trains(name, options, context):
     moe = MoE(DIM, 4, EXPERTS, router=name, **options).train()
     for parameter in moe.router.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    known = {key: value for key, value in vars(context(24)).items() if value is not None}
+    known = {key: value for key, value in vars(context(24)).items() if key in KNOWN and value is not None}
     out = moe(torch.randn(24, DIM), **known)
     if moe.decision is not None:
         give_reward(moe, torch.randn(24))

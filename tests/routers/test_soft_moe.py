@@ -1,5 +1,7 @@
 """Soft MoE against its equations, sequence by sequence and slot by slot."""
 
+import math
+
 import pytest
 import torch
 
@@ -140,3 +142,20 @@ def test_in_an_encoder_it_says_what_it_is():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         create("soft_moe", 6, 4, **options)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (0, 7), (3, 0), (7,), (2, 3, 4)])
+def test_rows_of_the_input_are_sequences_as_if_they_were_told(shape):
+    layer, x = MoE(6, 5, 4, router="soft_moe", slots_per_expert=2), torch.randn(*shape, 6)
+    mask = torch.rand(shape) < 0.8
+    told = torch.arange(shape[0] if len(shape) > 1 else 1).repeat_interleave(math.prod(shape[1:] or shape))
+    assert torch.equal(layer(x, mask=mask), layer(x, mask=mask, sequence=told.reshape(shape)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_layer_is_exported_and_compiled_whole(strict):
+    layer, x, other = MoE(6, 5, 4, router="soft_moe").eval(), torch.randn(3, 7, 6), torch.randn(3, 7, 6)
+    exported = torch.export.export(layer, (x,), strict=strict).module()
+    for each in (x, other):
+        assert torch.allclose(exported(each), layer(each), atol=1e-6)
+    assert torch.allclose(torch.compile(layer, fullgraph=True, backend="eager")(other), layer(other), atol=1e-6)

@@ -158,7 +158,7 @@ def _gathered(
         parts = _all_gather(padded[None], size, group)
         return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
 
-    joined: dict[str, Tensor] = {}
+    joined: dict[str, Any] = {}
     for i, (name, some) in enumerate(zip(KNOWN, flags, strict=True)):
         if not any(some):
             continue

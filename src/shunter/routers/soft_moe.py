@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -104,7 +105,7 @@ class SoftMoE(Router):
         D (T, E S) is the softmax of the logits over the real tokens of a sequence, C (T, E S) that over the slots. The
         mixtures are taken in the precision of the logits.
         """
-        rows, real = _by_sequence(self.require(context, "sequence"), context.mask)
+        rows, real = _by_sequence(self.require(context, "sequence"), context)
         logits = logits[rows].masked_fill(~real[..., None], -torch.inf)  # (B, L, E S)
         tokens = torch.where(real[..., None], x[rows].to(logits.dtype), 0)
         with torch.autocast(x.device.type, enabled=False):
@@ -149,8 +150,13 @@ class SoftMoE(Router):
         return f"dim={self.dim}, num_experts={self.num_experts}, slots_per_expert={self.slots_per_expert}"
 
 
-def _by_sequence(sequence: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _by_sequence(sequence: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """The rows (B, L) int64 of the tokens of each sequence, in order, and where there is a real one (B, L) bool."""
+    mask = context.mask
+    if context.in_rows and context.shape is not None:  # B and L depend on no data, so that such a layer is exported
+        count, *sizes = context.shape if len(context.shape) > 1 else (1, *context.shape)
+        rows = torch.arange(sequence.shape[0], device=sequence.device).reshape(count, math.prod(sizes))
+        return rows, torch.ones_like(rows, dtype=torch.bool) if mask is None else mask[rows]
     numbers, inverse = sequence.unique(return_inverse=True)
     order = inverse.argsort(stable=True)
     size = torch.bincount(inverse, minlength=numbers.numel())
