@@ -50,6 +50,7 @@ class Words:
         data: what is learned from, and held out.
         domain: what kinds of data are called: domains, classes, ….
         token: what passes through the layers and is sent to experts, by which training is counted.
+        routing: what decides among the experts of a layer; empty where a router sends each token to a few of them.
     """
 
     recipe: str
@@ -61,6 +62,7 @@ class Words:
     data: str = "data"
     domain: str = "domain"
     token: str = "token"
+    routing: str = ""
 
     @property
     def tokens(self) -> str:

@@ -63,6 +63,8 @@ class Recipe(ABC, Generic[C, D]):
     """Its configuration's class."""
     words: ClassVar[Words]
     """What its numbers are called."""
+    others: ClassVar[tuple[str, ...]] = ()
+    """Further models of a run, that its exhibits compare with both; `build_other` makes them."""
     reader: ClassVar[str] = "reader"
     """The folder of a run with what reads its data, where `save_pretrained` of these writes something."""
     knows: ClassVar[tuple[str, ...]] = ("mask",)
@@ -83,6 +85,16 @@ class Recipe(ABC, Generic[C, D]):
         A function of its arguments: both are built once more to see that they run. In training, the `loss` of a
         forward has `shunter.aux_loss` in it (`shunter.sparsify` sees to that).
         """
+
+    def build_other(self, config: C, data: D, name: str) -> PreTrainedModel:
+        """A model of `others`."""
+        raise NotImplementedError
+
+    def model(self, config: C, data: D, name: str) -> PreTrainedModel:
+        """The model of a run that has this name: "dense", one of `others`, or a sparse one."""
+        if name in self.others:
+            return self.build_other(config, data, name)
+        return self.build(config, data, sparse=name != "dense")
 
     def tells(self, name: str, config: C) -> bool:
         """Whether the batches of a configuration's data tell a field of `Context`; by default what `knows` says."""
@@ -134,5 +146,5 @@ class Recipe(ABC, Generic[C, D]):
         return None
 
     def exhibits(self, models: dict[str, PreTrainedModel], config: C, data: D) -> list[Exhibit]:
-        """What else the page of a finished run shows, of the models "dense" and "sparse"; nothing by default."""
+        """What else the page of a finished run shows, by its models: "dense", "sparse" and `others`."""
         return []

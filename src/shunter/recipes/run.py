@@ -97,9 +97,10 @@ def train(
     if (run / "routers.json").exists():
         raise UserError(f"{run} holds a comparison; go on with shunter compare {recipe.name} --resume --run {run}")
     check_router(recipe, config, config.sparse.router)
-    configs = dict.fromkeys(MODELS, config)
+    names = (*MODELS, *recipe.others)
+    configs = dict.fromkeys(names, config)
     with named_errors(), begin(recipe, config, run, configs, resume=resume, as_json=as_json, several=True) as begun:
-        costs = {which: train_one(begun, which) for which in MODELS}
+        costs = {which: train_one(begun, which) for which in names}
         return first_does(partial(_finish, begun, costs))
 
 
@@ -110,7 +111,7 @@ def _finish(begun: Begun, costs: dict[str, dict[str, float]]) -> dict[str, Any]:
     t = config.training
     summary = runs.summarise(accounts, begun.metrics, t.steps, config.seed, begun.data.domains, run_versions())
     write(run / "summary.json", json.dumps(summary, indent=2))
-    models = {which: load_model(run, which) for which in MODELS}
+    models = {which: load_model(run, which) for which in begun.configs}
     found = recipe.specialisation(models["sparse"], begun.data)
     if found is not None:
         write(run / "specialisation.json", json.dumps(found))
@@ -142,7 +143,7 @@ def rehearse(recipe: Recipe[Any, Any], name: str, config: RunConfig, data: Any) 
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model: Any = recipe.build(config, data, sparse=name != "dense")
+        model: Any = recipe.model(config, data, name)
         batch = {key: value.to(device) for key, value in default_data_collator([data.train[0]] * 2).items()}
         told, given = told_and_given(batch)
         with tell(model, **told):
@@ -375,7 +376,7 @@ def train_one(begun: Begun, name: str) -> dict[str, float]:
 def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTrainedModel, dict[str, float]]:
     recipe, config, data = begun.recipe, begun.configs[name], begun.data
     t = config.training
-    model = recipe.build(config, data, sparse=name != "dense")
+    model = recipe.model(config, data, name)
     ranks, items = num_ranks(), recipe.items_per_step(config)
     if items % ranks:
         raise UserError(f"a step has {items} items, which {ranks} processes cannot share equally")

@@ -41,8 +41,8 @@ class Section(BaseModel):
         return value
 
 
-ANY_LABELS = {"token_ids": 257}
-"""Where a router is built before data are read: a vocabulary, which hashing cannot do without."""
+ANY_LABELS = {"token_ids": 257, "task": 2}
+"""Where a router is built before data are read: what it cannot do without, a vocabulary or tasks."""
 
 Value = bool | int | float | str | None
 
@@ -116,6 +116,8 @@ class SparseConfig(Section):
         known = routers.options(self.router)
         if "vocab_size" in known:
             options["vocab_size"] = labels.get("token_ids")
+        if "num_tasks" in known:
+            options.setdefault("num_tasks", labels.get("task"))
         values = max((labels.get(need, 0) for need in routers.find(self.router).needs), default=0)
         if "experts" in known and values > self.num_experts:
             options.setdefault("experts", [value % self.num_experts for value in range(values)])

@@ -1,0 +1,258 @@
+"""Tables with several targets: the generator of related tasks, digits with two questions, or a user's own file."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, escaped, one_line
+from ..untrusted import open_file
+
+__all__ = ["Table", "digits", "read_table", "related_tasks"]
+
+FREQUENCY = 4.0  # standard deviation of the sinusoids', which the paper leaves open
+FAR = 5.0  # standard deviations
+MAX_VALUES = 50  # of a column of words, each a feature
+_SUFFIXES = {".csv", ".tsv", ".parquet", ".jsonl"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of features with a target of each task, standardised by what is trained on.
+
+    Args:
+        name: of the problem.
+        tasks: their names, K.
+        features: (rows, D) float32, without holes; from -`FAR` to `FAR`, as columns that are rarely another value give.
+        targets: (rows, K) float32, of mean 0 and variance 1 where rows are trained on; NaN where there is none.
+        held_out: (rows,) bool.
+        license, source: in words.
+        notes: sentences on what was left out or filled in.
+    """
+
+    name: str
+    tasks: list[str]
+    features: Tensor
+    targets: Tensor
+    held_out: Tensor
+    license: str
+    source: str
+    notes: list[str] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all that is trained and evaluated on."""
+        digest = hashlib.sha256("\0".join([self.name, *self.tasks]).encode())
+        for part in (self.features, self.targets, self.held_out):
+            digest.update(f"{tuple(part.shape)}".encode() + part.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def related_tasks(
+    correlation: float,
+    rows: int,
+    held_out: int,
+    *,
+    dim: int = 100,
+    sinusoids: int = 10,
+    noise: float = 0.1,
+    seed: int = 0,
+) -> Table:
+    """Two regression tasks whose weights have a given cosine, on the same features.
+
+    y_k = w_k x + sum_i sin(a_i w_k x + b_i) + noise, with w_1 = u_1 and w_2 = p u_1 + sqrt(1 - p^2) u_2 for orthonormal
+    u_1 and u_2, x normal; a_i normal (`FREQUENCY`) and b_i uniform, the same of both tasks. With p = 1 both are one
+    task, but for the noise.
+
+    Args:
+        correlation: p in [0, 1], the cosine of the weights.
+        rows: how many in all.
+        held_out: how many of these, the last.
+        dim: D.
+        sinusoids: how many terms.
+        noise: standard deviation.
+        seed: of all that is drawn; the features, u, a and b are the same for every correlation.
+
+    Raises:
+        ValueError: for a correlation outside of [0, 1].
+
+    Source: Ma et al. 2018 (Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts),
+    section 3.2.
+    """
+    if not 0 <= correlation <= 1:
+        raise ValueError(f"correlation {correlation} must be from 0 to 1")
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.linalg.qr(torch.randn(dim, 2, generator=generator)).Q
+    a = FREQUENCY * torch.randn(sinusoids, generator=generator)
+    b = 2 * math.pi * torch.rand(sinusoids, generator=generator)
+    x = torch.randn(rows, dim, generator=generator)
+    w = torch.stack([u[:, 0], correlation * u[:, 0] + math.sqrt(1 - correlation**2) * u[:, 1]], 1)
+    z = x @ w
+    y = z + (a * z[..., None] + b).sin().sum(-1) + noise * torch.randn(rows, 2, generator=generator)
+    out = torch.arange(rows) >= rows - held_out
+    return Table(
+        f"correlation {correlation:g}",
+        ["first", "second"],
+        x,
+        _standardised(y, ~out),
+        out,
+        "none: drawn by Shunter",
+        f"the generator of Ma et al. 2018, {dim} features",
+    )
+
+
+def digits(share: float) -> Table:
+    """1,797 images of digits, 8 by 8, and two questions on each: is it even, is it 5 or more."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the real table needs the package scikit-learn: pip install 'shunter[tasks]'") from None
+    found: Any = load_digits()
+    digit = torch.tensor(found.target)
+    x = torch.tensor(found.data, dtype=torch.float32)
+    y = torch.stack([digit % 2 == 0, digit >= 5], 1).float()
+    out = _drawn(len(x), share)
+    return Table(
+        "digits",
+        ["even", "5 or more"],
+        _standardised(x, ~out).clamp(-FAR, FAR),
+        _standardised(y, ~out),
+        out,
+        "CC-BY-4.0 (package: BSD-3-Clause)",
+        "optical recognition of handwritten digits (UCI), pip package scikit-learn",
+    )
+
+
+def read_table(file: Path, targets: Sequence[str], share: float) -> Table:
+    """A user's own table.
+
+    Args:
+        file: .csv, .tsv, .parquet or .jsonl, with names of its columns.
+        targets: the columns that are asked for: numbers, or words of which there are two. Columns of words among the
+            others become a feature for each word, at most `MAX_VALUES`. A hole among the features is filled with the
+            mean, and a feature more says where; a target that is not there is not asked for.
+        share: of the rows, held out.
+
+    Raises:
+        UserError: naming the file and the column.
+    """
+    import pandas
+
+    shown = escaped(str(file))
+    if not file.exists():
+        raise UserError(f"{shown}: no such file")
+    if file.suffix.lower() not in _SUFFIXES:
+        raise UserError(f"{shown}: must end in {', '.join(sorted(_SUFFIXES))}")
+    try:
+        with open_file(file) as stream:
+            readers: dict[str, Any] = {
+                ".csv": pandas.read_csv,
+                ".tsv": lambda s: pandas.read_csv(s, sep="\t"),
+                ".parquet": pandas.read_parquet,
+                ".jsonl": lambda s: pandas.read_json(s, lines=True),
+            }
+            frame = readers[file.suffix.lower()](stream)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise UserError(f"{shown}: cannot be read: {one_line(error)}") from None
+    frame.columns = [str(name) for name in frame.columns]
+    known = ", ".join(map(escaped, frame.columns))
+    if not targets:
+        raise UserError(f"{shown}: say which columns are asked for, as in data.targets=[a,b]; it has {known}")
+    for name in targets:
+        if name not in frame.columns:
+            raise UserError(f"{shown}: has no column {name!r}; it has {known}")
+    if len(frame) < 10:
+        raise UserError(f"{shown}: has {len(frame)} rows; at least 10 are needed")
+    out = _drawn(len(frame), share)
+    y = torch.stack([_target(shown, name, frame[name]) for name in targets], 1)
+    for name, column in zip(targets, y.unbind(1), strict=True):
+        for part, rows in (("to train on", ~out), ("held out", out)):
+            if len(column[rows & ~column.isnan()].unique()) < 2:
+                raise UserError(f"{shown}: column {name!r} has not two values among the rows {part}; ask for another")
+    features, notes = _features(shown, frame.drop(columns=list(targets)), ~out)
+    if missing := int(y.isnan().sum()):
+        first = int(y.isnan().any(1).nonzero()[0]) + 1
+        notes.append(f"{missing:,} targets are missing and not asked for, the first in record {first}.")
+    return Table(
+        escaped(file.stem), list(targets), features, _standardised(y, ~out), out, "the user's own", shown, notes
+    )
+
+
+def _target(file: str, name: str, column: Any) -> Tensor:
+    import pandas
+
+    numbers = pandas.to_numeric(column, errors="coerce")
+    words = sorted(column[numbers.isna() & column.notna()].astype(str).unique())
+    if words:
+        values = sorted(column.dropna().astype(str).unique())
+        if len(values) != 2:
+            record = int((numbers.isna() & column.notna()).to_numpy().argmax()) + 1
+            raise UserError(
+                f"{file}, record {record}: column {name!r} is {words[0]!r}, and targets are numbers, or words of which "
+                f"there are two; it has {len(values)}"
+            )
+        numbers = column.map(lambda value: float(str(value) == values[1]), na_action="ignore")
+    found = torch.tensor(numbers.to_numpy(dtype="float32", na_value=math.nan))
+    if bool(found.isinf().any()):
+        raise UserError(f"{file}, record {int(found.isinf().nonzero()[0]) + 1}: column {name!r} is infinite")
+    return found
+
+
+def _features(file: str, frame: Any, train: Tensor) -> tuple[Tensor, list[str]]:
+    import pandas
+
+    columns: list[Tensor] = []
+    left_out: list[str] = []
+    holes = 0
+    for name in frame.columns:
+        column = frame[name]
+        numbers = pandas.to_numeric(column, errors="coerce")
+        if bool((numbers.isna() & column.notna()).any()):
+            values = sorted(column.dropna().astype(str).unique())
+            if len(values) > MAX_VALUES:
+                left_out.append(escaped(name))
+                continue
+            columns += [torch.tensor((column.astype(str) == value).to_numpy(dtype="float32")) for value in values]
+            continue
+        values = torch.tensor(numbers.to_numpy(dtype="float32", na_value=math.nan))
+        values[values.isinf()] = math.nan
+        gone = values.isnan()
+        if bool(gone.all()):
+            left_out.append(escaped(name))
+            continue
+        if bool(gone.any()):
+            holes += int(gone.sum())
+            columns.append(gone.float())
+        columns.append(values)
+    if not columns:
+        raise UserError(f"{file}: has no column beside the targets that can be read")
+    notes = [f"{holes:,} holes among the features are filled with the mean."] if holes else []
+    if left_out:
+        notes.append(f"Left out the columns {', '.join(left_out)}: no numbers, or more than {MAX_VALUES} words.")
+    return _standardised(torch.stack(columns, 1), train).nan_to_num(0.0).clamp(-FAR, FAR), notes
+
+
+def _drawn(rows: int, share: float) -> Tensor:
+    """Which rows are held out (rows,) bool: so large a share, in a fixed random order, one at least."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    out = torch.zeros(rows, dtype=torch.bool)
+    out[order[: max(2, round(share * rows))]] = True
+    return out
+
+
+def _standardised(values: Tensor, train: Tensor) -> Tensor:
+    """Values (rows, n) with mean 0 and variance 1 over the rows to train on; a column that has one value there is 0."""
+    known = values[train].double()
+    mean = known.nanmean(0)
+    spread = (known - mean).square().nanmean(0).sqrt()
+    told = spread > 1e-9 * mean.abs().clamp_min(1e-9)
+    scaled = torch.where(told, (values.double() - mean) / torch.where(told, spread, 1.0), 0.0)
+    return torch.where(values.isnan(), math.nan, scaled).to(torch.float32)
