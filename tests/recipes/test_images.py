@@ -55,7 +55,7 @@ def test_a_run_from_end_to_end(pictures, tmp_path, capsys, monkeypatch):
     run = whole("images", [*SMALL, f"data.source=['{pictures}']"], tmp_path, capsys)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Left out 1 of 21 images" in page and "cut.png" in page, "what cannot be read is counted"
-    assert "% of the images right" in page and "Loss by class" in page and "held-out images" in page
+    assert "of 100 images right" in page and "Loss by class" in page and "held-out images" in page
     body = page.partition("<main>")[2].partition("<h2>Configuration")[0].replace("has a token of its own", "")
     assert not re.search(r"\b(tokens?|text|domains?)\b", re.sub(r"<[^>]*>", " ", body)), "words of other recipes"
     shown = {one["title"]: one for one in json.loads((run / "exhibits.json").read_text())}
@@ -97,7 +97,7 @@ def test_routers_are_compared_on_images(pictures, tmp_path, capsys):
     for row in rows[1:]:
         assert math.isclose(row["flops_per_token"], dense, rel_tol=0.06), row["router"]
         assert row["leak"] is None, "of images no patch is later than another"
-    assert "% of the images right" in (run / "compare.md").read_text()
+    assert "of 100 images right" in (run / "compare.md").read_text()
 
 
 def test_an_expert_by_hashing_is_shown_the_patches_of_its_ids(pictures):

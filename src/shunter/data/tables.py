@@ -222,16 +222,16 @@ def _features(file: str, frame: Any, train: Tensor) -> tuple[Tensor, list[str]]:
                 continue
             columns += [torch.tensor((column.astype(str) == value).to_numpy(dtype="float32")) for value in values]
             continue
-        values = torch.tensor(numbers.to_numpy(dtype="float32", na_value=math.nan))
-        values[values.isinf()] = math.nan
-        gone = values.isnan()
+        found = torch.tensor(numbers.to_numpy(dtype="float32", na_value=math.nan))
+        found[found.isinf()] = math.nan
+        gone = found.isnan()
         if bool(gone.all()):
             left_out.append(escaped(name))
             continue
         if bool(gone.any()):
             holes += int(gone.sum())
             columns.append(gone.float())
-        columns.append(values)
+        columns.append(found)
     if not columns:
         raise UserError(f"{file}: has no column beside the targets that can be read")
     notes = [f"{holes:,} holes among the features are filled with the mean."] if holes else []

@@ -255,7 +255,7 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
         "of each.",
         "nats/image",
         "the right class",
-        {"accuracy": "% of the images right"},
+        {"accuracy": "of 100 images right"},
         ["accuracy"],
         data="images",
         domain="class",

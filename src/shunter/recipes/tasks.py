@@ -237,25 +237,23 @@ class _Network(nn.Module):
             self.block = nn.ModuleList(nn.Sequential(*parts) for parts in blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        shared: tuple[Any, ...]
         if self.kind == "sparse":
             h = self.embed[0](x)[:, None].expand(-1, self.tasks, -1)
             h = h + self.moe(h, task=torch.arange(self.tasks, device=x.device).expand(len(x), -1))
             shared = h.unbind(1)
         else:
-            shared = tuple(
-                h + block(h) for embed, block in zip(self.embed, self.block, strict=True) for h in [embed(x)]
-            )
+            found = [embed(x) for embed in self.embed]
+            shared = tuple(h + block(h) for h, block in zip(found, self.block, strict=True))
             shared = shared if self.kind == SINGLE else shared * self.tasks
         return torch.cat([tower(h) for tower, h in zip(self.towers, shared, strict=True)], -1)
 
     def flops(self) -> dict[str, float]:
         """Of one question."""
-        parts = {"projections": 2.0 * self.embed[0].weight.numel(), "routers": 0.0, "experts": 0.0}
-        parts["projections"] += 2 * sum(p.numel() for p in self.towers[0].parameters() if p.dim() == 2)
-        if self.kind == "sparse":
-            return parts | {k: v for k, v in self.moe.flops_per_token(1).items() if k in parts and k != "projections"}
-        parts["projections"] += 2 * sum(p.numel() for p in self.block[0].parameters() if p.dim() == 2)
-        return parts
+        passed = [self.embed[0], self.towers[0], *([] if self.kind == "sparse" else [self.block[0]])]
+        maps = sum(p.numel() for module in passed for p in module.parameters() if p.dim() == 2)
+        experts = self.moe.flops_per_token(1) if self.kind == "sparse" else {"routers": 0.0, "experts": 0.0}
+        return {"projections": 2.0 * maps} | experts
 
 
 class TasksModel(PreTrainedModel):
@@ -263,7 +261,6 @@ class TasksModel(PreTrainedModel):
 
     config_class = TasksModelConfig
     main_input_name = "features"
-    _tied_weights_keys = None
 
     def __init__(self, config: TasksModelConfig) -> None:
         super().__init__(config)
@@ -295,7 +292,7 @@ class TasksRecipe(Recipe[TasksConfig, TasksData]):
         "tasks",
         "Two models learn to answer several questions on each row of a table; each problem has networks of its own. "
         "The dense one is a shared bottom: all questions pass through one block.",
-        "of the variance",
+        "parts of the variance",
         data="rows",
         domain="problem",
         token="question",
@@ -363,7 +360,7 @@ class TasksRecipe(Recipe[TasksConfig, TasksData]):
 
     def ledger(self, model: PreTrainedModel, config: TasksConfig) -> Ledger:
         """Of a question, on average over the problems; it passes one problem's network and one task's tower."""
-        networks: list[Any] = list(model.networks)
+        networks: list[Any] = _networks(model)
         flops = {key: sum(n.flops()[key] for n in networks) / len(networks) for key in networks[0].flops()}
         total = sum(p.numel() for p in model.parameters())
         inactive = sum(layer.inactive_parameters(1) for layer in moe_layers(model).values())
@@ -388,8 +385,8 @@ class TasksRecipe(Recipe[TasksConfig, TasksData]):
         counts = "; ".join(f"{name}: {best.count(which)}" for which, name in NAMES.items())
         said = (
             f"On how many of {len(best)} problems each has the lowest loss: {counts}. All three compute as much for an "
-            "answer; a model of each task stores as many networks as there are tasks. It is one seed: differences of a "
-            "few percent are within what another seed changes."
+            "answer; a model of each task stores as many networks as there are tasks. It is one seed; another gives "
+            "other numbers."
         )
         if len(drawn) > 1:
             lines = {name: [(p, _mean(errors[which][n])) for p, n in drawn.items()] for which, name in NAMES.items()}
@@ -409,12 +406,17 @@ class TasksRecipe(Recipe[TasksConfig, TasksData]):
 RECIPE = TasksRecipe()
 
 
+def _networks(model: nn.Module) -> list[Any]:
+    assert isinstance(model, TasksModel)
+    return list(model.networks)
+
+
 @torch.no_grad()
 def _answers(model: PreTrainedModel, data: TasksData) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The answers (rows, K) and targets (rows, K) of each table's held-out rows."""
     was_training = model.training
     model.eval()
-    for number, network in enumerate(model.networks):
+    for number, network in enumerate(_networks(model)):
         parts = [(network(x.to(model.device)).cpu(), y) for x, y in data.batches(number)]
         yield number, torch.cat([found for found, _ in parts]), torch.cat([y for _, y in parts])
     model.train(was_training)
@@ -445,7 +447,7 @@ def _gates(model: PreTrainedModel, data: TasksData) -> HeatMap:
     names = [f"task {k + 1}" for k in range(max(len(table.tasks) for table in data.tables))]
     experts = 0
     model.eval()
-    for (number, _, _), network in zip(_answers(model, data), model.networks, strict=True):
+    for (number, _, _), network in zip(_answers(model, data), _networks(model), strict=True):
         table = data.tables[number]
         x, _ = next(data.batches(number))
         network(x.to(model.device))

@@ -59,7 +59,7 @@ def curves(one: Curves, palette: Palette) -> Figure:
     axes.set_xlabel(one.x)
     axes.set_ylabel(one.y)
     if one.lines or one.levels:
-        figure.legend(loc="outside upper center", ncols=2)
+        figure.legend(loc="outside upper left")
     return figure
 
 
