@@ -383,7 +383,7 @@ def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTraine
     if ranks > 1:
         from transformers.distributed import DistributedConfig
 
-        share = config.parallel.expert_parallel if name != "dense" else 1
+        share = config.parallel.expert_parallel if moe_layers(model) else 1
         distribute(model, DistributedConfig(fsdp_size=ranks, ep_size=share), timeout=config.parallel.timeout)
     costs = train_model(
         name,
