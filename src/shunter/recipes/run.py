@@ -554,7 +554,8 @@ def summarised(run: Path) -> dict[str, float]:
 
 def _check_data(recipe: Recipe[Any, Any], data: Prepared, recorded: str) -> None:
     if data.fingerprint != recorded:
+        have = "have" if recipe.words.data.endswith("s") else "has"
         raise UserError(
-            f"the {recipe.words.data} has changed since this run: its fingerprint is {data.fingerprint[:12]}, the "
+            f"the {recipe.words.data} {have} changed since this run: the fingerprint is {data.fingerprint[:12]}, the "
             f"run's {recorded[:12]}. Bring back the data, and the versions that the run's {MANIFEST} names"
         )
