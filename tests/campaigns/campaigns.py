@@ -7,7 +7,13 @@ CAMPAIGNS = {
     "soak": Campaign("R", "seconds of a training: memory, files, threads, disk", soak.soak, 1800, 20, 1800, slow=True),
     "kills": Campaign("A", "SIGKILL at random times of a run, first and resumed", stops.kills, 5000, 3, 20),
     "crash_points": Campaign(
-        "B", "SIGKILL before an operation on files, and twice with it a power loss", stops.crash_points, None, 5, 15
+        "B",
+        "SIGKILL before an operation on files, and twice with it a power loss",
+        stops.crash_points,
+        None,
+        5,
+        15,
+        slow=True,
     ),
     "chains": Campaign("C", "five stops like Ctrl-C in one run", stops.chains, 200, 1, 5),
     "disks": Campaign("D", "full disks, and operations on files that fail", stops.disks, 1000, 4, 15),

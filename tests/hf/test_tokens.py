@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import (
+    ContinuousBatchingConfig,
     DataCollatorWithFlattening,
     GenerationConfig,
     MistralConfig,
@@ -306,9 +307,9 @@ def test_continuous_batching_generates_as_generate(build):
     for layer in shunter.moe_layers(model).values():
         layer.experts.down_proj.data.mul_(50)
     prompts = [[5, 6, 7], [8, 9]]
-    sizes = {"num_blocks": 16, "block_size": 16, "max_batch_tokens": 32}
-    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0, **sizes)
-    found = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # else most of the memory is taken
+    found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=sizes)
     for prompt, answer in zip(prompts, found.values(), strict=True):
         alone = model.generate(
             torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=-1
