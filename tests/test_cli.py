@@ -30,3 +30,11 @@ def test_standard_output_that_takes_nothing_is_one_line():
         command = [sys.executable, "-m", "shunter", "routers"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIME_LIMIT, check=False)
     assert (ended.returncode, ended.stderr) == (1, "shunter routers: [Errno 28] No space left on device\n")
+
+
+def test_a_verb_is_named_once(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert main(["quantize", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
+    assert main(["prune", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), "--keep", "1"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(line.count(line.split(":")[0].split()[1] + ":") == 1 for line in said)

@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         _silence()
         return 1
     except (Diverged, LostRank, NotWritten) as error:
-        print(f"shunter {args.name}: {escaped(str(error))}", file=sys.stderr)
+        print(f"shunter {args.name}: {_said(error, args.name)}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"shunter {args.name}: {escaped(str(error))}", file=sys.stderr)
+        print(f"shunter {args.name}: {_said(error, args.name)}", file=sys.stderr)
         if isinstance(error, OSError) and why_not_written(error, NO_ROOM):
             _silence()
             return 1
@@ -57,6 +57,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     finally:
         warnings.formatwarning = before
+
+
+def _said(error: Exception, verb: str) -> str:
+    """What an error says, without the name of the verb where it begins with that."""
+    return escaped(str(error)).removeprefix(f"{verb}: ")
 
 
 def _silence() -> None:
