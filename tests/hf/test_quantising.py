@@ -14,7 +14,10 @@ from shunter.errors import UserError
 from shunter.experts import Experts, QuantisedExperts
 from shunter.hf.backend import layout_of
 from shunter.hf.checkpoints.loading import load_folder
+from shunter.hf.observe.listening import listening
+from shunter.hf.observe.taps import taps
 from shunter.hf.quantising import describe
+from shunter.training.roles import roles
 from tests.helpers import relative_error
 
 from .families import VOCAB, build
@@ -82,6 +85,20 @@ def test_a_model_computes_what_its_codes_say_and_loads_to_the_same_bits(kind, tm
         loaded.train()(ids, labels=ids, use_cache=False).loss.backward()
     with pytest.raises(UserError, match="quantised already"):
         shunter.quantize(loaded)
+
+
+@pytest.mark.parametrize("kind", [*WAYS, "sparsified"])
+def test_a_quantised_model_has_the_layers_and_the_roles_that_it_had(kind):
+    model, ids = _model(kind), torch.randint(3, VOCAB, (2, 9))
+    before = copy.deepcopy(model)
+    shunter.quantize(model, bits=8)
+    assert list(taps(model)) == list(taps(before))
+    assert roles(model).items() <= roles(before).items()
+    seen = {}
+    with listening(model, lambda name, observation: seen.setdefault(name, observation.routing)):
+        _logits(model, ids)
+    assert set(seen) == set(taps(before))
+    assert all(int(routing.counts.sum()) for routing in seen.values())
 
 
 def test_bits_by_module_and_by_expert(tmp_path):

@@ -179,8 +179,11 @@ def _inside(module: nn.Module) -> list[nn.Module]:
 
 
 def _takes_choices(module: nn.Module) -> bool:
-    """Whether a module's forward is the experts' contract: hidden states, indices, weights."""
-    names = list(inspect.signature(module.forward).parameters)
+    """Whether the forward of a module's class is the experts' contract: hidden states, indices, weights.
+
+    That of an instance may be what computes quantised or offloaded experts, with other names.
+    """
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
     return len(names) == 3 and names[0] == "hidden_states" and names[1] in _INDEX_NAMES
 
 
