@@ -9,10 +9,10 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 import shunter
 from shunter.analysis.inspect.inspecting import Inspected, inspect
-from shunter.analysis.inspect.material import text_material
+from shunter.analysis.inspect.material import image_material, text_material
 from shunter.data.documents import Domain
 from shunter.errors import UserError
-from tests.analysis.inspect.subjects import BYTES, EXPERTS, LM, material_of, mixtral, random_documents, sparse
+from tests.analysis.inspect.subjects import BYTES, EXPERTS, LM, material_of, mixtral, random_documents, sparse, vit
 
 
 def test_encoder_and_decoder_are_told_apart():
@@ -56,3 +56,18 @@ def test_short_text_is_one_short_window_and_long_windows_fit_the_model():
     long = text_material(subject.model, BYTES, random_documents(), tokens=3000, length=10_000)
     assert long.window == 64
     assert inspect(subject, short, ablations=1, quiet=True)["complete"]
+
+
+def test_each_forward_has_images_of_every_domain(monkeypatch, tmp_path):
+    """Dark and light images, each with the label of its folder: a forward of one class alone would teach that class."""
+    monkeypatch.setattr("shunter.analysis.inspect.material.IMAGES", 4)
+    model, images = vit(tmp_path)
+    (images / "light" / "0.png").unlink()
+    material = image_material(model, tmp_path, [str(images)], tokens=12 * 16)
+    targets = [batch.targets.tolist() for batch in material.batches]
+    assert targets == [[0, 1, 0, 1], [0, 1, 0, 1], [0, 1, 0]]
+    light = torch.cat([batch.inputs["pixel_values"] for batch in material.batches]).mean((1, 2, 3))
+    labels = torch.tensor(sum(targets, []))
+    assert light[labels == 0].max() < light[labels == 1].min()
+    assert material.groups.tolist() == labels.tolist()
+    assert torch.equal(material.streams[""].labels["domain"], labels.repeat_interleave(16))

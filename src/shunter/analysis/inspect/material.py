@@ -295,7 +295,7 @@ def _text_stream(rows: list[Window], tokenizer: PreTrainedTokenizerBase, domains
 
 
 def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *, tokens: int) -> Material:
-    """Images cut into patches as a Vision Transformer does; an image's folder is its domain.
+    """Images cut into patches as a Vision Transformer does, of each domain in turn; an image's folder is its domain.
 
     Args:
         model: its configuration has image_size, patch_size and num_channels; a classifier's loss counts where the
@@ -310,9 +310,11 @@ def image_material(model: PreTrainedModel, folder: Path, paths: Sequence[str], *
     size, channels, patches = _image_sizes(model)
     found = find_images(paths, tokens // patches)
     domains = list(found)
-    files = [file for name in domains for file in found[name]]
-    domain = [number for number, name in enumerate(domains) for _ in found[name]]
-    pixels = torch.stack([read_image(file, size, channels) for file in files])
+    # Domains in turn, so that every batch has images of all: what a router drops depends on the others of its batch.
+    numbered = [(i, number, file) for number, name in enumerate(domains) for i, file in enumerate(found[name])]
+    numbered.sort(key=lambda image: image[:2])
+    domain = [number for _, number, _ in numbered]
+    pixels = torch.stack([read_image(file, size, channels) for _, _, file in numbered])
     return pixel_material(model, Normalisation.of(folder, channels), pixels, domain, domains)
 
 
