@@ -1,7 +1,9 @@
 """Pruned models: what stays is bit for bit what it was, unused experts leave no trace, and the choice is right."""
 
 import json
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from shunter import from_pretrained, moe_layers, sparsify
 from shunter.analysis.inspect.material import Batch, Material
 from shunter.errors import UserError
+from shunter.hf.checkpoints.folders import local_folder
 from shunter.hf.observe.taps import taps
 from shunter.training.pruning import Doing, choose, look, merge, prune
 from tests.hf.families import build
@@ -224,3 +227,12 @@ def test_weights_on_disk_give_the_same_model(tmp_path):
     whole, parts = (json.loads((tmp_path / name / "receipt.json").read_text()) for name in "ab")
     assert whole["layers"] == parts["layers"]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_a_run_is_pruned_by_its_sparse_model_and_larger_than_memory_from_disk(tmp_path, monkeypatch):
+    save(wake(build("qwen2_moe")), tmp_path / "run" / "sparse")
+    (tmp_path / "run" / "other.json").write_text("{}")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=1000))
+    receipt = prune(tmp_path / "run", tmp_path / "new", 4, "use", material=material(), check=False)
+    assert receipt["options"]["offload"] and local_folder(tmp_path / "run") == tmp_path / "run" / "sparse"
+    assert next(iter(taps(AutoModelForCausalLM.from_pretrained(tmp_path / "new")).values())).num_weights == 4

@@ -25,6 +25,7 @@ from ..environment import Memory
 from ..errors import UserError
 from ..hf.checkpoints import converting
 from ..hf.checkpoints.converting import convert, megabytes
+from ..hf.checkpoints.folders import local_folder
 from ..hf.checkpoints.loading import load_folder
 from ..hf.checkpoints.reading import Checkpoint
 from ..hf.checkpoints.shrinking import Shrinking
@@ -98,7 +99,7 @@ def prune(
     if method not in get_args(Method):
         raise UserError(f"prune: method {method!r} is unknown; choose from {', '.join(METHODS)}")
     with ExitStack() as stack:
-        folder = Path(model)
+        folder = local_folder(model)
         size = Checkpoint(folder).nbytes if (folder / "config.json").is_file() else 0
         if offload or (offload is None and size > psutil.virtual_memory().available / 2):
             options: dict[str, Any] = {

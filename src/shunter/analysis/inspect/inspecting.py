@@ -98,8 +98,6 @@ def load(path: str, *, experts: bool = True, **options: Any) -> Inspected:
         raise UserError(str(error)) from None
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder; give the folder of a model, with its config.json")
-    if not (folder / "config.json").is_file() and (folder / "sparse" / "config.json").is_file():
-        folder = folder / "sparse"
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
     hf_logging.disable_progress_bar()

@@ -37,12 +37,14 @@ COMPUTED = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.attn\.(masked_)?bias
 
 
 def local_folder(model: str | Path) -> Path:
-    """The folder of a model that is given by its path, or by its name on the Hugging Face Hub.
+    """The folder of a model that is given by its path or its name on the Hugging Face Hub; of a run, its sparse one.
 
     Raises:
         UserError: where there is neither.
     """
     path = Path(model)
+    if not (path / "config.json").is_file() and (path / "sparse" / "config.json").is_file():
+        return path / "sparse"
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)):
         return path
     from huggingface_hub import snapshot_download
