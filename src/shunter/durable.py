@@ -35,6 +35,7 @@ __all__ = [
     "MANIFEST",
     "NO_ROOM",
     "aside",
+    "check_new_folder",
     "discard",
     "make_folder",
     "naming",
@@ -95,8 +96,7 @@ def new_folder(out: Path, **facts: Any) -> Iterator[Path]:
         UserError: where `out` exists.
         NotWritten: where the disk is full, or the place cannot be written to.
     """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
+    _must_be_new(out)
     make_folder(out.parent)
     with naming(out, NO_ROOM), aside(out) as part:
         yield part
@@ -106,6 +106,27 @@ def new_folder(out: Path, **facts: Any) -> Iterator[Path]:
         with naming(out):
             part.rename(out)
             _sync(out.parent)
+
+
+def check_new_folder(out: Path) -> None:
+    """See that `new_folder` could begin, before hours of work for what it is to hold.
+
+    Args:
+        out: the new folder; those above it are made.
+
+    Raises:
+        UserError: where `out` exists.
+        NotWritten: where the place cannot be written to.
+    """
+    _must_be_new(out)
+    make_folder(out.parent)
+    with aside(out):
+        pass
+
+
+def _must_be_new(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
 
 
 def make_folder(folder: Path) -> None:
