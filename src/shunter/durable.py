@@ -130,16 +130,18 @@ def _must_be_new(out: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing, to stay.
+    """Make a folder and those above it that are missing, to stay and to be written to.
 
     Raises:
-        NotWritten: naming the folder and why.
+        NotWritten: naming the folder and why: it cannot be made, or is there and read-only.
     """
     with naming(folder):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for path in missing:
             _sync(path.parent)
+    if not os.access(folder, os.W_OK):
+        raise NotWritten(f"{folder} cannot be written: it is read-only")
 
 
 def publish(part: Path, out: Path, **facts: Any) -> None:
