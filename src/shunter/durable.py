@@ -96,8 +96,7 @@ def new_folder(out: Path, **facts: Any) -> Iterator[Path]:
         UserError: where `out` exists.
         NotWritten: where the disk is full, or the place cannot be written to.
     """
-    _must_be_new(out)
-    make_folder(out.parent)
+    check_new_folder(out)
     with naming(out, NO_ROOM), aside(out) as part:
         yield part
         seal(part, **facts)
@@ -118,15 +117,9 @@ def check_new_folder(out: Path) -> None:
         UserError: where `out` exists.
         NotWritten: where the place cannot be written to.
     """
-    _must_be_new(out)
-    make_folder(out.parent)
-    with aside(out):
-        pass
-
-
-def _must_be_new(out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
+    make_folder(out.parent)
 
 
 def make_folder(folder: Path) -> None:

@@ -34,6 +34,7 @@ QUICK = {
     "advise": BUDGET,
     "compare": ["--routers", "topk,hash"],
     "distill": ["--steps", "2", "--tokens", "640", "--length", "16"],
+    "eval": ["--calibration"],  # of a run, on its own data
     "extract": ["--domain", "1"],
     "finetune": TUNED,
     "generate": ["--max-new-tokens", "3", "--prompt", "abc"],
@@ -103,7 +104,7 @@ class Verb:
             given += ["--rounds", "1"]
         if self.name in ("train", "compare"):
             given += self.work.settings
-        elif any(action.dest == "data" for action in self.actions):
+        elif self.name != "eval" and any(action.dest == "data" for action in self.actions):
             given += ["--data", str(self.work.folder / "corpus")]
         return given + QUICK.get(self.name, [])
 
@@ -228,9 +229,10 @@ def _whole(file):
     """Whether a file of results has its end."""
     if file.suffix == ".json":
         try:
-            return bool(json.loads(file.read_bytes()))
+            json.loads(file.read_bytes())
         except ValueError:
             return False
+        return True
     end = {".png": b"IEND\xaeB`\x82", ".html": b"</html>"}.get(file.suffix, b"")
     return file.read_bytes().rstrip().endswith(end)
 
