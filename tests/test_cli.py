@@ -1,5 +1,6 @@
 """The command line: whatever goes wrong is a line."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -25,11 +26,19 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_standard_output_that_takes_nothing_is_one_line():
+@pytest.mark.parametrize("words", [["routers"], ["simulate", "--list"]])  # more than a buffer, and less
+def test_standard_output_that_takes_nothing_is_one_line(words):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "shunter", "routers"]
+        command = [sys.executable, "-m", "shunter", *words]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIME_LIMIT, check=False)
-    assert (ended.returncode, ended.stderr) == (1, "shunter routers: [Errno 28] No space left on device\n")
+    assert (ended.returncode, ended.stderr) == (1, f"shunter {words[0]}: No space left on device\n")
+
+
+@pytest.mark.parametrize("name", ["missing", "s" * 300])
+def test_an_error_of_the_file_system_is_a_sentence(name, capsys, tmp_path):
+    missing = tmp_path / name / "runs.csv"
+    assert main(["roles", str(missing)]) == 2
+    assert re.fullmatch(rf"shunter roles: {re.escape(str(missing))}.*: [^\[\]]+\n", capsys.readouterr().err)
 
 
 def test_a_verb_is_named_once(capsys, tmp_path):

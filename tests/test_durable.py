@@ -4,13 +4,25 @@ import errno
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
 import pytest
 
 from shunter import durable
-from shunter.durable import MANIFEST, aside, new_folder, only_process, publish, seal, verify, write, writing
+from shunter.durable import (
+    MANIFEST,
+    aside,
+    make_folder,
+    new_folder,
+    only_process,
+    publish,
+    seal,
+    verify,
+    write,
+    writing,
+)
 from shunter.errors import NotWritten, UserError
 from tests.conftest import SEED
 from tests.helpers import TIME_LIMIT
@@ -74,6 +86,13 @@ def test_folders_are_not_overwritten(folder, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotWritten, match="cannot be written: File exists"), new_folder(tmp_path / "file/below"):
         pass
+
+
+def test_a_folder_that_is_read_only_is_told_when_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or mode != os.W_OK)
+    make_folder(tmp_path / "inner")
+    with pytest.raises(NotWritten, match=f"^{re.escape(str(tmp_path))} cannot be written: it is read-only$"):
+        make_folder(tmp_path)
 
 
 def test_what_a_killed_process_left_goes_with_the_next_and_what_a_living_one_writes_stays(tmp_path):

@@ -35,6 +35,7 @@ __all__ = [
     "MANIFEST",
     "NO_ROOM",
     "aside",
+    "check_new_folder",
     "discard",
     "make_folder",
     "naming",
@@ -95,9 +96,7 @@ def new_folder(out: Path, **facts: Any) -> Iterator[Path]:
         UserError: where `out` exists.
         NotWritten: where the disk is full, or the place cannot be written to.
     """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
-    make_folder(out.parent)
+    check_new_folder(out)
     with naming(out, NO_ROOM), aside(out) as part:
         yield part
         seal(part, **facts)
@@ -108,17 +107,34 @@ def new_folder(out: Path, **facts: Any) -> Iterator[Path]:
             _sync(out.parent)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing, to stay.
+def check_new_folder(out: Path) -> None:
+    """See that `new_folder` could begin, before hours of work for what it is to hold.
+
+    Args:
+        out: the new folder; those above it are made.
 
     Raises:
-        NotWritten: naming the folder and why.
+        UserError: where `out` exists.
+        NotWritten: where the place cannot be written to.
+    """
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
+    make_folder(out.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, to stay and to be written to.
+
+    Raises:
+        NotWritten: naming the folder and why: it cannot be made, or is there and read-only.
     """
     with naming(folder):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for path in missing:
             _sync(path.parent)
+    if not os.access(folder, os.W_OK):
+        raise NotWritten(f"{folder} cannot be written: it is read-only")
 
 
 def publish(part: Path, out: Path, **facts: Any) -> None:

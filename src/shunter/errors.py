@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LONGEST", "Diverged", "Interrupted", "LostRank", "NotWritten", "UserError", "escaped", "one_line"]
+__all__ = ["LONGEST", "Diverged", "Interrupted", "LostRank", "NotWritten", "UserError", "escaped", "one_line", "said"]
 
 LONGEST = 400  # characters of a line
 
@@ -36,9 +36,16 @@ class Interrupted(Exception):
     """Training was asked to stop; a checkpoint has been written. It says where training stopped."""
 
 
+def said(error: BaseException | str) -> str:
+    """What an error says; one of the file system without its number, behind the file where it names one."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    return str(error)
+
+
 def one_line(error: BaseException | str) -> str:
     """What an error (or a text) says, as one printable line of at most `LONGEST` characters."""
-    plain = "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
+    plain = "".join(c if c.isprintable() else " " for c in " ".join(said(error).split()))
     plain = plain or type(error).__name__
     return plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 3]}..."
 

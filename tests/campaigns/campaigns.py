@@ -22,7 +22,7 @@ CAMPAIGNS = {
         "each verb with a full or read-only disk, a file for a folder, no file handles, no output, bad input, Ctrl-C",
         verbs.broken_verbs,
         500,
-        12,
+        24,
         24,
         slow=True,
     ),

@@ -6,6 +6,7 @@ in by their names.
 
 import argparse
 import functools
+import json
 import os
 import random
 import resource
@@ -15,31 +16,45 @@ import subprocess
 import threading
 from pathlib import Path
 
+from shunter import sparsify
 from shunter.cli import _parser, main
 from shunter.durable import sealed, verify
+from shunter.hf.checkpoints.loading import load_folder
 from tests.campaigns.campaign import drawn
 from tests.campaigns.processes import Points, in_child
 from tests.campaigns.runs import fresh, job
 from tests.campaigns.stops import ERRORS, mounted
 
 TINY = "8,8,8,2,1"  # of a benchmark
+READ = ("run", "model", "models", "table", "teacher")  # what is read, as the arguments call it
 SIZES = (10**6, 10**7, 10**8)  # parameters of runs
+TUNED = ["--rates", "1e-3", "--batches", "4", "--train", "moe", "--examples", "8", "--length", "8", "--windows", "10"]
+BUDGET = ["--flops", "1e21", "--memory", "80GiB", "--devices", "8", "--bandwidth", "50GB"]
 QUICK = {
+    "advise": BUDGET,
     "compare": ["--routers", "topk,hash"],
+    "distill": ["--steps", "2", "--tokens", "640", "--length", "16"],
+    "eval": ["--calibration"],  # of a run, on its own data
+    "extract": ["--domain", "1"],
+    "finetune": TUNED,
     "generate": ["--max-new-tokens", "3", "--prompt", "abc"],
     "inspect": ["--tokens", "64", "--length", "16", "--ablate", "2"],
+    "prune": ["--keep", "2", "--tokens", "128", "--length", "16"],
+    "quantize": ["--bits", "8"],
+    "reproduce": ["figure-1"],
+    "simulate": ["--gpus", "8,16"],
     "upcycle": ["--experts", "2"],
     "law fit": ["--resamples", "0"],
     "bench experts": ["--shapes", TINY, "--dtype", "float32", "--backends", "reference", "--peers", "eager"],
     "bench gpu": ["--shapes", TINY],
+    "bench layer": ["--experts", "2", "--tokens", "8", "--dim", "8", "--width", "8", "--top-k", "1"],
     "bench routers": ["--shape", TINY, "--routers", "topk"],
 }
 """What makes a verb quick."""
-UNTRIED = [
-    "advise", "bench layer", "bench lora", "bench offload", "bench parallel", "bench quantised", "distill", "extract",
-    "finetune", "prune", "quantize", "reproduce", "roles", "simulate",
-]  # fmt: skip
-"""Verbs that no quick and right arguments are known of yet: these are left out."""
+UNTRIED = ["bench lora", "bench offload", "bench parallel", "bench quantised"]
+"""Benchmarks that start processes, or want models that are not tiny: these are left out."""
+WHOLE = ["distill", "export", "extract", "prune", "quantize", "upcycle"]
+"""Verbs whose folder is whole or absent."""
 
 
 def verbs(parser=None, words=()):
@@ -68,7 +83,7 @@ class Verb:
         self.actions = [action for action in parser._actions if action.dest not in ("help", "version")]
         folders = [a for a in self.actions if a.type is Path and a.option_strings and a.dest in ("out", "run")]
         self.writes = folders[0].option_strings[0] if folders else ""
-        self.reads = [a for a in self.actions if not a.option_strings and a.dest in ("run", "model", "models", "table")]
+        self.reads = [a for a in self.actions if not a.option_strings and a.dest in READ]
 
     def arguments(self, place, source=None):
         """The words after `shunter`: results go to a place; what is read is another than the right one."""
@@ -89,7 +104,7 @@ class Verb:
             given += ["--rounds", "1"]
         if self.name in ("train", "compare"):
             given += self.work.settings
-        elif any(action.dest == "data" for action in self.actions):
+        elif self.name != "eval" and any(action.dest == "data" for action in self.actions):
             given += ["--data", str(self.work.folder / "corpus")]
         return given + QUICK.get(self.name, [])
 
@@ -99,6 +114,8 @@ class Verb:
             return self.work.straight
         if action.dest == "table":
             return _table(self.work.folder / "runs.csv")
+        if self.name == "extract":
+            return self.work.folder / "domains"
         return self.work.straight / ("dense" if self.name == "upcycle" else "sparse")
 
     def call(self, place, source=None, before=lambda: None, out=None):
@@ -129,6 +146,12 @@ def _table(file):
     return file
 
 
+def _domains(work):
+    """A model whose router goes by the domain of the text, from a run's dense one."""
+    if not (work.folder / "domains").exists():
+        sparsify(load_folder(work.straight / "dense"), 4, "domain").save_pretrained(work.folder / "domains")
+
+
 def _without_timing():
     """A benchmark of minutes is over at once; a report's pictures, which no fault is in, are left out."""
     from shunter.benchmarks import finetune
@@ -144,6 +167,7 @@ def _without_timing():
 def every_verb(folder):
     """The verbs, and how many operations on files each has; all are right, or say in a line why they cannot be."""
     work = job(folder, "topk")
+    _domains(work)
     found = []
     for name, parser in verbs():
         verb = Verb(name, parser, work)
@@ -188,14 +212,29 @@ def wrong(verb, ended, place):
         return f"exit code {ended.code}: {ended.said[-600:]}"
     if ended.code in (1, 2) and not ended.line.startswith(("shunter", "Stopped")):
         return f"the last line is {ended.line!r}"
+    if "[Errno" in ended.line:
+        return f"the last line has Python's words for an error: {ended.line!r}"
     left = [path.name for path in place.parent.rglob("*.partial")]
     if left:
         return f"something is left over: {left}"
-    if place.is_dir() and sealed(place) and verb.name in ("upcycle", "export"):
+    if place.is_dir() and sealed(place) and verb.name in WHOLE:
         verify(place)
-    elif place.exists() and verb.name in ("upcycle", "export") and place.is_dir():
+    elif place.exists() and verb.name in WHOLE and place.is_dir():
         return "a folder that is not whole is there"
-    return ""
+    halves = [path.name for path in place.parent.rglob("*") if path.is_file() and not _whole(path)]
+    return f"half-written: {halves}" if halves else ""
+
+
+def _whole(file):
+    """Whether a file of results has its end."""
+    if file.suffix == ".json":
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            return False
+        return True
+    end = {".png": b"IEND\xaeB`\x82", ".html": b"</html>"}.get(file.suffix, b"")
+    return file.read_bytes().rstrip().endswith(end)
 
 
 def again(verb, place):

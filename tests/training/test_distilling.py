@@ -8,7 +8,7 @@ import torch
 from shunter import from_pretrained, moe_layers, sparsify
 from shunter.analysis.inspect.inspecting import Inspected
 from shunter.analysis.inspect.material import Batch, Material
-from shunter.errors import UserError
+from shunter.errors import NotWritten, UserError
 from shunter.hf.checkpoints.loading import load_folder
 from shunter.hf.observe.taps import taps
 from shunter.training.distilling import distill, distillation_loss, gain_kept, student_of
@@ -149,3 +149,11 @@ def test_teachers_and_students_that_do_not_fit_are_one_line(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
         distill(folder, tmp_path / "there", material=language(10), steps=1)
+
+
+def test_a_place_that_cannot_be_is_told_before_the_training(tmp_path):
+    folder, said = save(build("mixtral"), tmp_path / "old"), []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotWritten, match="file"):
+        distill(folder, tmp_path / "file" / "new", material=language(10), steps=1, say=said.append)
+    assert not said and (tmp_path / "file").read_text() == "mine"

@@ -1,6 +1,7 @@
 """Pruned models: what stays is bit for bit what it was, unused experts leave no trace, and the choice is right."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import psutil
@@ -10,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from shunter import from_pretrained, moe_layers, sparsify
 from shunter.analysis.inspect.material import Batch, Material
-from shunter.errors import UserError
+from shunter.errors import NotWritten, UserError
 from shunter.hf.checkpoints.folders import local_folder
 from shunter.hf.observe.taps import taps
+from shunter.training import pruning
 from shunter.training.pruning import Doing, choose, look, merge, prune
 from tests.hf.families import build
 
@@ -222,11 +224,23 @@ def test_routers_that_cannot_lose_experts_say_why(router, why, tmp_path):
 def test_weights_on_disk_give_the_same_model(tmp_path):
     batch = material()
     save(wake(build("qwen2_moe")), tmp_path / "old")
-    for name, offload in (("a", False), ("b", True)):
-        prune(tmp_path / "old", tmp_path / name, 4, "reap", material=batch, offload=offload, check=False)
-    whole, parts = (json.loads((tmp_path / name / "receipt.json").read_text()) for name in "ab")
+    new = tmp_path / "new"  # which is not there yet
+    for name, offload in (("b", True), ("a", False)):
+        prune(tmp_path / "old", new / name, 4, "reap", material=batch, offload=offload, check=False)
+    whole, parts = (json.loads((new / name / "receipt.json").read_text()) for name in "ab")
     assert whole["layers"] == parts["layers"]
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert (new / "a" / "model.safetensors").read_bytes() == (new / "b" / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in new.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_place_that_cannot_be_is_told_before_the_work(offload, tmp_path, monkeypatch):
+    save(build("mixtral"), tmp_path / "old")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(pruning, "look", lambda *given: pytest.fail("the work has begun"))
+    with pytest.raises(NotWritten, match="file"):
+        prune(tmp_path / "old", tmp_path / "file" / "new", 4, material=material(), offload=offload)
+    assert (tmp_path / "file").read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["file", "old"]
 
 
 def test_a_run_is_pruned_by_its_sparse_model_and_larger_than_memory_from_disk(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..durable import NO_ROOM, why_not_written
-from ..errors import Diverged, Interrupted, LostRank, NotWritten, escaped, one_line
+from ..errors import Diverged, Interrupted, LostRank, NotWritten, escaped, one_line, said
 from . import bench, convert, law, look, plan, reproduce, train
 
 __all__ = ["main"]
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _said(error: Exception, verb: str) -> str:
     """What an error says, without the name of the verb where it begins with that."""
-    return escaped(str(error)).removeprefix(f"{verb}: ")
+    return escaped(said(error)).removeprefix(f"{verb}: ")
 
 
 def _silence() -> None:

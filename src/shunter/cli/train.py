@@ -181,7 +181,7 @@ def _finetune(args: argparse.Namespace) -> int:
     from ..analysis.inspect.inspecting import load
     from ..analysis.pages.style import PAPER, style
     from ..data.documents import built_in_domains, read_domains
-    from ..durable import make_folder, write
+    from ..durable import make_folder, write, writing
     from ..hf.checkpoints.loading import load_folder
     from ..training.sweeping import labelled_windows, markdown, picture, sweep
 
@@ -211,8 +211,8 @@ def _finetune(args: argparse.Namespace) -> int:
     )
     write(args.out / "finetune.json", json.dumps(found, indent=1) + "\n")
     write(args.out / "finetune.md", markdown(found))
-    with style(PAPER):
-        picture(found).savefig(args.out / "finetune.png", format="png", metadata={"Software": None})
+    with style(PAPER), writing(args.out / "finetune.png") as part:
+        picture(found).savefig(part, format="png", metadata={"Software": None})
     print(f"{markdown(found)}\nPicture: {args.out / 'finetune.png'}")
     return 0
 

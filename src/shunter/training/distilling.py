@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..analysis.inspect.inspecting import Inspected, load, material_for
 from ..analysis.inspect.material import Batch, Material
 from ..analysis.inspect.recording import batch_losses
-from ..durable import new_folder
+from ..durable import check_new_folder, new_folder
 from ..environment import VERSION, machine, run_versions
 from ..errors import Diverged, UserError
 from ..hf.checkpoints.folders import model_class
@@ -88,6 +88,7 @@ def distill(
     Raises:
         UserError: for a student of another vocabulary, a teacher without a dense counterpart, impossible numbers.
         Diverged: where a loss is not finite.
+        NotWritten: where `out` cannot be made, before the training begins, or the disk is full.
 
     Source: Fedus et al. 2021 (Switch), section 4.2 and tables 6 and 7; Rajbhandari et al. 2022 (DeepSpeed-MoE), section
     4.2, for fewer layers and stopping early.
@@ -97,11 +98,10 @@ def distill(
             raise UserError(f"distill: {name}={value} must be from {low} to {high}")
     if steps < 1 or not (math.isfinite(learning_rate) and learning_rate > 0):
         raise UserError(f"distill: steps={steps} and learning_rate={learning_rate} must be above 0")
-    if Path(out).exists():
-        raise UserError(f"{out} exists already; name a new folder")
     if student is not None and layers is not None:
         raise UserError("distill: a student and layers both say what is to learn; give one")
     subject = load(str(teacher))
+    check_new_folder(Path(out))
     material = material or material_for(subject, data, tokens, length)
     held, shown = material.batches[::10], [b for i, b in enumerate(material.batches) if i % 10]
     if not shown:

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import psutil
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..analysis.inspect.inspecting import load, material_for
 from ..analysis.inspect.material import Batch, Material
 from ..analysis.inspect.recording import batch_losses
+from ..durable import aside, check_new_folder, make_folder
 from ..environment import Memory
 from ..errors import UserError
 from ..hf.checkpoints import converting
@@ -92,6 +92,7 @@ def prune(
         UserError: for fewer experts than a token takes, or a number that the router's groups do not divide; for
             families whose experts cannot be told apart; for damaged folders and an `out` that exists. Nothing is left
             behind.
+        NotWritten: where `out` cannot be made, before the work begins, or the disk is full.
 
     Source: Kim et al. 2021 (Z-code M3), section 3.3; Lasby et al. 2025 (REAP); Chen et al. 2024 (HC-SMoE).
     """
@@ -102,14 +103,16 @@ def prune(
         folder = local_folder(model)
         size = Checkpoint(folder).nbytes if (folder / "config.json").is_file() else 0
         if offload or (offload is None and size > psutil.virtual_memory().available / 2):
+            make_folder(Path(out).parent)
             options: dict[str, Any] = {
                 "device_map": {"": "disk"},
-                "offload_folder": stack.enter_context(TemporaryDirectory(dir=Path(out).absolute().parent)),
+                "offload_folder": str(stack.enter_context(aside(Path(out)))),
             }
         else:
             options = {}
         subject = load(str(model), **options)
         shrinking = Shrinking.open(subject.folder, keep)
+        check_new_folder(Path(out))
         material = material or material_for(subject, data, tokens, length)
         choosing, judging = material.batches[::2], material.batches[1::2] or material.batches
         found = look(subject.model, choosing, method, memory)
