@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-__all__ = ["LONGEST", "Diverged", "Interrupted", "LostRank", "NotWritten", "UserError", "escaped", "one_line", "said"]
+__all__ = [
+    "LONGEST",
+    "Diverged",
+    "Elsewhere",
+    "Interrupted",
+    "LostRank",
+    "NotWritten",
+    "UserError",
+    "escaped",
+    "one_line",
+    "said",
+]
 
 LONGEST = 400  # characters of a line
 
 
 class UserError(ValueError):
     """Input that cannot be used: one line with what was given, what is allowed and what to do."""
+
+
+class Elsewhere(UserError):
+    """An error of another rank, raised here too; the process of that rank tells it."""
 
 
 class NotWritten(OSError):

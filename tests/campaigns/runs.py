@@ -100,7 +100,7 @@ class Job:
 
             def stop(watch, args, state, control, **kwargs):
                 inner(watch, args, state, control, **kwargs)
-                watch.stop = watch.stop or (watch.name == model and state.global_step + 1 == step)
+                watch.asked = watch.asked or (watch.name == model and state.global_step + 1 == step)
 
             loop._Watch.on_step_begin = stop
             code = self.work(run)()

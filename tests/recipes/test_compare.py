@@ -170,7 +170,7 @@ def test_stopped_and_resumed_ends_with_the_same_bits(stop_in, step, small, tmp_p
         inner(watch, args, state, control, **kwargs)
         if pending and watch.name == stop_in and state.global_step + 1 == step:
             pending.clear()
-            watch.stop = True
+            watch.asked = True
 
     monkeypatch.setattr(training._Watch, "on_step_begin", stop)
     with pytest.raises(training.Interrupted):

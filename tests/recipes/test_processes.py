@@ -90,9 +90,37 @@ def test_a_killed_process_is_named_and_the_run_goes_on(corpus, tmp_path):
     assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_one_that_is_stopped_says_so_once_and_goes_on(corpus, tmp_path):
+    steps = 60
+    process = _train(corpus, tmp_path / "run", *TWO, steps=steps, wait=False)
+    end = time.monotonic() + TIME_LIMIT
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while time.monotonic() < end and process.poll() is None:
+        if metrics.exists() and '"kind": "train"' in metrics.read_text():
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)  # to the launcher, as from a terminal: its processes have sessions of their own
+    said = process.communicate(timeout=TIME_LIMIT)[1]
+    assert process.returncode == 130, said
+    assert said.count("Stopping after this step") == said.count("Stopped at the dense model, step ") == 1, said
+    assert "signal" not in said and "Traceback" not in said
+    assert _train(corpus, tmp_path / "run", "--resume")[0] == 0
+    assert _train(corpus, tmp_path / "whole", *TWO, steps=steps)[0] == 0
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_an_error_of_all_is_said_once(corpus, tmp_path):
+    assert _train(corpus, tmp_path / "run", steps=1)[0] == 0
+    status, said = _train(corpus, tmp_path / "run", *TWO)
+    assert status == 2 and len(said.splitlines()) == 1 and "holds a run already" in said, said
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
+        (["parallel.processes=3"], "a step has 4 items, which 3 processes cannot share equally"),
         (["parallel.expert_parallel=3"], "parallel.expert_parallel 3 must divide sparse.num_experts 4"),
         (["parallel.expert_parallel=2", "parallel.processes=3"], "must divide parallel.processes 3"),
         (["parallel.expert_parallel=2"], "must divide the number of processes, 1"),

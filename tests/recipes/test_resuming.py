@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -59,7 +60,7 @@ def stopped(tmp_path_factory):
 
     def stop(watch, args, state, control, **kwargs):
         inner(watch, args, state, control, **kwargs)
-        watch.stop = watch.stop or (watch.name == "sparse" and state.global_step == 4)
+        watch.asked = watch.asked or (watch.name == "sparse" and state.global_step == 4)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop._Watch, "on_step_begin", stop)
@@ -73,6 +74,23 @@ def again(stopped, tmp_path):
     root, config = stopped
     shutil.copytree(root / "stopped", tmp_path / "run")
     return tmp_path / "run", config, outcome(root / "straight")
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_for_the_next_step(stopped, tmp_path, monkeypatch):
+    root, config = stopped
+    steps = []
+
+    def agree(*counts):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "sum_over_ranks", agree)
+    with pytest.raises(loop.Interrupted, match="dense model, step 3 of 6"):
+        train(config, tmp_path / "run")
+    monkeypatch.undo()
+    train(config, tmp_path / "run", resume=True)
+    assert outcome(tmp_path / "run") == outcome(root / "straight")
 
 
 def test_a_checkpoint_of_other_weights_is_refused_and_one_of_tied_weights_is_not_remarked_on(again, capfd):

@@ -136,7 +136,7 @@ def test_stopped_and_resumed_runs_end_with_the_same_bits(router, stops, small, t
         inner(watch, args, state, control, **kwargs)
         if pending and (watch.name, state.global_step + 1) == pending[0]:
             pending.pop(0)
-            watch.stop = True
+            watch.asked = True
 
     monkeypatch.setattr(training._Watch, "on_step_begin", stop_at)
     for attempt in range(len(stops) + 1):

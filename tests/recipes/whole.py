@@ -27,7 +27,7 @@ def whole(recipe, settings, folder, capsys):
 
     def stop(watch, args, state, control, **kwargs):
         inner(watch, args, state, control, **kwargs)
-        watch.stop = watch.stop or (watch.name == "sparse" and state.global_step == 1)
+        watch.asked = watch.asked or (watch.name == "sparse" and state.global_step == 1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop._Watch, "on_step_begin", stop)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..durable import NO_ROOM, why_not_written
-from ..errors import Diverged, Interrupted, LostRank, NotWritten, escaped, one_line, said
+from ..errors import Diverged, Elsewhere, Interrupted, LostRank, NotWritten, escaped, one_line, said
 from . import bench, convert, law, look, plan, reproduce, train
 
 __all__ = ["main"]
@@ -33,8 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except Interrupted as where:
         again = getattr(args, "again", None) or f"{args.name} {args.recipe} --resume --run {shlex.quote(str(args.run))}"
-        print(f"\nStopped at the {where}. Go on with: shunter {again}", file=sys.stderr)
+        if _speaks():
+            print(f"\nStopped at the {where}. Go on with: shunter {again}", file=sys.stderr)
         return 130
+    except Elsewhere:
+        return 2
     except BrokenPipeError:
         _silence()
         return 1
@@ -48,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         return 2
     except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
+        if _speaks():
+            print("Stopped.", file=sys.stderr)
         return 130
     except Exception as error:  # libraries in other languages have no OSError
         if not (reason := why_not_written(error, NO_ROOM)):
@@ -57,6 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     finally:
         warnings.formatwarning = before
+
+
+def _speaks() -> bool:
+    """Whether this process says what all have come to: it is the first that torchrun started, or alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _said(error: Exception, verb: str) -> str:

@@ -119,7 +119,7 @@ def _train(args: argparse.Namespace) -> int:
     from ..ranks import is_first_rank
     from ..recipes.config import load_config
     from ..recipes.registry import find
-    from ..recipes.run import configuration_of, train
+    from ..recipes.run import check_processes, configuration_of, train
 
     overrides = _overrides(args)
     if args.resume:
@@ -135,7 +135,8 @@ def _train(args: argparse.Namespace) -> int:
         args.run = args.run or Path(config.out) / config.name
     processes = config.parallel.processes or 1
     if processes > 1 and "RANK" not in os.environ:
-        return launch(processes, ["-m", "shunter", *sys.argv[1:]])
+        check_processes(recipe, config, processes)
+        return launch(processes, ["-m", "shunter", *sys.argv[1:]], timeout=config.parallel.timeout)
     summary = train(recipe, config, args.run, resume=args.resume, as_json=args.json)
     if not args.json and is_first_rank():
         dense, sparse = summary["dense"], summary["sparse"]

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..durable import new_folder, verify
-from ..errors import UserError, one_line
+from ..errors import Elsewhere, UserError, one_line
 from ..ranks import is_first_rank
 from .watch import named_errors
 
@@ -166,7 +166,7 @@ def first_does(call: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if said[1] is not None:
-        raise UserError(f"on the first rank: {said[1]}")
+        raise Elsewhere(f"on the first rank: {said[1]}")
     result: T = said[0]
     return result
 
@@ -190,5 +190,5 @@ def together(out: Path, **facts: Any) -> Iterator[Path]:
             raise error
         for rank, text in enumerate(said):
             if text is not None:
-                raise UserError(f"{out} is not written: rank {rank}: {text}")
+                raise Elsewhere(f"{out} is not written: rank {rank}: {text}")
         first_does(stack.close)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import signal
 import sys
@@ -72,8 +73,13 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def launch(processes: int, arguments: list[str]) -> int:
+def launch(processes: int, arguments: list[str], *, timeout: float = TIMEOUT) -> int:
     """Run Python with these arguments in several processes of this machine, as torchrun would; returns an exit status.
+
+    Args:
+        processes: how many.
+        arguments: of Python.
+        timeout: seconds that they may take to end after Ctrl-C, to write a checkpoint; they are killed then.
 
     Raises:
         LostRank: naming the first process that ended otherwise than by an error that it has told itself.
@@ -85,10 +91,13 @@ def launch(processes: int, arguments: list[str]) -> int:
     # A store of its own for each group: the launcher's would outlive a killed rank with that rank's addresses in it.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(timeout)))
     config = LaunchConfig(
         1, 1, processes, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(
+        logging.ERROR
+    )  # what the launcher says of signals and failures, from loggers with levels of their own
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except SignalException:
@@ -99,4 +108,6 @@ def launch(processes: int, arguments: list[str]) -> int:
             return int(failure.exitcode)
         killed = signal.Signals(-failure.exitcode).name
         raise LostRank(f"rank {rank} of {processes}, process {failure.pid}, was killed by {killed}") from None
+    finally:
+        logging.disable(logging.NOTSET)
     return 0

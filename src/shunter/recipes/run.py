@@ -50,6 +50,7 @@ __all__ = [
     "account",
     "begin",
     "calibrate_run",
+    "check_processes",
     "check_router",
     "configuration_of",
     "evaluate_run",
@@ -135,6 +136,19 @@ def check_router(recipe: Recipe[Any, Any], config: RunConfig, router: str) -> No
         )
 
 
+def check_processes(recipe: Recipe[Any, Any], config: RunConfig, processes: int) -> None:
+    """See that the processes can share the items of a step.
+
+    Raises:
+        UserError: where their number does not divide that of the items.
+    """
+    if processes > 1 and (items := recipe.items_per_step(config)) % processes:
+        raise UserError(
+            f"a step has {items} items, which {processes} processes cannot share equally; change parallel.processes or "
+            "training.batch_tokens"
+        )
+
+
 def rehearse(recipe: Recipe[Any, Any], name: str, config: RunConfig, data: Any) -> None:
     """Build a model, train and evaluate it on one item, twice in a batch, and drop it: what cannot run fails here.
 
@@ -211,7 +225,7 @@ def begin(
             configuration or the data are others than it began with; where a model cannot be trained.
     """
     hf_logging.disable_progress_bar()
-    _join(config, several)
+    _join(recipe, config, several)
     if resume and not sealed(run):
         raise UserError(f"{run} holds no run to go on with: it has no {MANIFEST}. Start it without --resume")
     if config.training.threads:
@@ -280,7 +294,7 @@ class _Unheard(Metrics):
         """Nothing."""
 
 
-def _join(config: RunConfig, several: bool) -> None:
+def _join(recipe: Recipe[Any, Any], config: RunConfig, several: bool) -> None:
     """Make one group of the processes that torchrun started, as the configuration has them.
 
     Raises:
@@ -298,6 +312,7 @@ def _join(config: RunConfig, several: bool) -> None:
             f"parallel.expert_parallel={asked.expert_parallel} must divide the number of processes, {ranks}; start "
             "them by torchrun --nproc-per-node, or with parallel.processes"
         )
+    check_processes(recipe, config, ranks)
     if ranks > 1:
         # It says at each norm over two meshes that one exchange would do for two.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -377,10 +392,7 @@ def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTraine
     recipe, config, data = begun.recipe, begun.configs[name], begun.data
     t = config.training
     model = recipe.model(config, data, name)
-    ranks, items = num_ranks(), recipe.items_per_step(config)
-    if items % ranks:
-        raise UserError(f"a step has {items} items, which {ranks} processes cannot share equally")
-    if ranks > 1:
+    if (ranks := num_ranks()) > 1:
         from transformers.distributed import DistributedConfig
 
         share = config.parallel.expert_parallel if moe_layers(model) else 1
@@ -396,7 +408,7 @@ def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTraine
         eval_every=t.eval_every,
         log_every=t.log_every,
         max_steps=t.steps,
-        per_device_train_batch_size=items // ranks,
+        per_device_train_batch_size=recipe.items_per_step(config) // ranks,
         learning_rate=t.learning_rate,
         warmup_steps=t.warmup,
         lr_scheduler_type=t.schedule,

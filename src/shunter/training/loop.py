@@ -70,7 +70,7 @@ class _Watch(TrainerCallback):
         self.name, self.metrics, self.evaluate = name, metrics, evaluate
         self.checkpoints, self.guard = checkpoints, guard
         self.tokens_per_step, self.eval_every, self.log_every = tokens_per_step, eval_every, log_every
-        self.stop = self.saving = False
+        self.asked = self.stop = self.saving = False  # by a signal to this process; by one to any of them
         self.seconds = 0.0
         self.window = dict.fromkeys(_WINDOW, 0.0)
         self.load: dict[str, Tensor] = {}
@@ -139,9 +139,9 @@ class _Watch(TrainerCallback):
             self.bar.update()
         if step % self.eval_every == 0 or last:
             self._evaluate(model, step)
-        stop = torch.tensor(int(self.stop))
-        sum_over_ranks(stop)  # whoever was asked
-        self.stop = bool(stop)
+        asked = torch.tensor(int(self.asked))
+        sum_over_ranks(asked)  # what comes meanwhile is for the next step: it came too late for some rank
+        self.stop = bool(asked)
         if self.stop and not last:
             control.should_save = control.should_training_stop = True
         self.saving = control.should_save
@@ -427,10 +427,11 @@ def _interruptible(watch: _Watch) -> Iterator[None]:
     """The first Ctrl-C (or a polite kill) ends training after the present step; a second one at once."""
 
     def ask(signum: int, frame: Any) -> None:
-        if watch.stop:
+        if watch.asked:
             raise KeyboardInterrupt
-        watch.stop = True
-        print("\nStopping after this step; a checkpoint will be written. Again to stop at once.", file=sys.stderr)
+        watch.asked = True
+        if is_first_rank():
+            print("\nStopping after this step; a checkpoint will be written. Again to stop at once.", file=sys.stderr)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
