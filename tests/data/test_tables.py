@@ -77,6 +77,21 @@ def test_columns_become_features_and_targets(ending, tmp_path):
     assert any(found) and table.features.shape[1] == 1 + 3 + 40, "a feature for each word of a column of words"
 
 
+@pytest.mark.parametrize(
+    "offset, unit", [(1_700_000_000, 1.0), (1_700_000_000_000_000_000, 1e6), (0, 1e-30), (0, 1e40)]
+)
+def test_values_far_from_zero_keep_what_tells_them_apart(offset, unit, tmp_path):
+    steps = np.random.default_rng(SEED).permutation(40)
+    values = [offset + int(step * unit) for step in steps] if offset else [float(step * unit) for step in steps]
+    file, _ = made(tmp_path, ".csv", size=values, price=values, text=["x"] * 40)
+    table = read_table(file, ["price"], 0.25)
+    scaled = torch.tensor(steps, dtype=torch.float64)
+    known = scaled[~table.held_out]
+    expected = (scaled - known.mean()) / known.std(correction=0)
+    for found in (table.targets[:, 0], table.features[:, 0]):
+        torch.testing.assert_close(found.double(), expected, atol=1e-2, rtol=0)
+
+
 def test_holes_are_filled_and_counted(tmp_path):
     holes = [math.nan if i % 4 == 0 else float(i) for i in range(40)]
     gone = [math.nan if i in (3, 7) else float(i % 5) for i in range(40)]
@@ -98,7 +113,9 @@ def test_holes_are_filled_and_counted(tmp_path):
         ({}, ["colour"], "record 1: column 'colour' is"),
         ({"price": 7.0}, ["price"], "column 'price' has not two values among the rows to train on"),
         ({"price": math.nan}, ["price"], "column 'price' has not two values among the rows to train on"),
-        ({"price": [math.inf] + [1.0, 2.0, 3.0] * 13}, ["price"], "record 1: column 'price' is infinite"),
+        ({"price": [math.inf] + [1.0, 2.0, 3.0] * 13}, ["price"], "record 1: column 'price' is inf, and targets are"),
+        ({"price": [1.0, -1e300] + [2.0, 3.0] * 19}, ["price"], "record 2: column 'price' is -1e+300, and targets are"),
+        ({}, ["price", "sold", "price"], "column 'price' is asked for 2 times; name each target once"),
     ],
 )
 def test_bad_tables_are_one_line(changes, targets, said, tmp_path):

@@ -40,6 +40,13 @@ def test_a_constant_loss_is_quiet_until_it_leaps():
     assert alarm.note(1.2) == pytest.approx(1.0) and alarm.note(math.nan) is None
 
 
+@pytest.mark.parametrize("num_experts", range(2, 20))
+def test_experts_that_every_token_takes_do_not_collapse(num_experts):
+    alarm = LoadAlarm(patience=5)
+    for tokens in torch.randint(20, 5000, (40,)).tolist():
+        assert alarm.note("a", torch.full((num_experts,), tokens), num_experts) == []
+
+
 def test_a_dead_expert_and_a_collapse_are_heard_once_and_healthy_loads_never():
     alarm = LoadAlarm(patience=5)
     even = torch.full((8,), 100)

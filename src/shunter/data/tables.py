@@ -20,6 +20,7 @@ __all__ = ["Table", "digits", "read_table", "related_tasks"]
 FREQUENCY = 4.0  # standard deviation of the sinusoids', which the paper leaves open
 FAR = 5.0  # standard deviations
 MAX_VALUES = 50  # of a column of words, each a feature
+LARGEST = 1e150  # in size; its square is still a float64
 _SUFFIXES = {".csv", ".tsv", ".parquet", ".jsonl"}
 
 
@@ -169,6 +170,8 @@ def read_table(file: Path, targets: Sequence[str], share: float) -> Table:
     for name in targets:
         if name not in frame.columns:
             raise UserError(f"{shown}: has no column {name!r}; it has {known}")
+        if targets.count(name) > 1:
+            raise UserError(f"{shown}: column {name!r} is asked for {targets.count(name)} times; name each target once")
     if len(frame) < 10:
         raise UserError(f"{shown}: has {len(frame)} rows; at least 10 are needed")
     out = _drawn(len(frame), share)
@@ -200,9 +203,13 @@ def _target(file: str, name: str, column: Any) -> Tensor:
                 f"there are two; it has {len(values)}"
             )
         numbers = column.map(lambda value: float(str(value) == values[1]), na_action="ignore")
-    found = torch.tensor(numbers.to_numpy(dtype="float32", na_value=math.nan))
-    if bool(found.isinf().any()):
-        raise UserError(f"{file}, record {int(found.isinf().nonzero()[0]) + 1}: column {name!r} is infinite")
+    found = torch.tensor(numbers.to_numpy(dtype="float64", na_value=math.nan))
+    if bool((large := found.abs() > LARGEST).any()):
+        first = int(large.nonzero()[0])
+        raise UserError(
+            f"{file}, record {first + 1}: column {name!r} is {float(found[first]):g}, and targets are at most "
+            f"{LARGEST:g} in size"
+        )
     return found
 
 
@@ -220,17 +227,17 @@ def _features(file: str, frame: Any, train: Tensor) -> tuple[Tensor, list[str]]:
             if len(values) > MAX_VALUES:
                 left_out.append(escaped(name))
                 continue
-            columns += [torch.tensor((column.astype(str) == value).to_numpy(dtype="float32")) for value in values]
+            columns += [torch.tensor((column.astype(str) == value).to_numpy(dtype="float64")) for value in values]
             continue
-        found = torch.tensor(numbers.to_numpy(dtype="float32", na_value=math.nan))
-        found[found.isinf()] = math.nan
+        found = torch.tensor(numbers.to_numpy(dtype="float64", na_value=math.nan))
+        found[found.abs() > LARGEST] = math.nan
         gone = found.isnan()
         if bool(gone.all()):
             left_out.append(escaped(name))
             continue
         if bool(gone.any()):
             holes += int(gone.sum())
-            columns.append(gone.float())
+            columns.append(gone.double())
         columns.append(found)
     if not columns:
         raise UserError(f"{file}: has no column beside the targets that can be read")
@@ -253,6 +260,6 @@ def _standardised(values: Tensor, train: Tensor) -> Tensor:
     known = values[train].double()
     mean = known.nanmean(0)
     spread = (known - mean).square().nanmean(0).sqrt()
-    told = spread > 1e-9 * mean.abs().clamp_min(1e-9)
+    told = spread > 1e-12 * mean.abs()
     scaled = torch.where(told, (values.double() - mean) / torch.where(told, spread, 1.0), 0.0)
     return torch.where(values.isnan(), math.nan, scaled).to(torch.float32)

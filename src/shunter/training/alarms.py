@@ -13,6 +13,8 @@ from ..metrics import dead, effective_experts
 
 __all__ = ["LoadAlarm", "SpikeAlarm"]
 
+ROUNDING = 1e-6  # of an entropy: where a token takes all experts, their even use is the limit itself
+
 
 class SpikeAlarm:
     """A number of each step (a loss, the logarithm of a gradient norm) that leaps off the line of those before it.
@@ -79,7 +81,7 @@ class LoadAlarm:
     def _faults(self, where: str, load: Tensor, top_k: float) -> dict[str, str]:
         num_experts, found = load.numel(), {}
         effective = float(effective_experts(load))
-        if effective < top_k + (num_experts - top_k) / 8:
+        if effective < (top_k + (num_experts - top_k) / 8) * (1 - ROUNDING):
             found["collapse"] = (
                 f"{where} is collapsing: in the last {self.patience} steps its tokens used {effective:.1f} of "
                 f"{num_experts} experts effectively (the exponential of the load's entropy), with {top_k:g} a token"
