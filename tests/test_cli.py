@@ -47,3 +47,23 @@ def test_a_verb_is_named_once(capsys, tmp_path):
     assert main(["prune", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), "--keep", "1"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and all(line.count(line.split(":")[0].split()[1] + ":") == 1 for line in said)
+
+
+@pytest.mark.parametrize("module,extra", [("peft.tuners", "lora"), ("sklearn.datasets", "tasks"), ("jinja2", "train")])
+def test_a_package_that_is_not_installed_is_one_line_with_what_to_install(monkeypatch, capsys, module, extra):
+    def verb(args):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(look, "_routers", verb)
+    assert main(["routers"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"pip install 'shunter[{extra}]'" in said, said
+
+
+def test_a_module_of_our_own_that_is_missing_is_no_package_to_install(monkeypatch):
+    def verb(args):
+        raise ModuleNotFoundError("No module named 'shunter.lost'", name="shunter.lost")
+
+    monkeypatch.setattr(look, "_routers", verb)
+    with pytest.raises(ModuleNotFoundError):
+        main(["routers"])
