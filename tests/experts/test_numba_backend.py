@@ -1,6 +1,7 @@
 """What only the numba backend has: shares by thread, products called from loops, its activations and its rounding."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,14 +172,14 @@ def test_torchs_own_products_keep_their_threads():
     "change, reason",
     [
         ({"INSTALLED": False}, "numba is not installed"),
-        ({"addresses": lambda: None}, "call MKL, which this torch does not have"),
+        ({"mkl": SimpleNamespace(addresses=lambda: None)}, "call MKL, which this torch does not have"),
         ({"_running": lambda: False}, "numba does not work in this process"),
         ({"_running": lambda: True, "_right": lambda: False}, "came out wrong"),
     ],
 )
 def test_where_the_loops_cannot_run_padded_does(change, reason, monkeypatch):
     monkeypatch.setattr(numba, "INSTALLED", True)
-    monkeypatch.setattr(numba, "addresses", lambda: (1, 1))
+    monkeypatch.setattr(numba.mkl, "addresses", lambda: (1, 1))
     for name, value in change.items():
         monkeypatch.setattr(numba, name, value)
     weights, x = random_weights(4, 6, 5, dtype=torch.float32), torch.randn(99, 6)

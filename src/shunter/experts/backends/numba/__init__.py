@@ -6,7 +6,8 @@ from the loop and kept to the thread. So nothing is padded, nothing waits for ot
 call into torch is paid for each expert. An expert may be shared by neighbouring threads; each then has a part of the
 gradients of its matrices, and the parts are added in order.
 
-Numbers in half precision are widened as they are read and rounded once, at the end.
+Where the processor multiplies bfloat16 the products are oneDNN's, with sums in float32. Elsewhere numbers in half
+precision are widened as they are read, and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -42,17 +43,18 @@ class _Numba:
         own = (weights.up, weights.down, weights.up_bias, weights.down_bias)
         h = with_huge_pages(torch.empty(n if keep else 0, width, dtype=x.dtype, device=x.device))
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        block = min(n, BLOCK_ROWS)
+        block, operands = _block(n), bridge.operands(x, weights)
         with bridge.ready() as loops:
             loops.forward(
                 loops.ACTIVATIONS[weights.activation],
+                bridge.array(operands),
                 bridge.array(x.contiguous()),
                 bridge.triples(loops, routing),
                 bridge.array(routing.weight.float()),
                 bridge.matrices(loops, x.dtype, *own),
                 block,
-                _scratch_of_shares(x, weights, plan.layout, block),
-                bridge.array(_single("rows", n, x.shape[1])),
+                _scratch_of_shares(loops, operands, weights, plan.layout, block),
+                bridge.array(scratch("numba rows", operands, n, x.shape[1])),
                 bridge.array(h),
                 bridge.array(out),
             )
@@ -92,20 +94,21 @@ class _Numba:
         part = sum(gradient[0].numel() for gradient in parameters if gradient is not None)
         grad_weight = torch.empty(n, dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x if needs.x else x[:0], memory_format=torch.contiguous_format)
-        block = min(n, BLOCK_ROWS)
+        block, operands = _block(n), bridge.operands(x, weights)
         with bridge.ready() as loops:
             loops.backward(
                 loops.ACTIVATIONS[weights.activation],
+                bridge.array(operands),
                 bridge.array(grad),
                 bridge.array(x.contiguous()),
                 bridge.triples(loops, routing),
                 bridge.array(routing.weight.float()),
                 bridge.matrices(loops, x.dtype, *own),
                 block,
-                _scratch_of_shares(x, weights, plan.layout, block),
+                _scratch_of_shares(loops, operands, weights, plan.layout, block),
                 bridge.array(x[:0, :0] if h is None else h),
                 bridge.array(_single("parts", 2 * plan.layout, part)),
-                bridge.array(_single("rows", n if needs.x else 0, d)),
+                bridge.array(scratch("numba rows", operands, n if needs.x else 0, d)),
                 bridge.array(grad_x),
                 bridge.array(grad_weight),
                 bridge.matrices(loops, x.dtype, *parameters),
@@ -119,11 +122,18 @@ def _single(name: str, *shape: int) -> Tensor:
     return scratch(f"numba {name}", SINGLE, *shape)
 
 
-def _scratch_of_shares(x: Tensor, weights: Weights, shares: int, block: int) -> Any:
-    """Scratch in float32 for each share, the same for both halves: for a block of rows, and for widened matrices."""
+def _block(triples: int) -> int:
+    """How many rows are at work at once: whole steps of what is packed together."""
+    return min(-(-triples // 16) * 16, BLOCK_ROWS)
+
+
+def _scratch_of_shares(loops: Any, operands: Tensor, weights: Weights, shares: int, block: int) -> Any:
+    """Scratch in float32 for each share, the same for both halves: for a block of rows, and for changed matrices."""
     (d, f), width = weights.down.shape[1:], weights.up.shape[1]
-    wide = (width + f) * d if x.dtype != torch.float32 else 0
-    return bridge.array(_single("shares", shares, block * (2 * (d + width + f) + width) + wide))
+    changed = (width + f) * d if weights.dtype != operands.dtype else 0
+    if operands.dtype != torch.float32:
+        changed = block * d + loops.packed_size(max(width, d), block)
+    return bridge.array(_single("shares", shares, block * (2 * (d + width + f) + width) + changed))
 
 
 def _refuses(x: Tensor, weights: Weights | QuantisedWeights) -> str | None:
@@ -133,8 +143,8 @@ def _refuses(x: Tensor, weights: Weights | QuantisedWeights) -> str | None:
         return f"it computes in float32, not in {x.dtype}"
     if isinstance(weights, QuantisedWeights):
         return NO_BACKWARD if torch.is_grad_enabled() and x.requires_grad else bridge.lacks()
-    if product_dtype(x) != torch.float32:
-        return f"this processor multiplies {x.dtype} itself"
+    if product_dtype(x) != torch.float32 and (reason := bridge.no_halves(x, weights)):
+        return reason
     parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
     if not all(part is None or part.is_contiguous() for part in parts):
         return "the experts' matrices or biases are not contiguous"

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from ....routing import Routing
+from ...cpu import SINGLE, product_dtype
 from ...quantised import STEP, Coding, Packed, QuantisedWeights
 from ...tracing import outside_tracing
-from .mkl import addresses
+from ...weights import Weights
+from . import mkl, onednn
 
 __all__ = [
     "DTYPES",
@@ -34,6 +36,8 @@ __all__ = [
     "how",
     "lacks",
     "matrices",
+    "no_halves",
+    "operands",
     "ready",
     "runs",
     "threads",
@@ -78,11 +82,31 @@ def lacks() -> str | None:
     """Why the loops cannot run in this process, or None where they can."""
     if not INSTALLED:
         return "numba is not installed (pip install shunter[numba])"
-    if addresses() is None:
+    if mkl.addresses() is None:
         return "its loops call MKL, which this torch does not have"
     if not _running():
         return "numba does not work in this process, or was not used before an export"
     return None if _right() else "MKL's products came out wrong, called from its loops"
+
+
+@outside_tracing
+def no_halves(x: Tensor, weights: Weights) -> str | None:
+    """Why the loops do not multiply in the half precision of x, where torch is fast in it; None where they do."""
+    itself = f"this processor multiplies {x.dtype} itself"
+    if x.dtype != torch.bfloat16 or onednn.addresses() is None or not onednn.enabled():
+        return f"{itself}, by other instructions than its loops call"
+    if weights.dim % 16 or weights.hidden % 16:
+        return (
+            f"{itself}, and its loops take widths that are multiples of 16, not d={weights.dim} and f={weights.hidden}"
+        )
+    if not INSTALLED or not _running() or _right_in_halves():
+        return None
+    return "oneDNN's products came out wrong, called from its loops"
+
+
+def operands(x: Tensor, weights: Weights) -> Tensor:
+    """No numbers, of the dtype in which the loops multiply: that of x where torch is fast in it and they can."""
+    return SINGLE if product_dtype(x) == torch.float32 or no_halves(x, weights) else x.new_empty(0)
 
 
 @outside_tracing
@@ -172,6 +196,16 @@ def _right() -> bool:
     a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
     with ready() as loops:
         return bool((loops.product(array(a), array(b)) == array(a @ b)).all())
+
+
+@cache
+def _right_in_halves() -> bool:
+    """Whether a product in bfloat16 called from a loop is right, for each way in which operands may lie."""
+    a, b = torch.arange(768.0).view(48, 16) % 7, torch.arange(512.0).view(16, 32) % 5
+    halves = [array(t.bfloat16()) for t in (a, b, a.T.contiguous(), b.T.contiguous())]
+    with ready() as loops:
+        ways = [(i, j) for i in (halves[0], halves[2].T) for j in (halves[1], halves[3].T)]
+        return all(bool((loops.product_of_halves(i, j) == array(a @ b)).all()) for i, j in ways)
 
 
 def _running() -> bool:

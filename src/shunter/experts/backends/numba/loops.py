@@ -14,9 +14,10 @@ Sizes and suffixes, here and in `bridge.py`:
     dy (N, d), da (N, f), dh (N, 2f)  gradients of the output, of a and of h
     …_n the n rows of a block; …_b scratch for a block; …_e the matrix of expert e in float32
 
-Scratch is float32, of one flat array a thread, which `_carve` cuts up. Numbers in half precision come as their bits,
-are widened as they are read and rounded once. All loops are in one file, as Numba compiles again what has changed in
-the file of a loop, and not what that uses of another.
+Scratch is float32, of one flat array a thread, which `_carve` cuts up. Numbers in half precision come as their bits.
+What products take are `operands`, float32 or bfloat16: the type of an argument, as the activation is. As float32 they
+are widened when they are read; either way sums and activations are float32, and results are rounded once. All loops are
+in one file, as Numba compiles again what has changed in the file of a loop, and not what that uses of another.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
-from .mkl import addresses
+from . import mkl, onednn
 
 # Sums may be split into lanes; infinities and NaN stay what they are.
 _FASTMATH = {"reassoc", "contract", "nsz"}
@@ -43,20 +44,31 @@ _exact = numba.njit(fastmath={"contract"}, error_model="numpy", cache=True)  # s
 _inner = numba.njit(fastmath=_FASTMATH, error_model="numpy", cache=True)  # what a thread of those calls
 
 
-if mkl := addresses():
-    llvmlite.binding.add_symbol("shunter_sgemm", mkl.sgemm)
-    llvmlite.binding.add_symbol("shunter_threads", mkl.threads)
+if found := mkl.addresses():
+    llvmlite.binding.add_symbol("shunter_sgemm", found.sgemm)
+    llvmlite.binding.add_symbol("shunter_threads", found.threads)
+
+if half := onednn.addresses():
+    llvmlite.binding.add_symbol("shunter_brgemm", half.brgemm)
+    llvmlite.binding.add_symbol("shunter_release", half.release)
 
 
 _sgemm = types.ExternalFunction("shunter_sgemm", types.void(*[types.intp] * 13))
 
 _threads = types.ExternalFunction("shunter_threads", types.int32(types.int32))
 
+_brgemm = types.ExternalFunction("shunter_brgemm", types.void(*[types.intp] * 11))
+
+_release = types.ExternalFunction("shunter_release", types.void(types.intp))
+
 # A thread takes so many rows of a matrix at once when decoding.
 _ROWS = 64
 
 # A product with a large matrix is faster in panels of so many columns of the result.
 _COLUMNS = 512
+
+# A product in bfloat16 sums over so many of its columns and rows at once.
+_DEPTH = 1024
 
 # Reading an expert's matrices, and writing their gradients, takes as long as computing so many rows.
 _ROWS_OF_MATRICES = 16
@@ -98,7 +110,7 @@ def _write(out, i, value):
     """A number in float32 into out[i]: float32 itself, the bits of a bfloat16 (uint16) or of a float16 (int16)."""
 
 
-@overload(_write, inline="always")
+@overload(_write)
 def _(out, i, value):
     if out.dtype == types.float32:
 
@@ -110,8 +122,10 @@ def _(out, i, value):
         def put(out, i, value):
             bits = np.float32(value).view(np.uint32)
             odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-            rounded = np.uint32((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-            out[i] = np.uint16(rounded if value == value else np.uint32(0x7FC0))
+            # Without a branch, which would keep the value out of lanes. NaN is not rounded but made quiet.
+            nan = np.uint32(np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000))
+            rounded = np.uint32(bits + np.uint32((np.uint32(0x7FFF) + odd) * np.uint32(np.uint32(1) - nan)))
+            out[i] = np.uint16((rounded >> np.uint32(16)) | np.uint32(nan << np.uint32(6)))
 
     else:
 
@@ -389,13 +403,29 @@ def _carve(scratch, start, rows, columns):
     return scratch[start:end].reshape(rows, columns), end
 
 
+def _carve_operands(scratch, start, rows, columns, operands):
+    """As `_carve`, in the dtype of `operands`."""
+
+
+@overload(_carve_operands, inline="always")
+def _(scratch, start, rows, columns, operands):
+    if operands.dtype == types.float32:
+        return lambda scratch, start, rows, columns, operands: _carve(scratch, start, rows, columns)
+
+    def halves(scratch, start, rows, columns, operands):
+        end = start + (rows * columns + 1) // 2
+        return scratch[start:end].view(np.uint16)[: rows * columns].reshape(rows, columns), end
+
+    return halves
+
+
 def _widened(matrix, scratch):
-    """The matrix in float32: itself, or widened into scratch."""
+    """The matrix as products take it: itself, or widened into scratch."""
 
 
 @overload(_widened)
 def _(matrix, scratch):
-    if matrix.dtype == types.float32:
+    if matrix.dtype == scratch.dtype:
         return lambda matrix, scratch: matrix
 
     def widened(matrix, scratch):
@@ -512,12 +542,23 @@ def _end_of_block(start, until, block):
     return start + (until - start + blocks - 1) // blocks
 
 
-@_inner
 def _product(a, b, out, add, work):
-    """a (m, k) times b (k, n) into out (m, n), or added to it; by rows, or transposed. `work` is scratch for arguments.
+    """a (m, k) times b (k, n) into out (m, n), or added to it; by rows, or transposed.
 
-    To Fortran, which goes by columns, it is out.T = b.T a.T.
+    `work` is scratch: for arguments, and for what operands are packed into.
     """
+
+
+@overload(_product)
+def _(a, b, out, add, work):
+    if a.dtype == types.float32:
+        return lambda a, b, out, add, work: _product_of_singles(a, b, out, add, work[0])
+    return lambda a, b, out, add, work: _product_of_halves(a, b, out, add, work[1])
+
+
+@_inner
+def _product_of_singles(a, b, out, add, work):
+    """`_product` by MKL. To Fortran, which goes by columns, it is out.T = b.T a.T."""
     (m, k), n = a.shape, b.shape[1]
     turned_a, turned_b = a.strides[1] != 4, b.strides[1] != 4
     work[0], work[1], work[2] = m, n, k
@@ -534,8 +575,9 @@ def _product(a, b, out, add, work):
 def _product_by_panels(a, b, out, add, work):
     """As `_product`, where b is an expert's matrix."""
     n, start = b.shape[1], 0
+    columns = _COLUMNS if a.itemsize == 4 else n
     while start < n:
-        stop = _end_of_block(start, n, _COLUMNS)
+        stop = _end_of_block(start, n, columns)
         _product(a, b[:, start:stop], out[:, start:stop], add, work)
         start = stop
 
@@ -554,8 +596,165 @@ def product(a, b):
     """a b on this thread alone, for a check."""
     out = np.empty((a.shape[0], b.shape[1]), np.float32)
     _threads(1)
-    _product(a, b, out, False, np.empty(10, np.int32))
+    _product_of_singles(a, b, out, False, np.empty(10, np.int32))
     _threads(0)
+    return out
+
+
+# ---- products by oneDNN
+
+
+@intrinsic
+def _turn_8(context, source, stride, target, target_stride):
+    """8 rows of 8 numbers of 32 bits, so many bytes apart, transposed."""
+
+    def generate(context, builder, signature, arguments):
+        _store_turned(builder, arguments, [_load_eight(builder, arguments, r, 32) for r in range(8)])
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@intrinsic
+def _turn_8_pairs(context, source, stride, target, target_stride):
+    """16 rows of 8 numbers of 16 bits, so many bytes apart, to 8 rows of 8 pairs of neighbours in a column."""
+
+    def generate(context, builder, signature, arguments):
+        wide = ir.VectorType(ir.IntType(32), 8)
+        rows = [builder.zext(_load_eight(builder, arguments, r, 16), wide) for r in range(16)]
+        sixteen = ir.Constant(wide, [16] * 8)
+        pairs = [builder.or_(rows[r], builder.shl(rows[r + 1], sixteen)) for r in range(0, 16, 2)]
+        _store_turned(builder, arguments, pairs)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+def _load_eight(builder, arguments, r, bits):
+    """The code for 8 numbers of row r at the first address."""
+    source, stride = arguments[:2]
+    place = builder.add(source, builder.mul(stride, ir.Constant(stride.type, r)))
+    return builder.load(builder.inttoptr(place, ir.VectorType(ir.IntType(bits), 8).as_pointer()), align=bits // 8)
+
+
+def _store_turned(builder, arguments, rows):
+    """The code that transposes 8 rows of 8, by exchanging squares of 1, 2 and 4, and stores them."""
+    for size in (1, 2, 4):
+        low = [j if not j & size else 8 + j - size for j in range(8)]
+        high = [j + size if not j & size else 8 + j for j in range(8)]
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), 8), mask) for mask in (low, high)]
+        for r in [r for r in range(8) if not r & size]:
+            pair = rows[r], rows[r + size]
+            rows[r], rows[r + size] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+    target, stride = arguments[2:]
+    for r, row in enumerate(rows):
+        place = builder.add(target, builder.mul(stride, ir.Constant(stride.type, r)))
+        builder.store(row, builder.inttoptr(place, row.type.as_pointer()), align=4)
+
+
+@_inner
+def _turn(source, stride, rows, columns, target):
+    """The matrix of 32-bit numbers at `source`, rows `stride` bytes apart, transposed to `target`, by cache lines."""
+    for top in range(0, rows, 16):
+        for left in range(0, columns, 16):
+            for r in range(top, min(top + 16, rows), 8):
+                for c in range(left, min(left + 16, columns), 8):
+                    _turn_8(source + r * stride + 4 * c, stride, target + 4 * (c * rows + r), 4 * rows)
+
+
+@_inner
+def _turn_pairs(source, stride, columns, rows, target):
+    """As `_turn`, of 16-bit numbers, of which two neighbours in a column stay together."""
+    for left in range(0, columns, 32):
+        for top in range(0, rows, 32):
+            for c in range(left, min(left + 32, columns), 8):
+                for r in range(top, min(top + 32, rows), 16):
+                    _turn_8_pairs(source + r * stride + 2 * c, stride, target + 2 * (c * rows + r), 2 * rows)
+
+
+@_inner
+def _panel(depth):
+    """How many columns of so many rows are packed at once: what stays in the cache."""
+    return min(512, 2**18 // depth // 32 * 32)
+
+
+@_inner
+def packed_size(m, block):
+    """How many numbers of 32 bits the packed operands of all products of a block take, of results of m rows at most."""
+    return m * ((block + 15) // 16 * 8) + 2**17
+
+
+@_inner
+def _pair_rows(b, top, bottom, left, right, out):
+    """A part of b into flat out: pairs of neighbours in a column, by rows of pairs."""
+    columns = right - left
+    for r in range((bottom - top) // 2):
+        one, two, result = b[top + 2 * r], b[top + 2 * r + 1], out[r * columns : (r + 1) * columns]
+        for i in range(columns):
+            result[i] = np.uint32(one[left + i]) | np.uint32(np.uint32(two[left + i]) << np.uint32(16))
+
+
+@_inner
+def _product_of_halves(a, b, out, add, packed):
+    """`_product` by oneDNN, of bfloat16 as bits, in float32.
+
+    It takes the first operand by rows, and of the second pairs of neighbours in a column. All sizes are multiples of
+    16, but for m where a is not transposed, and for k where it is: then zeros follow, in memory, up to such a multiple.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    k = (k + 15) // 16 * 16
+    where, step, at = a.ctypes.data, a.strides[0], 0
+    if a.strides[1] != 2:
+        at = m * k // 2
+        _turn_pairs(where, a.strides[1], m, k, packed.ctypes.data)
+        where, step = packed.ctypes.data, 2 * k
+    depth = (k + _DEPTH - 1) // _DEPTH
+    depth = (k // 16 + depth - 1) // depth * 16
+    columns = _panel(depth)
+    for left in range(0, n, columns):
+        right = min(left + columns, n)
+        for top in range(0, k, depth):
+            bottom = min(top + depth, k)
+            second = packed[at : at + (bottom - top) // 2 * (right - left)]
+            if b.strides[1] != 2:
+                corner = b.ctypes.data + left * b.strides[1] + 2 * top
+                _turn(corner, b.strides[1], right - left, (bottom - top) // 2, second.ctypes.data)
+            else:
+                _pair_rows(b, top, bottom, left, right, second)
+            _multiply(
+                where + 2 * top, m, step, second.ctypes.data, right - left, bottom - top,
+                out.ctypes.data + 4 * left, out.strides[0], add or top > 0,
+            )  # fmt: skip
+
+
+@_inner
+def _multiply(a, m, a_step, b, n, k, out, out_step, add):
+    """What is at address a, m rows so many bytes apart, times what is packed at b, into `out`, or added to it."""
+    # Each size has a kernel of its own, which oneDNN makes and keeps: few sizes, then.
+    most = m // 32 * 32
+    if most > 0:
+        _brgemm(most, n, k, a_step // 2, n, out_step // 4, add, a, b, out, 1)
+    if most < m:
+        a, out = a + most * a_step, out + most * out_step
+        _brgemm(m - most, n, k, a_step // 2, n, out_step // 4, add, a, b, out, 1)
+
+
+def _end_products(operands):
+    """What a thread does after its products."""
+
+
+@overload(_end_products)
+def _(operands):
+    return (lambda operands: _threads(0)) if operands.dtype == types.float32 else (lambda operands: _release(1))
+
+
+@_inner
+def product_of_halves(a, b):
+    """a b of bfloat16 as bits, of sizes that are multiples of 16, on this thread alone, for a check."""
+    out = np.empty((a.shape[0], b.shape[1]), np.float32)
+    packed = np.empty(packed_size(a.shape[0], a.shape[1]), np.uint32)
+    _product_of_halves(a, b, out, False, packed)
+    _release(1)
     return out
 
 
@@ -564,11 +763,11 @@ def product(a, b):
 
 @_inner
 def _gather(x, token, start, out):
-    """Dispatch: the hidden states (n, d) of the tokens of triples from `start` on, in float32."""
+    """Dispatch: the hidden states (n, d) of the tokens of triples from `start` on."""
     for r in range(out.shape[0]):
         row, result = x[token[start + r]], out[r]
         for i in range(row.shape[0]):
-            result[i] = _read(row[i])
+            _write(result, i, _read(row[i]))
 
 
 @_inner
@@ -597,10 +796,10 @@ def _activate(activation, h, out):
         row, result = h[r], out[r]
         if activation.gated:
             for i in range(f):
-                result[i] = _act(activation, row[i])[0] * row[f + i]
+                _write(result, i, _act(activation, row[i])[0] * row[f + i])
         else:
             for i in range(f):
-                result[i] = _act(activation, row[i])[0]
+                _write(result, i, _act(activation, row[i])[0])
 
 
 @_inner
@@ -619,15 +818,15 @@ def _activate_backward(activation, h, da, weight, a, dh, grad_weight):
                 up = _read(row[f + i])
                 acted, slope = _act(activation, _read(row[i]))
                 total += grad[i] * (acted * up)
-                hidden[i] = w * (acted * up)
-                result[i] = w * grad[i] * up * slope
-                result[f + i] = w * grad[i] * acted
+                _write(hidden, i, w * (acted * up))
+                _write(result, i, w * grad[i] * up * slope)
+                _write(result, f + i, w * grad[i] * acted)
         else:
             for i in range(f):
                 acted, slope = _act(activation, _read(row[i]))
                 total += grad[i] * acted
-                hidden[i] = w * acted
-                result[i] = w * grad[i] * slope
+                _write(hidden, i, w * acted)
+                _write(result, i, w * grad[i] * slope)
         grad_weight[r] = total
 
 
@@ -637,7 +836,7 @@ def _add_bias_products(rows, bias, out):
     for r in range(rows.shape[0]):
         row, total = rows[r], np.float32(0)
         for i in range(row.shape[0]):
-            total += row[i] * _read(bias[i])
+            total += _read(row[i]) * _read(bias[i])
         out[r] += total
 
 
@@ -647,7 +846,7 @@ def _add_weighted_rows(rows, weight, total):
     for r in range(rows.shape[0]):
         row, w = rows[r], weight[r]
         for i in range(total.shape[0]):
-            total[i] += w * row[i]
+            total[i] += w * _read(row[i])
 
 
 @_inner
@@ -698,35 +897,75 @@ def _combine(t, n, triples, single, rows, weight, weighted, out):
             row = rows[triples.rows[j]]
             w = weight[triples.rows[j]] if weighted else np.float32(1)
             for c in range(d):
-                total[c] += w * row[c]
+                total[c] += w * _read(row[c])
         result = out[i]
         for c in range(d):
             _write(result, c, total[c])
 
 
 @_inner
-def _carve_block(scratch, block, weights, half):
-    """Of flat scratch a block's gathered rows, pre-activations, hidden states; and matrices, if they are widened."""
+def _carve_block(scratch, block, weights, operands):
+    """Of flat scratch what a block needs.
+
+    Its gathered rows, pre-activations, hidden states and results; matrices, if they are widened; and what operands are
+    packed into, if they are.
+    """
     up, down = weights.up, weights.down
     (width, d), f = up.shape[1:], down.shape[2]
-    x_b, at = _carve(scratch, 0, block, d)
+    widens, packs = up.itemsize < operands.itemsize, operands.itemsize < 4
+    x_b, at = _carve_operands(scratch, 0, block, d, operands)
     h_b, at = _carve(scratch, at, block, width)
-    a_b, at = _carve(scratch, at, block, f)
-    up_b, at = _carve(scratch, at, width * half, d)
-    down_b, at = _carve(scratch, at, d * half, f)
-    return x_b, h_b, a_b, up_b, down_b, at
+    a_b, at = _carve_operands(scratch, at, block, f, operands)
+    y_b, at = _carve(scratch, at, block * packs, d)
+    up_b, at = _carve_operands(scratch, at, width * widens, d, operands)
+    down_b, at = _carve_operands(scratch, at, d * widens, f, operands)
+    size = packed_size(max(width, d), block) if packs else 0
+    packed, at = scratch[at : at + size].view(np.uint32), at + size
+    return x_b, h_b, a_b, y_b, up_b, down_b, packed, at
+
+
+def _place_of_results(rows, operands, spare, single):
+    """Where a block's results are computed in float32.
+
+    That is in `rows`, unless each is scattered at once; then over operands that are not needed any more. If these are
+    in half precision, as `rows` then are, in neither.
+    """
+
+
+@overload(_place_of_results)
+def _(rows, operands, spare, single):
+    if rows.dtype == types.float32:
+        return lambda rows, operands, spare, single: operands if single else rows
+    return lambda rows, operands, spare, single: spare
+
+
+def _fill_up(rows, n):
+    """Zeros behind n rows of operands that are packed by 16 rows."""
+
+
+@overload(_fill_up)
+def _(rows, n):
+    if rows.dtype == types.float32:
+        return lambda rows, n: None
+
+    def fill_up(rows, n):
+        for r in range(n, (n + 15) // 16 * 16):
+            rows[r] = 0
+
+    return fill_up
 
 
 # ---- the forward
 
 
 @_inner
-def _forward(t, activation, x, triples, single, weight, begin, end, weights, block, scratch, h, rows, out):
+def _forward(t, activation, operands, x, triples, single, weight, begin, end, weights, block, scratch, h, rows, out):
     """The share of thread t: its triples are dispatched, computed and, where each token has one alone, combined.
 
     Args:
         t: the thread.
         activation: of `ACTIVATIONS`.
+        operands: of their dtype products take theirs.
         x: (T, d).
         triples: the routing.
         single: whether no token has two triples: a row then goes to its token at once.
@@ -742,9 +981,9 @@ def _forward(t, activation, x, triples, single, weight, begin, end, weights, blo
     token, offsets = triples.token, triples.offsets
     up, down, up_bias, down_bias = weights
     keep = h.shape[0] > 0
-    x_b, h_b, a_b, up_b, down_b, _ = _carve_block(scratch, block, weights, x.itemsize == 2)
+    x_b, h_b, a_b, y_b, up_b, down_b, packed, _ = _carve_block(scratch, block, weights, operands)
     _threads(1)
-    work = np.empty(10, np.int32)
+    work = np.empty(10, np.int32), packed
     start, e = begin, 0
     while start < end:
         e = _expert_of(offsets, start, e)
@@ -764,27 +1003,30 @@ def _forward(t, activation, x, triples, single, weight, begin, end, weights, blo
                 _activate(activation, h_n[r : r + 1], a_n[r : r + 1])
                 _prefetch_part(up[following], r, n)
                 _prefetch_part(down[following], r, n)
-            y_n = x_n if single else rows[start:stop]
+            y_n = _place_of_results(rows[start:stop], x_n, y_b[:n], single)
             _linear(a_n, down_e, down_bias, e, y_n, work)
             if single:
                 _scatter(y_n, token, start, weight[start:stop], True, out)
+            else:
+                _store(y_n, rows[start:stop], False)
             start = stop
-    _threads(0)
+    _end_products(operands)
 
 
 @_compiled
-def forward(activation, x, triples, weight, weights, block, scratch, rows, h, out):
+def forward(activation, operands, x, triples, weight, weights, block, scratch, rows, h, out):
     """Dispatch, experts and combine: the output (T, d), and the pre-activations of each triple, if h has rows.
 
     Args:
         activation: of `ACTIVATIONS`.
+        operands: (0,), of the dtype that products take: float32, or that of x where it is bfloat16.
         x: (T, d).
         triples: `Triples`, N of them.
         weight: (N,), float32, combine weights.
         weights: `Matrices` of the experts, in the dtype of x.
         block: how many rows a thread has at work at once.
         scratch: (shares, .), float32.
-        rows: (N, d), float32, scratch for what the experts give each triple.
+        rows: (N, d), of the dtype of `operands`, scratch for what the experts give each triple.
         h: (N, 2f) or (N, f) in the dtype of x, filled; without rows nothing is kept for a backward.
         out: (T, d) in the dtype of x, filled.
     """
@@ -794,6 +1036,7 @@ def forward(activation, x, triples, weight, weights, block, scratch, rows, h, ou
         _forward(
             np.int64(t),
             activation,
+            operands,
             x,
             triples,
             single,
@@ -1175,7 +1418,7 @@ def _forward_coded(
     a_b, at = _carve(scratch, at, block, f)
     panel = scratch[at:]
     _threads(1)
-    work = np.empty(10, np.int32)
+    work = np.empty(10, np.int32), np.empty(0, np.uint32)
     start, e = begin, 0
     while start < end:
         e = _expert_of(offsets, start, e)
@@ -1231,8 +1474,8 @@ def _carve_gradients(scratch, gradients):
 
 @_inner
 def _backward(
-    t, activation, grad, x, triples, single, weight, begin, end, weights, block, scratch, h, parts, rows, grad_x,
-    grad_weight, gradients,
+    t, activation, operands, grad, x, triples, single, weight, begin, end, weights, block, scratch, h, parts, rows,
+    grad_x, grad_weight, gradients,
 ):  # fmt: skip
     """The share of thread t of the gradients.
 
@@ -1240,7 +1483,7 @@ def _backward(
     goes on in a later one, has them in this thread's `parts`, which `_add_up_shared` adds up.
 
     Args:
-        t, activation, x, triples, single, weight, begin, end, weights, block, scratch: as of `_forward`.
+        t, activation, operands, x, triples, single, weight, begin, end, weights, block, scratch: as of `_forward`.
         grad: (T, d), of the output.
         h: (N, 2f) pre-activations that were kept; without rows they are computed again.
         parts: (2n, .) of n threads, in float32: an expert that an earlier thread began, and one that this one began.
@@ -1252,15 +1495,15 @@ def _backward(
     token, offsets = triples.token, triples.offsets
     up, down, up_bias, down_bias = weights
     (width, d), kept = up.shape[1:], h.shape[0] > 0
-    x_b, h_b, a_b, up_b, down_b, at = _carve_block(scratch, block, weights, x.itemsize == 2)
-    dy_b, at = _carve(scratch, at, block, d)
-    dh_b, at = _carve(scratch, at, block, width)
+    x_b, h_b, a_b, y_b, up_b, down_b, packed, at = _carve_block(scratch, block, weights, operands)
+    dy_b, at = _carve_operands(scratch, at, block, d, operands)
+    dh_b, at = _carve_operands(scratch, at, block, width, operands)
     da_b, at = _carve(scratch, at, block, down.shape[2])
     again = scratch[at:].view(x.dtype)[: block * width * (not kept)].reshape(block * (not kept), width)
     needs_up, needs_down = gradients.up.shape[0] > 0, gradients.down.shape[0] > 0
     needs_up_bias, needs_down_bias = gradients.up_bias.shape[0] > 0, gradients.down_bias.shape[0] > 0
     _threads(1)
-    work, ones = np.empty(10, np.int32), np.ones(block, np.float32)
+    work, ones = (np.empty(10, np.int32), packed), np.ones(block, np.float32)
     dh_sum, dy_sum = np.empty(width), np.empty(d)
     start, e = begin, 0
     while start < end:
@@ -1296,18 +1539,24 @@ def _backward(
             if down_bias.shape[0] > 0:
                 _add_bias_products(dy_n, down_bias[e, 0], grad_weight[start:stop])
             if needs_down:
+                _fill_up(dy_b, n)
+                _fill_up(a_b, n)
                 _product(dy_n.T, a_n, grad_down, add, work)
             if needs_down_bias:
                 _add_weighted_rows(dy_n, weight[start:stop], dy_sum)
             if needs_up:
+                _fill_up(dh_b, n)
+                _fill_up(x_b, n)
                 _product(dh_n.T, x_n, grad_up, add, work)
             if needs_up_bias:
                 _add_weighted_rows(dh_n, ones, dh_sum)
             if grad_x.shape[0] > 0:
-                dx_n = dy_n if single else rows[start:stop]
+                dx_n = _place_of_results(rows[start:stop], dy_n, y_b[:n], single)
                 _product_by_panels(dh_n, up_e, dx_n, False, work)
                 if single:
                     _scatter(dx_n, token, start, weight[start:stop], False, grad_x)
+                else:
+                    _store(dx_n, rows[start:stop], False)
             add = True
             start = stop
         if needs_up_bias:
@@ -1320,7 +1569,7 @@ def _backward(
                 if gradients[i].shape[0] > 0:
                     _store(found[i], gradients[i][e], streams[i])
     _fence()
-    _threads(0)
+    _end_products(operands)
 
 
 @_inner
@@ -1362,18 +1611,19 @@ def _add_up_shared(t, offsets, of, parts, gradients):
 
 @_compiled
 def backward(
-    activation, grad, x, triples, weight, weights, block, scratch, h, parts, rows, grad_x, grad_weight, gradients
-):
+    activation, operands, grad, x, triples, weight, weights, block, scratch, h, parts, rows, grad_x, grad_weight,
+    gradients,
+):  # fmt: skip
     """The gradients of x, of the combine weights and of the experts' matrices and biases, from that of the output.
 
     Args:
-        activation, x, triples, weight, weights, block: as of `forward`.
+        activation, operands, x, triples, weight, weights, block: as of `forward`.
         grad: (T, d), of the output, in the dtype of x.
         scratch: (shares, .), float32.
         h: (N, 2f) or (N, f), the pre-activations that `forward` kept; without rows they are computed again.
         parts: (2 shares, .), float32, scratch for the gradients of experts that threads share: of the one that an
             earlier thread began, and of the one that this thread began.
-        rows: (N, d), float32, scratch for each triple's gradient of x.
+        rows: (N, d), of the dtype of `operands`, scratch for each triple's gradient of x.
         grad_x: (T, d), filled; without rows it is not wanted.
         grad_weight: (N,), float32, filled.
         gradients: `Matrices`, filled; those with E 0 are not wanted.
@@ -1382,8 +1632,8 @@ def backward(
     of, single = bounds(triples.offsets, shares), _one_choice_a_token(triples.starts)
     for t in numba.prange(shares):
         _backward(
-            np.int64(t), activation, grad, x, triples, single, weight, of[t], of[t + 1], weights, block, scratch[t], h,
-            parts, rows, grad_x, grad_weight, gradients,
+            np.int64(t), activation, operands, grad, x, triples, single, weight, of[t], of[t + 1], weights, block,
+            scratch[t], h, parts, rows, grad_x, grad_weight, gradients,
         )  # fmt: skip
     for t in numba.prange(shares):
         _combine(np.int64(t), shares, triples, single, rows, weight, False, grad_x)

@@ -1,0 +1,46 @@
+"""Where the bfloat16 products of the oneDNN inside torch are, for compiled loops to call without a call into torch.
+
+MKL multiplies bfloat16 slowly on processors of other makers. oneDNN's products of small blocks (`brgemm`), which torch
+has for the kernels that its compiler writes, run at the peak of the processor, from 64 rows on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Addresses", "addresses", "enabled"]
+
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # which may say that the instructions are not to be used
+
+
+class Addresses(NamedTuple):
+    """Of `brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, packed)`, and of what ends a thread's use of it."""
+
+    brgemm: int
+    release: int
+
+
+def enabled() -> bool:
+    """Whether torch may use oneDNN now: its functions end the process where they may not."""
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+
+
+@cache
+def addresses() -> Addresses | None:
+    """The functions' addresses in this process; None where torch has none, or the processor does not multiply so."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if sys.platform != "linux" or not known.get("avx512_bf16") or any(os.environ.get(name) for name in _LIMITS):
+        return None
+    library = ctypes.CDLL(torch._C.__file__)  # its symbols include those of all that it loads
+    # As C++ names them: what their arguments are is a part of the name.
+    names = "6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "14brgemm_releaseEb"
+    found = [getattr(library, f"_ZN2at6native7cpublas{name}", None) for name in names]
+    where = [ctypes.cast(function, ctypes.c_void_p).value for function in found if function is not None]
+    brgemm, release = where if len(where) == 2 else (None, None)
+    return Addresses(brgemm, release) if brgemm and release else None
