@@ -21,7 +21,7 @@ def test_every_part_is_timed_and_shown(tmp_path, capsys):
     assert [(case["tokens"], case["experts"]) for case in found["cases"]] == [(8, 2), (8, 4), (16, 2), (16, 4)]
     for case in found["cases"]:
         others = {"grouped_mm experts", "grouped_mm forward", "grouped_mm step"}
-        assert set(case["ms"]) == {f"auto {part}" for part in PARTS} | others
+        assert set(case["ms"]) == {f"auto {part}" for part in PARTS} | others | {"AdamW", "AdamW fused"}
         assert all(ms > 0 for ms in case["ms"].values())
         assert case["parameters"] == 3 * case["experts"] * 8 * 8 + 8 * case["experts"]
     assert (tmp_path / "bench-layer.md").read_text() == markdown(found) == capsys.readouterr().out
@@ -32,6 +32,7 @@ def test_the_floor_counts_operations_and_bytes():
     floor = _floor(shape, 4, peak=1e3, bandwidth=1e3)
     # Three products forward, twice as many backward; a multiply-add counts as 2.
     assert floor["operations_ms"] == 3 * 2 * (10 * 2 * 3 * 4 * 6 + 10 * 4 * 5)
+    assert floor["optimizer_ms"] == 4 * 7 * (5 * 3 * 4 * 6 + 4 * 5)
     assert floor["bytes_ms"] == 4 * (3 * (5 * 3 * 4 * 6 + 4 * 5) + 5 * 10 * 4)
 
 

@@ -3,6 +3,9 @@
 Router, sort, experts, losses and backward are timed in the layer's own step, dispatch and combine also by themselves,
 since the compiled backends do both inside of their loops. Beside each case stands its floor: the larger of what its
 operations take at the measured peak, and what its weights, their gradients and its states take at that of copying.
+
+The optimizer's step belongs to the cost of many experts: AdamW moves the moments and the weights of an expert without
+tokens, too, so that none can be left out of an exact step. What is exact and cheaper is to read each once (fused).
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ from .experts import DTYPES, Shape, _copy_bandwidth, _matmul_peak, _medians, _st
 
 __all__ = ["EXPERTS", "TOKENS", "bench", "markdown"]
 
-EXPERTS = [8, 32, 128, 512]
+EXPERTS = [8, 32, 128, 512, 1024]
 
-TOKENS = [256, 8192]
+TOKENS = [256, 8192, 65536]
 
 PARTS = ["router", "sort", "dispatch", "experts", "combine", "losses", "forward", "step"]
+
+ADAMW = ["AdamW", "AdamW fused", "AdamW floor"]
 
 
 class _Layer:
@@ -70,13 +75,25 @@ class _Layer:
         """Forward and backward."""
         return torch.autograd.grad(self.forward(), [self.x, *self.moe.parameters()])
 
+    def optimizers(self) -> dict[str, Callable[[], object]]:
+        """A step of AdamW by torch's default and fused, on the gradients of one step."""
+        self.forward().backward()
+        parameters = list(self.moe.parameters())
+        options: dict[str, dict[str, Any]] = {"AdamW": {}, "AdamW fused": {"fused": True}}
+        return {name: torch.optim.AdamW(parameters, lr=1e-6, **option).step for name, option in options.items()}
+
 
 def _floor(shape: Shape, itemsize: int, peak: float, bandwidth: float) -> dict[str, float]:
-    """Milliseconds of a step by its operations and by its bytes: each weight is read twice and gets a gradient."""
+    """Milliseconds of a step by its operations and by its bytes: each weight is read twice and gets a gradient.
+
+    The optimizer's by its bytes: it reads weight, gradient and two moments, and writes all but the gradient.
+    """
     operations = shape.flops + 6 * shape.tokens * shape.dim * shape.experts
     weights = 3 * shape.experts * shape.dim * shape.hidden + shape.dim * shape.experts
     states = 5 * shape.tokens * shape.dim
-    return {"operations_ms": operations / peak * 1e3, "bytes_ms": itemsize * (3 * weights + states) / bandwidth * 1e3}
+    moved = {"bytes_ms": 3 * weights + states, "optimizer_ms": 7 * weights}
+    times = {name: itemsize * numbers / bandwidth * 1e3 for name, numbers in moved.items()}
+    return {"operations_ms": operations / peak * 1e3, **times}
 
 
 def bench(
@@ -133,6 +150,7 @@ def bench(
                 if name == "auto" or part in ("experts", "forward", "step")
             }
             times = _medians(runs, rounds, _steady_seconds)
+            times |= _medians(layers["auto"].optimizers(), rounds, _steady_seconds)
             moe = layers["auto"].moe
             found["cases"].append(
                 {
@@ -160,17 +178,19 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "Experts: the forward of the backend, dispatch and combine in it; both also by themselves. Backward: the step "
         "but for its forward. Floor: by operations and by bytes of weights and their gradients. Ratio: the step over "
-        "that of the first row with as many tokens.",
+        "that of the first row with as many tokens. AdamW: a step of the optimizer, by torch's default and fused, as "
+        "`Trainer` and the recipes take it, and its floor by bytes; experts without tokens move, too.",
     ]
     first: dict[int, float] = {}
     for case in found["cases"]:
         ms, floor, count = case["ms"], case["floor"], case["tokens"]
         if count not in first:
-            columns = [*PARTS[:-2], "backward", "step", "ratio", "grouped_mm", "floor ops", "floor bytes"]
+            columns = [*PARTS[:-2], "backward", "step", "ratio", "grouped_mm", "floor ops", "floor bytes", *ADAMW]
             lines += ["", f"## {count} tokens", "", f"| E | {' | '.join(columns)} |", "|---:|" + "---:|" * len(columns)]
         step = ms["auto step"]
         numbers = [*(ms[f"auto {part}"] for part in PARTS[:-2]), step - ms["auto forward"], step]
         shown = [f"{number:.2f}" for number in [*numbers, step / first.setdefault(count, step)]]
-        shown += [f"{number:.2f}" for number in (ms["grouped_mm step"], floor["operations_ms"], floor["bytes_ms"])]
+        last = ms["grouped_mm step"], floor["operations_ms"], floor["bytes_ms"], ms["AdamW"], ms["AdamW fused"]
+        shown += [f"{number:.2f}" for number in (*last, floor["optimizer_ms"])]
         lines.append(f"| {case['experts']} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"

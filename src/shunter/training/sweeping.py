@@ -168,7 +168,8 @@ def _fine_tuned(
     nn.init.zeros_(head.weight)
     groups = parameter_groups(body, rate, part)
     sizes = sum(p.numel() for group in groups for p in group["params"])
-    optimizer = torch.optim.AdamW([*groups, {"params": list(head.parameters()), "lr": rate}], weight_decay=0.0)
+    groups = [*groups, {"params": list(head.parameters()), "lr": rate}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     own = bool(moe_layers(body))
     body.train()
     ids, labels = data.train
