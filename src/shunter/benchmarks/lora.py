@@ -57,6 +57,12 @@ def _steps(
     return {"seconds": watch.seconds[1:], "losses": watch.losses, "peak": peak_rss_bytes()}
 
 
+def measured(*given: Any) -> dict[str, Any]:
+    """What `_steps` finds, in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_steps, *given).result()
+
+
 def bench(
     r: int = 8,
     rounds: int = 3,
@@ -78,8 +84,7 @@ def bench(
         turn = round_ % len(CONTESTANTS)
         for name in CONTESTANTS[turn:] + CONTESTANTS[:turn]:
             say(f"round {round_ + 1} of {rounds}: {name} …")
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                taken[name].append(pool.submit(_steps, name, sizes, r, steps, batch, length, implementation).result())
+            taken[name].append(measured(name, sizes, r, steps, batch, length, implementation))
     results: dict[str, dict[str, Any]] = {}
     for name, runs in taken.items():
         results[name] = {
