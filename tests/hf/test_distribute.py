@@ -107,7 +107,7 @@ def _trained(folder, ep_size, resume=None, steps=6, accumulate=1):
     shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 50}
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_attention_heads=2, **shape))
     model = shunter.sparsify(
-        dense, 4, "topk", top_k=2, selection_bias=True, bias_update_rate=0.01, load_balancing_loss=0.0
+        dense, 4, "topk", top_k=2, selection_bias=True, bias_update_rate=0.01, load_balancing_loss=0.3
     )
     if size > 1:
         shunter.hf.distribute(model, DistributedConfig(fsdp_size=size, ep_size=ep_size))
@@ -156,9 +156,10 @@ def _in_trainers(rank, seed, folder):
 def test_a_trainer_trains_saves_and_resumes(tmp_path):
     os.environ["SHUNTER_SEED"] = str(SEED)
     results = on_ranks(_in_trainers, 2, SEED, tmp_path, start="spawn")
-    logs, biases = _trained(tmp_path / "alone", 1)
+    alone = {n: _trained(tmp_path / f"alone {n}", 1, accumulate=n) for n in (1, 2)}  # micro-batches of all ranks' tokens
     assert "from_pretrained(..., experts_implementation" in results[0].pop("refused")
     for name, (found, own) in results[0].items():
+        logs, biases = alone[2 if name == "accumulating" else 1]
         assert len(found) == 6, name
         assert torch.allclose(torch.tensor(found), torch.tensor(logs), rtol=2e-4), (name, found, logs)
         assert own == results[1][name][1], f"{name}: biases are equal on all ranks"

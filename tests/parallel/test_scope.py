@@ -98,6 +98,27 @@ def decisions(mesh):
     return found
 
 
+def in_training_alone(mesh):
+    """How far a layer that decides over all ranks in training alone is from its own rank's, in evaluation."""
+    torch.manual_seed(SEED)
+    moe = layer("expert_choice", capacity_factor=0.5)
+    own = copy.deepcopy(moe)
+    parallel.decide_globally(moe, evaluation=False)
+    x = torch.randn(4, 6, DIM, dtype=torch.float64).roll(dist.get_rank(), 0)  # other tokens on each rank
+    x = x[: 4 - 3 * dist.get_rank()]
+    gaps = {}
+    for training in (True, False):
+        out, expected = moe.train(training)(x), own.train(training)(x)
+        gaps[training] = float((out - expected).abs().max())
+    return gaps
+
+
+def evaluation_stays_on_the_rank(results):
+    for gaps in results:
+        assert gaps[False] == 0
+    assert max(gaps[True] for gaps in results) > 1e-6
+
+
 def _on_rank(rank, seed, expert_parallel):
     warnings.simplefilter("ignore")
     return decisions(parallel.mesh(expert_parallel=expert_parallel))

@@ -19,7 +19,8 @@ def _on_rank(rank, seed, path):
     for name, arguments in test_sharding.QUICK.items():
         torch.manual_seed(SEED)
         found[name] = getattr(test_sharding, name)(mesh, *arguments)
-    return found, test_scope.decisions(mesh), test_checkpoint.folders(rank, seed, path)
+    decided = test_scope.decisions(mesh), test_scope.in_training_alone(mesh)
+    return found, decided, test_checkpoint.folders(rank, seed, path)
 
 
 def test_two_ranks(tmp_path, subtests):
@@ -29,7 +30,9 @@ def test_two_ranks(tmp_path, subtests):
         with subtests.test(msg=check.__name__):
             check(sharded)
     with subtests.test(msg="decide_as_one_process"):
-        test_scope.decide_as_one_process(decided)
+        test_scope.decide_as_one_process([found for found, _ in decided])
+    with subtests.test(msg="evaluation_stays_on_the_rank"):
+        test_scope.evaluation_stays_on_the_rank([found for _, found in decided])
     for check in test_checkpoint.CHECKS:
         with subtests.test(msg=check.__name__):
             check(tmp_path, saved)

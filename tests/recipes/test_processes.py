@@ -13,8 +13,9 @@ import pytest
 from tests.helpers import TIME_LIMIT
 from tests.recipes.conftest import SMALL
 
-# Balance losses are means over a rank's own tokens, so that curves are compared without.
-SETTINGS = [*SMALL, "training.save_every=3", "training.log_every=1", "sparse.options={load_balancing_loss: 0.0}"]
+# A balance loss that weighs, and a capacity that drops, as the whole batch has them.
+SETTINGS = [*SMALL, "training.save_every=3", "training.log_every=1", "sparse.router=switch"]
+SETTINGS += ["sparse.options={load_balancing_loss: 0.5, capacity_factor: 1.0, jitter: 0.0}"]
 TWO = ["parallel.processes=2", "parallel.expert_parallel=2"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

@@ -18,13 +18,15 @@ from ..routers import Router
 from ..routing import Routing
 from .watch import at, named_errors
 
-__all__ = ["LIMIT", "decide_globally"]
+__all__ = ["LIMIT", "decide_globally", "why_local"]
 
 LIMIT = 2**30
 """Bytes of gathered logits of a layer above which a global decision is refused."""
 
 
-def decide_globally(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+def decide_globally(
+    model: nn.Module, group: dist.ProcessGroup | None = None, *, evaluation: bool = True
+) -> nn.Module:
     """Have every router of a model decide, and measure its losses, over the tokens of all ranks, in place.
 
     What depends on other tokens (capacity, expert choice, one assignment for all, batch priority) is then what one
@@ -35,6 +37,7 @@ def decide_globally(model: nn.Module, group: dist.ProcessGroup | None = None) ->
     Args:
         model: before or after it is sharded.
         group: the ranks whose tokens are others than this one's; None for all.
+        evaluation: whether in evaluation too; False where every rank evaluates the same tokens.
 
     Returns:
         The same model.
@@ -46,17 +49,23 @@ def decide_globally(model: nn.Module, group: dist.ProcessGroup | None = None) ->
     """
     layers = moe_layers(model)
     for name, layer in layers.items():
-        router = layer.decider
-        if router.chooses == "slots" or router.learns_by_reward:
-            why = "learns by reward" if router.learns_by_reward else "mixes tokens into slots"
-            raise UserError(f"{name or 'the layer'}: {router.kind.__name__} {why}, which has no scope of all ranks")
+        if why := why_local(layer.decider):
+            kind = layer.decider.kind.__name__
+            raise UserError(f"{name or 'the layer'}: {kind} {why}, which has no scope of all ranks")
     for layer in layers.values():
         router = layer.decider
-        whole = _Whole(group)
+        whole = _Whole(group, evaluation)
         vars(router).update(
             forward=partial(_forward, router, whole), losses=partial(_losses, router, whole, type(router).losses)
         )
     return model
+
+
+def why_local(router: Router) -> str:
+    """What keeps a router from deciding over all ranks, in words; empty where nothing does."""
+    if router.learns_by_reward:
+        return "learns by reward"
+    return "mixes tokens into slots" if router.chooses == "slots" else ""
 
 
 @dataclass(frozen=True)
@@ -74,19 +83,22 @@ class _Whole:
     A copy has the same ranks, and no decisions.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None, evaluation: bool) -> None:
+        self.group, self.evaluation = group, evaluation
         self.batches: WeakKeyDictionary[Routing, _Batch] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: Any) -> _Whole:
-        return _Whole(self.group)
+        return _Whole(self.group, self.evaluation)
 
     def __reduce__(self) -> Any:
-        return _Whole, (None,)
+        return _Whole, (None, self.evaluation)
 
 
 def _forward(router: Router, whole: _Whole, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Routing]:
     """As `Router.forward`, deciding over the tokens of all ranks."""
+    if not (router.training or whole.evaluation):
+        found: tuple[Tensor, Routing] = type(router).forward(router, x, context)
+        return found
     logits = router.score(context.real(x), context)
     sizes, seed, batch_logits, batch_context = _gathered(router, logits, context, whole.group)
     # What is drawn is the same on every rank; each rank's own random state goes on by one draw alone.

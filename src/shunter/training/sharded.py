@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -11,7 +11,9 @@ from transformers import Trainer, TrainingArguments
 from .. import parallel
 from ..durable import discard
 from ..errors import UserError
+from ..moe import moe_layers
 from ..parallel.checkpoint import first_does
+from ..parallel.scope import why_local
 
 __all__ = ["SHARDED", "ShardedTrainer"]
 
@@ -24,12 +26,31 @@ class ShardedTrainer(Trainer):
 
     transformers' own refuses to save the optimizer of a model on several ranks, and to resume one. Here a checkpoint
     has, beside the ordinary folder, what `parallel.save` writes: it resumes at any number of ranks.
+
+    In training a sparse layer decides, and measures its balance, over the tokens of all ranks, so that the losses are
+    those of one process with the whole batch (`parallel.decide_globally`); routers that learn by reward or mix tokens
+    into slots go by their rank's.
+
+    Args:
+        scope: "rank" for decisions and losses over each rank's own tokens, where logits are too many to gather.
+
+    Raises:
+        ValueError: for another scope.
     """
 
     model: Any
     lr_scheduler: Any
 
-    def __init__(self, model: Any = None, args: TrainingArguments | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        scope: Literal["batch", "rank"] = "batch",
+        **kwargs: Any,
+    ) -> None:
+        if scope not in ("batch", "rank"):
+            raise ValueError(f'ShardedTrainer: scope {scope!r} is unknown; choose "batch" or "rank"')
         sharded = args is not None and getattr(model, "is_distributed_loading_by_transformers", False)
         asked = args is not None and args.save_only_model
         if sharded:
@@ -37,6 +58,10 @@ class ShardedTrainer(Trainer):
             args.save_only_model = True  # all that transformers' own allows
         super().__init__(model=model, args=args, **kwargs)
         self.args.save_only_model = asked
+        if sharded and scope == "batch":
+            for layer in moe_layers(model).values():
+                if not (why_local(layer.decider) or "forward" in vars(layer.decider)):
+                    parallel.decide_globally(layer, evaluation=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_distributed_loading_by_transformers:
