@@ -156,7 +156,9 @@ def _in_trainers(rank, seed, folder):
 def test_a_trainer_trains_saves_and_resumes(tmp_path):
     os.environ["SHUNTER_SEED"] = str(SEED)
     results = on_ranks(_in_trainers, 2, SEED, tmp_path, start="spawn")
-    alone = {n: _trained(tmp_path / f"alone {n}", 1, accumulate=n) for n in (1, 2)}  # micro-batches of all ranks' tokens
+    alone = {
+        n: _trained(tmp_path / f"alone {n}", 1, accumulate=n) for n in (1, 2)
+    }  # micro-batches of all ranks' tokens
     assert "from_pretrained(..., experts_implementation" in results[0].pop("refused")
     for name, (found, own) in results[0].items():
         logs, biases = alone[2 if name == "accumulating" else 1]

@@ -44,7 +44,7 @@ def test_exchanges_take_longer_with_more_of_anything_but_bandwidth(form):
     )
 
     def seconds(cluster=cluster, tokens=tokens, k=k, ranks=ranks, size=2048, limit=0, factor=None):
-        return cluster.exchange_seconds(tokens, k, size, ranks, limit, form, factor)
+        return cluster.exchange_seconds(tokens, k, 256, size, ranks, limit, form, factor)
 
     assert seconds() < seconds(tokens=2 * tokens)
     assert seconds() < seconds(k=k + 1)
@@ -61,7 +61,7 @@ def test_exchanges_take_longer_with_more_of_anything_but_bandwidth(form):
 def test_two_levels_pay_between_16_and_2048_ranks():
     cluster = load_cluster("a100")
     flat, levels = (
-        [cluster.exchange_seconds(4096, 2, 4096, ranks, 0, form, 1.0) for ranks in (16, 2048)]
+        [cluster.exchange_seconds(4096, 2, 64, 4096, ranks, 0, form, 1.0) for ranks in (16, 2048)]
         for form in ("flat", "two_level")
     )
     assert flat[0] < levels[0] and levels[1] < flat[1]

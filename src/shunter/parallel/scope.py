@@ -24,9 +24,7 @@ LIMIT = 2**30
 """Bytes of gathered logits of a layer above which a global decision is refused."""
 
 
-def decide_globally(
-    model: nn.Module, group: dist.ProcessGroup | None = None, *, evaluation: bool = True
-) -> nn.Module:
+def decide_globally(model: nn.Module, group: dist.ProcessGroup | None = None, *, evaluation: bool = True) -> nn.Module:
     """Have every router of a model decide, and measure its losses, over the tokens of all ranks, in place.
 
     What depends on other tokens (capacity, expert choice, one assignment for all, batch priority) is then what one

@@ -66,10 +66,10 @@ class Cluster:
         return value[place]
 
     def exchange_seconds(
-        self, tokens: float, top_k: float, row_bytes: float, ranks: int, limit: int = 0,
+        self, tokens: float, top_k: float, experts: int, row_bytes: float, ranks: int, limit: int = 0,
         form: Form = "deduplicated", capacity_factor: float | None = None, bound: Bound = "likely",
     ) -> float:  # fmt: skip
-        """Seconds of one all-to-all of T tokens of every one of P ranks, k rows each.
+        """Seconds of one all-to-all of T tokens of every one of P ranks, k rows each, to E experts.
 
         De-duplicated, a token's row crosses once to each node and once to each rank of it that it needs; between nodes
         and inside of them rows move at the same time, so the longer counts. Flat, each choice is a row of its own (F of
@@ -85,9 +85,9 @@ class Cluster:
             return self.of("latency", bound) + rows * row_bytes / intra * max(1.0, math.sqrt(ranks) / 8)
         if form == "deduplicated" and capacity_factor is None:
             k = round(top_k)
-            between = tokens * rows_between_nodes(k, nodes, limit)
+            between = tokens * rows_between_nodes(k, experts, nodes, limit)
             eligible = min(nodes, limit) * self.node if limit else None
-            inside = tokens * rows_to_ranks(k, ranks, eligible) * (1 - 1 / min(ranks, self.node))
+            inside = tokens * rows_to_ranks(k, experts, ranks, eligible) * (1 - 1 / min(ranks, self.node))
             slowed = 1.0
         else:
             rows = (capacity_factor or 1) * tokens * top_k

@@ -60,18 +60,18 @@ def check() -> list[Row]:
 def _deepep() -> list[Row]:
     """Exchanges of 4096 tokens, d 7168, top-8 of 256 experts in up to 4 nodes of 8. The reported bandwidth counts rows
     to the own rank and node, which move nowhere. Fitted: bytes/s inside a node and between nodes."""
-    tokens, k, dim, node, limit = 4096, 8, 7168, 8, 4
+    tokens, k, experts, dim, node, limit = 4096, 8, 256, 7168, 8, 4
     measured = {8: (153, 158), 16: (43, 43), 32: (58, 57), 64: (51, 50)}
 
     def logical(ranks: int) -> float:
         if ranks == node:
-            return rows_to_ranks(k, node)
-        return rows_to_ranks(k, ranks // node, min(limit, ranks // node))
+            return rows_to_ranks(k, experts, node)
+        return rows_to_ranks(k, experts, ranks // node, min(limit, ranks // node))
 
     def moved(ranks: int) -> tuple[float, float]:
         nodes = ranks // node
-        inside = rows_to_ranks(k, ranks, min(nodes, limit) * node) * (1 - 1 / node)
-        return rows_between_nodes(k, nodes, limit), inside
+        inside = rows_to_ranks(k, experts, ranks, min(nodes, limit) * node) * (1 - 1 / node)
+        return rows_between_nodes(k, experts, nodes, limit), inside
 
     intra = measured[8][0] * moved(8)[1] / logical(8)
     inter = measured[64][0] * moved(64)[0] / logical(64)
@@ -79,7 +79,7 @@ def _deepep() -> list[Row]:
     rows = []
     for ranks, values in measured.items():
         for name, value, size in zip(("dispatch", "combine"), values, (1, 2), strict=True):
-            seconds = cluster.exchange_seconds(tokens, k, dim * size, ranks, limit if ranks > node else 0)
+            seconds = cluster.exchange_seconds(tokens, k, experts, dim * size, ranks, limit if ranks > node else 0)
             said = tokens * logical(ranks) * dim * size / seconds / 1e9
             fitted = name == "dispatch" and ranks in (8, 64)
             rows.append(Row("DeepEP, H800", f"{name} over {ranks} ranks", "GB/s", value, said, fitted))

@@ -149,7 +149,7 @@ def _parts(model: ModelShape, cluster: Cluster, layout: Layout, job: Job, bound:
 
     def once(size: float) -> float:
         return cluster.exchange_seconds(
-            tokens, model.top_k, d * size, layout.ep, model.group_limit, job.form, factor, bound
+            tokens, model.top_k, model.experts, d * size, layout.ep, model.group_limit, job.form, factor, bound
         )
 
     layers = model.sparse_layers / layout.pp * count

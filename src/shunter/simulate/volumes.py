@@ -5,6 +5,8 @@ Sizes: T tokens of a rank, d their width, k experts a token, P ranks that hold d
 
 from __future__ import annotations
 
+import math
+
 __all__ = ["elements", "exchanges", "rows_between_nodes", "rows_leaving", "rows_to_ranks"]
 
 
@@ -29,23 +31,29 @@ def rows_leaving(tokens: float, top_k: float, ranks: int, capacity_factor: float
     return (capacity_factor or 1) * tokens * top_k * (1 - 1 / ranks)
 
 
-def rows_to_ranks(top_k: int, ranks: int, eligible: int | None = None) -> float:
-    """How many different ranks the k uniform choices of a token are on, in the mean: n (1 - (1 - 1/n)^k).
+def rows_to_ranks(top_k: int, experts: int, ranks: int, eligible: int | None = None) -> float:
+    """How many different ranks the k different choices of a token are on, in the mean, where all are equally likely.
+
+    n (1 - p), where p is the chance that no choice is among the E / P experts of a rank: drawn without repetition from
+    those of n ranks.
 
     Args:
         top_k: k.
+        experts: E, which the ranks hold in equal parts.
         ranks: P.
-        eligible: of which the token may choose; None: all.
+        eligible: n, how many ranks the token may choose from; None: all.
     """
     n = min(ranks, eligible or ranks)
-    return n * (1 - (1 - 1 / n) ** top_k)
+    held = experts / ranks
+    missed = math.prod(max(0.0, 1 - held / (n * held - i)) for i in range(min(top_k, math.ceil(n * held))))
+    return n * (1 - missed)
 
 
-def rows_between_nodes(top_k: int, nodes: int, limit: int = 0) -> float:
+def rows_between_nodes(top_k: int, experts: int, nodes: int, limit: int = 0) -> float:
     """How many other nodes a token's row crosses to, once each, in the mean: D (1 - 1/n), of D different ones.
 
     A token may go to at most `limit` nodes; 0: to any.
     """
     if nodes <= 1:
         return 0.0
-    return rows_to_ranks(top_k, nodes, min(nodes, limit) if limit else None) * (1 - 1 / nodes)
+    return rows_to_ranks(top_k, experts, nodes, min(nodes, limit) if limit else None) * (1 - 1 / nodes)
