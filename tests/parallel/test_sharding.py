@@ -32,9 +32,9 @@ def _run(moe, x, known):
     return {"out": out.detach(), "x": x.grad}
 
 
-def _against_data_parallelism(moe, mesh, x, known):
+def _against_data_parallelism(moe, mesh, x, known, dispatch="auto"):
     moe, copied = twins(moe)
-    parallel.shard_experts(moe, mesh)
+    parallel.shard_experts(moe, mesh, dispatch=dispatch)
     found, expected = _run(moe, x, known), _run(copied, x, known)
     parallel.average_gradients(moe, mesh)
     return max(difference(found, expected), difference(gradients(moe), gradients(copied, averaged=True)))
@@ -55,6 +55,40 @@ def every_router(mesh, modes=(True, False)):
             x, known = _of_this_rank(lambda n=name: (torch.randn(2, 9, DIM, dtype=torch.float64), told(n, (2, 9))))
             found[f"{name}, {training}"] = _against_data_parallelism(moe, mesh, x, known)
     return found
+
+
+FORMS = ("ranks", "all")
+
+
+def forms(mesh, names=("topk", "expert_choice", "gshard", "top_p", "relu", "null_experts", "soft", "thor")):
+    """Rows that travel once to a rank, or to all: against data parallelism, and the exchanges and bytes of each."""
+    found = {}
+    size, rank = mesh["ep"].size(), dist.get_rank()
+    for form in FORMS:
+        for name in names:
+            moe = layer(name).train()
+            shape = (2, 9 if rank else 4)  # not as many on each rank
+            x, known = _of_this_rank(lambda n=name, s=shape: (torch.randn(*s, DIM, dtype=torch.float64), told(n, s)))
+            found[f"{form}, {name}"] = _against_data_parallelism(moe, mesh, x, known, form)
+    moved = {}
+    for form in ("choices", *FORMS):
+        moe = layer("topk", torch.float32, top_k=4).train()
+        moe.experts = experts.ShardedExperts(moe.experts, mesh, top_k=4, dispatch=form)
+        x = _of_this_rank(lambda: torch.randn(500, DIM)).requires_grad_()
+        with _Exchanges() as exchanges:
+            out = moe(x)
+            forward, rows = exchanges.done, exchanges.rows
+            out.sum().backward()
+        # Of rows alone, on all ranks, what stays on its own among them.
+        count = torch.tensor(float(rows))
+        dist.all_reduce(count)
+        routing = moe.routing
+        to = routing.expert // (EXPERTS // size)
+        needed = torch.tensor(float(len(set(zip(to.tolist(), routing.token.tolist(), strict=True)))))
+        dist.all_reduce(needed)
+        expected = {"choices": 500 * 4 * size, "ranks": int(needed), "all": 500 * size}[form]
+        moved[form] = (forward, exchanges.done - forward, int(count), expected)
+    return found, moved
 
 
 def backends(mesh, names):
@@ -86,7 +120,7 @@ def no_tokens(mesh, names):
     """Ranks without tokens, with padding alone, and whose experts nobody wants."""
     found = {}
     rank, size = dist.get_rank(), dist.get_world_size()
-    for backend in names:
+    for backend, form in [*((name, "choices") for name in names), *((names[0], form) for form in FORMS)]:
         for case in ("all to one rank", "a rank without tokens", "a rank of padding", "no tokens anywhere"):
             moe = layer("forced" if case == "all to one rank" else "topk", torch.float32, backend)
             tokens = 0 if case == "no tokens anywhere" or (case == "a rank without tokens" and rank == 1) else 6
@@ -95,7 +129,7 @@ def no_tokens(mesh, names):
             if case == "a rank of padding" and rank == size - 1:
                 known["mask"] = torch.zeros(tokens, dtype=torch.bool)
             moe, copied = twins(moe.eval())
-            parallel.shard_experts(moe, mesh)
+            parallel.shard_experts(moe, mesh, dispatch=form)
             results = []
             for one in (moe, copied):
                 given = x.clone().requires_grad_()
@@ -105,7 +139,7 @@ def no_tokens(mesh, names):
             missing = [name for name, p in moe.experts.named_parameters() if p.grad is None]
             parallel.average_gradients(moe, mesh)
             gap = max(difference(*results), difference(gradients(moe), gradients(copied, averaged=True)))
-            found[f"{backend}, {case}"] = (gap, missing)
+            found[f"{backend}, {form}, {case}"] = (gap, missing)
     return found
 
 
@@ -218,10 +252,16 @@ def checkpointing(mesh):
 class _Exchanges(TorchDispatchMode):
     """Counts the all-to-alls that reach the processes, so none that a policy of checkpointing has kept."""
 
-    done = 0
+    done = rows = 0
+    """Of rows, those of the first exchange of floating point after the others began."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.done += func is torch.ops._c10d_functional.all_to_all_single.default
+        operators = torch.ops._c10d_functional
+        brought = {operators.all_to_all_single.default, operators.all_gather_into_tensor.default}
+        if func in brought | {operators.reduce_scatter_tensor.default}:
+            self.done += 1
+            if func in brought and args[0].is_floating_point() and not self.rows:
+                self.rows = len(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -360,7 +400,8 @@ QUICK = dict.fromkeys(
     ),
     (),
 ) | {
-    "every_router": ((True,),), "layouts": ((3,),), "backends": (QUICK_BACKENDS,), "no_tokens": (QUICK_BACKENDS,),
+    "every_router": ((True,),), "forms": (("topk", "expert_choice", "soft"),), "layouts": ((3,),),
+    "backends": (QUICK_BACKENDS,), "no_tokens": (QUICK_BACKENDS,),
 }  # fmt: skip
 
 
@@ -369,6 +410,12 @@ def _holds(results):
     for found in results:
         for name, gap in found["every_router"].items():
             assert gap < 1e-12, (name, gap)
+        gaps, moved = found["forms"]
+        for name, gap in gaps.items():
+            assert gap < 1e-12, (name, gap)
+        for form, (forward, backward, rows, expected) in moved.items():
+            assert (forward, backward) == ((3, 2) if form == "choices" else (4, 3)), form
+            assert rows == expected, (form, rows, expected)
         for name, (error, without) in found["backends"].items():
             assert error <= max(2e-6, 2 * without), (name, error, without)
         for name, (gap, missing) in found["no_tokens"].items():
@@ -382,7 +429,7 @@ def _holds(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("size, expert_parallel", [(2, 1), (4, 1), (4, 2), (4, 4)])
 def test_four_ranks_in_every_layout(size, expert_parallel):
-    cases = {"every_router": (), "layouts": (), "checkpointing": (), "second_derivatives": ()}
+    cases = {"every_router": (), "forms": (), "layouts": (), "checkpointing": (), "second_derivatives": ()}
     found = _cases(expert_parallel, cases | {"backends": (QUICK_BACKENDS,), "no_tokens": (QUICK_BACKENDS,)}, size)
     _holds(found)
     for one in found:
@@ -407,6 +454,19 @@ def test_broken_forms_are_noticed():
     results = _cases(2, {"mutants": ()})
     for mutant in ("not divided", "divided twice", "weights twice", "counts of one rank"):
         assert max(found["mutants"][mutant] for found in results) > 1e-6, mutant
+
+
+@pytest.mark.parametrize(
+    "top_k, ranks, form",
+    [(1, 2, "choices"), (3, 64, "choices"), (4, 2, "all"), (8, 2, "all"), (8, 8, "ranks"), (4, 64, "ranks")],
+)
+def test_the_form_goes_by_how_many_ranks_a_token_needs(top_k, ranks, form):
+    assert dispatch.choose_form(top_k, 256, ranks, "nccl")[0] == form
+    assert dispatch.choose_form(top_k, 256, ranks, "gloo")[0] == ("ranks" if form == "all" else form)
+    sent = {name: dispatch.rows_sent(name, top_k, 256, ranks) for name in ("choices", "ranks", "all")}
+    assert sent["ranks"] <= min(sent["choices"], sent["all"])
+    if form == "all":
+        assert sent["all"] <= sent["ranks"] / 0.9 + 1e-9
 
 
 @pytest.mark.parametrize("stable", [True, False])
@@ -468,6 +528,7 @@ def inference_takes_batches_of_any_size(results):
         assert gap < 2e-6 and same and local == 0.5
         first = rank * EXPERTS // 2
         assert f"experts {first} to {first + EXPERTS // 2 - 1} of {EXPERTS} are on this rank" in explained
+        assert "sends a row for each expert that a token takes (for a token takes 3, fewer than 4)" in explained
 
 
 MISTAKES = [

@@ -213,6 +213,7 @@ def bench_of(ranks, latency, bandwidth):
     for number in range(4):
         shape = {"tokens": 64 * random.randint(1, 64), "dim": 8 * random.randint(1, 64), "top_k": random.randint(1, 8)}
         sent = 4 * shape["tokens"] / ranks * shape["top_k"] * (1 - 1 / ranks) * shape["dim"] * 4 / 2**20
+        shape["bytes_sent"] = sent * 2**20
         plain = random.uniform(10, 100)
         times = {"data parallel": plain, "expert parallel": plain + 4 * latency + sent / bandwidth}
         cases.append({"name": f"S{number}", **shape, "results": {name: {"ms": ms} for name, ms in times.items()}})

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from shunter.simulate.volumes import elements, exchanges, rows_between_nodes, rows_leaving, rows_to_ranks
+from shunter.ranks import rows_to_ranks
+from shunter.simulate.volumes import elements, exchanges, rows_between_nodes, rows_leaving
 
 from ..helpers import deviation
 

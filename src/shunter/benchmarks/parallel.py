@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..environment import described, machine, versions
 from ..experts import Experts
 from ..parallel import mesh as make_mesh
-from ..parallel.dispatch import Dispatch
+from ..parallel.dispatch import Dispatch, choose_form, rows_sent
 from ..parallel.experts import ShardedExperts
 from ..routing import Routing
 from .experts import SHAPES, Shape, _Case
@@ -107,7 +107,7 @@ def _transformers(case: _Case, mesh: Any) -> _Contestant:
 
 def _contestants(case: _Case, mesh: Any) -> dict[str, _Contestant]:
     whole = _whole(case)
-    sharded = ShardedExperts(whole, mesh)
+    sharded = ShardedExperts(whole, mesh, top_k=case.shape.top_k)
     return {
         PLAIN: _Contestant(_by(whole), list(whole.parameters())),
         REDUCED: _Contestant(_by(whole), list(whole.parameters()), reduce=True),
@@ -164,7 +164,7 @@ def _dispatch_seconds(experts: ShardedExperts, rounds: int) -> float:
     times = []
     for _ in range(10 * rounds):
         start = time.perf_counter()
-        dispatch = Dispatch.of(x, routing, experts.sender)
+        dispatch = Dispatch(x, routing, experts.sender)
         dispatch.combined(dispatch.rows(x))
         times.append(time.perf_counter() - start)
     return statistics.median(times)
@@ -204,7 +204,10 @@ def _on_rank(rank: int, size: int, port: int, shapes: dict[str, Shape], rounds: 
         reduced, sharded = rows[REDUCED]["ms"], rows[SHARDED]["ms"]
         entry = {"name": name, **asdict(shape), "results": rows, "of_reduced": sharded / reduced}
         entry["peer"] = rows[PEER]["ms"] / sharded
-        entry["bytes_sent"] = 4 * shape.tokens // size * shape.top_k * shape.dim * (size - 1) // size * 4
+        form, _ = choose_form(shape.top_k, shape.experts, size)
+        entry["dispatch"] = form
+        leaving = shape.tokens // size * rows_sent(form, shape.top_k, shape.experts, size)
+        entry["bytes_sent"] = round(4 * leaving * shape.dim * 4)
         found["cases"].append(entry)
     small = ShardedExperts(Experts(8, 64, 64), alone)
     found["dispatch_ms"] = _dispatch_seconds(small, rounds) * 1e3
@@ -289,7 +292,9 @@ def markdown(found: dict[str, Any]) -> str:
         for key, row in case["results"].items():
             state = row["state_bytes"] / 2**20
             lines.append(f"| {key} | {row['ms']:.1f} | {row['ratio']:.2f} | {state:.1f} | {row['error']:.1e} |")
-        lines += ["", f"Rows sent by a rank: {case['bytes_sent'] / 2**20:.1f} MiB."]
+        forms = {"choices": "a row for each choice", "ranks": "a row once to a rank", "all": "every row to every rank"}
+        sent = f"{case['bytes_sent'] / 2**20:.1f} MiB, {forms[case.get('dispatch', 'choices')]}"
+        lines += ["", f"Rows sent by a rank: {sent}."]
         own, limit = case["results"][SHARDED]["ratio"], TARGETS.get(case["name"])
         if limit is not None:
             lines[-1] += (

@@ -1,4 +1,4 @@
-"""Rows to other ranks and back: one all-to-all, whose gradient is the one the other way."""
+"""Rows to other ranks and back: an all-to-all, whose gradient is the one the other way; or all rows to all ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed import _functional_collectives as functional
 
 from .watch import at, named_errors
 
-__all__ = ["exchange", "exchange_numbers"]
+__all__ = ["exchange", "exchange_numbers", "exchange_weights", "gather", "scatter"]
 
 
 def exchange(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str) -> Tensor:
@@ -42,6 +42,29 @@ def exchange_numbers(numbers: Tensor, group: dist.ProcessGroup, place: str) -> T
     return _all_to_all(numbers, [1] * numbers.shape[0], [1] * numbers.shape[0], group, place)
 
 
+def exchange_weights(
+    weight: Tensor, number: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str
+) -> tuple[Tensor, Tensor]:
+    """Weights (N,) and a number (N,) int64 beside each, to other ranks in one exchange: (R,) and (R,).
+
+    Differentiable in the weights. The other arguments, and what is raised, are those of `exchange`.
+    """
+    weights, numbers = _Weights.apply(weight, number, send, recv, group, place)
+    return weights, numbers
+
+
+def gather(rows: Tensor, group: dist.ProcessGroup, place: str) -> Tensor:
+    """The rows (P T, …) of all ranks, of which each has as many, (T, …); the gradient is their sum, `scatter`."""
+    out: Tensor = _Gather.apply(rows, group, place)
+    return out
+
+
+def scatter(rows: Tensor, group: dist.ProcessGroup, place: str) -> Tensor:
+    """The sum over the ranks of their rows (P T, …), of which each keeps its part, (T, …); the gradient is `gather`."""
+    out: Tensor = _Scatter.apply(rows, group, place)
+    return out
+
+
 def _all_to_all(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str) -> Tensor:
     at(place)
     with named_errors():
@@ -62,3 +85,52 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return _Exchange.apply(grads[0], *ctx.how), None, None, None, None
+
+
+class _Weights(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, number: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str
+    ) -> tuple[Tensor, Tensor]:
+        ctx.how = recv, send, group, f"the backward of {place}"
+        both = torch.stack([number, weight.double().view(torch.int64)], 1)
+        came = _all_to_all(both, send, recv, group, place)
+        numbers = came[:, 0].contiguous()
+        ctx.mark_non_differentiable(numbers)
+        return came[:, 1].contiguous().view(torch.float64).to(weight.dtype), numbers
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Exchange.apply(grads[0], *ctx.how), None, None, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, place: str) -> Tensor:
+        ctx.how = group, f"the backward of {place}"
+        at(place)
+        with named_errors():
+            size = dist.get_world_size(group)
+            return functional.wait_tensor(
+                torch.ops._c10d_functional.all_gather_into_tensor(rows.contiguous(), size, group.group_name)
+            )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Scatter.apply(grads[0], *ctx.how), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, place: str) -> Tensor:
+        ctx.how = group, f"the backward of {place}"
+        at(place)
+        with named_errors():
+            size = dist.get_world_size(group)
+            return functional.wait_tensor(
+                torch.ops._c10d_functional.reduce_scatter_tensor(rows.contiguous(), "sum", size, group.group_name)
+            )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Gather.apply(grads[0], *ctx.how), None, None

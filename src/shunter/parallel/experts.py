@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from ..experts import Experts, Weights, choose
 from ..moe import MoE
 from ..routing import Routing
 from . import watch
-from .dispatch import Dispatch, Sender
+from .dispatch import DISPATCHES, FORMS, Form, Sender, choose_form, rows_sent
 
 __all__ = ["ShardedExperts", "shard_experts"]
 
@@ -45,17 +45,28 @@ class ShardedExperts(Experts):
         experts: whose parameters, equal on every rank, are cut.
         mesh: with a dimension "ep".
         layer, name: of the layer in its model.
+        top_k: how many experts a token takes in the mean.
+        dispatch: in which form rows travel, one of `FORMS`; "auto" goes by top_k and P.
 
     Attributes:
         size: P.
 
     Raises:
         UserError: where P does not divide E.
+        ValueError: for another form.
 
     Source: Lepikhin et al. 2020 (GShard), section 3.3: experts sharded, tokens exchanged by all-to-all.
     """
 
-    def __init__(self, experts: Experts, mesh: DeviceMesh, layer: int = 0, name: str = "the layer") -> None:
+    def __init__(
+        self,
+        experts: Experts,
+        mesh: DeviceMesh,
+        layer: int = 0,
+        name: str = "the layer",
+        top_k: float = 1.0,
+        dispatch: Form | Literal["auto"] = "auto",
+    ) -> None:
         nn.Module.__init__(self)
         part = mesh["ep"]
         self.size, self.place = part.size(), part.get_local_rank()
@@ -68,6 +79,12 @@ class ShardedExperts(Experts):
             setattr(self, attribute, getattr(experts, attribute))
         self.gated, self.up_name = experts.gated, experts.up_name
         self.sender = Sender(layer, name, part.get_group())
+        if dispatch not in ("auto", *FORMS):
+            raise ValueError(f"dispatch {dispatch!r} is unknown; choose auto, {', '.join(FORMS)}")
+        self.top_k = top_k
+        backend = dist.get_backend(part.get_group())
+        form, why = choose_form(top_k, self.num_experts, self.size, backend)
+        self.form, self.why = (form, why) if dispatch == "auto" else (dispatch, "you asked for it")
         e = experts.num_experts // self.size
         for key in (self.up_name, "down_proj", f"{self.up_name}_bias", "down_proj_bias"):
             whole = getattr(experts, key)
@@ -112,12 +129,14 @@ class ShardedExperts(Experts):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """As `Experts`, in three exchanges (counts, rows, outputs), and two in the backward.
 
+        Where a row does not travel for each choice there is one more each way, of the weights.
+
         Raises:
             ValueError: as `Experts`.
             LostRank: where a rank does not come within the timeout, or is in another forward.
         """
         x, weights = self.checked(x, routing)
-        dispatch = Dispatch.of(x, routing, self.sender)
+        dispatch = DISPATCHES[self.form](x, routing, self.sender)
         y = self.compute(dispatch.rows(x), weights, dispatch.local)
         return dispatch.combined(y)
 
@@ -132,15 +151,21 @@ class ShardedExperts(Experts):
         assert up is not None and down is not None
         probe = torch.empty(num_tokens, self.dim, dtype=of.dtype, device=of.device)
         backend, why = choose(self.backend, probe, Weights(up, down, up_bias, down_bias, self.activation))
-        sent = num_tokens * self.dim * of.dtype.itemsize * (self.size - 1) / self.size
+        rows = num_tokens * rows_sent(self.form, self.top_k, self.num_experts, self.size)
+        how = {
+            "choices": "a row for each expert that a token takes",
+            "ranks": "a row once to each rank that has some of its token's experts",
+            "all": "every row to every rank",
+        }[self.form]
         return (
             f"Expert parallel: experts {self.place * e} to {self.place * e + e - 1} of {self.num_experts} are on this "
-            f"rank, {self.place} of {self.size}; an exchange sends {sent / 2**20:.3g} MiB for each expert that a token "
-            f"takes. Backend {backend.name}: {backend.summary}; chosen because {why}."
+            f"rank, {self.place} of {self.size}; an exchange sends {how} (for {self.why}), "
+            f"{rows * self.dim * of.dtype.itemsize / 2**20:.3g} MiB. Backend {backend.name}: "
+            f"{backend.summary}; chosen because {why}."
         )
 
 
-def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dispatch: Form | Literal["auto"] = "auto") -> nn.Module:
     """Leave each rank its part of the experts of every `MoE` layer of a model, in place.
 
     The rest of the model stays whole on every rank, and each rank has a batch of its own: enough for inference, and for
@@ -149,6 +174,9 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Args:
         model: with equal parameters on every rank.
         mesh: of `parallel.mesh`.
+        dispatch: what travels: "choices", a row for each expert that a token takes; "ranks", one for each rank that has
+            some of them; "all", every row to every rank. "auto": choices below 4 experts a token, else ranks, or, but
+            by gloo, all where a token's experts are on nearly every rank. `layer.explain()` says which and why.
 
     Returns:
         The same model.
@@ -168,7 +196,9 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             raise UserError(f"{name or 'the layer'}: its experts are {kind}, which cannot be sharded; only Experts can")
     same_on_all_ranks(model)
     made = [
-        ShardedExperts(layer.experts, mesh, number, name or "the layer")
+        ShardedExperts(
+            layer.experts, mesh, number, name or "the layer", layer.decider.experts_per_token, dispatch=dispatch
+        )
         for number, (name, layer) in enumerate(layers)
         if isinstance(layer.experts, Experts)
     ]

@@ -179,7 +179,11 @@ def checkpoint_policy() -> Any:
 
     What they brought is kept, so that a layer has its two exchanges of the backward and no more.
     """
-    kept = {torch.ops._c10d_functional.all_to_all_single.default, torch.ops._c10d_functional.wait_tensor.default}
+    operators = torch.ops._c10d_functional
+    kept = {
+        operators.all_to_all_single.default, operators.all_gather_into_tensor.default,
+        operators.reduce_scatter_tensor.default, operators.wait_tensor.default,
+    }  # fmt: skip
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE

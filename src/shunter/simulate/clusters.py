@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UserError
+from ..ranks import rows_to_ranks
 from .files import described, read
-from .volumes import rows_between_nodes, rows_leaving, rows_to_ranks
+from .volumes import rows_between_nodes, rows_leaving
 
 __all__ = ["Bound", "Cluster", "Form", "Range", "load_cluster"]
 

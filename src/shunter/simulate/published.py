@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..ranks import rows_to_ranks
 from .clusters import Cluster, load_cluster
 from .shapes import ModelShape, load_model
 from .step import Job, Layout, predict
-from .volumes import exchanges, rows_between_nodes, rows_leaving, rows_to_ranks
+from .volumes import exchanges, rows_between_nodes
 
 __all__ = ["TOLERANCE", "Row", "check", "layers_of_bench"]
 
@@ -206,9 +207,7 @@ def layers_of_bench(found: dict[str, Any]) -> list[Row]:
 
     ranks, cases = found["processes"], found["cases"]
     count = sum(exchanges())
-    sent = [
-        count * rows_leaving(case["tokens"] / ranks, case["top_k"], ranks) * case["dim"] * 4 / 2**20 for case in cases
-    ]
+    sent = [case["bytes_sent"] / 2**20 for case in cases]
     plain = [case["results"]["data parallel"]["ms"] for case in cases]
     measured = [case["results"]["expert parallel"]["ms"] for case in cases]
     rows = []

@@ -5,9 +5,9 @@ Sizes: T tokens of a rank, d their width, k experts a token, P ranks that hold d
 
 from __future__ import annotations
 
-import math
+from ..ranks import rows_to_ranks
 
-__all__ = ["elements", "exchanges", "rows_between_nodes", "rows_leaving", "rows_to_ranks"]
+__all__ = ["elements", "exchanges", "rows_between_nodes", "rows_leaving"]
 
 
 def exchanges(shuffle: bool = False) -> tuple[int, int]:
@@ -29,24 +29,6 @@ def elements(tokens: int, dim: int, top_k: float = 1, capacity_factor: float | N
 def rows_leaving(tokens: float, top_k: float, ranks: int, capacity_factor: float | None = None) -> float:
     """Rows that a rank sends to others in one exchange, a row for each choice: F T k (1 - 1/P)."""
     return (capacity_factor or 1) * tokens * top_k * (1 - 1 / ranks)
-
-
-def rows_to_ranks(top_k: int, experts: int, ranks: int, eligible: int | None = None) -> float:
-    """How many different ranks the k different choices of a token are on, in the mean, where all are equally likely.
-
-    n (1 - p), where p is the chance that no choice is among the E / P experts of a rank: drawn without repetition from
-    those of n ranks.
-
-    Args:
-        top_k: k.
-        experts: E, which the ranks hold in equal parts.
-        ranks: P.
-        eligible: n, how many ranks the token may choose from; None: all.
-    """
-    n = min(ranks, eligible or ranks)
-    held = experts / ranks
-    missed = math.prod(max(0.0, 1 - held / (n * held - i)) for i in range(min(top_k, math.ceil(n * held))))
-    return n * (1 - missed)
 
 
 def rows_between_nodes(top_k: int, experts: int, nodes: int, limit: int = 0) -> float:
