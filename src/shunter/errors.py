@@ -31,7 +31,13 @@ class NotWritten(OSError):
 
 
 class LostRank(RuntimeError):
-    """Processes that work together could not: one line that names the ranks that are gone, stopped or elsewhere."""
+    """Processes that work together could not: one line that names the ranks that are gone, stopped or elsewhere.
+
+    Attributes:
+        status: the exit status of a process that has lost others (EX_TEMPFAIL: to try again may help).
+    """
+
+    status = 75
 
 
 class Diverged(Exception):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from shunter.parallel.processes import launch
 from tests.helpers import TIME_LIMIT
 from tests.recipes.conftest import SMALL
 
@@ -89,6 +90,51 @@ def test_a_killed_process_is_named_and_the_run_goes_on(corpus, tmp_path):
     assert status == 0, said
     assert _train(corpus, tmp_path / "whole", *TWO, steps=steps)[0] == 0
     assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_restarts_all_from_the_newest_checkpoint(corpus, tmp_path, lost):
+    steps, more = 60, ["parallel.restarts=1", "parallel.timeout=15"]
+    process = _train(corpus, tmp_path / "run", *TWO, *more, steps=steps, wait=False)
+    end = time.monotonic() + TIME_LIMIT
+    folder = tmp_path / "run" / "checkpoints" / "sparse"
+    while time.monotonic() < end and not list(folder.glob("checkpoint-*")) and process.poll() is None:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(max(map(int, children.stdout.split())), lost)
+    said = process.communicate(timeout=TIME_LIMIT)[1]
+    assert process.returncode == 0, said
+    assert said.count("starting again, 1 of 1 times") == 1, said
+    assert _train(corpus, tmp_path / "whole", *TWO, steps=steps)[0] == 0
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    for name in ("dense", "sparse"):
+        one, other = (tmp_path / run / name / "model.safetensors" for run in ("run", "whole"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+if os.environ["RANK"] == "1":
+    marks = len(list(Path(sys.argv[1]).iterdir()))
+    Path(sys.argv[1], str(marks)).touch()
+    if marks < int(sys.argv[2]):
+        sys.exit(75) if sys.argv[3] == "told" else os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("way, deaths, restarts, status", [("told", 2, 1, 1), ("killed", 1, 2, 0), ("told", 0, 1, 2)])
+def test_the_launcher_starts_again_as_often_as_it_may(tmp_path, way, deaths, restarts, status, capfd):
+    """Where a process is lost; other errors, as of exit status 2, start nothing again."""
+    ends = "0" if deaths else "2"
+    assert (
+        launch(2, lambda: ["-c", DIES, str(tmp_path), str(deaths), way, ends], timeout=5, restarts=restarts) == status
+    )
+    starts = min(deaths, restarts) + 1
+    assert len(list(tmp_path.iterdir())) == starts
+    assert capfd.readouterr().err.count("starting again") == starts - 1
 
 
 @pytest.mark.slow

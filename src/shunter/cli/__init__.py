@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (Diverged, LostRank, NotWritten) as error:
         print(f"shunter {args.name}: {_said(error, args.name)}", file=sys.stderr)
-        return 1
+        return error.status if isinstance(error, LostRank) and "RANK" in os.environ else 1
     except (ValueError, OSError) as error:
         print(f"shunter {args.name}: {_said(error, args.name)}", file=sys.stderr)
         if isinstance(error, OSError) and why_not_written(error, NO_ROOM):

@@ -115,6 +115,7 @@ def _sources(args: argparse.Namespace) -> list[str]:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from ..durable import sealed
     from ..parallel.processes import launch
     from ..ranks import is_first_rank
     from ..recipes.config import load_config
@@ -136,7 +137,13 @@ def _train(args: argparse.Namespace) -> int:
     processes = config.parallel.processes or 1
     if processes > 1 and "RANK" not in os.environ:
         check_processes(recipe, config, processes)
-        return launch(processes, ["-m", "shunter", *sys.argv[1:]], timeout=config.parallel.timeout)
+        again = ["train", args.recipe, "--resume", "--run", str(args.run), *(["--json"] if args.json else [])]
+        other = sealed(args.run)  # a run from before, which will be refused or is to be resumed
+
+        def command() -> list[str]:
+            return ["-m", "shunter", *(again if sealed(args.run) and not other else sys.argv[1:])]
+
+        return launch(processes, command, timeout=config.parallel.timeout, restarts=config.parallel.restarts)
     summary = train(recipe, config, args.run, resume=args.resume, as_json=args.json)
     if not args.json and is_first_rank():
         dense, sparse = summary["dense"], summary["sparse"]

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -73,17 +74,37 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def launch(processes: int, arguments: list[str], *, timeout: float = TIMEOUT) -> int:
-    """Run Python with these arguments in several processes of this machine, as torchrun would; returns an exit status.
+def launch(processes: int, command: Callable[[], list[str]], *, timeout: float = TIMEOUT, restarts: int = 0) -> int:
+    """Run Python in several processes of this machine, as torchrun would; returns an exit status.
+
+    Where a process is lost all end, and all start again.
 
     Args:
         processes: how many.
-        arguments: of Python.
-        timeout: seconds that they may take to end after Ctrl-C, to write a checkpoint; they are killed then.
+        command: gives the arguments of Python, each time they start.
+        timeout: seconds that they may take to end, after Ctrl-C to write a checkpoint; they are killed then.
+        restarts: how often they start again at most.
 
     Raises:
         LostRank: naming the first process that ended otherwise than by an error that it has told itself.
     """
+    done = 0
+    while True:
+        try:
+            status, why = _run(processes, command(), timeout), "a process was lost"
+        except LostRank as lost:
+            if done == restarts:
+                raise
+            status, why = LostRank.status, str(lost)
+        if status != LostRank.status:
+            return status
+        if done == restarts:
+            return 1
+        done += 1
+        print(f"{why}; starting again, {done} of {restarts} times", file=sys.stderr, flush=True)
+
+
+def _run(processes: int, arguments: list[str], timeout: float) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
