@@ -343,10 +343,18 @@ class MoE(RoutedLayer):
             TypeError: for a name that is not a field of `Context`.
         """
         tokens, logits, routing, context = self.route(x, known)
+        shared: list[Tensor] = []
+        if self.shared_experts is not None and self.experts.waits:
+            self.experts.meanwhile = lambda: shared.append(self._shared(tokens))
         out = self.decider.compute(tokens, logits, routing, context, self.experts)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens, _everyone(tokens))
+            out = out + (shared.pop() if shared else self._shared(tokens))
         return self.finish(self.dropout(out).reshape(x.shape), tokens, logits, routing, context)
+
+    def _shared(self, tokens: Tensor) -> Tensor:
+        assert self.shared_experts is not None
+        out: Tensor = self.shared_experts(tokens, _everyone(tokens))
+        return out
 
     @torch.no_grad()
     def init_as_in_paper(self) -> None:

@@ -91,6 +91,54 @@ def forms(mesh, names=("topk", "expert_choice", "gshard", "top_p", "relu", "null
     return found, moved
 
 
+def overlap(mesh):
+    """Shared experts during the exchange: the order of things, and how far it is from one after another."""
+    moe, serial = twins(layer("topk", num_shared_experts=2).train())
+    alone = copy.deepcopy(moe)
+    for one in (moe, serial):
+        parallel.shard_experts(one, mesh)
+    serial.experts.waits = False
+    log = []
+
+    def noting(name, function):
+        def noted(*args):
+            log.append(name)
+            return function(*args)
+
+        return noted
+
+    own = {name: getattr(exchange, name) for name in ("_start", "_wait")}
+    x = _of_this_rank(lambda: torch.randn(2, 9, DIM, dtype=torch.float64))
+    try:
+        for name, function in own.items():
+            setattr(exchange, name, noting(name, function))
+        moe.shared_experts.register_forward_hook(lambda *_: log.append("shared"))
+        moe.shared_experts.register_full_backward_hook(lambda *_: log.append("back through shared"))
+        found = _run(moe, x, {})
+    finally:
+        for name, function in own.items():
+            setattr(exchange, name, function)
+    order = [*log]
+    expected, whole_one = _run(serial, x, {}), _run(alone, x, {})
+    own_grads, serial_grads = gradients(moe), gradients(serial)
+    parallel.average_gradients(moe, mesh)
+    right = max(difference(found, whole_one), difference(gradients(moe), gradients(alone, averaged=True)))
+    (one,) = torch.autograd.grad(_penalty(moe, x), moe.router.weight)
+    (other,) = torch.autograd.grad(_penalty(alone, x), alone.router.weight)
+    dist.all_reduce(one)
+    dist.all_reduce(other)
+    twice = float((one - other).abs().max() / other.abs().max())
+    equal = difference(found, expected), difference(own_grads, serial_grads)
+    return order, max(equal), right, twice
+
+
+def _penalty(moe, x):
+    """A penalty on a gradient of the layer."""
+    given = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(moe(given).square().mean(), given, create_graph=True)
+    return gradient.square().mean()
+
+
 def backends(mesh, names):
     found = {}
     for backend in names:
@@ -396,7 +444,7 @@ def _cases(expert_parallel, names, size=2):
 
 QUICK = dict.fromkeys(
     (
-        "checkpointing", "second_derivatives", "precision", "autocast", "inference", "refusals",
+        "checkpointing", "second_derivatives", "precision", "autocast", "inference", "refusals", "overlap",
     ),
     (),
 ) | {
@@ -531,6 +579,15 @@ def inference_takes_batches_of_any_size(results):
         assert "sends a row for each expert that a token takes (for a token takes 3, fewer than 4)" in explained
 
 
+def shared_experts_run_while_rows_are_under_way(results):
+    for log, gap, wrong, twice in (found["overlap"] for found in results):
+        assert gap == 0, "bit-equal to one after another"
+        assert max(wrong, twice) < 1e-12
+        exchange = ["_start", "_wait"]  # of the counts, of the outputs back and their gradients
+        during = ["_start", "shared", "_wait"], ["_start", "back through shared", "_wait"]
+        assert log == [*exchange, *during[0], *exchange, *exchange, *during[1]]
+
+
 MISTAKES = [
     ("experts", "5 experts, which 2 ranks cannot hold"),
     ("world", "2 processes cannot share experts in groups of 3"),
@@ -555,6 +612,7 @@ CHECKS = (
     _holds, exchanges_are_as_counted, penalties_on_gradients_are_right,
     routers_decide_in_float32_under_mixed_precision, autocast_rounds_no_more_than_elsewhere,
     inference_takes_batches_of_any_size, mistakes_are_one_line_with_names,
+    shared_experts_run_while_rows_are_under_way,
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class RoutedExperts(nn.Module):
         activation: a key of `ACTIVATIONS`.
         bias: whether both projections have a bias.
         backend, recompute, dropout: with what `Experts` a saved model is loaded.
+        waits: whether a forward waits for others, and while it does calls `meanwhile`, once.
+        meanwhile: what the layer has to compute beside them, set before each forward of experts that wait.
     """
 
     num_experts: int
@@ -42,6 +44,8 @@ class RoutedExperts(nn.Module):
     backend: str = "auto"
     recompute: bool = False
     dropout: float = 0.0
+    waits: bool = False
+    meanwhile: Callable[[], object] | None = None
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Sum over each token's experts of weight times expert output: x (T, d) -> (T, d)."""

@@ -7,6 +7,7 @@ router's gradient needs no exchange of its own. Tokens of many experts travel on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,10 +116,10 @@ class Dispatch:
     def _local(self, x: Tensor, routing: Routing, counts: Tensor) -> Routing:
         return received(counts, torch.promote_types(x.dtype, torch.float32))
 
-    def rows(self, x: Tensor) -> Tensor:
-        """The rows (R, d) that this rank's experts compute, of all ranks' tokens x (T, d)."""
+    def rows(self, x: Tensor, meanwhile: Callable[[], object] | None = None) -> Tensor:
+        """The rows (R, d) that this rank's experts compute, of all ranks' tokens x (T, d); what is done meanwhile."""
         place = f"the dispatch of {self.sender.name}"
-        return exchange(rows_of(x, self.routing), self.send, self.recv, self.sender.group, place)
+        return exchange(rows_of(x, self.routing), self.send, self.recv, self.sender.group, place, meanwhile)
 
     def combined(self, y: Tensor) -> Tensor:
         """The outputs (T, d) of this rank's tokens, of all ranks' rows y (R, d)."""
@@ -175,7 +176,7 @@ class ToAll(ByRanks):
         self.recv = [max(self.recv)] * self.size  # ranks with fewer tokens send blank ones too
         return super()._local(x, routing, counts)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def rows(self, x: Tensor, meanwhile: Callable[[], object] | None = None) -> Tensor:
         padded = F.pad(x, (0, 0, 0, self.recv[0] - x.shape[0]))
         return gather(padded, self.sender.group, f"the dispatch of {self.sender.name}")
 

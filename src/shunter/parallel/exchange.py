@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from .watch import at, named_errors
 __all__ = ["exchange", "exchange_numbers", "exchange_weights", "gather", "scatter"]
 
 
-def exchange(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str) -> Tensor:
+def exchange(
+    rows: Tensor,
+    send: list[int],
+    recv: list[int],
+    group: dist.ProcessGroup,
+    place: str,
+    meanwhile: Callable[[], object] | None = None,
+) -> Tensor:
     """The rows that the ranks of a group send this one, in the order of the ranks; differentiable, twice too.
 
     Args:
@@ -23,6 +31,8 @@ def exchange(rows: Tensor, send: list[int], recv: list[int], group: dist.Process
         recv: how many come from each; what each of them has in `send` for this one.
         group: the ranks.
         place: what is exchanged, for errors.
+        meanwhile: what to do while they are under way. In the backward, the backward of what it did comes between the
+            start of the exchange back and the wait for it.
 
     Returns:
         (R, …), R the sum of recv.
@@ -33,8 +43,14 @@ def exchange(rows: Tensor, send: list[int], recv: list[int], group: dist.Process
     """
     if sum(send) != rows.shape[0]:
         raise ValueError(f"exchange: {rows.shape[0]} rows, and send sums to {sum(send)}")
-    out: Tensor = _Exchange.apply(rows, send, recv, group, place)
-    return out
+    if meanwhile is None:
+        out: Tensor = _Exchange.apply(rows, send, recv, group, place)
+        return out
+    back = _Back()
+    under_way = _Start.apply(rows, back, send, recv, group, place)
+    meanwhile()
+    arrived: Tensor = _Finish.apply(under_way, back, send, recv, group, place)
+    return arrived
 
 
 def exchange_numbers(numbers: Tensor, group: dist.ProcessGroup, place: str) -> Tensor:
@@ -66,12 +82,20 @@ def scatter(rows: Tensor, group: dist.ProcessGroup, place: str) -> Tensor:
 
 
 def _all_to_all(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str) -> Tensor:
+    return _wait(_start(rows, send, recv, group, place))
+
+
+def _start(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str) -> Tensor:
     at(place)
     with named_errors():
         # The functional form: a policy of activation checkpointing can keep its result, and waits for it.
-        return functional.wait_tensor(
-            torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), recv, send, group.group_name)
-        )
+        started: Tensor = torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), recv, send, group.group_name)
+    return started
+
+
+def _wait(started: Tensor) -> Tensor:
+    with named_errors():
+        return functional.wait_tensor(started)
 
 
 class _Exchange(torch.autograd.Function):
@@ -85,6 +109,53 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return _Exchange.apply(grads[0], *ctx.how), None, None, None, None
+
+
+class _Back:
+    """The gradients that are on their way back, from the start of that exchange to the wait for it."""
+
+    grads: Tensor | None = None
+    sent: Tensor | None = None
+
+
+class _Start(torch.autograd.Function):
+    """Rows that set out: what comes out is not filled yet."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, back: _Back, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str
+    ) -> Tensor:
+        ctx.back = back
+        return _start(rows, send, recv, group, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        back = ctx.back
+        assert back.grads is not None
+        arrived, back.grads = back.grads, None
+        if back.sent is not None:
+            arrived, back.sent = _wait(arrived), None
+        return arrived, None, None, None, None, None
+
+
+class _Finish(torch.autograd.Function):
+    """Rows that arrive. The gradient that it hands on has their shape alone; the true one is on its way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, back: _Back, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str
+    ) -> Tensor:
+        ctx.back, ctx.how = back, (recv, send, group, f"the backward of {place}")
+        return _wait(rows).view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():  # whose own gradient is asked for: one exchange, in the graph
+            ctx.back.grads = _Exchange.apply(grads[0], *ctx.how)
+        else:
+            ctx.back.sent = grads[0].contiguous()
+            ctx.back.grads = _start(ctx.back.sent, *ctx.how)
+        return grads[0], None, None, None, None, None
 
 
 class _Weights(torch.autograd.Function):

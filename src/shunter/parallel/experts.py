@@ -51,12 +51,16 @@ class ShardedExperts(Experts):
     Attributes:
         size: P.
 
+    While rows are under way the layer's shared experts run, in the backward too.
+
     Raises:
         UserError: where P does not divide E.
         ValueError: for another form.
 
     Source: Lepikhin et al. 2020 (GShard), section 3.3: experts sharded, tokens exchanged by all-to-all.
     """
+
+    waits = True
 
     def __init__(
         self,
@@ -137,7 +141,8 @@ class ShardedExperts(Experts):
         """
         x, weights = self.checked(x, routing)
         dispatch = DISPATCHES[self.form](x, routing, self.sender)
-        y = self.compute(dispatch.rows(x), weights, dispatch.local)
+        meanwhile, self.meanwhile = self.meanwhile, None
+        y = self.compute(dispatch.rows(x, meanwhile), weights, dispatch.local)
         return dispatch.combined(y)
 
     def explain(self, num_tokens: int) -> str:
