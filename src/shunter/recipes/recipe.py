@@ -62,13 +62,17 @@ class Recipe(ABC, Generic[C, D]):
     config: ClassVar[type[RunConfig]]
     """Its configuration's class."""
     words: ClassVar[Words]
-    """What its numbers are called."""
+    """What its numbers are called, unless `words_of` says otherwise of a configuration."""
     others: ClassVar[tuple[str, ...]] = ()
     """Further models of a run, that its exhibits compare with both; `build_other` makes them."""
     reader: ClassVar[str] = "reader"
     """The folder of a run with what reads its data, where `save_pretrained` of these writes something."""
     knows: ClassVar[tuple[str, ...]] = ("mask",)
     """The fields of `shunter.routers.Context` that its batches tell."""
+
+    def words_of(self, config: C) -> Words:
+        """What the numbers of a configuration's models are called."""
+        return self.words
 
     @abstractmethod
     def prepare(self, config: C) -> D:

@@ -237,7 +237,7 @@ def begin(
     def settle() -> tuple[str, str]:
         """Decide, read and try everything; the data's fingerprint, and the configuration's checksum."""
         if not resume:
-            _decide(recipe, run, texts)
+            _decide(recipe, config, run, texts)
         facts = _decided(run, texts)
         data: Prepared = recipe.prepare(config)
         fingerprint = facts.get("data", data.fingerprint)
@@ -323,7 +323,7 @@ def _facts(**facts: Any) -> dict[str, Any]:
     return {**facts, "versions": run_versions()}
 
 
-def _decide(recipe: Recipe[Any, Any], run: Path, texts: dict[str, str]) -> None:
+def _decide(recipe: Recipe[Any, Any], config: RunConfig, run: Path, texts: dict[str, str]) -> None:
     """Seal what a new run is to be.
 
     Raises:
@@ -334,7 +334,7 @@ def _decide(recipe: Recipe[Any, Any], run: Path, texts: dict[str, str]) -> None:
     (run / MANIFEST).unlink(missing_ok=True)
     for name, text in texts.items():
         write(run / name, text)
-    recipe.words.save(run)
+    recipe.words_of(config).save(run)
     seal(run, [*texts, "recipe.json"], **_facts())
 
 
@@ -458,7 +458,7 @@ def account(begun: Begun, name: str, costs: dict[str, float]) -> ModelSummary:
     found = cost(last.get("experts_per_token"))
     return ModelSummary(
         eval_loss=last["loss"],
-        shown={key: last[key] for key in recipe.words.shown},
+        shown={key: last[key] for key in recipe.words_of(config).shown},
         flops_per_token=found.flops_per_token,
         params_total=found.params_total,
         params_active=found.params_active,
