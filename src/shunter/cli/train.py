@@ -97,6 +97,7 @@ def add_verbs(verbs: Any) -> None:
     generate = verbs.add_parser("generate", help="continue a prompt with a run's model")
     generate.add_argument("run", type=Path)
     generate.add_argument("--prompt", default="In the beginning")
+    generate.add_argument("--language", help="of a run of translation: translate the prompt into it")
     generate.add_argument("--model", choices=["dense", "sparse"], default="sparse")
     generate.add_argument("--max-new-tokens", type=int, default=100)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
@@ -253,7 +254,11 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from ..recipes.text import generate
+    from ..recipes.translation import translate
 
+    if args.language is not None:
+        print(translate(args.run, args.model, args.prompt, args.language, args.memory))
+        return 0
     said = generate(args.run, args.model, args.prompt, args.max_new_tokens, args.temperature, args.seed, args.memory)
     print(said)
     return 0

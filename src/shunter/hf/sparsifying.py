@@ -39,6 +39,7 @@ def sparsify(
     *,
     every: int = 1,
     layers: Sequence[int] | None = None,
+    stack: str | None = None,
     hidden: int | None = None,
     init: str = "scratch",
     backend: str = "auto",
@@ -63,6 +64,7 @@ def sparsify(
         router: a registered name, or a registered class.
         every: sparsify every n-th block, the n-th first (2: the second, fourth, …).
         layers: sparsify these blocks of each stack instead, counted from 0.
+        stack: "encoder" or "decoder" of a model that has both sparsifies that one alone.
         hidden: f of one expert; default: the dense block's.
         init: "scratch" draws each expert from a normal distribution with the dense weights' standard deviation; "copy"
             makes each expert a copy of the dense block; "paper" begins as scratch, and goes on as the router's paper
@@ -106,7 +108,7 @@ def sparsify(
     if left:
         more = f", and {len(left) - 1} more" if left[1:] else ""
         warnings.warn(f"sparsify: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=2)
-    for block in choose_blocks(stacks, every, layers):
+    for block in choose_blocks(_in_stack(model, stacks, stack), every, layers):
         _must_be_here(block)
         _must_call_none(model, block)
         width = block.hidden if hidden is None else hidden
@@ -312,12 +314,33 @@ def choose_blocks(
     return [stack[i] for stack in stacks for i in layers]
 
 
-def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
-    """Whether the layer around a block attends causally: its attention says so, or the model generates with it."""
+def _in_stack(model: PreTrainedModel, stacks: list[list[FeedForward]], which: str | None) -> list[list[FeedForward]]:
+    """The stacks of blocks that are in the encoder or in the decoder of a model; None for all.
+
+    Raises:
+        UserError: for another name, and a model that has not both.
+    """
+    if which is None:
+        return stacks
+    if which not in ("encoder", "decoder"):
+        raise UserError(f"sparsify: stack {which!r} is unknown; choose encoder or decoder, or leave it out for both")
+    if not getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"sparsify: stack={which!r}, and {type(model).__name__} has no encoder beside a decoder")
+    inside = set((model.get_encoder() if which == "encoder" else model.get_decoder()).modules())
+    return [blocks for blocks in stacks if _layer_of(model, blocks[0]) in inside]
+
+
+def _layer_of(model: PreTrainedModel, block: FeedForward) -> nn.Module:
+    """The layer around a block."""
     parts = block.path.split(".")
     # The outermost number is the layer's: T5 numbers the parts of a layer too.
     number = next(i for i, part in enumerate(parts) if part.isdigit())
-    layer = model.get_submodule(".".join(parts[: number + 1]))
+    return model.get_submodule(".".join(parts[: number + 1]))
+
+
+def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
+    """Whether the layer around a block attends causally: its attention says so, or the model generates with it."""
+    layer = _layer_of(model, block)
     if any(getattr(module, "is_causal", False) is True for module in layer.modules()):
         return True
     decoder = model.get_decoder() if model.can_generate() else None  # whose attention need not say so

@@ -98,8 +98,9 @@ def train(
     if (run / "routers.json").exists():
         raise UserError(f"{run} holds a comparison; go on with shunter compare {recipe.name} --resume --run {run}")
     check_router(recipe, config, config.sparse.router)
-    names = (*MODELS, *recipe.others)
-    configs = dict.fromkeys(names, config)
+    others = recipe.others_of(config)
+    names = (*MODELS, *others)
+    configs = dict.fromkeys(MODELS, config) | {name: recipe.config_of(config, name) for name in others}
     with named_errors(), begin(recipe, config, run, configs, resume=resume, as_json=as_json, several=True) as begun:
         costs = {which: train_one(begun, which) for which in names}
         return first_does(partial(_finish, begun, costs))
@@ -243,7 +244,7 @@ def begin(
         fingerprint = facts.get("data", data.fingerprint)
         _check_data(recipe, data, fingerprint)
         for name, own in configs.items():
-            rehearse(recipe, name, own, data)
+            rehearse(recipe, name, own, recipe.data_of(data, name))
         if "data" not in facts:
             write(run / "data.json", json.dumps(data.describe(), indent=2))
             with naming(run / recipe.reader):
@@ -389,7 +390,8 @@ def train_one(begun: Begun, name: str) -> dict[str, float]:
 
 
 def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTrainedModel, dict[str, float]]:
-    recipe, config, data = begun.recipe, begun.configs[name], begun.data
+    recipe, config = begun.recipe, begun.configs[name]
+    data = recipe.data_of(begun.data, name)
     t = config.training
     model = recipe.model(config, data, name)
     if (ranks := num_ranks()) > 1:

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..routers import Router
 from ..routers.registry import option_types
 
-__all__ = ["ANY_LABELS", "ParallelConfig", "RunConfig", "Section", "SparseConfig", "TrainingConfig", "nearest"]
+__all__ = ["ANY_LABELS", "ParallelConfig", "RunConfig", "Section", "SparseConfig", "TrainingConfig", "Value", "nearest"]
 
 
 class Section(BaseModel):

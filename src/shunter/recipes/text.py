@@ -40,11 +40,12 @@ from . import run
 from .recipe import Recipe
 from .sections import RunConfig, Section
 
-__all__ = ["RECIPE", "TextConfig", "TextRecipe", "evaluate", "generate"]
+__all__ = ["RECIPE", "Stacks", "TextConfig", "TextRecipe", "evaluate", "generate", "t5_shape"]
 
 EVAL_BATCH = 32  # windows of a forward
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
+Stacks = Literal["both", "encoder", "decoder"]
 
 # The families of each kind of model, the default first.
 _FAMILIES = {"decoder": ("llama", "qwen3"), "encoder": ("modernbert", "bert"), "encoder-decoder": ("t5",)}
@@ -93,6 +94,8 @@ class ModelConfig(Section):
     kv_heads: int | None = Field(None, ge=1)
     hidden: int = Field(264, ge=8, description="width of the dense feed-forward block")
 
+    sparse_stacks: Stacks = Field("both", description="of an encoder-decoder: where the experts are")
+
     @property
     def architecture(self) -> str:
         """The family, or the default one of the kind."""
@@ -114,7 +117,8 @@ class TextConfig(RunConfig):
     @property
     def causal(self) -> bool:
         """Of an encoder not; of an encoder-decoder its decoder is."""
-        return self.model.kind != "encoder"
+        m = self.model
+        return m.kind != "encoder" and not (m.kind == "encoder-decoder" and m.sparse_stacks == "encoder")
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -132,6 +136,8 @@ class TextConfig(RunConfig):
             raise ValueError(
                 f"model.family {m.family} is no {m.kind}; model.kind={m.kind} has {', '.join(_FAMILIES[m.kind])}"
             )
+        if m.sparse_stacks != "both" and m.kind != "encoder-decoder":
+            raise ValueError(f"model.sparse_stacks is for an encoder-decoder; model.kind is {m.kind}")
         if m.kv_heads is not None and m.kind != "decoder":
             raise ValueError(f"model.kv_heads is for a decoder; model.kind is {m.kind}")
         if m.dim % (2 * m.heads):
@@ -211,6 +217,7 @@ class TextRecipe(Recipe[TextConfig, TextData]):
         options: dict[str, Any] = s.router_options(labels) | {
             "allow_leak": s.allow_leak,
             "backend": s.backend,
+            "stack": None if m.sparse_stacks == "both" else m.sparse_stacks,
         }
         return sparsify(model, s.num_experts, s.router, layers=s.blocks(m.layers), hidden=hidden, **options)
 
@@ -289,6 +296,25 @@ def _special(config: TextConfig) -> dict[str, str]:
     return {}
 
 
+def t5_shape(vocab_size: int, dim: int, layers: int, heads: int, hidden: int) -> PretrainedConfig:
+    """The configuration of a dense T5 with gated blocks, whose tokens begin with the end and the padding."""
+    own: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "d_model": dim,
+        "d_kv": dim // heads,
+        "d_ff": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "pad_token_id": 1,
+        "decoder_start_token_id": 1,
+        "eos_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    return AutoConfig.for_model("t5", **own)
+
+
 def _shape(config: TextConfig, vocab_size: int) -> PretrainedConfig:
     """The configuration of the dense model; without dropout, which neither twin has."""
     m = config.model
@@ -305,21 +331,7 @@ def _shape(config: TextConfig, vocab_size: int) -> PretrainedConfig:
     }
     match m.architecture:
         case "t5":
-            own: dict[str, Any] = {
-                "vocab_size": vocab_size,
-                "d_model": m.dim,
-                "d_kv": m.dim // m.heads,
-                "d_ff": m.hidden,
-                "num_layers": m.layers,
-                "num_heads": m.heads,
-                "feed_forward_proj": "gated-gelu",
-                "dropout_rate": 0.0,
-                "pad_token_id": 1,
-                "decoder_start_token_id": 1,
-                "eos_token_id": 0,
-                "tie_word_embeddings": True,
-            }
-            return AutoConfig.for_model("t5", **own)
+            return t5_shape(vocab_size, m.dim, m.layers, m.heads, m.hidden)
         case "bert":
             sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": None}
             sizes |= {"initializer_range": m.dim**-0.5}  # the default 0.02 is that of 768 and more

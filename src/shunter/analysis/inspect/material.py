@@ -128,8 +128,7 @@ class Material:
             extra, rest = divmod(tokens - images * self.window, images)
             stream = self.streams[which].first(images * self.window)
             return stream.after(extra, self.window) if extra >= 0 and not rest else None
-        ids = "decoder_input_ids" if which == "decoder" else "input_ids"
-        expected = sum(batch.inputs[ids].numel() for batch in done)
+        expected = sum(int(_real(batch, which).sum()) for batch in done)
         return self.streams[which].first(expected) if tokens == expected else None
 
 
@@ -212,10 +211,11 @@ def window_material(
             if seen is None:
                 batch, parts = _text_batch(model, tokenizer, ids)
             else:
-                batch, parts = _seen_batch(model, ids[:, :seen], ids[:, seen:])
+                batch, parts = _seen_batch(model, ids[:, :seen], ids[:, seen:], tokenizer.pad_token_id)
             batches.append(batch)
             for stream, part in parts.items():
-                shown = zip(part.tolist(), some, strict=True)
+                real = [row[mask].tolist() for row, mask in zip(part, _real(batch, stream), strict=True)]
+                shown = zip(real, some, strict=True)
                 shown_in.setdefault(stream, []).extend(window._replace(ids=row) for row, window in shown)
             group += [domains.index(window.domain) for window in some for _ in range(batch.targets.shape[1])]
     streams = {name: _text_stream(rows, tokenizer, domains) for name, rows in shown_in.items()}
@@ -240,15 +240,34 @@ def _text_batch(
     return Batch({"input_ids": ids}, target), {"": ids}
 
 
-def _seen_batch(model: PreTrainedModel, source: Tensor, target: Tensor) -> tuple[Batch, dict[str, Tensor]]:
-    """The forward of what a model sees (B, S), with what it should give: of the same places, or by a decoder."""
+def _seen_batch(
+    model: PreTrainedModel, source: Tensor, target: Tensor, padding: int | None = None
+) -> tuple[Batch, dict[str, Tensor]]:
+    """The forward of what a model sees (B, S), with what it should give: of the same places, or by a decoder.
+
+    Behind the tokens of a source and of a target may be padding, which is -100 in the target.
+    """
     if not model.config.is_encoder_decoder:
         return Batch({"input_ids": source}, target), {"": source}
     start = model.config.get_text_config().decoder_start_token_id
     begin = torch.full_like(target[:, :1], 0 if start is None else start)
     shifted = torch.cat([begin, target[:, :-1]], 1)
-    inputs = {"input_ids": source, "decoder_input_ids": shifted, "decoder_attention_mask": torch.ones_like(shifted)}
+    if padding is not None:
+        shifted = shifted.masked_fill(shifted == -100, padding)
+    inputs = {
+        "input_ids": source,
+        "attention_mask": (torch.ones_like(source) if padding is None else source != padding).long(),
+        "decoder_input_ids": shifted,
+        "decoder_attention_mask": (target != -100).long(),
+    }
     return Batch(inputs, target), {"encoder": source, "decoder": shifted}
+
+
+def _real(batch: Batch, stream: str) -> Tensor:
+    """Where the tokens of a stream are no padding (B, S)."""
+    before = "decoder_" if stream == "decoder" else ""
+    mask = batch.inputs.get(f"{before}attention_mask")
+    return torch.ones_like(batch.inputs[f"{before}input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _longest(model: PreTrainedModel) -> int:
