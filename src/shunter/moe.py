@@ -123,6 +123,7 @@ class RoutedLayer(nn.Module):
         self.experts = experts
         self.dim, self.num_experts = router.dim, router.num_experts
         self.routing: Routing | None = None
+        self._real: Tensor | None = None
         self.experts_taken: float | None = None
         self.updates = 0
         self._last: _Call | None = None
@@ -162,8 +163,15 @@ class RoutedLayer(nn.Module):
                     self._calls = [ref for ref in self._calls if ref() is not None] + [weakref.ref(call)]
                 self._last = call
         if not recomputing():
-            self.routing = decided
+            self.routing, self._real = decided, context.mask
         return out
+
+    @property
+    def num_real(self) -> int:
+        """How many tokens the last forward routed, without padding; 0 before the first."""
+        if self.routing is None:
+            return 0
+        return self.routing.num_tokens if self._real is None else int(self._real.sum())
 
     @property
     def decider(self) -> Router:

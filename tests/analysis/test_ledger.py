@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -64,9 +66,32 @@ def test_parameters_equal_a_count_by_hand():
     assert account.params_active == account.params_total - 2 * 2 * expert
 
 
-def test_two_lengths_are_refused():
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, decoder_start_token_id=0)
-    )
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        ledger(model, LENGTH)
+PAIRS = {
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_decoder_layers=3, num_heads=2,
+                 feed_forward_proj="gated-gelu", decoder_start_token_id=0, attn_implementation="eager")
+    ),
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(vocab_size=50, d_model=32, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=48,
+                   decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4,
+                   attn_implementation="eager")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", list(PAIRS))
+@pytest.mark.parametrize("router", [None, "topk", "hash"])
+def test_flops_of_two_lengths_equal_the_counted_ones(architecture, router):
+    model = PAIRS[architecture]().eval()
+    if router is not None:
+        shunter.sparsify(model, 4, router, backend="reference")
+    source, target = torch.randint(3, 50, (2, LENGTH)), torch.randint(3, 50, (2, 5))
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(input_ids=source, decoder_input_ids=target)
+    account = ledger(model, LENGTH, target_length=5)
+    assert account.flops_per_token == pytest.approx(counted.get_total_flops() / (2 * (LENGTH + 5)), rel=1e-12)
+
+
+def test_a_pair_without_its_second_length_is_refused():
+    with pytest.raises(ValueError, match="give target_length too"):
+        ledger(PAIRS["t5"](), LENGTH)

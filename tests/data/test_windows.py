@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shunter.data.documents import built_in_domains, read_domains
-from shunter.data.windows import _bytes, _split, prepare, train_tokenizer
+from shunter.data.windows import _split, predicted_bytes, prepare, train_tokenizer
 from shunter.errors import UserError
 from shunter.recipes.text import RECIPE
 
@@ -67,7 +67,7 @@ def test_tokens_are_lossless_and_their_bytes_counted_exactly(texts, kind):
     for text in texts:
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids) == text
-        assert _bytes(torch.tensor([ids]), tokenizer) == len(text.encode())
+        assert predicted_bytes(torch.tensor([ids]), tokenizer) == len(text.encode())
 
 
 def test_files_of_every_kind(tmp_path):

@@ -38,37 +38,70 @@ class Ledger:
         return sum(self.flops.values())
 
 
-def ledger(model: PreTrainedModel, sequence_length: int, once: Collection[str] = ()) -> Ledger:
-    """The ledger of a Hugging Face model with one sequence, dense or sparsified, at a length of that.
+def ledger(
+    model: PreTrainedModel, sequence_length: int, once: Collection[str] = (), target_length: int | None = None
+) -> Ledger:
+    """The ledger of a Hugging Face model, dense or sparsified, at a length of its sequences.
 
     Linear maps are counted once a token, as convolutions that cut an image into patches are, but for those named in
     `once`, which a sequence passes once (the head of a classifier).
+
+    Of an encoder-decoder model a token is one of the encoder's `sequence_length` or of the decoder's `target_length`;
+    its numbers are means over both. All that either stack has is active, but for the experts not taken.
 
     Attention scores are counted over the whole sequence, as the kernels compute them (not halved for causality). A
     router that chooses a varying number of experts counts with its mean, or with the layer's `experts_taken`; dropped
     tokens count as computed.
 
     Raises:
-        ValueError: for encoder-decoder models.
+        ValueError: for an encoder-decoder model without a target length.
     """
     config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            "ledger: encoder-decoder models have two sequence lengths; only decoder-only models are counted"
-        )
+    pairs = bool(getattr(config, "is_encoder_decoder", False))
+    if pairs and target_length is None:
+        raise ValueError("ledger: an encoder-decoder model has two sequence lengths; give target_length too")
+    source, target = sequence_length, target_length or 0
+    encoder = {id(part) for part in model.get_encoder().modules()} if pairs else set()
+    total_length = source + target if pairs else source
+
+    def share(name: str, module: nn.Module) -> float:
+        """For how many tokens of each a module computes: keys and values of another stack are of its tokens."""
+        if not pairs:
+            return 1 / sequence_length if name in once else 1.0
+        of_encoder = id(module) in encoder or _reads_encoder(name)
+        return (source if of_encoder else target) / total_length
+
     flops = {"projections": 0.0, "attention": 0.0, "routers": 0.0, "experts": 0.0}
     inactive = 0.0
-    layers = moe_layers(model).values()
-    for layer in layers:
-        for part, count in layer.flops_per_token(sequence_length).items():
-            flops[part] += count
-        inactive += layer.inactive_parameters(sequence_length)
-    inside = {id(part) for layer in layers for part in layer.modules()}
+    layers = moe_layers(model)
+    for name, layer in layers.items():
+        length = source if not pairs or id(layer) in encoder else target
+        for part, count in layer.flops_per_token(length).items():
+            flops[part] += count * (share(name, layer) if pairs else 1)
+        inactive += layer.inactive_parameters(length)
+    inside = {id(part) for layer in layers.values() for part in layer.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D | nn.Conv2d) and id(module) not in inside:
-            flops["projections"] += 2 * module.weight.numel() / (sequence_length if name in once else 1)
+            flops["projections"] += 2 * module.weight.numel() * share(name, module)
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    flops["attention"] = config.num_hidden_layers * 2 * 2 * sequence_length * heads * head_dim
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    scores = config.num_hidden_layers * source * source
+    if pairs:
+        below = next(
+            (n for name in ("num_decoder_layers", "decoder_layers") if (n := getattr(config, name, None))),
+            config.num_hidden_layers,
+        )
+        scores += below * target * (target + source)
+    flops["attention"] = 2 * 2 * scores * heads * head_dim / total_length
     total = sum(p.numel() for p in model.parameters())
     return Ledger(total, total - inactive, flops)
+
+
+def _reads_encoder(name: str) -> bool:
+    """Whether a map of a decoder makes keys or values of the encoder's tokens, by its path."""
+    *_, attention, last = ["", *name.split(".")]
+    return attention in _CROSS and last in _KEYS_AND_VALUES
+
+
+_CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
+_KEYS_AND_VALUES = ("k", "v", "k_proj", "v_proj", "key", "value")

@@ -71,7 +71,7 @@ def add_verbs(verbs: Any) -> None:
     extract.add_argument("--out", type=Path, required=True, help="the folder to make")
     which = extract.add_mutually_exclusive_group(required=True)
     for kind in ("task", "domain", "language"):
-        which.add_argument(f"--{kind}", type=int, help=f"the number of the {kind}")
+        which.add_argument(f"--{kind}", help=f"the number of the {kind}, or its name in a run of train")
     extract.add_argument("--json", action="store_true", help="the receipt to standard output")
     extract.set_defaults(verb=_extract)
 
@@ -194,9 +194,31 @@ def _extract(args: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()
     kind = next(kind for kind in ("task", "domain", "language") if getattr(args, kind) is not None)
-    receipt = extract(args.model, args.out, kind, getattr(args, kind))
+    receipt = extract(args.model, args.out, kind, _numbered(args.model, kind, getattr(args, kind)))
     print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
     return 0
+
+
+def _numbered(model: str, kind: str, given: str) -> int:
+    """The number of a task, domain or language: as given, or that of its name in the data of a model's run.
+
+    Raises:
+        UserError: for a name that is not known there.
+    """
+    from ..hf.checkpoints.folders import local_folder
+    from ..hf.checkpoints.reading import read_json
+
+    if given.isdecimal():
+        return int(given)
+    data = local_folder(model).parent / "data.json"
+    if not data.is_file():
+        raise UserError(f"--{kind} {given}: names are known of a run's model alone; give a number")
+    found = read_json(data)
+    languages = found.get("languages") or []
+    known = [d.get("name") for d in found.get("domains") or []] if kind == "domain" else languages
+    if given not in known:
+        raise UserError(f"--{kind} {given}: the run has {', '.join(map(str, known)) or 'none'}")
+    return known.index(given)
 
 
 def _distill(args: argparse.Namespace) -> int:

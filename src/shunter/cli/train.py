@@ -29,8 +29,10 @@ def add_verbs(verbs: Any) -> None:
     )
     train.add_argument("recipe", choices=names(), help="what to train")
     train.add_argument("--config", type=Path, help="YAML or TOML file")
+    kinds = "of text: decoder, encoder or encoder-decoder, short for model.kind="
     own = "your own text (files, folders), images (a folder of classes or IDX files) or table, or a datasets name"
     train.add_argument("--data", nargs="+", help=own)
+    train.add_argument("--model", help=kinds)
     train.add_argument("--run", type=Path, help="the run's folder (default: runs/<name>)")
     train.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     train.add_argument("--json", action="store_true", help="metrics to standard output, a JSON object a line")
@@ -45,6 +47,7 @@ def add_verbs(verbs: Any) -> None:
     compare.add_argument("--routers", help="as in switch,topk:top_k=1,hash; shunter routers lists them")
     compare.add_argument("--config", type=Path, help="YAML or TOML file")
     compare.add_argument("--data", nargs="+", help=own)
+    compare.add_argument("--model", help=kinds)
     compare.add_argument(
         "--seeds", help="repeat with so many seeds, or with those of a list as 0,7,9; errors are shown"
     )
@@ -94,6 +97,7 @@ def add_verbs(verbs: Any) -> None:
     generate = verbs.add_parser("generate", help="continue a prompt with a run's model")
     generate.add_argument("run", type=Path)
     generate.add_argument("--prompt", default="In the beginning")
+    generate.add_argument("--language", help="of a run of translation: translate the prompt into it")
     generate.add_argument("--model", choices=["dense", "sparse"], default="sparse")
     generate.add_argument("--max-new-tokens", type=int, default=100)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
@@ -110,8 +114,10 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     return [*args.overrides, *settings]
 
 
-def _sources(args: argparse.Namespace) -> list[str]:
-    return [f"data.source={json.dumps(args.data)}"] if args.data else []
+def _short_forms(args: argparse.Namespace) -> list[str]:
+    """The settings that options stand for."""
+    sources = [f"data.source={json.dumps(args.data)}"] if args.data else []
+    return sources + ([f"model.kind={json.dumps(args.model)}"] if args.model else [])
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -124,7 +130,7 @@ def _train(args: argparse.Namespace) -> int:
 
     overrides = _overrides(args)
     if args.resume:
-        if args.config or args.data or overrides:
+        if args.config or args.data or args.model or overrides:
             raise UserError("--resume goes on with the run's own configuration; leave the other options out")
         args.run = args.run or Path("runs") / args.recipe
         recipe, config = configuration_of(args.run)
@@ -132,7 +138,7 @@ def _train(args: argparse.Namespace) -> int:
             raise UserError(f"{args.run} is a run of {recipe.name}, not of {args.recipe}")
     else:
         recipe = find(args.recipe)
-        config = load_config(recipe.config, args.config, overrides + _sources(args))
+        config = load_config(recipe.config, args.config, overrides + _short_forms(args))
         args.run = args.run or Path(config.out) / config.name
     processes = config.parallel.processes or 1
     if processes > 1 and "RANK" not in os.environ:
@@ -148,8 +154,8 @@ def _train(args: argparse.Namespace) -> int:
     if not args.json and is_first_rank():
         dense, sparse = summary["dense"], summary["sparse"]
         print(
-            f"\nHeld-out loss ({recipe.words.loss}): dense {dense['eval_loss']:.4f}, sparse {sparse['eval_loss']:.4f}, "
-            f"gain {summary['gain']:.4f}\n"
+            f"\nHeld-out loss ({recipe.words_of(config).loss}): dense {dense['eval_loss']:.4f}, "
+            f"sparse {sparse['eval_loss']:.4f}, gain {summary['gain']:.4f}\n"
             f"The sparse model took {sparse['seconds'] / dense['seconds']:.2f} times the seconds and "
             f"{sparse['peak_rss_bytes'] / dense['peak_rss_bytes']:.2f} times the memory.\n"
             f"Report: {args.run / 'report.html'}"
@@ -166,7 +172,7 @@ def _compare(args: argparse.Namespace) -> int:
     args.run = args.run or Path("runs/compare")
     overrides = _overrides(args)
     if args.resume:
-        if args.config or args.routers or args.data or args.seeds or overrides:
+        if args.config or args.routers or args.data or args.model or args.seeds or overrides:
             raise UserError("--resume goes on with the comparison's own settings; leave the other options out")
         recipe, config, specs = resumed(args.run)
         if recipe.name != args.recipe:
@@ -174,7 +180,7 @@ def _compare(args: argparse.Namespace) -> int:
         seeds = seeds_of(args.run)
     else:
         specs, recipe = parse_routers(args.routers or ""), find(args.recipe)
-        config = load_config(recipe.config, args.config, overrides + _sources(args))
+        config = load_config(recipe.config, args.config, overrides + _short_forms(args))
         seeds = None if args.seeds is None else parse_seeds(args.seeds, config.seed)
     if seeds is None:
         compare(recipe, config, specs, args.run, resume=args.resume, as_json=args.json)
@@ -226,7 +232,7 @@ def _finetune(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from ..recipes.run import evaluate_run, recipe_of, summarised
+    from ..recipes.run import configuration_of, evaluate_run, summarised
     from .calibrate import calibrate
 
     if args.calibration:
@@ -243,7 +249,8 @@ def _eval(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
         return 0
-    shown = recipe_of(args.run).words.shown
+    recipe, config = configuration_of(args.run)
+    shown = recipe.words_of(config).shown
     print(f"{'':10} {'loss':>8}" + "".join(f" {unit.replace(' per ', '/'):>10}" for unit in shown.values()))
     for which, result in found.items():
         rows = {which: result, **{f"  {name}": value for name, value in result["domains"].items()}}
@@ -254,7 +261,11 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from ..recipes.text import generate
+    from ..recipes.translation import translate
 
+    if args.language is not None:
+        print(translate(args.run, args.model, args.prompt, args.language, args.memory))
+        return 0
     said = generate(args.run, args.model, args.prompt, args.max_new_tokens, args.temperature, args.seed, args.memory)
     print(said)
     return 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
 
-__all__ = ["Table", "digits", "read_table", "related_tasks"]
+__all__ = ["Table", "digits", "read_frame", "read_table", "related_tasks"]
 
 FREQUENCY = 4.0  # standard deviation of the sinusoids', which the paper leaves open
 FAR = 5.0  # standard deviations
@@ -130,6 +130,45 @@ def digits(share: float) -> Table:
     )
 
 
+def read_frame(file: Path, *, texts: bool = False) -> Any:
+    """The rows of a .csv, .tsv, .parquet or .jsonl file as a frame of pandas, whose columns have names.
+
+    Args:
+        file: itself.
+        texts: cells are texts: none of them is a number, "NA" is a word, and a .tsv file has no quotes.
+
+    Raises:
+        UserError: naming the file.
+    """
+    import csv
+
+    import pandas
+
+    shown = escaped(str(file))
+    if not file.exists():
+        raise UserError(f"{shown}: no such file")
+    if file.suffix.lower() not in _SUFFIXES:
+        raise UserError(f"{shown}: must end in {', '.join(sorted(_SUFFIXES))}")
+    plain: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]} if texts else {}
+    unquoted: dict[str, Any] = plain | ({"quoting": csv.QUOTE_NONE} if texts else {})
+    as_they_are: dict[str, Any] = {"dtype": False} if texts else {}
+    try:
+        with open_file(file) as stream:
+            readers: dict[str, Any] = {
+                ".csv": lambda s: pandas.read_csv(s, **plain),
+                ".tsv": lambda s: pandas.read_csv(s, sep="\t", **unquoted),
+                ".parquet": pandas.read_parquet,
+                ".jsonl": lambda s: pandas.read_json(s, lines=True, **as_they_are),
+            }
+            frame = readers[file.suffix.lower()](stream)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise UserError(f"{shown}: cannot be read: {one_line(error)}") from None
+    frame.columns = [str(name) for name in frame.columns]
+    return frame
+
+
 def read_table(file: Path, targets: Sequence[str], share: float) -> Table:
     """A user's own table.
 
@@ -143,27 +182,7 @@ def read_table(file: Path, targets: Sequence[str], share: float) -> Table:
     Raises:
         UserError: naming the file and the column.
     """
-    import pandas
-
-    shown = escaped(str(file))
-    if not file.exists():
-        raise UserError(f"{shown}: no such file")
-    if file.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"{shown}: must end in {', '.join(sorted(_SUFFIXES))}")
-    try:
-        with open_file(file) as stream:
-            readers: dict[str, Any] = {
-                ".csv": pandas.read_csv,
-                ".tsv": lambda s: pandas.read_csv(s, sep="\t"),
-                ".parquet": pandas.read_parquet,
-                ".jsonl": lambda s: pandas.read_json(s, lines=True),
-            }
-            frame = readers[file.suffix.lower()](stream)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file fails in as many ways as there are readers
-        raise UserError(f"{shown}: cannot be read: {one_line(error)}") from None
-    frame.columns = [str(name) for name in frame.columns]
+    shown, frame = escaped(str(file)), read_frame(file)
     known = ", ".join(map(escaped, frame.columns))
     if not targets:
         raise UserError(f"{shown}: say which columns are asked for, as in data.targets=[a,b]; it has {known}")

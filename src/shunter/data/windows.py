@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ..errors import UserError
 from .documents import MAX_BYTES, Domain, built_in_domains, read_domains
 
-__all__ = ["EvalDomain", "TextData", "prepare", "train_tokenizer"]
+__all__ = ["EvalDomain", "TextData", "predicted_bytes", "prepare", "train_tokenizer"]
 
 END = "<|end|>"
 
@@ -30,15 +31,17 @@ class EvalDomain:
     Args:
         name: the domain.
         input_ids: (windows, sequence length) int64.
-        predicted_bytes: the UTF-8 bytes that the predicted tokens (all but the first of each window) stand for.
+        predicted_bytes: the UTF-8 bytes that the predicted tokens stand for.
         labels: what is known of the tokens: "domain" (windows,) int64, the domain's place among all, and, where some
             language is known, "language" (windows, sequence length) int64, numbers of `TextData.languages`.
+        targets: (windows, target length) int64, what the logits should give, -100 for nothing; None: the next token.
     """
 
     name: str
     input_ids: Tensor
     predicted_bytes: int
     labels: dict[str, Tensor] = field(default_factory=dict)
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def prepare(
     num_windows: int,
     tokenizer: PreTrainedTokenizerFast | Literal["bpe", "bytes"] = "bpe",
     vocab_size: int = 1024,
+    special: Mapping[str, str] = MappingProxyType({}),
     eval_share: float = 0.05,
     eval_windows: int = 48,
     max_bytes: int = MAX_BYTES,
@@ -135,6 +139,7 @@ def prepare(
         tokenizer: "bpe" trains one on the text, "bytes" has no merges; or that of a model that there is already,
             byte-level BPE.
         vocab_size: of a trained BPE.
+        special: further tokens that no text has, of a tokenizer that is trained here: see `train_tokenizer`.
         eval_share: of each domain's documents, held out.
         eval_windows: held-out windows of each domain at most.
         max_bytes: of each domain.
@@ -148,7 +153,7 @@ def prepare(
     kind = "bpe" if isinstance(tokenizer, PreTrainedTokenizerFast) else tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         texts = (document for train, _ in splits.values() for document in train)
-        tokenizer = train_tokenizer(texts, vocab_size if tokenizer == "bpe" else None)
+        tokenizer = train_tokenizer(texts, vocab_size if tokenizer == "bpe" else None, special)
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     length = sequence_length
     known = sorted({language for domain in domains for language in domain.languages if language is not None})
@@ -169,7 +174,7 @@ def prepare(
         if names:
             train_languages.append(train_language)
         labels = {"domain": torch.full((len(evaluation),), place)} | ({"language": eval_language} if names else {})
-        held_out.append(EvalDomain(domain.name, evaluation, _bytes(evaluation[:, 1:], tokenizer), labels))
+        held_out.append(EvalDomain(domain.name, evaluation, predicted_bytes(evaluation[:, 1:], tokenizer), labels))
         sizes = [sum(len(document.encode()) for document in documents) for documents in splits[domain.name]]
         records.append(
             {
@@ -211,8 +216,16 @@ def _languages(domain: Domain, share: float) -> tuple[list[str | None], list[str
     return languages[: len(train)], languages[: len(train) - 1 : -1][: len(held_out)]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of so many tokens, trained on texts; None has no merges: a token is a byte."""
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int | None, special: Mapping[str, str] = MappingProxyType({})
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of so many tokens, trained on texts; None has no merges: a token is a byte.
+
+    Args:
+        texts: in any order.
+        vocab_size: with the special tokens.
+        special: tokens that no text has, by what they are ("mask_token", "pad_token"); other names are theirs alone.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -220,13 +233,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedT
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size or len(alphabet) + 1,
-        special_tokens=[END],
+        vocab_size=vocab_size or len(alphabet) + 1 + len(special),
+        special_tokens=[END, *special.values()],
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts if vocab_size else [], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
+    roles = {role: token for role, token in special.items() if role.endswith("_token")}
+    more = [token for role, token in special.items() if role not in roles]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        clean_up_tokenization_spaces=False,
+        **roles,
+        **({"extra_special_tokens": more} if more else {}),
+    )
 
 
 def _window(
@@ -250,9 +271,9 @@ def _window(
     return rows.reshape(count, length), numbers.reshape(count, length)
 
 
-def _bytes(ids: Tensor, tokenizer: PreTrainedTokenizerFast) -> int:
-    """The UTF-8 bytes that tokens stand for; the end token stands for none. In byte-level BPE a letter is a byte."""
-    end = tokenizer.eos_token_id
+def predicted_bytes(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The UTF-8 bytes that tokens stand for; special ones stand for none. In byte-level BPE a letter is a byte."""
+    special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    sizes = torch.tensor([0 if i == end else len(token) for i, token in enumerate(tokens)])
+    sizes = torch.tensor([0 if i in special else len(token) for i, token in enumerate(tokens)])
     return int(sizes[ids].sum())

@@ -158,8 +158,8 @@ def compare(
                 "versions": run_versions(),
             }
             write(run / "compare.json", json.dumps(result, indent=2))
-            write(run / "compare.md", table(result, recipe.words))
-        draw(result, recipe.words, run / "compare.png")
+            write(run / "compare.md", table(result, recipe.words_of(config)))
+        draw(result, recipe.words_of(config), run / "compare.png")
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
 

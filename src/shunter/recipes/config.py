@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -129,4 +130,5 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
 def _literals(cls: Any, path: list[str]) -> list[str]:
     for part in path:
         cls = cls.model_fields[part].annotation
-    return [str(value) for value in get_args(cls)]
+    kinds = [cls, *get_args(cls)] if get_origin(cls) in (Union, UnionType) else [cls]
+    return [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]

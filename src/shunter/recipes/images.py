@@ -87,13 +87,16 @@ class ImagesTraining(TrainingConfig):
 class ImagesConfig(RunConfig):
     """The configuration of `shunter train images`."""
 
-    causal = False
-
     name: str = Field("images", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: ImagesSparse = ImagesSparse()
     training: ImagesTraining = ImagesTraining()
+
+    @property
+    def causal(self) -> bool:
+        """Not so."""
+        return False
 
     @model_validator(mode="after")
     def _fits(self) -> ImagesConfig:

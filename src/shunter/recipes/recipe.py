@@ -62,13 +62,17 @@ class Recipe(ABC, Generic[C, D]):
     config: ClassVar[type[RunConfig]]
     """Its configuration's class."""
     words: ClassVar[Words]
-    """What its numbers are called."""
+    """What its numbers are called, unless `words_of` says otherwise of a configuration."""
     others: ClassVar[tuple[str, ...]] = ()
-    """Further models of a run, that its exhibits compare with both; `build_other` makes them."""
+    """Further models of a run, that its exhibits compare with both, unless `others_of` says otherwise."""
     reader: ClassVar[str] = "reader"
     """The folder of a run with what reads its data, where `save_pretrained` of these writes something."""
     knows: ClassVar[tuple[str, ...]] = ("mask",)
     """The fields of `shunter.routers.Context` that its batches tell."""
+
+    def words_of(self, config: C) -> Words:
+        """What the numbers of a configuration's models are called."""
+        return self.words
 
     @abstractmethod
     def prepare(self, config: C) -> D:
@@ -86,13 +90,25 @@ class Recipe(ABC, Generic[C, D]):
         forward has `shunter.aux_loss` in it (`shunter.sparsify` sees to that).
         """
 
+    def others_of(self, config: C) -> tuple[str, ...]:
+        """Further models of a run of a configuration; `build_other` makes them."""
+        return self.others
+
+    def config_of(self, config: C, name: str) -> C:
+        """What a further model of a run is trained by."""
+        return config
+
+    def data_of(self, data: D, name: str) -> D:
+        """What a further model of a run is trained and evaluated on."""
+        return data
+
     def build_other(self, config: C, data: D, name: str) -> PreTrainedModel:
-        """A model of `others`."""
+        """A model of `others_of`."""
         raise NotImplementedError
 
     def model(self, config: C, data: D, name: str) -> PreTrainedModel:
-        """The model of a run that has this name: "dense", one of `others`, or a sparse one."""
-        if name in self.others:
+        """The model of a run that has this name: "dense", one of `others_of`, or a sparse one."""
+        if name in self.others_of(config):
             return self.build_other(config, data, name)
         return self.build(config, data, sparse=name != "dense")
 
@@ -146,5 +162,5 @@ class Recipe(ABC, Generic[C, D]):
         return None
 
     def exhibits(self, models: dict[str, PreTrainedModel], config: C, data: D) -> list[Exhibit]:
-        """What else the page of a finished run shows, by its models: "dense", "sparse" and `others`."""
+        """What else the page of a finished run shows, by its models: "dense", "sparse" and `others_of`."""
         return []

@@ -98,8 +98,9 @@ def train(
     if (run / "routers.json").exists():
         raise UserError(f"{run} holds a comparison; go on with shunter compare {recipe.name} --resume --run {run}")
     check_router(recipe, config, config.sparse.router)
-    names = (*MODELS, *recipe.others)
-    configs = dict.fromkeys(names, config)
+    others = recipe.others_of(config)
+    names = (*MODELS, *others)
+    configs = dict.fromkeys(MODELS, config) | {name: recipe.config_of(config, name) for name in others}
     with named_errors(), begin(recipe, config, run, configs, resume=resume, as_json=as_json, several=True) as begun:
         costs = {which: train_one(begun, which) for which in names}
         return first_does(partial(_finish, begun, costs))
@@ -237,13 +238,13 @@ def begin(
     def settle() -> tuple[str, str]:
         """Decide, read and try everything; the data's fingerprint, and the configuration's checksum."""
         if not resume:
-            _decide(recipe, run, texts)
+            _decide(recipe, config, run, texts)
         facts = _decided(run, texts)
         data: Prepared = recipe.prepare(config)
         fingerprint = facts.get("data", data.fingerprint)
         _check_data(recipe, data, fingerprint)
         for name, own in configs.items():
-            rehearse(recipe, name, own, data)
+            rehearse(recipe, name, own, recipe.data_of(data, name))
         if "data" not in facts:
             write(run / "data.json", json.dumps(data.describe(), indent=2))
             with naming(run / recipe.reader):
@@ -323,7 +324,7 @@ def _facts(**facts: Any) -> dict[str, Any]:
     return {**facts, "versions": run_versions()}
 
 
-def _decide(recipe: Recipe[Any, Any], run: Path, texts: dict[str, str]) -> None:
+def _decide(recipe: Recipe[Any, Any], config: RunConfig, run: Path, texts: dict[str, str]) -> None:
     """Seal what a new run is to be.
 
     Raises:
@@ -334,7 +335,7 @@ def _decide(recipe: Recipe[Any, Any], run: Path, texts: dict[str, str]) -> None:
     (run / MANIFEST).unlink(missing_ok=True)
     for name, text in texts.items():
         write(run / name, text)
-    recipe.words.save(run)
+    recipe.words_of(config).save(run)
     seal(run, [*texts, "recipe.json"], **_facts())
 
 
@@ -389,7 +390,8 @@ def train_one(begun: Begun, name: str) -> dict[str, float]:
 
 
 def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTrainedModel, dict[str, float]]:
-    recipe, config, data = begun.recipe, begun.configs[name], begun.data
+    recipe, config = begun.recipe, begun.configs[name]
+    data = recipe.data_of(begun.data, name)
     t = config.training
     model = recipe.model(config, data, name)
     if (ranks := num_ranks()) > 1:
@@ -458,7 +460,7 @@ def account(begun: Begun, name: str, costs: dict[str, float]) -> ModelSummary:
     found = cost(last.get("experts_per_token"))
     return ModelSummary(
         eval_loss=last["loss"],
-        shown={key: last[key] for key in recipe.words.shown},
+        shown={key: last[key] for key in recipe.words_of(config).shown},
         flops_per_token=found.flops_per_token,
         params_total=found.params_total,
         params_active=found.params_active,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..routers import Router
 from ..routers.registry import option_types
 
-__all__ = ["ANY_LABELS", "ParallelConfig", "RunConfig", "Section", "SparseConfig", "TrainingConfig", "nearest"]
+__all__ = ["ANY_LABELS", "ParallelConfig", "RunConfig", "Section", "SparseConfig", "TrainingConfig", "Value", "nearest"]
 
 
 class Section(BaseModel):
@@ -157,15 +157,17 @@ class ParallelConfig(Section):
 class RunConfig(Section):
     """What every recipe's configuration has; the others add `data`, `model` and what else they need."""
 
-    causal: ClassVar[bool] = True
-    """Whether later tokens must not change earlier ones."""
-
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     out: str = "runs"
     seed: int = Field(0, ge=0, lt=2**31)
     sparse: SparseConfig = SparseConfig()
     training: TrainingConfig = TrainingConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    @property
+    def causal(self) -> bool:
+        """Whether later tokens must not change earlier ones."""
+        return True
 
     @model_validator(mode="after")
     def _divides(self) -> RunConfig:

@@ -84,13 +84,13 @@ def compare_seeds(
         make_folder(run)
         write(run / "config.yaml", dump_config(config))
         write(run / "routers.json", json.dumps(specs))
-        recipe.words.save(run)
+        recipe.words_of(config).save(run)
         write(run / "seeds.json", json.dumps(seeds))
     results = []
     for seed in seeds:
         own, folder = config.model_copy(update={"seed": seed}), run / f"seed-{seed}"
         results.append(compare(recipe, own, specs, folder, resume=resume and sealed(folder), as_json=as_json))
-        write_merged(run, results, seeds[: len(results)], recipe.words)
+        write_merged(run, results, seeds[: len(results)], recipe.words_of(config))
     return merged(results, seeds)
 
 

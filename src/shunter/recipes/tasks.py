@@ -77,13 +77,16 @@ class TasksTraining(TrainingConfig):
 class TasksConfig(RunConfig):
     """The configuration of `shunter train tasks`."""
 
-    causal = False
-
     name: str = Field("tasks", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: TasksSparse = TasksSparse()
     training: TasksTraining = TasksTraining()
+
+    @property
+    def causal(self) -> bool:
+        """Not so."""
+        return False
 
     @model_validator(mode="after")
     def _fits(self) -> TasksConfig:

@@ -1,4 +1,4 @@
-"""Text: a decoder-only language model and its sparse twin, trained to predict the next token of documents."""
+"""Text: a language model and its sparse twin: a decoder of the next token, an encoder of hidden ones, or both (T5)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,24 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
+from ..analysis.exhibits import Exhibit
 from ..analysis.inspect.inspecting import specialisation
 from ..analysis.inspect.material import Material, Window, window_material
+from ..analysis.inspect.recording import record
+from ..analysis.inspect.stacks import stack_information, stack_table
 from ..analysis.ledger import Ledger, ledger
-from ..analysis.runs import TEXT
+from ..analysis.runs import TEXT, Words
+from ..data.corruption import MASK, PAD, Corruption, corrupt, sentinels, span_counts
 from ..data.documents import MAX_BYTES, built_in_domains, read_domains
 from ..data.windows import EvalDomain, TextData, prepare
 from ..errors import UserError
@@ -28,9 +40,33 @@ from . import run
 from .recipe import Recipe
 from .sections import RunConfig, Section
 
-__all__ = ["RECIPE", "TextConfig", "TextRecipe", "evaluate", "generate"]
+__all__ = ["RECIPE", "Stacks", "TextConfig", "TextRecipe", "evaluate", "generate", "t5_shape"]
 
 EVAL_BATCH = 32  # windows of a forward
+
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
+Stacks = Literal["both", "encoder", "decoder"]
+
+# The families of each kind of model, the default first.
+_FAMILIES = {"decoder": ("llama", "qwen3"), "encoder": ("modernbert", "bert"), "encoder-decoder": ("t5",)}
+
+_WORDS = {
+    "decoder": TEXT,
+    "encoder": replace(
+        TEXT,
+        intro="Two encoders read the same text in the same order, three tokens in twenty of it hidden, learning to "
+        "guess these from what stands before and behind (masked language modelling).",
+        loss="nats/hidden token",
+        right="the right hidden token",
+    ),
+    "encoder-decoder": replace(
+        TEXT,
+        intro="Two encoder-decoders read the same text in the same order, spans of it replaced by sentinel tokens, "
+        "learning to write these spans down (T5’s span corruption).",
+        loss="nats/written token",
+        right="the right token to write",
+    ),
+}
 
 
 class DataConfig(Section):
@@ -50,12 +86,25 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The dense model; the sparse twin differs in its feed-forward blocks alone."""
 
-    family: Literal["llama", "qwen3"] = "llama"
+    kind: Kind = Field("decoder", description="what is learned: the next token, hidden tokens, spans left out")
+    family: Literal["llama", "qwen3", "modernbert", "bert", "t5"] | None = Field(None, description="none: by kind")
     dim: int = Field(128, ge=8, le=16384)
-    layers: int = Field(3, ge=1, le=256)
+    layers: int = Field(3, ge=1, le=256, description="of each stack")
     heads: int = Field(4, ge=1)
     kv_heads: int | None = Field(None, ge=1)
     hidden: int = Field(264, ge=8, description="width of the dense feed-forward block")
+
+    sparse_stacks: Stacks = Field("both", description="of an encoder-decoder: where the experts are")
+
+    @property
+    def architecture(self) -> str:
+        """The family, or the default one of the kind."""
+        return self.family or _FAMILIES[self.kind][0]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward block has a gate."""
+        return self.architecture != "bert"
 
 
 class TextConfig(RunConfig):
@@ -65,9 +114,32 @@ class TextConfig(RunConfig):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
 
+    @property
+    def causal(self) -> bool:
+        """Of an encoder not; of an encoder-decoder its decoder is."""
+        m = self.model
+        return m.kind != "encoder" and not (m.kind == "encoder-decoder" and m.sparse_stacks == "encoder")
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The tokens that a window has in the first stack, and in the decoder behind an encoder."""
+        length = self.data.sequence_length
+        if self.model.kind != "encoder-decoder":
+            return length, 0
+        hidden, spans = span_counts(length)
+        return length - hidden + spans, hidden + spans + 1
+
     @model_validator(mode="after")
     def _fits(self) -> TextConfig:
         m, t, d = self.model, self.training, self.data
+        if m.architecture not in _FAMILIES[m.kind]:
+            raise ValueError(
+                f"model.family {m.family} is no {m.kind}; model.kind={m.kind} has {', '.join(_FAMILIES[m.kind])}"
+            )
+        if m.sparse_stacks != "both" and m.kind != "encoder-decoder":
+            raise ValueError(f"model.sparse_stacks is for an encoder-decoder; model.kind is {m.kind}")
+        if m.kv_heads is not None and m.kind != "decoder":
+            raise ValueError(f"model.kv_heads is for a decoder; model.kind is {m.kind}")
         if m.dim % (2 * m.heads):
             raise ValueError(f"model.dim {m.dim} must be a multiple of 2 * model.heads ({2 * m.heads})")
         if m.kv_heads is not None and m.heads % m.kv_heads:
@@ -76,7 +148,7 @@ class TextConfig(RunConfig):
             raise ValueError(
                 f"training.batch_tokens {t.batch_tokens} must be a multiple of data.sequence_length {d.sequence_length}"
             )
-        if self.sparse.hidden is None and 3 * m.hidden <= self.sparse.num_experts:
+        if self.sparse.hidden is None and (3 if m.gated else 2) * m.hidden <= self.sparse.num_experts:
             raise ValueError(
                 f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
                 f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
@@ -85,7 +157,7 @@ class TextConfig(RunConfig):
 
 
 class TextRecipe(Recipe[TextConfig, TextData]):
-    """Causal language modelling: the loss is the cross-entropy of the next token in nats."""
+    """Language modelling: the loss is the cross-entropy of what is to be guessed, in nats."""
 
     name = "text"
     config = TextConfig
@@ -93,31 +165,40 @@ class TextRecipe(Recipe[TextConfig, TextData]):
     reader = "tokenizer"
     knows = ("mask", "token_ids", "sequence", "position", "domain")
 
+    def words_of(self, config: TextConfig) -> Words:
+        """By the kind of model."""
+        return _WORDS[config.model.kind]
+
     def tells(self, name: str, config: TextConfig) -> bool:
         """What `knows` says, and the language where some document's is known."""
-        if name != "language":
+        if name != "language" or config.model.kind == "encoder-decoder":  # whose stacks see other tokens
             return super().tells(name, config)
         source, most = config.data.source, config.data.max_bytes
         domains = built_in_domains(most) if source is None else read_domains(source, most)
         return any(language is not None for domain in domains for language in domain.languages)
 
     def prepare(self, config: TextConfig) -> TextData:
-        """Windows of the configuration's text."""
-        d = config.data
-        return prepare(
+        """Windows of the configuration's text, as the kind of model sees them."""
+        d, kind = config.data, config.model.kind
+        found = prepare(
             d.source,
             sequence_length=d.sequence_length,
             num_windows=config.training.steps * self.items_per_step(config),
             tokenizer=d.tokenizer,
             vocab_size=d.vocab_size,
+            special=_special(config),
             eval_share=d.eval_share,
             eval_windows=d.eval_windows,
             max_bytes=d.max_bytes,
             seed=config.seed,
         )
+        if kind == "decoder":
+            return found
+        way = Corruption("hidden" if kind == "encoder" else "spans", found.tokenizer, d.sequence_length)
+        return corrupt(found, way, config.seed)
 
     def build(self, config: TextConfig, data: TextData, sparse: bool) -> PreTrainedModel:
-        """A Llama or Qwen3 of the data's vocabulary."""
+        """A model of the data's vocabulary."""
         return self.build_model(config, len(data.tokenizer), sparse, data.label_counts)
 
     def build_model(
@@ -125,30 +206,18 @@ class TextRecipe(Recipe[TextConfig, TextData]):
     ) -> PreTrainedModel:
         """The dense model, or its sparse twin: the same initial weights outside the feed-forward blocks."""
         m, s = config.model, config.sparse
-        shape = AutoConfig.for_model(
-            m.family,
-            vocab_size=vocab_size,
-            hidden_size=m.dim,
-            intermediate_size=m.hidden,
-            num_hidden_layers=m.layers,
-            num_attention_heads=m.heads,
-            num_key_value_heads=m.kv_heads or m.heads,
-            head_dim=m.dim // m.heads,
-            max_position_embeddings=config.data.sequence_length,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+        shape = _shape(config, vocab_size)
         labels = {"token_ids": vocab_size, **labels}
         router = s.build_router(m.dim, labels)
-        hidden = s.hidden or run.expert_width(m.hidden, router, config.data.sequence_length)
+        hidden = s.hidden or run.expert_width(m.hidden, router, config.lengths[0], gated=m.gated)
         set_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(shape)
+        model = _AUTO[m.kind].from_config(shape)
         if not sparse:
             return model
         options: dict[str, Any] = s.router_options(labels) | {
             "allow_leak": s.allow_leak,
             "backend": s.backend,
+            "within": "" if m.sparse_stacks == "both" else m.sparse_stacks,
         }
         return sparsify(model, s.num_experts, s.router, layers=s.blocks(m.layers), hidden=hidden, **options)
 
@@ -157,20 +226,21 @@ class TextRecipe(Recipe[TextConfig, TextData]):
         return evaluate(model, data.eval)
 
     def predictions(self, model: PreTrainedModel, data: TextData) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Of the next token."""
+        """Of each token that is to be predicted."""
         return _predictions(model, data.eval)
 
     def ledger(self, model: PreTrainedModel, config: TextConfig) -> Ledger:
         """Of windows of the configuration's length."""
-        return ledger(model, config.data.sequence_length)
+        length, target_length = config.lengths
+        return ledger(model, length, target_length=target_length or None)
 
     def items_per_step(self, config: TextConfig) -> int:
         """Windows."""
         return config.training.batch_tokens // config.data.sequence_length
 
     def tokens_per_step(self, config: TextConfig) -> int:
-        """As configured."""
-        return config.training.batch_tokens
+        """As configured; of an encoder-decoder those of both stacks, which have the sentinels besides."""
+        return self.items_per_step(config) * sum(config.lengths)
 
     def specialisation(self, model: PreTrainedModel, data: TextData) -> dict[str, Any]:
         """Which domains and tokens each expert took of the held-out windows."""
@@ -178,13 +248,21 @@ class TextRecipe(Recipe[TextConfig, TextData]):
 
     def material(self, model: PreTrainedModel, data: TextData, tokens: int | None = None) -> Material:
         """Held-out windows, and what is told of them: equal parts of each domain, of so many tokens in all, or all."""
-        most = None if tokens is None else max(1, tokens // len(data.eval) // data.eval[0].input_ids.shape[1])
-        windows = [Window(ids, domain.name) for domain in data.eval for ids in domain.input_ids[:most].tolist()]
+        first = data.eval[0]
+        seen = None if first.targets is None else first.input_ids.shape[1]
+        most = None if tokens is None else max(1, tokens // len(data.eval) // first.input_ids.shape[1])
+        windows = [
+            Window(ids, domain.name)
+            for domain in data.eval
+            for ids in torch.cat([domain.input_ids, *([] if domain.targets is None else [domain.targets])], 1)[
+                :most
+            ].tolist()
+        ]
         domains = [domain.name for domain in data.eval]
-        material = window_material(model, data.tokenizer, windows, domains, batch_size=EVAL_BATCH)
+        material = window_material(model, data.tokenizer, windows, domains, batch_size=EVAL_BATCH, seen=seen)
         told = {
             name: torch.cat([domain.labels[name][:most] for domain in data.eval]).split(EVAL_BATCH)
-            for name in data.label_counts
+            for name in first.labels
         }
         batches = [
             replace(batch, told={name: parts[i] for name, parts in told.items()})
@@ -192,12 +270,83 @@ class TextRecipe(Recipe[TextConfig, TextData]):
         ]
         return replace(material, batches=batches)
 
+    def exhibits(self, models: dict[str, PreTrainedModel], config: TextConfig, data: TextData) -> list[Exhibit]:
+        """Of a model with an encoder, what decides a token's expert."""
+        if config.model.kind == "decoder":
+            return []
+        material = self.material(models["sparse"], data)
+        recording = record(models["sparse"], material, lambda batches, what, total: batches)
+        return [stack_table(stack_information(recording, material))]
+
+
+_AUTO: dict[str, Any] = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": AutoModelForMaskedLM,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+}
+
+
+def _special(config: TextConfig) -> dict[str, str]:
+    """The tokens that no text has, but for the end of a document, which is the first."""
+    match config.model.kind:
+        case "encoder":
+            return {"mask_token": MASK}
+        case "encoder-decoder":
+            return {"pad_token": PAD} | {token: token for token in sentinels(config.data.sequence_length)}
+    return {}
+
+
+def t5_shape(vocab_size: int, dim: int, layers: int, heads: int, hidden: int) -> PretrainedConfig:
+    """The configuration of a dense T5 with gated blocks, whose tokens begin with the end and the padding."""
+    own: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "d_model": dim,
+        "d_kv": dim // heads,
+        "d_ff": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "pad_token_id": 1,
+        "decoder_start_token_id": 1,
+        "eos_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    return AutoConfig.for_model("t5", **own)
+
+
+def _shape(config: TextConfig, vocab_size: int) -> PretrainedConfig:
+    """The configuration of the dense model; without dropout, which neither twin has."""
+    m = config.model
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": m.dim,
+        "intermediate_size": m.hidden,
+        "num_hidden_layers": m.layers,
+        "num_attention_heads": m.heads,
+        "max_position_embeddings": config.data.sequence_length,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    match m.architecture:
+        case "t5":
+            return t5_shape(vocab_size, m.dim, m.layers, m.heads, m.hidden)
+        case "bert":
+            sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": None}
+            sizes |= {"initializer_range": m.dim**-0.5}  # the default 0.02 is that of 768 and more
+        case "modernbert":
+            sizes |= {"pad_token_id": None, "global_attn_every_n_layers": 1, "sep_token_id": None, "cls_token_id": None}
+        case _:
+            sizes |= {"num_key_value_heads": m.kv_heads or m.heads, "head_dim": m.dim // m.heads}
+    return AutoConfig.for_model(m.architecture, **sizes)
+
 
 RECIPE = TextRecipe()
 
 
 def evaluate(model: PreTrainedModel, domains: list[EvalDomain], batch_size: int = EVAL_BATCH) -> dict[str, Any]:
-    """The held-out loss (nats per token) and bits per byte, in all and by domain.
+    """The held-out loss (nats per predicted token) and bits per byte of these, in all and by domain.
 
     All domains count by their tokens. The mode of the model is restored.
     """
@@ -219,17 +368,23 @@ def evaluate(model: PreTrainedModel, domains: list[EvalDomain], batch_size: int 
 
 
 @torch.no_grad()
-def _predictions(
-    model: PreTrainedModel, domains: list[EvalDomain], batch_size: int = 32
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of the next token in the windows of each domain, a batch at a time: its name, logits and the right tokens."""
+def _predictions(model: Any, domains: list[EvalDomain], batch_size: int = 32) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of what is to be predicted in the windows of each domain, a batch at a time: name, logits and right tokens."""
     for domain in domains:
         for start in range(0, len(domain.input_ids), batch_size):
             some = slice(start, start + batch_size)
             ids = domain.input_ids[some].to(model.device)
+            given, targets = {"input_ids": ids}, domain.targets
+            if targets is not None:
+                targets = targets[some].to(model.device)
+                if model.config.is_encoder_decoder:
+                    given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets)
             with tell(model, **{name: label[some].to(model.device) for name, label in domain.labels.items()}):
-                logits = model(input_ids=ids).logits[:, :-1]
-            yield domain.name, logits.flatten(0, 1), ids[:, 1:].flatten()
+                logits = model(**given).logits
+            if targets is None:
+                logits, targets = logits[:, :-1], ids[:, 1:]
+            wanted = targets != -100
+            yield domain.name, logits[wanted], targets[wanted]
 
 
 def generate(
@@ -255,6 +410,8 @@ def generate(
         raise UserError("the prompt is not UTF-8 text")
     if (recipe := run.recipe_of(folder)) is not RECIPE:
         raise UserError(f"{folder} is a run of {recipe.name}, which does not continue text")
+    if (kind := run.configuration_of(folder)[1].model.kind) != "decoder":
+        raise UserError(f"{folder} has an {kind}, which does not continue text; a decoder does")
     model: Any = run.load_model(folder, which, memory)
     tokenizer = load_tokenizer(folder / which)
     set_seed(seed)

@@ -13,6 +13,8 @@ from tests.analysis.inspect.subjects import BYTES
         ("The", "function word"),
         ("the", "piece"),
         (" house", "word"),
+        (" said", "verb"),
+        ("said", "piece"),
         ("ouse", "piece"),
         (" London", "name"),
         ("\n  ", "space"),

@@ -128,8 +128,7 @@ class Material:
             extra, rest = divmod(tokens - images * self.window, images)
             stream = self.streams[which].first(images * self.window)
             return stream.after(extra, self.window) if extra >= 0 and not rest else None
-        ids = "decoder_input_ids" if which == "decoder" else "input_ids"
-        expected = sum(batch.inputs[ids].numel() for batch in done)
+        expected = sum(int(_real(batch, which).sum()) for batch in done)
         return self.streams[which].first(expected) if tokens == expected else None
 
 
@@ -184,6 +183,7 @@ def window_material(
     domains: list[str],
     *,
     batch_size: int,
+    seen: int | None = None,
 ) -> Material:
     """Windows of token ids, in their order; those of one length that follow each other share forwards.
 
@@ -192,6 +192,8 @@ def window_material(
         windows: at least one.
         domains: the names of the windows' domains, in the order of their labels.
         batch_size: windows of a forward.
+        seen: how many of a window's tokens the model sees; what follows them are its targets, -100 for none. None:
+            all, and the targets are chosen here.
 
     Raises:
         UserError: where the tokenizer is not the model's.
@@ -200,20 +202,25 @@ def window_material(
     largest = max(max(window.ids) for window in windows)
     if largest >= rows:
         raise UserError(f"the tokenizer gives token {largest}, but the model has {rows} embeddings; it is another's")
-    batches, seen, group = [], dict[str, list[Window]](), list[int]()
+    batches, shown_in, group = [], dict[str, list[Window]](), list[int]()
     for _, same_length in groupby(windows, key=lambda window: len(window.ids)):
         alike = list(same_length)
         for start in range(0, len(alike), batch_size):
             some = alike[start : start + batch_size]
-            batch, parts = _text_batch(model, tokenizer, torch.tensor([window.ids for window in some]))
+            ids = torch.tensor([window.ids for window in some])
+            if seen is None:
+                batch, parts = _text_batch(model, tokenizer, ids)
+            else:
+                batch, parts = _seen_batch(model, ids[:, :seen], ids[:, seen:], tokenizer.pad_token_id)
             batches.append(batch)
             for stream, part in parts.items():
-                shown = zip(part.tolist(), some, strict=True)
-                seen.setdefault(stream, []).extend(window._replace(ids=row) for row, window in shown)
+                real = [row[mask].tolist() for row, mask in zip(part, _real(batch, stream), strict=True)]
+                shown = zip(real, some, strict=True)
+                shown_in.setdefault(stream, []).extend(window._replace(ids=row) for row, window in shown)
             group += [domains.index(window.domain) for window in some for _ in range(batch.targets.shape[1])]
-    streams = {name: _text_stream(rows, tokenizer, domains) for name, rows in seen.items()}
+    streams = {name: _text_stream(rows, tokenizer, domains) for name, rows in shown_in.items()}
     total = sum(int(next(iter(stream.labels.values())).numel()) for stream in streams.values())
-    longest = max(len(window.ids) for window in windows)
+    longest = seen or max(len(window.ids) for window in windows)
     return Material(batches, streams, torch.tensor(group), domains, total, longest)
 
 
@@ -224,18 +231,43 @@ def _text_batch(
     loss = LOSS_MAPPING.get(model.loss_type or "")
     if model.config.is_encoder_decoder:
         half = ids.shape[1] // 2
-        source, target = ids[:, :half], ids[:, half:]
-        start = model.config.get_text_config().decoder_start_token_id
-        begin = torch.full_like(target[:, :1], 0 if start is None else start)
-        shifted = torch.cat([begin, target[:, :-1]], 1)
-        inputs = {"input_ids": source, "decoder_input_ids": shifted, "decoder_attention_mask": torch.ones_like(shifted)}
-        return Batch(inputs, target), {"encoder": source, "decoder": shifted}
+        return _seen_batch(model, ids[:, :half], ids[:, half:])
     if loss is ForMaskedLMLoss and tokenizer.mask_token_id is not None:
         hidden = torch.arange(ids.numel()).reshape(ids.shape) % MASK_EVERY == MASK_EVERY // 2
         shown = ids.where(~hidden, int(tokenizer.mask_token_id))
         return Batch({"input_ids": shown}, ids.where(hidden, -100)), {"": shown}
     target = F.pad(ids[:, 1:], (0, 1), value=-100) if loss is ForCausalLMLoss else torch.full_like(ids, -100)
     return Batch({"input_ids": ids}, target), {"": ids}
+
+
+def _seen_batch(
+    model: PreTrainedModel, source: Tensor, target: Tensor, padding: int | None = None
+) -> tuple[Batch, dict[str, Tensor]]:
+    """The forward of what a model sees (B, S), with what it should give: of the same places, or by a decoder.
+
+    Behind the tokens of a source and of a target may be padding, which is -100 in the target.
+    """
+    if not model.config.is_encoder_decoder:
+        return Batch({"input_ids": source}, target), {"": source}
+    start = model.config.get_text_config().decoder_start_token_id
+    begin = torch.full_like(target[:, :1], 0 if start is None else start)
+    shifted = torch.cat([begin, target[:, :-1]], 1)
+    if padding is not None:
+        shifted = shifted.masked_fill(shifted == -100, padding)
+    inputs = {
+        "input_ids": source,
+        "attention_mask": (torch.ones_like(source) if padding is None else source != padding).long(),
+        "decoder_input_ids": shifted,
+        "decoder_attention_mask": (target != -100).long(),
+    }
+    return Batch(inputs, target), {"encoder": source, "decoder": shifted}
+
+
+def _real(batch: Batch, stream: str) -> Tensor:
+    """Where the tokens of a stream are no padding (B, S)."""
+    before = "decoder_" if stream == "decoder" else ""
+    mask = batch.inputs.get(f"{before}attention_mask")
+    return torch.ones_like(batch.inputs[f"{before}input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _longest(model: PreTrainedModel) -> int:

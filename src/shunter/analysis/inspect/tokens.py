@@ -8,11 +8,18 @@ from transformers import PreTrainedTokenizerBase
 
 __all__ = ["KINDS", "kind", "token_text"]
 
-KINDS = ("special", "space", "punctuation", "number", "function word", "name", "word", "piece", "other script")
+KINDS = ("special", "space", "punctuation", "number", "function word", "verb", "name", "word", "piece", "other script")
 FUNCTION_WORDS = set(
     "a an the and or but nor so if of to in on at by for from with as than that this these those which who whom it its "
     "he she they we you i him her them us me his their our your my is are was were be been not no do does did has have "
     "had will shall would should may can could must there then when where".split()
+)
+VERBS = set(
+    "say says said saith go goes went gone come comes came take takes took taken give gives gave given make makes made "
+    "see sees saw seen know knows knew known get gets got find finds found bring brought put let set speak spake "
+    "spoken tell told call called hear heard keep kept send sent turn turned return returned eat drink die died live "
+    "run use used think thought want try ask asked answered build built read write wrote written raise raises import "
+    "yield del pass assert add added remove select selected change changed enter entered save open close".split()
 )
 
 
@@ -33,7 +40,8 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 def kind(text: str, pieces_are_marked: bool = False) -> str:
     """What a token is, by its text alone: one of `KINDS` but "special".
 
-    A "name" begins with a capital; a "piece" goes on with a word that another token began.
+    A "name" begins with a capital; a "piece" goes on with a word that another token began; a "verb" is one of `VERBS`,
+    frequent ones of English and of programs, be it used as one or not.
 
     Args:
         text: of the token, with the space that it begins with.
@@ -51,6 +59,8 @@ def kind(text: str, pieces_are_marked: bool = False) -> str:
         return "number" if any(c.isdigit() for c in bare) else "punctuation"
     if bare.lower() in FUNCTION_WORDS and not (goes_on and bare.islower()):
         return "function word"
+    if bare in VERBS and not goes_on:
+        return "verb"
     if bare[0].isupper():
         return "name"
     return "piece" if goes_on else "word"
