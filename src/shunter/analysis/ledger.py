@@ -41,8 +41,8 @@ class Ledger:
 def ledger(model: PreTrainedModel, sequence_length: int, once: Collection[str] = ()) -> Ledger:
     """The ledger of a Hugging Face model with one sequence, dense or sparsified, at a length of that.
 
-    Linear maps are counted once a token, as convolutions that cut an image into patches are, but for those named in
-    `once`, which a sequence passes once (the head of a classifier).
+    Linear maps are counted once a token, as convolutions over tokens are and those that cut an image into patches, but
+    for those named in `once`, which a sequence passes once (the head of a classifier).
 
     Attention scores are counted over the whole sequence, as the kernels compute them (not halved for causality). A
     router that chooses a varying number of experts counts with its mean, or with the layer's `experts_taken`; dropped
@@ -65,7 +65,7 @@ def ledger(model: PreTrainedModel, sequence_length: int, once: Collection[str] =
         inactive += layer.inactive_parameters(sequence_length)
     inside = {id(part) for layer in layers for part in layer.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D | nn.Conv2d) and id(module) not in inside:
+        if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d) and id(module) not in inside:
             flops["projections"] += 2 * module.weight.numel() / (sequence_length if name in once else 1)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

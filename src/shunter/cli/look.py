@@ -133,13 +133,15 @@ def _roles(args: argparse.Namespace) -> int:
 
 
 def _held_out(subject: Inspected, tokens: int) -> Material | None:
-    """What the run of a model held out, if no built-in text serves: of images, or where a router goes by labels."""
+    """What the run of a model held out, if no built-in text serves: images, sounds, or a router goes by labels."""
     from ..moe import moe_layers
 
     run = subject.folder.parent
     labels = {"task", "domain", "language", "modality"}
     told = any(labels & set(layer.decider.required) for layer in moe_layers(subject.model).values())
-    if not (run / "recipe.json").is_file() or not (told or subject.model.main_input_name == "pixel_values"):
+    if not (run / "recipe.json").is_file() or not (
+        told or subject.model.main_input_name in ("pixel_values", "input_features")
+    ):
         return None
     from ..recipes.run import configuration_of
 

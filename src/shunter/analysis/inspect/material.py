@@ -96,6 +96,7 @@ class Material:
         window: tokens of the longest sequence.
         images: (images, channels, height, width) in [0, 1], for pictures of patches; None for text.
         patch: the height and width of a patch.
+        sound: whether the tokens are frames of sound.
         notices: what people should know of the choice.
     """
 
@@ -107,6 +108,7 @@ class Material:
     window: int
     images: Tensor | None = None
     patch: int = 0
+    sound: bool = False
     notices: list[str] = field(default_factory=list)
 
     def first(self, batches: int) -> Material:
@@ -129,7 +131,10 @@ class Material:
             stream = self.streams[which].first(images * self.window)
             return stream.after(extra, self.window) if extra >= 0 and not rest else None
         ids = "decoder_input_ids" if which == "decoder" else "input_ids"
-        expected = sum(batch.inputs[ids].numel() for batch in done)
+        if ids in done[0].inputs:
+            expected = sum(batch.inputs[ids].numel() for batch in done)
+        else:  # frames, of which layers see what is no padding
+            expected = sum(int(batch.inputs["attention_mask"].sum()) for batch in done)
         return self.streams[which].first(expected) if tokens == expected else None
 
 
