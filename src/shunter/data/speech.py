@@ -9,7 +9,7 @@ import random
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ class Clip:
         held_out: whether the data themselves hold it out (True) or train on it (False); None where they do not say.
         read: its sound, which lasts so many seconds at most.
         raw: the bytes that tell it from any other, in parts.
-        corpus: the source that it comes from, for people.
+        corpus: what its source is called.
+        license, source: in words.
         wrong: why it cannot be used, where its record alone says so.
     """
 
@@ -79,7 +80,8 @@ class Clip:
     read: Callable[[float], Sound]
     raw: Callable[[], Iterator[bytes]]
     corpus: str
-    license: str = "the user's own"
+    license: str
+    source: str
     wrong: str = ""
 
 
@@ -131,8 +133,9 @@ def synthesised(
                 None,
                 lambda seconds, samples=samples: Sound(samples.astype(np.float32) / 32768, RATE),  # type: ignore[misc]
                 lambda samples=samples: iter([samples.tobytes()]),  # type: ignore[misc]
+                SYNTHESISED,
+                "none of its own; eSpeak NG is GPL-3.0",
                 source,
-                "what GPL-3.0 software has spoken",
             )
         )
     return clips
@@ -158,7 +161,8 @@ def digits(folder: Path) -> list[Clip] | None:
     for spoken in sorted(folder.glob("[a-z][a-z]_[A-Z][A-Z]_[fm]_*/digits")):
         name = spoken.parent.name
         for n, word in enumerate(DIGITS.get(name[:2], "").split()):
-            clips.append(_of_file(spoken / f"{n}.wav", word, name[:2], name, True, folder))
+            clip = _of_file(spoken / f"{n}.wav", word, name[:2], name, True, folder)
+            clips.append(replace(clip, corpus="asterisk", license="CC-BY-SA-3.0; ru: CC-BY-3.0"))
     return clips or None
 
 
@@ -311,8 +315,10 @@ def _of_file(
         held_out,
         lambda seconds: read_sound(file, seconds),
         raw,
+        escaped(source.name),
+        "the user's own",
         escaped(str(source)),
-        wrong=wrong,
+        wrong,
     )
 
 
@@ -386,7 +392,7 @@ def split(
     digest.update(f"{len(train)}".encode())
     for part, what in ((train, "to train on"), (held_out, "to hold out")):
         if not part:
-            sources = ", ".join(dict.fromkeys(clip.corpus for clip in clips))
+            sources = ", ".join(dict.fromkeys(clip.source for clip in clips))
             raise UserError(f"{sources}: has no sound {what}")
     notes = [note] if note else []
     if others := {rate: count for rate, count in sorted(rates.items()) if rate != RATE}:

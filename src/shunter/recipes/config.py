@@ -128,5 +128,5 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
 
 def _literals(cls: Any, path: list[str]) -> list[str]:
     for part in path:
-        cls = cls.model_fields[part].annotation
+        cls = get_args(cls)[0] if part.isdigit() else cls.model_fields[part].annotation
     return [str(value) for value in get_args(cls)]

@@ -58,8 +58,10 @@ class DataConfig(Section):
     languages: list[Literal["en", "es", "fr", "it", "ru"]] = Field(
         ["en", "es", "fr", "it", "ru"], min_length=1, description="that are synthesised"
     )
-    voices: int = Field(40, ge=2, le=len(VOICES), description="that are synthesised")
-    takes: int = Field(10, ge=1, le=1000, description="strings of digits of a voice in a language")
+    mask_bands: int = Field(8, ge=0, description="mel bands that are hidden at most in training, at random")
+    mask_frames: int = Field(8, ge=0, description="frames that are, likewise")
+    voices: int = Field(60, ge=2, le=len(VOICES), description="that are synthesised")
+    takes: int = Field(8, ge=1, le=1000, description="strings of digits of a voice in a language")
     digits: int = Field(3, ge=1, le=20, description="of a string at most")
     noise: tuple[float, float] = Field((0.0, 20.0), description="least and greatest signal-to-noise ratio, in dB")
 
@@ -86,13 +88,13 @@ class SpeechSparse(SparseConfig):
 
 
 class SpeechTraining(TrainingConfig):
-    """Twelve times through the built-in sounds."""
+    """Seven times through the built-in sounds."""
 
-    steps: int = Field(1200, ge=1)
+    steps: int = Field(800, ge=1)
     batch_tokens: int = Field(1280, ge=8, description="frames of one optimizer step, rounded down to whole clips")
     warmup: int = Field(100, ge=0, description="steps")
     learning_rate: float = Field(2e-3, gt=0, le=1)
-    eval_every: int = Field(300, ge=1, description="steps")
+    eval_every: int = Field(200, ge=1, description="steps")
     beta2: float = Field(0.98, gt=0, lt=1)
 
 
@@ -114,6 +116,8 @@ class SpeechConfig(RunConfig):
             raise ValueError(f"model.dim {m.dim} must be a multiple of twice model.heads {m.heads}")
         if self.data.noise[0] > self.data.noise[1]:
             raise ValueError(f"data.noise {list(self.data.noise)} must be the least ratio, then the greatest")
+        if self.data.mask_bands >= self.data.mels:
+            raise ValueError(f"data.mask_bands {self.data.mask_bands} must be less than data.mels {self.data.mels}")
         if self.training.batch_tokens < self.frames:
             raise ValueError(
                 f"training.batch_tokens {self.training.batch_tokens} must be at least the {self.frames} of a clip"
@@ -215,8 +219,7 @@ class SpeechData:
 
     def _group(self, i: int, several: bool) -> str:
         clip = self.corpus.clips[i]
-        own = self.config.data.source is None or clip.corpus.startswith("strings of digits")
-        return f"{clip.language}, {'synthesised' if own else clip.corpus}" if several else clip.language
+        return f"{clip.language}, {clip.corpus}" if several else clip.language
 
     @property
     def _used(self) -> list[int]:
@@ -278,7 +281,7 @@ class SpeechData:
         for name in sorted({*trained, *self.groups}):
             mine = {"train": trained.get(name, []), "eval": self.groups.get(name, [])}
             first = clips[next(iter([*mine["train"], *mine["eval"]]))]
-            row: dict[str, Any] = {"name": name, "license": first.license, "source": first.corpus}
+            row: dict[str, Any] = {"name": name, "license": first.license, "source": first.source}
             for part, some in mine.items():
                 row |= {f"{part}_clips": len(some), f"{part}_frames": len(some) * self.config.frames}
             rows.append(row)
@@ -323,7 +326,10 @@ def features(extractor: SeamlessM4TFeatureExtractor, sound: Sound) -> Tensor:
 
 
 class _Clips(Dataset[dict[str, Tensor]]):
-    """Item i is the i-th clip of training, a function of the seed and i: each pass in another order."""
+    """Item i is the i-th clip of training, a function of the seed and i: each pass in another order, with other masks.
+
+    A run of mel bands and a run of frames are 0, their mean (SpecAugment; Park et al. 2019, section 2).
+    """
 
     def __init__(self, data: SpeechData) -> None:
         self.data = data
@@ -331,12 +337,26 @@ class _Clips(Dataset[dict[str, Tensor]]):
         train = data.corpus.train
         passes = -(-data.count // len(train))
         self.order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(passes)])[: data.count]
+        self.masks = torch.rand(data.count, 4, generator=generator)
 
     def __len__(self) -> int:
         return self.data.count
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.data.example(self.data.corpus.train[int(self.order[i])])
+        example = self.data.example(self.data.corpus.train[int(self.order[i])])
+        d, (wide, low, long, early) = self.data.config.data, self.masks[i].tolist()
+        pairs = example["input_features"].clone().unflatten(1, (2, d.mels))
+        pairs[:, :, _run(wide, low, d.mask_bands, d.mels)] = 0
+        real = int(example["attention_mask"].sum())
+        pairs[_run(long, early, min(d.mask_frames, real // 2), real)] = 0
+        return example | {"input_features": pairs.flatten(1)}
+
+
+def _run(wide: float, first: float, most: int, of: int) -> slice:
+    """A run of at most so many of some, by two numbers from 0 to 1."""
+    width = int(wide * (most + 1))
+    start = int(first * (of - width + 1))
+    return slice(start, start + width)
 
 
 class SpeechRecipe(Recipe[SpeechConfig, SpeechData]):
