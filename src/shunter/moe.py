@@ -123,7 +123,7 @@ class RoutedLayer(nn.Module):
         self.experts = experts
         self.dim, self.num_experts = router.dim, router.num_experts
         self.routing: Routing | None = None
-        self._real: Tensor | None = None
+        self._mask: Tensor | None = None
         self.experts_taken: float | None = None
         self.updates = 0
         self._last: _Call | None = None
@@ -163,15 +163,15 @@ class RoutedLayer(nn.Module):
                     self._calls = [ref for ref in self._calls if ref() is not None] + [weakref.ref(call)]
                 self._last = call
         if not recomputing():
-            self.routing, self._real = decided, context.mask
+            self.routing, self._mask = decided, context.mask
         return out
 
     @property
-    def num_real(self) -> int:
-        """How many tokens the last forward routed, without padding; 0 before the first."""
+    def tokens_routed(self) -> int:
+        """How many tokens the last forward had, padding not among them; 0 before the first."""
         if self.routing is None:
             return 0
-        return self.routing.num_tokens if self._real is None else int(self._real.sum())
+        return self.routing.num_tokens if self._mask is None else int(self._mask.sum())
 
     @property
     def decider(self) -> Router:
@@ -243,7 +243,7 @@ class RoutedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The last forward belongs to a graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "routing": None, "_last": None, "_calls": []}
+        return {**self.__dict__, "routing": None, "_mask": None, "_last": None, "_calls": []}
 
 
 class MoE(RoutedLayer):

@@ -43,8 +43,8 @@ def ledger(
 ) -> Ledger:
     """The ledger of a Hugging Face model, dense or sparsified, at a length of its sequences.
 
-    Linear maps are counted once a token, as convolutions that cut an image into patches are, but for those named in
-    `once`, which a sequence passes once (the head of a classifier).
+    Linear maps are counted once a token, as convolutions over tokens are and those that cut an image into patches, but
+    for those named in `once`, which a sequence passes once (the head of a classifier).
 
     Of an encoder-decoder model a token is one of the encoder's `sequence_length` or of the decoder's `target_length`;
     its numbers are means over both. All that either stack has is active, but for the experts not taken.
@@ -81,7 +81,7 @@ def ledger(
         inactive += layer.inactive_parameters(length)
     inside = {id(part) for layer in layers.values() for part in layer.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D | nn.Conv2d) and id(module) not in inside:
+        if isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d) and id(module) not in inside:
             flops["projections"] += 2 * module.weight.numel() * share(name, module)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads

@@ -19,7 +19,7 @@ from . import bench, convert, law, look, plan, reproduce, train
 
 __all__ = ["main"]
 
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "espeakng_loader": "espeakng-loader", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Packages to install, by the module that is imported, where the names differ."""
 
 

@@ -133,13 +133,13 @@ def _roles(args: argparse.Namespace) -> int:
 
 
 def _held_out(subject: Inspected, tokens: int) -> Material | None:
-    """What the run of a model held out, if no built-in text serves: of images, of pairs, or for routers by labels."""
+    """What the run of a model held out, if no built-in text serves: images, sounds, pairs, or routers by labels."""
     from ..moe import moe_layers
 
     run = subject.folder.parent
     labels = {"task", "domain", "language", "modality"}
     told = any(labels & set(layer.decider.required) for layer in moe_layers(subject.model).values())
-    told = told or subject.model.main_input_name == "pixel_values"
+    told = told or subject.model.main_input_name in ("pixel_values", "input_features")
     told = told or bool(getattr(subject.model.config, "is_encoder_decoder", False))
     if not (run / "recipe.json").is_file() or not told:
         return None

@@ -17,19 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
 from .files import files_in, say_left_out
 from .images import SUFFIXES, open_image
+from .sifting import at_most, left_out, sift
 
 __all__ = ["Labelled", "Split", "built_in_images", "read_labelled", "split"]
 
 HELD_OUT = ("test", "val", "valid", "validation")
-_NAMED = 5  # of the images that are left out
 _MAX_UNPACKED = 2**30  # bytes of a packed IDX file
-_SHOW_PROGRESS = 2000  # images, whose decoding takes seconds
 
 
 @dataclass(frozen=True)
@@ -320,34 +318,28 @@ def split(images: Labelled, *, share: float, most: int, most_held_out: int) -> S
             half of the images cannot be read.
     """
     chosen = _choose(images, share, most, most_held_out)
-    digest, bad, colours = hashlib.sha256(), dict[int, str](), False
+    digest, colours = hashlib.sha256(), False
     every = [i for part in chosen for i in part]
-    for i in tqdm(every, desc="images", leave=False, disable=None if len(every) > _SHOW_PROGRESS else True):
-        try:
-            raw = images.raw(i)
-            if not images.trusted:
-                with images.open(i) as image:
-                    image.load()
-                    colours |= image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I")
-        except Exception as error:
-            bad[i] = str(error) if isinstance(error, UserError) else f"{images.where[i]}: {one_line(error)}"
-            continue
+
+    def read(i: int) -> None:
+        nonlocal colours
+        raw = images.raw(i)
+        if not images.trusted:
+            with images.open(i) as image:
+                image.load()
+                colours |= image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I")
         digest.update(f"{images.labels[i]}\0{len(raw)}\0".encode())
         digest.update(raw)
-    if 2 * len(bad) > len(every):
-        raise UserError(f"{len(bad):,} of {len(every):,} images cannot be read, the first: {next(iter(bad.values()))}")
+
+    bad = sift(every, read, lambda i: images.where[i], "images")
     train, held_out = ([i for i in part if i not in bad] for part in chosen)
     digest.update(f"{len(train)}".encode())
     classes = sorted({images.labels[i] for i in train}, key=_natural)
     _check(images, classes, train, held_out)
     number = {name: n for n, name in enumerate(classes)}
-    left_out = ""
-    if bad:
-        named = "; ".join(list(bad.values())[:_NAMED])
-        more = f"; and {len(bad) - _NAMED:,} more" if len(bad) > _NAMED else ""
-        left_out = f"Left out {len(bad):,} of {len(every):,} images: {named}{more}."
+    said = left_out(bad, len(every), "images")
     targets = [number.get(label, -1) for label in images.labels]
-    return Split(images, classes, train, held_out, targets, colours, left_out, digest.hexdigest())
+    return Split(images, classes, train, held_out, targets, colours, said, digest.hexdigest())
 
 
 def _choose(images: Labelled, share: float, most: int, most_held_out: int) -> tuple[list[int], list[int]]:
@@ -367,14 +359,7 @@ def _choose(images: Labelled, share: float, most: int, most_held_out: int) -> tu
             told, free = free[:cut], free[cut:]
         train.append(free)
         held_out.append(told)
-    return _at_most(train, most), _at_most(held_out, most_held_out)
-
-
-def _at_most(groups: list[list[int]], most: int) -> list[int]:
-    """The images of all groups; where they are too many, the same part of each, one at least."""
-    total = sum(map(len, groups))
-    part = min(1.0, most / max(total, 1))
-    return [i for group in groups for i in group[: max(1, int(part * len(group)))]]
+    return at_most(train, most), at_most(held_out, most_held_out)
 
 
 def _check(images: Labelled, classes: list[str], train: list[int], held_out: list[int]) -> None:

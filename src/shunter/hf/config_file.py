@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,22 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UserError
 
-__all__ = ["MARKS", "MODEL_TYPE", "as_dense", "building_dense", "forget_layers", "name_layers", "write_as_sparse"]
+__all__ = [
+    "MARKS",
+    "MODEL_TYPE",
+    "as_dense",
+    "building_dense",
+    "forget_layers",
+    "introduce",
+    "name_layers",
+    "write_as_sparse",
+]
 
 MODEL_TYPE = "shunter"
 
 # What a configuration has of sparse layers, and of quantised experts.
 MARKS = ("shunter", "shunter_quantised")
+_OWN = {"shunter_recogniser": "shunter.hf.recogniser"}  # models that transformers has not, by model_type
 _DENSE = "shunter_dense"
 _WEIGHTS = "transformers_weights"
 _REFUSAL = "none, as the feed-forward blocks are Shunter's sparse experts; import shunter.hf and load by an Auto class"
@@ -36,6 +47,12 @@ _PART_REFUSAL = (
     "none, as the feed-forward blocks of this part are Shunter's sparse experts; sparsify the part of the dense model "
     "again, and load the state dict; what shunter.sparsify(whole, …, within=part) makes loads by its name"
 )
+
+
+def introduce(model_type: Any) -> None:
+    """Let transformers know the configuration of a model that is Shunter's own, if this is one."""
+    if isinstance(model_type, str) and model_type in _OWN:
+        import_module(_OWN[model_type])
 
 
 def name_layers(config: Any, layers: Any) -> None:

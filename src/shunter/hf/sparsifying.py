@@ -342,6 +342,7 @@ def choose_blocks(
         raise UserError(f"sparsify: layers={list(layers)} must be increasing numbers from 0 to {shortest - 1}")
     return [stack[i] for stack in stacks for i in layers]
 
+
 def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
     """Whether the layer around a block attends causally: its attention says so, or the model generates with it."""
     parts = block.path.split(".")

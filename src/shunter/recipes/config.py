@@ -129,6 +129,6 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
 
 def _literals(cls: Any, path: list[str]) -> list[str]:
     for part in path:
-        cls = cls.model_fields[part].annotation
+        cls = get_args(cls)[0] if part.isdigit() else cls.model_fields[part].annotation
     kinds = [cls, *get_args(cls)] if get_origin(cls) in (Union, UnionType) else [cls]
     return [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]

@@ -16,6 +16,7 @@ __all__ = ["find", "names", "register"]
 _RECIPES: dict[str, str | Recipe[Any, Any]] = {
     "text": "shunter.recipes.text:RECIPE",
     "images": "shunter.recipes.images:RECIPE",
+    "speech": "shunter.recipes.speech:RECIPE",
     "facts": "shunter.recipes.facts:RECIPE",
     "translation": "shunter.recipes.translation:RECIPE",
     "tasks": "shunter.recipes.tasks:RECIPE",

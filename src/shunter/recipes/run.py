@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 
-def expert_width(hidden: int, router: routers.Router, sequence_length: int, *, gated: bool = True) -> int:
+def expert_width(hidden: float, router: routers.Router, sequence_length: int, *, gated: bool = True) -> int:
     """The width f of one expert at which k experts and the router cost what one dense block does, gated or not.
 
     With three matrices of a gated block, 6 d f k + router FLOPs = 6 d hidden, with two 4 in place of 6; rounded to the

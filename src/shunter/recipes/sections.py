@@ -41,8 +41,8 @@ class Section(BaseModel):
         return value
 
 
-ANY_LABELS = {"token_ids": 257, "task": 2}
-"""Where a router is built before data are read: what it cannot do without, a vocabulary or tasks."""
+ANY_LABELS = {"token_ids": 257, "task": 2, "embedding": 8}
+"""Where a router is built before data are read: what it cannot do without, a vocabulary, tasks, a width."""
 
 Value = bool | int | float | str | None
 
@@ -118,6 +118,10 @@ class SparseConfig(Section):
             options["vocab_size"] = labels.get("token_ids")
         if "num_tasks" in known:
             options.setdefault("num_tasks", labels.get("task"))
+        if "embedding_dim" in known:
+            options.setdefault("embedding_dim", labels.get("embedding"))
+        if "num_domains" in known and "domain" in labels:
+            options.setdefault("num_domains", labels["domain"])
         values = max((labels.get(need, 0) for need in routers.find(self.router).needs), default=0)
         if "experts" in known and values > self.num_experts:
             options.setdefault("experts", [value % self.num_experts for value in range(values)])

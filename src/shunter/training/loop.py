@@ -88,7 +88,7 @@ class _Watch(TrainerCallback):
         for name, layer in moe_layers(model).items():
             assert layer.routing is not None
             self.step_load[name] = layer.routing.demand
-            self.step["routed"] += layer.num_real
+            self.step["routed"] += layer.tokens_routed
             self.step["kept"] += layer.routing.token.numel()
 
     def _over_ranks(self) -> None:
@@ -255,7 +255,7 @@ def _counting(model: nn.Module) -> Iterator[dict[str, int]]:
 
     def add(layer: RoutedLayer, *_: Any) -> None:
         assert layer.routing is not None
-        counts["routed"] += layer.num_real
+        counts["routed"] += layer.tokens_routed
         counts["asked"] += int(layer.routing.demand.sum())
 
     handles = [layer.register_forward_hook(add) for layer in moe_layers(model).values()]

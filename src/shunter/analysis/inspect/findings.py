@@ -49,7 +49,7 @@ def describe_data(material: Material) -> dict[str, Any]:
         if what in stream.labels
     }
     return {
-        "kind": "text" if material.images is None else "images",
+        "kind": "sounds" if material.sound else "text" if material.images is None else "images",
         "tokens": material.tokens,
         "window": material.window,
         "domains": counted["domain"],

@@ -75,6 +75,8 @@ def material_for(subject: Inspected, data: Sequence[str] | None, tokens: int = 1
         if data is None:
             raise UserError("this model sees images, and is of no run; give --data with a folder of images")
         return image_material(subject.model, subject.folder, data, tokens=tokens)
+    if subject.model.main_input_name == "input_features":
+        raise UserError(f"{subject.name} hears sounds: give the folder of its run, without --data")
     domains = built_in_domains() if data is None else read_domains(data)
     return text_material(subject.model, subject.tokenizer(), domains, tokens=tokens, length=length)
 

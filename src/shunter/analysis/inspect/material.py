@@ -96,6 +96,7 @@ class Material:
         window: tokens of the longest sequence.
         images: (images, channels, height, width) in [0, 1], for pictures of patches; None for text.
         patch: the height and width of a patch.
+        sound: whether the tokens are frames of sound.
         notices: what people should know of the choice.
     """
 
@@ -107,6 +108,7 @@ class Material:
     window: int
     images: Tensor | None = None
     patch: int = 0
+    sound: bool = False
     notices: list[str] = field(default_factory=list)
 
     def first(self, batches: int) -> Material:

@@ -35,6 +35,12 @@ HEADINGS = {
     "previous, given the token": "before,\ngiven token",
     "position, given the token": "position,\ngiven token",
 }
+PIECES = {
+    "text": ("token", "tokens", "token (a piece of a word)"),
+    "images": ("patch", "patches", "patch of an image"),
+    "sounds": ("frame", "frames", "frame of sound"),
+}
+"""What a router sends to experts, by the kind of data: one, several, and for who has not met one."""
 SERVES = {"domain": "domain", "language": "language", "kind": "kind of token", "position": "position"}
 MOST_NEEDED = 10
 SERVED_FROM = 0.2  # of an expert's work: less is not said to be what it serves
@@ -50,13 +56,14 @@ def render(findings: dict[str, Any], images: Tensor | None = None, patch: int = 
     """
     model = findings["models"][-1]
     layers: dict[str, dict[str, Any]] = model["layers"]
-    piece, pieces = ("token", "tokens") if findings["data"]["kind"] == "text" else ("patch", "patches")
+    piece, pieces, each = PIECES[findings["data"]["kind"]]
     with style(THEME):
         content = {
             "findings": findings,
             "model": model,
             "before": findings["models"][0] if len(findings["models"]) > 1 else None,
             "headline": _headline(findings),
+            "each": each,
             "tiles": _tiles(model, piece),
             "piece": piece,
             "pieces": pieces,

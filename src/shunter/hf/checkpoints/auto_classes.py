@@ -15,7 +15,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config_file import MODEL_TYPE, as_dense, write_as_sparse
+from ..config_file import MODEL_TYPE, as_dense, introduce, write_as_sparse
 from .formats import complete
 from .loading import align
 
@@ -36,6 +36,7 @@ class SparseConfig(PreTrainedConfig):
         """
         values = as_dense(config_dict)
         kind = values.get("model_type")
+        introduce(kind)
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING or kind == MODEL_TYPE:
             raise ValueError(f"a sparse model whose dense form is {kind!r}, which transformers does not know")
         coded = values.get("shunter_quantised")

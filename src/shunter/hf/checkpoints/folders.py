@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ...errors import UserError, one_line
 from ...untrusted import open_file, read_file
-from ..config_file import MARKS, as_dense
+from ..config_file import MARKS, as_dense, introduce
 from .reading import Stored, inside, read_json
 
 __all__ = [
@@ -74,7 +74,9 @@ def read_config(folder: Path, tensors: Mapping[str, Stored], quantised: bool = F
     _plausible(file, raw, len(tensors), max((side for stored in tensors.values() for side in stored.shape), default=0))
     if ("quantization_config" in raw or "shunter_quantised" in raw) and not quantised:
         raise UserError(f"{folder}: the weights are quantised; take the model that they were made of")
-    if "transformers_weights" in as_dense(raw):
+    dense = as_dense(raw)
+    introduce(dense.get("model_type"))
+    if "transformers_weights" in dense:
         raise UserError(f"{file}: names other weights by transformers_weights; put them under their usual name")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -211,11 +213,13 @@ def _plausible(file: Path, values: dict[str, Any], num_tensors: int, largest: in
 
 
 def model_class(config: PreTrainedConfig, path: str) -> type[PreTrainedModel]:
-    """The class of transformers that a configuration names.
+    """The class that a configuration names: of transformers, or the `model_class` of a configuration of Shunter's own.
 
     Raises:
         UserError: where there is none.
     """
+    if own := getattr(type(config), "model_class", None):
+        return own
     given = config.architectures
     if not isinstance(given, list) or not given or not isinstance(given[0], str):
         raise UserError(f"{path}: config.json names no architecture; give its class of transformers in architectures")

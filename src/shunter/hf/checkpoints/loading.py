@@ -126,7 +126,7 @@ def load_without(kind: Any, path: str, absent: Collection[str], options: dict[st
     Raises:
         UserError: as `from_pretrained`.
     """
-    base = next(c for c in kind.__mro__ if c.__module__.startswith("transformers."))
+    base = model_class(options["config"], path)
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **rest: Any) -> None:
         kind.__init__(self, config, *args, **rest)

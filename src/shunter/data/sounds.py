@@ -1,0 +1,83 @@
+"""A sound file to the samples of one channel at 16,000 a second, or one line on why it cannot be used."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError, escaped, one_line
+from ..untrusted import open_file
+
+__all__ = ["RATE", "SHORTEST", "SUFFIXES", "Sound", "read_sound", "resampled"]
+
+RATE = 16000  # samples a second
+SHORTEST = 0.05  # seconds
+SUFFIXES = {".aif", ".aiff", ".au", ".flac", ".mp3", ".ogg", ".opus", ".wav"}
+_RATES = (1000, 384_000)
+_SILENCE = 1e-3  # of full scale, -60 dB
+# What libsndfile says of a file that ends before its header says so. Writers to a pipe leave the length open.
+_CUT = re.compile(r"(\d+) \(should be \d+\)|(> file length)", re.IGNORECASE)
+_OPEN = {0, 2**31 - 1, 2**32 - 1}
+
+
+class Sound(NamedTuple):
+    """Samples (n,) float32 from -1 to 1, `RATE` a second, and the rate that they came at."""
+
+    samples: NDArray[np.float32]
+    rate: int
+
+
+def read_sound(file: Path, seconds: float) -> Sound:
+    """A file of whatever libsndfile reads, its channels averaged; nothing behind the longest duration is decoded.
+
+    Args:
+        file: one sound.
+        seconds: the longest that is wanted.
+
+    Raises:
+        UserError: where it cannot be read, is cut short, empty, silent or longer.
+    """
+    import soundfile
+
+    try:
+        with open_file(file) as stream, soundfile.SoundFile(stream) as sound:
+            rate, frames, said = int(sound.samplerate), int(sound.frames), str(sound.extra_info)
+            if not _RATES[0] <= rate <= _RATES[1]:
+                raise UserError(f"has {rate} samples a second; {_RATES[0]} to {_RATES[1]} can be resampled")
+            most = math.floor(seconds * rate)
+            if frames > most:
+                raise UserError(f"lasts {frames / rate:.2f} s, longer than data.seconds={seconds:g}")
+            samples = sound.read(frames=most, dtype="float32", always_2d=True)
+    except UserError as error:
+        raise UserError(f"{escaped(str(file))}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{escaped(str(file))}: {error.strerror or one_line(error)}") from None
+    except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own
+        reason = re.sub(r"Error opening <[^>]*>: ", "", one_line(error))
+        raise UserError(f"{escaped(str(file))}: not a sound that can be read ({reason})") from None
+    cut = any(match[2] or int(match[1]) not in _OPEN for match in _CUT.finditer(said))
+    if cut or len(samples) < frames:
+        raise UserError(f"{escaped(str(file))}: is cut short: it ends after {len(samples) / rate:.2f} s")
+    mono = samples.mean(1)
+    if len(mono) < SHORTEST * rate:
+        raise UserError(f"{escaped(str(file))}: lasts {len(mono) / rate:.3f} s; a sound needs {SHORTEST} at least")
+    if not np.isfinite(mono).all():
+        raise UserError(f"{escaped(str(file))}: holds samples that are not finite")
+    if np.abs(mono - mono.mean()).max() < _SILENCE:
+        raise UserError(f"{escaped(str(file))}: is silent, below -60 dB of full scale throughout")
+    return Sound(resampled(mono, rate), rate)
+
+
+def resampled(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
+    """Samples (n,) of a rate at `RATE`, by a polyphase filter."""
+    from scipy.signal import resample_poly
+
+    if rate == RATE:
+        return samples
+    shared = math.gcd(rate, RATE)
+    return np.asarray(resample_poly(samples, RATE // shared, rate // shared), dtype=np.float32)
