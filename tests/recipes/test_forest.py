@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("matplotlib")
+
 from torch.nn import functional as F
 
 from shunter.cli import main
@@ -180,6 +183,7 @@ def test_what_is_merged_needs_no_forest(trained, tmp_path, capsys):
     assert main(["merge", str(trained), "--out", str(average), *words]) == 0
     receipt = json.loads(capsys.readouterr().out)
     assert receipt["weights"] == {"digits": 0.75, "signs": 0.25} and "seed" in receipt["loss"]
+    assert (average / "losses.png").read_bytes().startswith(b"\x89PNG")
     folders = [trained / "branches" / name / "branch" for name in ("digits", "signs")]
     expected = forests.average(folders, [0.75, 0.25])
     found = load_folder(average)

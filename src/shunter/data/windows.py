@@ -148,8 +148,8 @@ def prepare(
     """
     domains = built_in_domains(max_bytes) if sources is None else read_domains(sources, max_bytes)
     if only is not None:
-        if unknown := [name for name in only if name not in {domain.name for domain in domains}]:
-            raise UserError(f"the text has no domain {unknown[0]!r}; it has {', '.join(d.name for d in domains)}")
+        if missing := [name for name in only if name not in {domain.name for domain in domains}]:
+            raise UserError(f"the text has no domain {missing[0]!r}; it has {', '.join(d.name for d in domains)}")
         domains = [domain for domain in domains if domain.name in only]
     splits = {domain.name: _split(domain, eval_share) for domain in domains}
     kind = "bpe" if isinstance(tokenizer, PreTrainedTokenizerFast) else tokenizer

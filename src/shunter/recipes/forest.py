@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
+from ..analysis.pages.forest_figures import losses_by_domain
+from ..analysis.pages.style import PAPER, style
 from ..analysis.runs import TEXT
 from ..data.documents import built_in_domains, read_domains
 from ..data.windows import TextData
@@ -497,10 +499,10 @@ def merge(
         like: a domain, of whose held-out text the posterior gives the weights instead.
         window: how many of the last tokens the ensemble goes by, as of `DomainMixture`.
         top_k: how many of the ensemble predict a token.
-        check: whether to evaluate the forest too.
+        check: whether to evaluate the forest too, as `evaluate_forest`.
 
     Returns:
-        The receipt, as merged.json has it.
+        The receipt, as merged.json has it; beside it is a picture of the losses, losses.png.
 
     Raises:
         UserError: as `read_forest`, for impossible values, and where `out` exists.
@@ -530,6 +532,7 @@ def merge(
     receipt: dict[str, Any] = {"as": how, "forest": folder.resolve().name, "weights": share}
     receipt |= {"window": window, "top_k": top_k} if how == "ensemble" else {}
     receipt |= evaluate_forest(folder, domains, top_k) if check else {}
+    receipt["versions"] = run_versions()
     with new_folder(out, **_origin(folder / SEED)) as part:
         load_tokenizer(folder / SEED).save_pretrained(part)
         if how == "average":
@@ -538,6 +541,9 @@ def merge(
             for place, name in enumerate(share):
                 bare = shutil.ignore_patterns(MANIFEST, "metrics.jsonl", "training.json")
                 shutil.copytree(forest.model_folder(name), part / _EXPERTS / str(place), ignore=bare)
+        if check:
+            with style(PAPER):
+                losses_by_domain(receipt["loss"]).savefig(part / "losses.png", metadata={"Software": None})
         (part / _MERGED).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     return receipt
 
