@@ -143,7 +143,7 @@ def branch(
     config = _seed_config(source, which)
     check_new_folder(out)
     with aside(out) as part:
-        shutil.copytree(source / which, part / SEED)
+        _copy(source / which, part / SEED)
         (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         (part / BRANCHES).mkdir()
         made = _add(part, out, domains, data, start, overrides)
@@ -154,6 +154,15 @@ def branch(
         with naming(out):
             part.rename(out)
     return made
+
+
+def _copy(source: Path, target: Path, without: Sequence[str] = ()) -> None:
+    """Copy the files of a model's folder, but for some; shutil's copytree has no plain error for a full disk."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file() and file.name not in without:
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
 
 
 def _seed_config(source: Path, which: str) -> TextConfig:
@@ -539,8 +548,11 @@ def merge(
             average([forest.model_folder(name) for name in share], list(share.values())).save_pretrained(part)
         else:
             for place, name in enumerate(share):
-                bare = shutil.ignore_patterns(MANIFEST, "metrics.jsonl", "training.json")
-                shutil.copytree(forest.model_folder(name), part / _EXPERTS / str(place), ignore=bare)
+                _copy(
+                    forest.model_folder(name),
+                    part / _EXPERTS / str(place),
+                    (MANIFEST, "metrics.jsonl", "training.json"),
+                )
         if check:
             with style(PAPER):
                 losses_by_domain(receipt["loss"]).savefig(part / "losses.png", metadata={"Software": None})
