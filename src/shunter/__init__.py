@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import capacity, experts, losses, routers
 from .layers import domain_mixture as domains
 from .layers import em_mixture as mixtures
-from .moe import MoE, aux_loss, dropless, give_reward, moe_layers, tell, update_routers
+from .moe import MoE, aux_loss, dropless, give_reward, moe_layers, plain_experts, tell, update_routers
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "moe_layers",
     "offload",
     "parallel",
+    "plain_experts",
     "quantize",
     "record",
     "replay",

@@ -17,7 +17,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from . import context as contexts
 from . import routers
 from .context import Context
-from .experts import Experts, RoutedExperts
+from .experts import Experts, ResidualExperts, RoutedExperts
 from .recomputation import recomputing, regions
 from .routers import Router
 from .routers.policy_gradient import Decision, PolicyRouter
@@ -32,6 +32,7 @@ __all__ = [
     "give_reward",
     "mark",
     "moe_layers",
+    "plain_experts",
     "tell",
     "update_routers",
 ]
@@ -246,6 +247,9 @@ class RoutedLayer(nn.Module):
         return {**self.__dict__, "routing": None, "_mask": None, "_last": None, "_calls": []}
 
 
+EXPERT_WEIGHTS: dict[str, type[Experts | ResidualExperts]] = {"separate": Experts, "residual": ResidualExperts}
+
+
 class MoE(RoutedLayer):
     """A sparse feed-forward layer: each token is computed by the experts that the router gives it.
 
@@ -264,6 +268,8 @@ class MoE(RoutedLayer):
         expert_dropout: likewise of the hidden units of its experts, which small data to fine-tune on want (Fedus et al.
             2021, Switch, table 4: 0.4); shared experts have none.
         causal: whether the layer is in a causal model: a router that lets later tokens change earlier ones is refused.
+        expert_weights: "separate", each expert's own; "residual", the sum of a core that all share and a residual of
+            each (`shunter.experts.ResidualExperts`).
         ready_experts: `RoutedExperts` to take, to which `hidden`, `activation`, `bias` … `recompute` do not apply.
         device, dtype: of the parameters.
         **options: of the router: `top_k=`, `capacity_factor=`, … (`shunter.routers.options(name)` lists them).
@@ -298,6 +304,7 @@ class MoE(RoutedLayer):
         dropout: float = 0.0,
         expert_dropout: float = 0.0,
         causal: bool = False,
+        expert_weights: str = "separate",
         ready_experts: RoutedExperts | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -322,8 +329,10 @@ class MoE(RoutedLayer):
             )
         alike: dict[str, Any] = {"activation": activation, "bias": bias, "backend": backend, "recompute": recompute}
         experts = ready_experts
+        if expert_weights not in EXPERT_WEIGHTS:
+            raise ValueError(f"expert_weights {expert_weights!r} is unknown; choose from {', '.join(EXPERT_WEIGHTS)}")
         if experts is None:
-            experts = Experts(num_experts, dim, hidden, dropout=expert_dropout, **alike, **place)
+            experts = EXPERT_WEIGHTS[expert_weights](num_experts, dim, hidden, dropout=expert_dropout, **alike, **place)
         elif (experts.num_experts, experts.dim) != (num_experts, dim):
             raise ValueError(
                 f"MoE: the experts are {experts.num_experts} of dim {experts.dim}, the layer has {num_experts} of dim "
@@ -381,6 +390,11 @@ class MoE(RoutedLayer):
         if self.shared_experts is not None:
             products += self.shared_experts.matrix_numbers
         return {"routers": self.decider.flops_per_token, "experts": 2 * products}
+
+    def inactive_parameters(self, sequence_length: int) -> float:
+        """As in any layer, but for what all experts share, which every token uses."""
+        unused = 0.0 if self.decider.chooses == "slots" else 1 - self.share_used(sequence_length)
+        return super().inactive_parameters(sequence_length) - unused * self.experts.shared_numbers
 
     def explain(self, num_tokens: int = 1024) -> str:
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
@@ -602,6 +616,16 @@ def dropless(model: nn.Module) -> None:
             raise ValueError(f"dropless: in {name or 'the layer'} experts choose their tokens, by a capacity")
     for router in limited.values():
         router.eval_capacity_factor = router.options["eval_capacity_factor"] = "dropless"
+
+
+def plain_experts(model: nn.Module) -> None:
+    """Replace, in place, experts that are a core and residuals by experts of their own that compute the same.
+
+    What reads experts one by one, as exporting, quantising and pruning do, knows these.
+    """
+    for layer in moe_layers(model).values():
+        if isinstance(layer.experts, ResidualExperts):
+            layer.experts = layer.experts.plain()
 
 
 def expect_steps(model: nn.Module, steps: int) -> None:

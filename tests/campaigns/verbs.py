@@ -5,6 +5,7 @@ in by their names.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -26,12 +27,13 @@ from tests.campaigns.runs import fresh, job
 from tests.campaigns.stops import ERRORS, mounted
 
 TINY = "8,8,8,2,1"  # of a benchmark
-READ = ("run", "model", "models", "table", "teacher")  # what is read, as the arguments call it
+READ = ("run", "model", "models", "table", "teacher", "forest")  # what is read, as the arguments call it
 SIZES = (10**6, 10**7, 10**8)  # parameters of runs
 TUNED = ["--rates", "1e-3", "--batches", "4", "--train", "moe", "--examples", "8", "--length", "8", "--windows", "10"]
 BUDGET = ["--flops", "1e21", "--memory", "80GiB", "--devices", "8", "--bandwidth", "50GB"]
 QUICK = {
     "advise": BUDGET,
+    "branch": ["training.steps=2"],
     "compare": ["--routers", "topk,hash"],
     "distill": ["--steps", "2", "--tokens", "640", "--length", "16"],
     "eval": ["--calibration"],  # of a run, on its own data
@@ -54,7 +56,7 @@ QUICK = {
 """What makes a verb quick."""
 UNTRIED = ["bench offload", "bench parallel"]
 """Benchmarks whose processes measure together: these are left out."""
-WHOLE = ["distill", "export", "extract", "prune", "quantize", "upcycle"]
+WHOLE = ["distill", "export", "extract", "merge", "prune", "quantize", "upcycle"]
 """Verbs whose folder is whole or absent."""
 
 
@@ -113,6 +115,8 @@ class Verb:
         """A right folder to read."""
         if action.dest == "run":
             return self.work.straight
+        if action.dest == "forest":
+            return self.work.folder / "forest"
         if action.dest == "table":
             return _table(self.work.folder / "runs.csv")
         if self.name == "extract":
@@ -153,6 +157,16 @@ def _domains(work):
         sparsify(load_folder(work.straight / "dense"), 4, "domain").save_pretrained(work.folder / "domains")
 
 
+def _forest(work):
+    """A forest whose branches are trained."""
+    forest = work.folder / "forest"
+    if not forest.exists():
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            assert main(["branch", str(work.straight), "--out", str(forest), "training.steps=2"]) == 0
+            for folder in sorted((forest / "branches").iterdir()):
+                assert main(["train", "text", "--resume", "--run", str(folder), "--json"]) == 0
+
+
 def _without_timing():
     """A benchmark of minutes is over at once; a report's pictures, which no fault is in, are left out."""
     from shunter.benchmarks import finetune, lora
@@ -172,6 +186,7 @@ def every_verb(folder):
     """The verbs, and how many operations on files each has; all are right, or say in a line why they cannot be."""
     work = job(folder, "topk")
     _domains(work)
+    _forest(work)
     found = []
     for name, parser in verbs():
         verb = Verb(name, parser, work)

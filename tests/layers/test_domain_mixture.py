@@ -11,10 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import shunter
 from shunter import MoE
-from shunter.layers.domain_mixture import DomainMixture, by_domain, posterior
+from shunter.layers.domain_mixture import DomainMixture, by_domain, posterior, token_log_likelihoods
 
 DOMAINS, VOCAB = 3, 7
 UNIFORM = torch.full((DOMAINS,), 1 / DOMAINS, dtype=torch.float64)
+IDS = [torch.zeros(1, 2, dtype=torch.int64)]
 
 
 @pytest.mark.parametrize("window", [None, 0, 1, 3])
@@ -155,6 +156,37 @@ def test_a_fixed_mixture_is_the_prior_alone():
     assert torch.allclose(belief.double(), mixture.prior.expand_as(belief))
 
 
+def test_of_a_belief_the_largest_weights_stay():
+    chains = _Chains()
+    ids = torch.randint(VOCAB, (2, 9))
+    whole = DomainMixture(chains, DOMAINS)(ids)
+    torch.testing.assert_close(DomainMixture(chains, DOMAINS, top_k=DOMAINS)(ids), whole)
+    two, one = (DomainMixture(chains, DOMAINS, top_k=k)(ids) for k in (2, 1))
+    least = F.one_hot(whole.belief.flip(-1).argmin(-1), DOMAINS).flip(-1)
+    expected = whole.belief * (1 - least)
+    torch.testing.assert_close(two.belief, expected / expected.sum(-1, keepdim=True))
+    best = whole.belief.argmax(-1)
+    assert torch.equal(one.belief, F.one_hot(best, DOMAINS).float())
+    each = torch.stack([chains(j, ids).log_softmax(-1) for j in range(DOMAINS)], -2)
+    chosen = each.gather(-2, best[..., None, None].expand(*best.shape, 1, VOCAB))[..., 0, :]
+    torch.testing.assert_close(one.log_probs, chosen)
+
+
+def test_losses_follow_from_the_likelihoods_of_the_tokens():
+    chains = _Chains()
+    ids = torch.randint(VOCAB, (3, 9))
+    likelihood = token_log_likelihoods(chains, DOMAINS, ids)
+    assert likelihood.shape == (3, 8, DOMAINS)
+    for options in ({}, {"window": 1}, {"top_k": 2}, {"prior": "updating"}):
+        whole, bare = DomainMixture(chains, DOMAINS, **options), DomainMixture(chains, DOMAINS, **options)
+        for _ in range(2):  # the second begins with another prior where it is updating
+            log_probs, belief = whole(ids)
+            found = bare.believe(likelihood)
+            torch.testing.assert_close(found, belief)
+            expected = log_probs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+            torch.testing.assert_close((found[:, :-1].log() + likelihood).logsumexp(-1), expected)
+
+
 class _Model(nn.Module):
     """A bigram model with one DEMix layer."""
 
@@ -226,7 +258,8 @@ def test_a_hugging_face_model_is_told_its_domains():
         (lambda: DomainMixture(_Chains(), 3, "learned"), ValueError, "choose from uniform, updating, cached"),
         (lambda: DomainMixture(_Chains(), 0), ValueError, "num_domains 0 must be at least 1"),
         (lambda: DomainMixture(_Chains(), 3, update_rate=0.0), ValueError, r"update_rate 0.0 in \(0, 1\]"),
-        (lambda: DomainMixture(_Chains(), 3).observe([]), ValueError, 'make the mixture with prior="cached"'),
+        (lambda: DomainMixture(_Chains(), 3, top_k=4), ValueError, "top_k 4 must be from 1 to num_domains 3"),
+        (lambda: DomainMixture(_Chains(), 3).observe(IDS), ValueError, 'make the mixture with prior="cached"'),
         (lambda: by_domain(MoE(4, 4, 2)), ValueError, "no layer of this model has a router that needs domain"),
         (lambda: shunter.tell(MoE(4, 4, 2), colour=UNIFORM).__enter__(), TypeError, "colour is not known of tokens"),
     ],

@@ -15,10 +15,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def corpus(tmp_path):
+def write_corpus(root):
     """A folder of three domains with a few documents each."""
-    root = tmp_path / "corpus"
     words = {"letters": "abc de fgh", "digits": "12 345 6 78", "signs": "+ - == (()) ;"}
     for domain, text in words.items():
         (root / domain).mkdir(parents=True)
@@ -27,6 +25,12 @@ def corpus(tmp_path):
             random.Random(f"{domain}{i}").shuffle(parts)
             (root / domain / f"{i}.txt").write_text(" ".join(parts * 12), encoding="utf-8")
     return root
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """The folder of `write_corpus`."""
+    return write_corpus(tmp_path / "corpus")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..durable import NO_ROOM, why_not_written
 from ..errors import Diverged, Elsewhere, Interrupted, LostRank, NotWritten, escaped, one_line, said
-from . import bench, convert, law, look, plan, reproduce, train
+from . import bench, convert, domains, law, look, plan, reproduce, train
 
 __all__ = ["main"]
 
@@ -26,7 +26,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "espeakng_loader": "espeakng-loader", "sklearn
 def main(argv: list[str] | None = None) -> int:
     """Run `shunter` with arguments; the exit code: 0 done, 1 failed, 2 bad input, 130 stopped with Ctrl-C."""
     args, rest = _parser().parse_known_args(argv)
-    if rest and args.name not in ("train", "compare"):
+    if rest and args.name not in ("train", "compare", "branch"):
         print(f"shunter: unknown argument {rest[0]!r}; see shunter {args.name} --help", file=sys.stderr)
         return 2
     args.overrides = rest
@@ -108,6 +108,6 @@ def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shunter", description="Sparse expert models: train, look, continue.")
     verbs = parser.add_subparsers(dest="name", required=True, metavar="verb")
-    for group in (train, convert, look, law, reproduce, bench, plan):
+    for group in (train, domains, convert, look, law, reproduce, bench, plan):
         group.add_verbs(verbs)
     return parser

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..recipes.registry import names
+from .domains import evaluate, evaluate_mixing, train_branch
 
 __all__ = ["add_verbs"]
 
@@ -93,6 +94,9 @@ def add_verbs(verbs: Any) -> None:
     )
     within = "what the sparse model's experts may take of memory, as 8GiB; the others stay in their file"
     evaluate.add_argument("--memory", help=within)
+    evaluate.add_argument(
+        "--mixing", action="store_true", help="by way of mixing the experts of domains (sparse.router=domain)"
+    )
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(verb=_eval)
 
@@ -100,7 +104,10 @@ def add_verbs(verbs: Any) -> None:
     generate.add_argument("run", type=Path)
     generate.add_argument("--prompt", default="In the beginning")
     generate.add_argument("--language", help="of a run of translation: translate the prompt into it")
-    generate.add_argument("--model", choices=["dense", "sparse"], default="sparse")
+    generate.add_argument(
+        "--model", help="dense or sparse (default); of a forest: ensemble (default), average, seed, together, a domain"
+    )
+    generate.add_argument("--domain", help="whose experts continue; default: all, mixed by what the text tells")
     generate.add_argument("--max-new-tokens", type=int, default=100)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
     generate.add_argument("--seed", type=int, default=0)
@@ -138,6 +145,8 @@ def _train(args: argparse.Namespace) -> int:
         recipe, config = configuration_of(args.run)
         if recipe.name != args.recipe:
             raise UserError(f"{args.run} is a run of {recipe.name}, not of {args.recipe}")
+        if (args.run / "branch.json").exists():
+            return train_branch(args)
     else:
         recipe = find(args.recipe)
         config = load_config(recipe.config, args.config, overrides + _short_forms(args))
@@ -243,6 +252,10 @@ def _eval(args: argparse.Namespace) -> int:
         return calibrate(args)
     if args.data or args.out:
         raise UserError("--data and --out are for --calibration; a run is evaluated on its own data")
+    if (forest := (args.run / "branches").is_dir()) or args.mixing:
+        if args.memory or args.dropless or (forest and args.mixing):
+            raise UserError("--memory and --dropless are not for --mixing, and none of the three is for a forest")
+        return evaluate(args) if forest else evaluate_mixing(args)
     found = evaluate_run(args.run, without_drops=args.dropless, memory=args.memory)
     for which, said in ({} if args.dropless else summarised(args.run)).items():
         if not math.isclose(found[which]["loss"], said, rel_tol=_SAME):
@@ -262,12 +275,20 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from ..recipes import forest
     from ..recipes.text import generate
     from ..recipes.translation import translate
 
-    if args.language is not None:
-        print(translate(args.run, args.model, args.prompt, args.language, args.memory))
+    how = (args.prompt, args.max_new_tokens, args.temperature, args.seed)
+    if forest.is_forest(args.run) or forest.is_merged(args.run):
+        if args.memory or args.domain or args.language:
+            raise UserError("--memory, --domain and --language are for a run; of a forest, --model names the model")
+        print(forest.generate(args.run, args.model, *how))
         return 0
-    said = generate(args.run, args.model, args.prompt, args.max_new_tokens, args.temperature, args.seed, args.memory)
-    print(said)
+    if args.model not in (None, "dense", "sparse"):
+        raise UserError(f"--model {args.model!r} is unknown; a run has dense and sparse")
+    if args.language is not None:
+        print(translate(args.run, args.model or "sparse", args.prompt, args.language, args.memory))
+        return 0
+    print(generate(args.run, args.model or "sparse", *how, args.memory, args.domain))
     return 0

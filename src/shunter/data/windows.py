@@ -128,6 +128,7 @@ def prepare(
     eval_share: float = 0.05,
     eval_windows: int = 48,
     max_bytes: int = MAX_BYTES,
+    only: Sequence[str] | None = None,
     seed: int = 0,
 ) -> TextData:
     """Read, split, tokenize and cut text; the same arguments give the same windows.
@@ -143,12 +144,18 @@ def prepare(
         eval_share: of each domain's documents, held out.
         eval_windows: held-out windows of each domain at most.
         max_bytes: of each domain.
+        only: the domains of the sources that are taken; None takes all.
         seed: of the order of the windows.
 
     Raises:
-        UserError: for text that cannot be read or is too little, and for a package that is missing.
+        UserError: for text that cannot be read or is too little, a domain that is not there, and for a package that is
+            missing.
     """
     domains = built_in_domains(max_bytes) if sources is None else read_domains(sources, max_bytes)
+    if only is not None:
+        if missing := [name for name in only if name not in {domain.name for domain in domains}]:
+            raise UserError(f"the text has no domain {missing[0]!r}; it has {', '.join(d.name for d in domains)}")
+        domains = [domain for domain in domains if domain.name in only]
     splits = {domain.name: _split(domain, eval_share) for domain in domains}
     kind = "bpe" if isinstance(tokenizer, PreTrainedTokenizerFast) else tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

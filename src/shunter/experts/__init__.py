@@ -3,7 +3,7 @@
 from . import backends  # noqa: F401 (each registers itself)
 from .activations import ACTIVATIONS, activate
 from .choice import Backend, backend_names, choose, register
-from .module import Experts, QuantisedExperts, RoutedExperts
+from .module import Experts, QuantisedExperts, ResidualExperts, RoutedExperts
 from .quantised import QuantisedWeights
 from .weights import ExpertWeights, Weights
 
@@ -14,6 +14,7 @@ __all__ = [
     "Experts",
     "QuantisedExperts",
     "QuantisedWeights",
+    "ResidualExperts",
     "RoutedExperts",
     "Weights",
     "activate",

@@ -16,7 +16,7 @@ from .backends.reference import reference
 from .quantised import Coding, Packed, QuantisedWeights, check_bits, pack, without_backward
 from .weights import ExpertWeights, Weights
 
-__all__ = ["Experts", "QuantisedExperts", "RoutedExperts"]
+__all__ = ["ComputedExperts", "Experts", "QuantisedExperts", "ResidualExperts", "RoutedExperts"]
 
 
 class RoutedExperts(nn.Module):
@@ -56,6 +56,11 @@ class RoutedExperts(nn.Module):
         raise NotImplementedError
 
     @property
+    def shared_numbers(self) -> int:
+        """How many numbers of the parameters every expert has in common."""
+        return 0
+
+    @property
     def matrix_numbers(self) -> int:
         """How many numbers the matrices of one expert have: 3 d f where the activation gates, else 2 d f."""
         return (3 if ACTIVATIONS[self.activation][1] else 2) * self.dim * self.hidden
@@ -69,7 +74,72 @@ def _must_fit(experts: RoutedExperts, x: Tensor, routing: Routing) -> None:
         raise ValueError(f"Experts: the routing has {routing.num_experts} experts, the layer {experts.num_experts}")
 
 
-class Experts(RoutedExperts):
+class ComputedExperts(RoutedExperts):
+    """Experts that a backend computes from what `weights` gives, wherever their parameters are.
+
+    Attributes:
+        weights: an `ExpertWeights`, in a property of the subclass.
+    """
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The parameters as the backends take them."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Sum over each token's experts of weight times expert output: x (T, d) -> (T, d).
+
+        Raises:
+            ValueError: where x is not (T, d) of this layer's width and the routing's number of tokens, or its dtype or
+                device differs from the parameters'.
+        """
+        x, weights = self.checked(x, routing)
+        return self.compute(x, weights, routing)
+
+    def checked(self, x: Tensor, routing: Routing) -> tuple[Tensor, ExpertWeights]:
+        """x and the weights as they are computed with, in the dtype of autocast where it is on; raises as `forward`."""
+        weights: ExpertWeights = self.weights
+        _must_fit(self, x, routing)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weights = x.to(dtype), weights.to(dtype)
+        if weights.device.type == "meta":
+            raise ValueError("Experts: the weights are on the meta device, without values; load or draw them first")
+        if x.dtype != weights.dtype or x.device != weights.device:
+            raise ValueError(
+                f"Experts: x is {x.dtype} on {x.device}, the parameters are {weights.dtype} on {weights.device}; "
+                "convert one to the other, or use torch.autocast"
+            )
+        if isinstance(weights, Weights) and is_traceable_wrapper_subclass(weights.up) and not is_compiling():
+            raise ValueError(
+                f"Experts: the parameters are of type {type(weights.up).__name__}, in which the backends cannot look. "
+                "Sharded ones are gathered by the module that shards them: call that one"
+            )
+        return x, weights
+
+    def compute(self, x: Tensor, weights: ExpertWeights, routing: Routing) -> Tensor:
+        """x (T, d), weights and a routing over their experts to the output (T, d), by the layer's backend."""
+        if self.training and self.dropout:
+            return reference(x, weights, routing, self.recompute, self.dropout)
+        backend, _ = backends.choose(self.backend, x, weights, routing)
+        return backend.run(x, weights, routing, recompute=self.recompute)
+
+    def explain(self, num_tokens: int) -> str:
+        """The backend that a forward of T = num_tokens would run, how it works, and why it is chosen."""
+        weights: ExpertWeights = self.weights
+        probe = torch.empty(num_tokens, self.dim, dtype=weights.dtype, device=weights.device)
+        backend, why = backends.choose(self.backend, probe, weights)
+        return f"Backend {backend.name}: {backend.summary}; chosen because {why}."
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return (
+            f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, activation={self.activation!r}, "
+            f"backend={self.backend!r}"
+        )
+
+
+class Experts(ComputedExperts):
     """E feed-forward networks with stacked parameters, applied to the rows that a routing gives each.
 
     Args:
@@ -135,12 +205,7 @@ class Experts(RoutedExperts):
 
     def reset_parameters(self, up_std: float | None = None, down_std: float | None = None) -> None:
         """Draw weights from normal distributions (default: fan-in, 1/sqrt(d) and 1/sqrt(f)); biases become zero."""
-        weights = self.weights
-        nn.init.normal_(weights.up, std=self.dim**-0.5 if up_std is None else up_std)
-        nn.init.normal_(weights.down, std=self.hidden**-0.5 if down_std is None else down_std)
-        for bias in (weights.up_bias, weights.down_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        _draw(self.weights, up_std, down_std)
 
     @property
     def weights(self) -> Weights:
@@ -153,57 +218,124 @@ class Experts(RoutedExperts):
             activation=self.activation,
         )
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Sum over each token's experts of weight times expert output: x (T, d) -> (T, d).
 
-        Raises:
-            ValueError: where x is not (T, d) of this layer's width and the routing's number of tokens, or its dtype or
-                device differs from the parameters'.
-        """
-        x, weights = self.checked(x, routing)
-        return self.compute(x, weights, routing)
+class ResidualExperts(ComputedExperts):
+    """E feed-forward networks, each the sum of a core that all share and a residual of its own: W_i = W_0 + R_i.
 
-    def checked(self, x: Tensor, routing: Routing) -> tuple[Tensor, ExpertWeights]:
-        """x and the weights as they are computed with, in the dtype of autocast where it is on; raises as `forward`."""
-        weights: ExpertWeights = self.weights
-        _must_fit(self, x, routing)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weights = x.to(dtype), weights.to(dtype)
-        if weights.device.type == "meta":
-            raise ValueError("Experts: the weights are on the meta device, without values; load or draw them first")
-        if x.dtype != weights.dtype or x.device != weights.device:
-            raise ValueError(
-                f"Experts: x is {x.dtype} on {x.device}, the parameters are {weights.dtype} on {weights.device}; "
-                "convert one to the other, or use torch.autocast"
-            )
-        if isinstance(weights, Weights) and is_traceable_wrapper_subclass(weights.up) and not is_compiling():
-            raise ValueError(
-                f"Experts: the parameters are of type {type(weights.up).__name__}, in which the backends cannot look. "
-                "Sharded ones are gathered by the module that shards them: call that one"
-            )
-        return x, weights
+    The core can be trained as a dense network first, and the residuals after it, alone and shortly. They begin as zero:
+    then every expert is the core. The sums are made in each forward, and any backend computes with them.
 
-    def compute(self, x: Tensor, weights: ExpertWeights, routing: Routing) -> Tensor:
-        """x (T, d), weights and a routing over their experts to the output (T, d), by the layer's backend."""
-        if self.training and self.dropout:
-            return reference(x, weights, routing, self.recompute, self.dropout)
-        backend, _ = backends.choose(self.backend, x, weights, routing)
-        return backend.run(x, weights, routing, recompute=self.recompute)
+    Args:
+        num_experts, dim, hidden, activation, bias, backend, recompute, dropout, device, dtype: as of `Experts`.
 
-    def explain(self, num_tokens: int) -> str:
-        """The backend that a forward of T = num_tokens would run, how it works, and why it is chosen."""
-        weights: ExpertWeights = self.weights
-        probe = torch.empty(num_tokens, self.dim, dtype=weights.dtype, device=weights.device)
-        backend, why = backends.choose(self.backend, probe, weights)
-        return f"Backend {backend.name}: {backend.summary}; chosen because {why}."
+    Parameters: gate_up_core (2f, d), or up_core (f, d) where the activation does not gate, and down_core (d, f); of
+    each a residual (E, ...), gate_up_residual, …; with bias the same with _bias behind.
 
-    def extra_repr(self) -> str:
-        """The sizes, for `print(model)`."""
-        return (
-            f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, activation={self.activation!r}, "
-            f"backend={self.backend!r}"
+    Raises:
+        ValueError: as `Experts`.
+
+    Source: Wu et al. 2022 (Residual Mixture of Experts).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        backend: str = "auto",
+        recompute: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        core = Experts(
+            1,
+            dim,
+            hidden,
+            activation=activation,
+            bias=bias,
+            backend=backend,
+            dropout=dropout,
+            device=device,
+            dtype=dtype,
         )
+        if num_experts < 1:
+            raise ValueError(f"ResidualExperts: num_experts {num_experts} must be at least 1")
+        self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
+        self.activation, self.bias, self.backend, self.recompute = activation, bias, backend, recompute
+        self.dropout = dropout
+        up = core.up_name.removesuffix("_proj")
+        self._names = [(up, ""), ("down", ""), *([(up, "_bias"), ("down", "_bias")] if bias else [])]
+        for (name, ending), own in zip(self._names, core.weights.learned(), strict=True):
+            self.register_parameter(f"{name}_core{ending}", nn.Parameter(own.detach()[0]))
+            residual = own.new_zeros(num_experts, *own.shape[1:])
+            self.register_parameter(f"{name}_residual{ending}", nn.Parameter(residual))
+
+    def _parts(self, part: str) -> list[Tensor]:
+        """The core or the residuals, in the order of `Weights`."""
+        return [getattr(self, f"{name}_{part}{ending}") for name, ending in self._names]
+
+    @property
+    def weights(self) -> Weights:
+        """The sums, (E, ...) each, through which gradients reach the core and the residuals."""
+        return self._weights(
+            [core + own for core, own in zip(self._parts("core"), self._parts("residual"), strict=True)]
+        )
+
+    @property
+    def core_weights(self) -> Weights:
+        """The core as one expert, (1, ...) each: views of the parameters."""
+        return self._weights([core[None] for core in self._parts("core")])
+
+    def _weights(self, parts: list[Tensor]) -> Weights:
+        up, down, *biases = parts
+        up_bias, down_bias = biases or (None, None)
+        return Weights(up, down, up_bias, down_bias, self.activation)
+
+    @property
+    def shared_numbers(self) -> int:
+        """Those of the core."""
+        return sum(core.numel() for core in self._parts("core"))
+
+    @torch.no_grad()
+    def reset_parameters(self, up_std: float | None = None, down_std: float | None = None) -> None:
+        """Draw the core as `Experts` does; biases and residuals become zero."""
+        _draw(self.core_weights, up_std, down_std)
+        for residual in self._parts("residual"):
+            residual.zero_()
+
+    @torch.no_grad()
+    def plain(self) -> Experts:
+        """The same experts with the sums as their parameters: what they compute is equal, bit for bit."""
+        weights = self.weights
+        found = Experts(
+            self.num_experts,
+            self.dim,
+            self.hidden,
+            activation=self.activation,
+            bias=self.bias,
+            backend=self.backend,
+            recompute=self.recompute,
+            dropout=self.dropout,
+            device=weights.device,
+            dtype=weights.dtype,
+        )
+        for own, sums in zip(found.weights.learned(), weights.learned(), strict=True):
+            own.copy_(sums)
+        return found.train(self.training)
+
+
+def _draw(weights: Weights, up_std: float | None, down_std: float | None) -> None:
+    """Draw matrices from normal distributions (default: fan-in, 1/sqrt(d) and 1/sqrt(f)); biases become zero."""
+    nn.init.normal_(weights.up, std=weights.dim**-0.5 if up_std is None else up_std)
+    nn.init.normal_(weights.down, std=weights.hidden**-0.5 if down_std is None else down_std)
+    for bias in (weights.up_bias, weights.down_bias):
+        if bias is not None:
+            nn.init.zeros_(bias)
 
 
 class QuantisedExperts(RoutedExperts):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..experts import Experts, QuantisedExperts, Weights
 from ..experts.quantised import check_bits
+from ..moe import plain_experts
 from ..routing import Routing
 from .backend import acted, attach_coded, layout_of, routed
 from .config_file import write_as_sparse
@@ -164,7 +165,8 @@ def _save_as_coded(model: PreTrainedModel) -> None:
 
 
 def _experts(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of experts by path."""
+    """The modules of experts by path; those that are a core and residuals become plain ones."""
+    plain_experts(model)
     found = {n: m for n, m in model.named_modules() if isinstance(m, Experts) or layout_of(m) is not None}
     if not found:
         raise UserError(

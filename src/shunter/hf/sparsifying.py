@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .. import routers
 from ..durable import MANIFEST
 from ..errors import UserError
-from ..experts import Experts
+from ..experts import Experts, ResidualExperts
 from ..experts.weights import STACKED
 from ..moe import MoE, moe_layers
 from ..routers import Router
@@ -44,6 +44,7 @@ def sparsify(
     init: str = "scratch",
     backend: str = "auto",
     num_shared_experts: int = 0,
+    expert_weights: str = "separate",
     allow_leak: bool = False,
     batch: Mapping[str, str] | None = None,
     **options: Any,
@@ -69,9 +70,10 @@ def sparsify(
         hidden: f of one expert; default: the dense block's.
         init: "scratch" draws each expert from a normal distribution with the dense weights' standard deviation; "copy"
             makes each expert a copy of the dense block; "paper" begins as scratch, and goes on as the router's paper
-            does (switch: its scale; vmoe: all experts equal; base: the block is zero).
+            does (switch: its scale; vmoe: all experts equal; base: the block is zero). Of residual experts it is the
+            core that begins so.
         backend: of the experts.
-        num_shared_experts: see `MoE`.
+        num_shared_experts, expert_weights: see `MoE`.
         allow_leak: insist on a router that lets later tokens change earlier ones, in a causal model.
         batch: what a batch knows of its tokens besides, by which the routers may go: {"task": "task_ids"} takes the
             keyword `task_ids` of the model's forward, (B,) or (B, S), for the `task` of `shunter.routers.Context`.
@@ -126,6 +128,7 @@ def sparsify(
             activation=block.activation,
             bias=block.bias,
             num_shared_experts=num_shared_experts,
+            expert_weights=expert_weights,
             dropout=block.dropout,
             causal=_is_causal(model, block) and not allow_leak,
             options=options,
@@ -301,6 +304,8 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "router": router_name(type(layer.decider)),
             "options": layer.decider.options,
         }
+        if isinstance(experts, ResidualExperts):
+            entry["expert_weights"] = "residual"
         entries.append(entry)
     return {"layout": STACKED, "layers": entries}
 
@@ -357,8 +362,8 @@ def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
 
 @torch.no_grad()
 def _initialise(moe: MoE, block: FeedForward, init: str) -> None:
-    assert isinstance(moe.experts, Experts)
-    weights = moe.experts.weights
+    assert isinstance(moe.experts, Experts | ResidualExperts)
+    weights = moe.experts.core_weights if isinstance(moe.experts, ResidualExperts) else moe.experts.weights
     if weights.up.is_meta or block.down.is_meta:
         return  # about to be loaded
     if init != "copy":

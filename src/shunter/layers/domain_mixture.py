@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..moe import moe_layers, tell
 
-__all__ = ["DomainMixture", "Mixture", "Predict", "Prior", "by_domain", "posterior"]
+__all__ = ["DomainMixture", "Mixture", "Predict", "Prior", "by_domain", "posterior", "token_log_likelihoods"]
 
 Predict = Callable[..., Tensor]
 """predict(domain, input_ids=(B, L), …) -> (B, L, V): the logits of the token after each, by the experts of a domain."""
@@ -73,6 +73,8 @@ class DomainMixture:
             fixed from then on.
         update_rate: the weight of the newest sequence in the running average; the paper's 0.3.
         window: how many of the last tokens a belief rests on (see `posterior`); None takes the sequence so far.
+        top_k: how many domains predict a token: of its belief the k largest weights stay, the first of equal ones, and
+            sum to 1 again. None keeps all.
 
     Attributes:
         prior: (D,) float64, the present one.
@@ -92,15 +94,18 @@ class DomainMixture:
         *,
         update_rate: float = 0.3,
         window: int | None = None,
+        top_k: int | None = None,
     ) -> None:
         if prior not in get_args(Prior):
             raise ValueError(f"prior {prior!r} is unknown; choose from {', '.join(get_args(Prior))}")
+        if top_k is not None and not 1 <= top_k <= num_domains:
+            raise ValueError(f"DomainMixture: top_k {top_k} must be from 1 to num_domains {num_domains}")
         if num_domains < 1 or not 0 < update_rate <= 1:
             raise ValueError(
                 f"DomainMixture: num_domains {num_domains} must be at least 1, update_rate {update_rate} in (0, 1]"
             )
         self.predict, self.num_domains, self.kind = predict, num_domains, prior
-        self.update_rate, self.window = update_rate, window
+        self.update_rate, self.window, self.top_k = update_rate, window, top_k
         self.prior = torch.full((num_domains,), 1 / num_domains, dtype=torch.float64)
         self._sum, self._weight = torch.zeros(num_domains, dtype=torch.float64), 0.0
 
@@ -117,18 +122,31 @@ class DomainMixture:
         """
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        logits = [self.predict(domain, input_ids=input_ids, **inputs) for domain in range(self.num_domains)]
-        each = torch.stack([h.to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1) for h in logits], -2)
+        each = torch.stack([_log_probs(self.predict, i, input_ids, inputs) for i in range(self.num_domains)], -2)
         following = input_ids[:, 1:, None, None].expand(-1, -1, self.num_domains, 1)
         likelihood = each[:, :-1].gather(-1, following)[..., 0]
         if attention_mask is not None:
             real = attention_mask.to(torch.bool)
             likelihood = likelihood.masked_fill(~(real[:, 1:] & real[:, :-1])[..., None], 0)
-        belief = posterior(likelihood, self.prior.to(likelihood.device), self.window)
-        mixed = (each + belief.log()[..., None]).logsumexp(-2)
+        belief = self.believe(likelihood)
+        return Mixture((each + belief.log()[..., None]).logsumexp(-2), belief)
+
+    def believe(self, log_likelihood: Tensor) -> Tensor:
+        """The weights (B, N + 1, D) of the domains before each token and after the last, by the present prior.
+
+        An updating prior then takes the sequences in, in order.
+
+        Args:
+            log_likelihood: (B, N, D), as of `posterior`.
+        """
+        belief = posterior(log_likelihood, self.prior.to(log_likelihood.device), self.window)
         if self.kind == "updating":
             self._take(belief[:, -1])
-        return Mixture(mixed, belief)
+        if self.top_k is None:
+            return belief
+        kept = belief.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
+        belief = torch.zeros_like(belief).scatter(-1, kept, belief.gather(-1, kept))
+        return belief / belief.sum(-1, keepdim=True)
 
     def observe(self, batches: Iterable[Tensor]) -> None:
         """Set the cached prior from sequences like those to come, (B, L) batches of token ids; 100 do in the paper.
@@ -138,11 +156,19 @@ class DomainMixture:
         Raises:
             ValueError: where the prior is not "cached".
         """
+        for input_ids in batches:
+            self.observe_likelihood(token_log_likelihoods(self.predict, self.num_domains, input_ids))
+
+    def observe_likelihood(self, log_likelihood: Tensor) -> None:
+        """As `observe`, of sequences whose log-likelihoods (B, N, D) by each domain's experts are known.
+
+        Raises:
+            ValueError: where the prior is not "cached".
+        """
         if self.kind != "cached":
             raise ValueError(f'observe: the prior is {self.kind!r}; make the mixture with prior="cached"')
         beginner = DomainMixture(self.predict, self.num_domains, window=self.window)
-        for input_ids in batches:
-            self._take(beginner(input_ids).belief[:, -1])
+        self._take(beginner.believe(log_likelihood)[:, -1])
 
     def _take(self, beliefs: Tensor) -> None:
         """Bring the prior up to date with what was believed at the end of sequences (B, D)."""
@@ -153,6 +179,23 @@ class DomainMixture:
             # A domain that was ruled out once must be able to come back.
             mean = (self._sum / self._weight).clamp_min(torch.finfo(torch.float32).tiny)
             self.prior = mean / mean.sum()
+
+
+@torch.no_grad()
+def token_log_likelihoods(predict: Predict, num_domains: int, input_ids: Tensor) -> Tensor:
+    """log p(x_t | x_<t, j) of all tokens (B, L) but the first by each domain's experts, (B, L - 1, D), float32 or more.
+
+    It is all that losses of mixtures depend on: that of a token is -log sum_j belief_j p(x_t | x_<t, j).
+    """
+    following = input_ids[:, 1:, None]
+    return torch.cat(
+        [_log_probs(predict, i, input_ids, {})[:, :-1].gather(-1, following) for i in range(num_domains)], -1
+    )
+
+
+def _log_probs(predict: Predict, domain: int, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+    logits = predict(domain, input_ids=input_ids, **inputs)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def by_domain(model: nn.Module) -> Predict:

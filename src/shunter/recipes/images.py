@@ -1,4 +1,4 @@
-"""Images: a Vision Transformer and its sparse twin (V-MoE), trained from scratch to tell the classes of images."""
+"""Images: a Vision Transformer or an MLP-Mixer and its sparse twin, trained to tell the classes of images."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ from ..analysis.pages.inspect_figures import patch_sheet
 from ..analysis.runs import Words
 from ..data.images import PATCH_IDS, Normalisation, image_ids, pixels_of
 from ..data.labelled_images import Split, built_in_images, read_labelled, split
+from ..durable import verify
+from ..errors import UserError
 from ..hf import sparsify
+from ..hf.checkpoints.loading import load_folder
+from ..hf.checkpoints.reading import read_json
 from ..moe import moe_layers, tell
+from ..training.roles import train_only
 from . import run
+from .mixer import Mixer, MixerShape, mixer_ledger, mixes_channels
 from .recipe import Recipe
 from .sections import RunConfig, Section, SparseConfig, TrainingConfig
 
@@ -56,13 +62,16 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The dense Vision Transformer; the sparse twin differs in some of its feed-forward blocks alone."""
+    """The dense model; the sparse twin differs in some of its feed-forward blocks alone."""
 
+    kind: Literal["vit", "mixer"] = Field("vit", description="a Vision Transformer, or an MLP-Mixer")
+    start: str | None = Field(None, description="a dense model of these sizes, with which both begin; none: scratch")
     patch_size: int = Field(4, ge=1, le=256)
     dim: int = Field(96, ge=8, le=16384)
     layers: int = Field(4, ge=1, le=256)
     heads: int = Field(4, ge=1)
     hidden: int = Field(192, ge=8, description="width of the dense feed-forward block")
+    tokens_hidden: int = Field(96, ge=8, description="mixer: that of the block over the patches of a channel")
 
 
 class ImagesSparse(SparseConfig):
@@ -71,6 +80,17 @@ class ImagesSparse(SparseConfig):
     num_experts: int = Field(8, ge=1, le=4096)
     router: str = "vmoe"
     every: int = Field(2, ge=1, description="sparsify every n-th block, the n-th first")
+    experts: Literal["separate", "residual"] = Field(
+        "separate", description="weights of their own, or a core that all share and a residual of each"
+    )
+    init: Literal["scratch", "copy"] = Field("scratch", description="copy: experts begin as the dense block, as wide")
+    train: str = Field("all", min_length=1, description="roles that the sparse model trains, as router,expert")
+
+    @model_validator(mode="after")
+    def _as_wide(self) -> ImagesSparse:
+        if self.init == "copy" and self.hidden is not None:
+            raise ValueError("sparse.init=copy has experts as wide as the dense block; leave sparse.hidden out")
+        return self
 
 
 class ImagesTraining(TrainingConfig):
@@ -103,7 +123,7 @@ class ImagesConfig(RunConfig):
         m, d = self.model, self.data
         if d.image_size % m.patch_size:
             raise ValueError(f"data.image_size {d.image_size} must be a multiple of model.patch_size {m.patch_size}")
-        if m.dim % m.heads:
+        if m.kind == "vit" and m.dim % m.heads:
             raise ValueError(f"model.dim {m.dim} must be a multiple of model.heads {m.heads}")
         if d.shift >= d.image_size:
             raise ValueError(f"data.shift {d.shift} must be less than data.image_size {d.image_size}")
@@ -111,7 +131,16 @@ class ImagesConfig(RunConfig):
             raise ValueError(
                 f"training.batch_tokens {self.training.batch_tokens} must be at least the {self.tokens} of an image"
             )
-        if self.sparse.hidden is None and 2 * m.hidden <= self.sparse.num_experts:
+        if m.kind == "mixer" and (self.sparse.init == "copy" or m.start):
+            raise ValueError(
+                "model.kind=mixer begins from scratch: sparse.init=copy and model.start are of model.kind=vit"
+            )
+        if m.kind == "mixer" and self.sparse.hidden is None and 2 * m.tokens_hidden <= self.sparse.num_experts:
+            raise ValueError(
+                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
+                f"model.tokens_hidden {m.tokens_hidden}; set sparse.hidden or fewer experts"
+            )
+        if self.sparse.hidden is None and self.sparse.init != "copy" and 2 * m.hidden <= self.sparse.num_experts:
             raise ValueError(
                 f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
                 f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
@@ -120,8 +149,13 @@ class ImagesConfig(RunConfig):
 
     @property
     def tokens(self) -> int:
-        """Of an image: its patches, and one for the class."""
-        return (self.data.image_size // self.model.patch_size) ** 2 + 1
+        """Of an image: its patches, and in a Vision Transformer one for the class."""
+        return (self.data.image_size // self.model.patch_size) ** 2 + (self.model.kind == "vit")
+
+    @property
+    def patches(self) -> int:
+        """Of an image."""
+        return int((self.data.image_size // self.model.patch_size) ** 2)
 
 
 @dataclass(frozen=True)
@@ -158,10 +192,12 @@ class ImageData:
             return pixels_of(image, self.config.data.image_size, self.channels)
 
     def example(self, pixels: Tensor, i: int) -> dict[str, Tensor]:
-        """The keywords of a forward, and the ids of the tokens."""
+        """The keywords of a forward, and the ids of the tokens, where all layers are sent the same tokens."""
         shown = self.normalise(pixels)
-        ids = image_ids(shown[None], self.config.model.patch_size)[0]
-        return {"pixel_values": shown, "labels": torch.tensor(self.found.targets[i]), "token_ids": ids}
+        keywords = {"pixel_values": shown, "labels": torch.tensor(self.found.targets[i])}
+        if self.config.model.kind == "mixer":
+            return keywords
+        return keywords | {"token_ids": image_ids(shown[None], self.config.model.patch_size)[0]}
 
     @property
     def train(self) -> Dataset[dict[str, Tensor]]:
@@ -201,9 +237,10 @@ class ImageData:
         """What data.json holds."""
         d, found = self.config.data, self.found
         patch = self.config.model.patch_size
+        own = "; the class has a token of its own" if self.config.model.kind == "vit" else ""
         seen = (
             f"Images of {d.image_size} by {d.image_size} in {'colours' if self.channels == 3 else 'grey'}, "
-            f"{self.config.tokens - 1} patches of {patch} by {patch} each; the class has a token of its own. "
+            f"{self.config.patches} patches of {patch} by {patch} each{own}. "
             f"The {len(found.train):,} to train on come "
             f"{self.count / len(found.train):.1f} times."
         )
@@ -254,8 +291,7 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
     config = ImagesConfig
     words = Words(
         "images",
-        "Two Vision Transformers see the same images in the same order, cut into patches, and learn to tell the class "
-        "of each.",
+        "Two models see the same images in the same order, cut into patches, and learn to tell the class of each.",
         "nats/image",
         "the right class",
         {"accuracy": "of 100 images right"},
@@ -266,6 +302,10 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
     )
     knows = ("mask", "token_ids", "sequence", "position")
 
+    def tells(self, name: str, config: ImagesConfig) -> bool:
+        """What `knows` says, but that the channels of a Mixer, which are sent to experts too, have no ids."""
+        return super().tells(name, config) and (name != "token_ids" or config.model.kind == "vit")
+
     def prepare(self, config: ImagesConfig) -> ImageData:
         """The images of the configuration, and which are held out."""
         d = config.data
@@ -274,8 +314,10 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
         return ImageData(found, config, config.training.steps * self.items_per_step(config))
 
     def build(self, config: ImagesConfig, data: ImageData, sparse: bool) -> PreTrainedModel:
-        """A ViT of the data's classes."""
+        """A ViT or Mixer of the data's classes."""
         m, s, d = config.model, config.sparse, config.data
+        if m.kind == "mixer":
+            return _mixer(config, data, sparse)
         shape = ViTConfig(
             hidden_size=m.dim,
             num_hidden_layers=m.layers,
@@ -293,10 +335,25 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
         hidden = s.hidden or run.expert_width(m.hidden, s.build_router(m.dim, labels), config.tokens, gated=False)
         set_seed(config.seed)
         model = ViTForImageClassification(shape)
+        if m.start is not None:
+            _begin_as(model, Path(m.start))
         if not sparse:
             return model
         options = s.router_options(labels) | {"allow_leak": s.allow_leak, "backend": s.backend}
-        return sparsify(model, s.num_experts, s.router, layers=s.blocks(m.layers), hidden=hidden, **options)
+        options |= {"expert_weights": s.experts, "init": s.init, "hidden": None if s.init == "copy" else hidden}
+        made = sparsify(model, s.num_experts, s.router, layers=s.blocks(m.layers), **options)
+        if s.train != "all":
+            train_only(made, s.train)
+        return made
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """A model that a run left."""
+        if (folder / "config.json").is_file() and read_json(folder / "config.json").get(
+            "model_type"
+        ) == MixerShape.model_type:
+            verify(folder)
+            return Mixer.from_pretrained(folder).eval()
+        return super().load(folder)
 
     def evaluate(self, model: PreTrainedModel, data: ImageData) -> dict[str, Any]:
         """Nats an image, and how many of a hundred are right, in all and by class."""
@@ -317,6 +374,8 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
 
     def ledger(self, model: PreTrainedModel, config: ImagesConfig) -> Ledger:
         """Of an image's patches and the token of its class."""
+        if isinstance(model, Mixer):
+            return mixer_ledger(model)
         return ledger(model, config.tokens, once=("classifier",))
 
     def items_per_step(self, config: ImagesConfig) -> int:
@@ -329,14 +388,15 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
 
     def material(self, model: PreTrainedModel, data: ImageData, tokens: int) -> Material:
         """Held-out images with so many patches at most, of each class in turn."""
-        chosen = _in_turn(data, max(1, tokens // (data.config.tokens - 1)))
+        chosen = _in_turn(data, max(1, tokens // data.config.patches))
         pixels = torch.stack([data.pixels(i) for i in chosen])
         domain = [data.found.targets[i] for i in chosen]
         return pixel_material(model, data.normalise, pixels, domain, data.found.classes)
 
     def specialisation(self, model: PreTrainedModel, data: ImageData) -> dict[str, Any]:
         """Which classes' patches each expert took."""
-        return specialisation(model, self.material(model, data, SHOWN * (data.config.tokens - 1)))
+        found = specialisation(model, self.material(model, data, SHOWN * data.config.patches))
+        return found | {"layers": {name: one for name, one in found["layers"].items() if _takes_patches(model, name)}}
 
     def exhibits(self, models: dict[str, PreTrainedModel], config: ImagesConfig, data: ImageData) -> list[Exhibit]:
         """Both models on the same images; accuracy against the capacity factor; the patches of each expert."""
@@ -389,12 +449,12 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
         return [figure, table]
 
     def _patches(self, model: PreTrainedModel, data: ImageData) -> Exhibit:
-        material = self.material(model, data, SHOWN * (data.config.tokens - 1))
+        material = self.material(model, data, SHOWN * data.config.patches)
         recording = record(model, material, lambda batches, what, total: batches)
         groups: dict[str, list[tuple[str, str]]] = {}
         for name, layer in recording.layers.items():
             stream = material.stream(name, len(layer.index), recording.batches)
-            if stream is None or layer.weight is None:
+            if stream is None or layer.weight is None or not _takes_patches(model, name):
                 continue
             assert material.images is not None
             sheets = patches_served(layer, stream, material.window)
@@ -411,6 +471,64 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
 
 
 RECIPE = ImagesRecipe()
+
+
+def _mixer(config: ImagesConfig, data: ImageData, sparse: bool) -> Mixer:
+    m, s, d = config.model, config.sparse, config.data
+    names = dict(enumerate(data.found.classes))
+    shape: dict[str, Any] = {
+        "image_size": d.image_size,
+        "patch_size": m.patch_size,
+        "num_channels": data.channels,
+        "hidden_size": m.dim,
+        "num_hidden_layers": m.layers,
+        "tokens_hidden": m.tokens_hidden,
+        "intermediate_size": m.hidden,
+        "id2label": names,
+        "label2id": {name: n for n, name in names.items()},
+    }
+    if sparse:
+        alike = {"num_experts": s.num_experts, "router": s.router, "backend": s.backend, "expert_weights": s.experts}
+        alike |= s.router_options()
+        shape["sparse"] = s.blocks(m.layers)
+        for which, dim, rows, width in (
+            ("tokens", config.patches, m.dim, m.tokens_hidden),
+            ("channels", m.dim, config.patches, m.hidden),
+        ):
+            hidden = s.hidden or run.expert_width(width, s.build_router(dim), rows, gated=False)
+            shape[f"{which}_experts"] = {**alike, "hidden": hidden}
+    set_seed(config.seed)
+    model = Mixer(MixerShape(**shape))
+    if sparse and s.train != "all":
+        train_only(model, s.train)
+    return model
+
+
+def _takes_patches(model: PreTrainedModel, layer: str) -> bool:
+    """Whether a layer is sent patches, as all are but those of a Mixer over the patches of a channel."""
+    return not isinstance(model, Mixer) or mixes_channels(layer)
+
+
+def _begin_as(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the weights of one that is on disk.
+
+    Raises:
+        UserError: where that is of other sizes, or none.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"model.start={str(folder)!r} is no folder; give the dense model of a run, as runs/images/dense"
+        )
+    own, other = model.state_dict(), load_folder(folder).state_dict()
+    for name, value in own.items():
+        if name not in other or other[name].shape != value.shape:
+            there = f"{tuple(other[name].shape)} there" if name in other else "not there"
+            raise UserError(
+                f"model.start={str(folder)!r}: {name} is {there}, and {tuple(value.shape)} with these settings"
+            )
+    if more := next((name for name in other if name not in own), None):
+        raise UserError(f"model.start={str(folder)!r} has {more}, which a model of these settings has not")
+    model.load_state_dict(other)
 
 
 def _processor() -> Any:
@@ -437,7 +555,7 @@ def _predict(model: PreTrainedModel, data: ImageData) -> tuple[Tensor, Tensor]:
 def _logits(model: PreTrainedModel, data: ImageData) -> Iterator[tuple[Tensor, Tensor]]:
     """The logits (B, classes) float32 and the class (B,) of held-out images, a batch at a time, in their order."""
     for _, batch in data.batches():
-        with tell(model, token_ids=batch["token_ids"].to(model.device)):
+        with tell(model, **{name: batch[name].to(model.device) for name in ("token_ids",) if name in batch}):
             logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits.float()
         yield logits, batch["labels"].to(model.device)
 

@@ -53,6 +53,7 @@ __all__ = [
     "check_processes",
     "check_router",
     "configuration_of",
+    "data_of",
     "evaluate_run",
     "expert_width",
     "load_model",
@@ -546,13 +547,23 @@ def _trained_run(
     run: Path, without_drops: bool, memory: str | None = None
 ) -> tuple[Recipe[Any, Any], dict[str, PreTrainedModel], Any]:
     """The recipe, both models and the data of a finished run."""
-    recipe, config = configuration_of(run)
+    recipe, _ = configuration_of(run)
     models = {which: load_model(run, which, memory) for which in MODELS}
     if without_drops:
         dropless(models["sparse"])
+    return recipe, models, data_of(run)
+
+
+def data_of(run: Path) -> Any:
+    """The data of a run folder, read again.
+
+    Raises:
+        UserError: where they have changed.
+    """
+    recipe, config = configuration_of(run)
     data: Prepared = recipe.prepare(config)
     _check_data(recipe, data, str(read_json(run / "data.json").get("fingerprint")))
-    return recipe, models, data
+    return data
 
 
 def summarised(run: Path) -> dict[str, float]:

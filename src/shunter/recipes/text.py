@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from ..analysis.exhibits import Exhibit
+from ..analysis.exhibits import Exhibit, Table
 from ..analysis.inspect.inspecting import specialisation
 from ..analysis.inspect.material import Material, Window, window_material
 from ..analysis.inspect.recording import record
@@ -35,12 +35,26 @@ from ..data.windows import EvalDomain, TextData, prepare
 from ..errors import UserError
 from ..hf import sparsify
 from ..hf.checkpoints.folders import load_tokenizer
-from ..moe import tell
-from . import run
+from ..hf.checkpoints.reading import read_json
+from ..layers.domain_mixture import DomainMixture, by_domain
+from ..moe import moe_layers, tell
+from . import mixing, run
 from .recipe import Recipe
 from .sections import RunConfig, Section
 
-__all__ = ["RECIPE", "Stacks", "TextConfig", "TextRecipe", "evaluate", "generate", "t5_shape"]
+__all__ = [
+    "RECIPE",
+    "Stacks",
+    "TextConfig",
+    "TextRecipe",
+    "check_sampling",
+    "continued",
+    "encode",
+    "evaluate",
+    "evaluate_mixing",
+    "generate",
+    "t5_shape",
+]
 
 EVAL_BATCH = 32  # windows of a forward
 
@@ -74,6 +88,9 @@ class DataConfig(Section):
 
     source: list[Annotated[str, Field(min_length=1)]] | None = Field(
         None, min_length=1, description="files, folders or one datasets name; none: the built-in text"
+    )
+    domains: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, min_length=1, description="of the source, these alone; none: all"
     )
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     vocab_size: int = Field(1024, ge=257, le=65536, description="of the BPE")
@@ -179,23 +196,28 @@ class TextRecipe(Recipe[TextConfig, TextData]):
 
     def prepare(self, config: TextConfig) -> TextData:
         """Windows of the configuration's text, as the kind of model sees them."""
-        d, kind = config.data, config.model.kind
-        found = prepare(
+        found, kind = self.windows(config), config.model.kind
+        if kind == "decoder":
+            return found
+        way = Corruption("hidden" if kind == "encoder" else "spans", found.tokenizer, config.data.sequence_length)
+        return corrupt(found, way, config.seed)
+
+    def windows(self, config: TextConfig, tokenizer: Any = None, more: int = 0) -> TextData:
+        """Windows of the text, in the tokens of a model that there is already, and with so many more held-out ones."""
+        d = config.data
+        return prepare(
             d.source,
             sequence_length=d.sequence_length,
             num_windows=config.training.steps * self.items_per_step(config),
-            tokenizer=d.tokenizer,
+            tokenizer=tokenizer or d.tokenizer,
             vocab_size=d.vocab_size,
             special=_special(config),
             eval_share=d.eval_share,
-            eval_windows=d.eval_windows,
+            eval_windows=d.eval_windows + more,
             max_bytes=d.max_bytes,
+            only=d.domains,
             seed=config.seed,
         )
-        if kind == "decoder":
-            return found
-        way = Corruption("hidden" if kind == "encoder" else "spans", found.tokenizer, d.sequence_length)
-        return corrupt(found, way, config.seed)
 
     def build(self, config: TextConfig, data: TextData, sparse: bool) -> PreTrainedModel:
         """A model of the data's vocabulary."""
@@ -271,12 +293,21 @@ class TextRecipe(Recipe[TextConfig, TextData]):
         return replace(material, batches=batches)
 
     def exhibits(self, models: dict[str, PreTrainedModel], config: TextConfig, data: TextData) -> list[Exhibit]:
-        """Of a model with an encoder, what decides a token's expert."""
-        if config.model.kind == "decoder":
-            return []
-        material = self.material(models["sparse"], data)
-        recording = record(models["sparse"], material, lambda batches, what, total: batches)
-        return [stack_table(stack_information(recording, material))]
+        """What decides a token's expert, where there is an encoder; the loss by way of mixing experts of domains."""
+        if config.model.kind != "decoder":
+            material = self.material(models["sparse"], data)
+            recording = record(models["sparse"], material, lambda batches, what, total: batches)
+            return [stack_table(stack_information(recording, material))]
+        return [_mixing_table(self.mixing(models["sparse"], config, data))] if _goes_by_domain(models["sparse"]) else []
+
+    def mixing(self, model: PreTrainedModel, config: TextConfig, data: TextData) -> dict[str, dict[str, float]]:
+        """The loss in nats per token of a DEMix model by way of mixing and domain, as `mixing.losses` has it."""
+        longer = self.windows(config, data.tokenizer, more=mixing.CACHED)
+        first, rest = mixing.set_apart(longer, config.data.eval_windows)
+        names = [domain.name for domain in first]
+        predict, shown = by_domain(model), {domain.name: domain.input_ids for domain in first}
+        each, cache = (mixing.likelihoods(predict, len(names), windows, EVAL_BATCH) for windows in (shown, rest))
+        return mixing.losses(each, cache, {name: place for place, name in enumerate(names)})
 
 
 _AUTO: dict[str, Any] = {
@@ -345,6 +376,40 @@ def _shape(config: TextConfig, vocab_size: int) -> PretrainedConfig:
 RECIPE = TextRecipe()
 
 
+def _goes_by_domain(model: PreTrainedModel) -> bool:
+    return any("domain" in layer.decider.required for layer in moe_layers(model).values())
+
+
+def _mixing_table(found: dict[str, dict[str, float]]) -> Table:
+    names = list(found[mixing.OWN])
+    rows: list[list[str | float]] = [
+        [way, *(f"{by_domain[name]:.4f}" for name in names), f"{sum(by_domain.values()) / len(by_domain):.4f}"]
+        for way, by_domain in found.items()
+    ]
+    return Table(
+        "Mixing the experts of the domains",
+        "Held-out loss in nats per token by domain, and its plain mean. With the label each text goes to its own "
+        "domain’s experts; without, all domains’ experts predict and are weighed by how well each explained the text "
+        "before (Gururangan et al. 2021, section 5). A window begins with equal weights, with what the windows before "
+        f"it led to, or with what up to {mixing.CACHED} other held-out windows of the domain led to.",
+        ["experts", *names, "mean"],
+        rows,
+    )
+
+
+def evaluate_mixing(folder: Path) -> dict[str, dict[str, float]]:
+    """The loss of a run's sparse model by way of mixing its domains' experts and by domain, in nats per token.
+
+    Raises:
+        UserError: where its experts are no domains', and as `run.evaluate_run`.
+    """
+    recipe, config = run.configuration_of(folder)
+    model = run.load_model(folder, "sparse")
+    if recipe is not RECIPE or not _goes_by_domain(model):
+        raise UserError(f"{folder}: its experts are not of domains; train with sparse.router=domain")
+    return RECIPE.mixing(model, config, run.data_of(folder))
+
+
 def evaluate(model: PreTrainedModel, domains: list[EvalDomain], batch_size: int = EVAL_BATCH) -> dict[str, Any]:
     """The held-out loss (nats per predicted token) and bits per byte of these, in all and by domain.
 
@@ -395,31 +460,67 @@ def generate(
     temperature: float,
     seed: int,
     memory: str | None = None,
+    domain: str | None = None,
 ) -> str:
     """Continue a prompt with one of a run's models; temperature 0 takes the likeliest token each time.
 
-    `memory` is what the sparse model's experts may take of it, as "8GiB"; the others are read from its file.
+    `memory` is what the sparse model's experts may take of it, as "8GiB"; the others are read from its file. Where its
+    experts are of domains, those of `domain` continue, or all mixed by what the text so far tells of its domain.
 
     Raises:
-        UserError: for a prompt that is empty or no text, a temperature out of range, a run of another recipe, and a
-            tokenizer that cannot be loaded.
+        UserError: for a prompt that is empty or no text, a temperature out of range, a run of another recipe, a domain
+            that it has not, and a tokenizer that cannot be loaded.
+    """
+    if (recipe := run.recipe_of(folder)) is not RECIPE:
+        raise UserError(f"{folder} is a run of {recipe.name}, which does not continue text")
+    if (kind := run.configuration_of(folder)[1].model.kind) != "decoder":
+        raise UserError(f"{folder} has an {kind}, which does not continue text; a decoder does")
+    check_sampling(prompt, temperature)
+    model: Any = run.load_model(folder, which, memory)
+    tokenizer = load_tokenizer(folder / which)
+    set_seed(seed)
+    ids = encode(tokenizer, prompt, model, folder / which)
+    if (labelled := _goes_by_domain(model)) or domain is not None:
+        names = [str(one["name"]) for one in read_json(folder / "data.json")["domains"]]
+        if not labelled:
+            raise UserError(f"{folder / which}: its experts are not of domains; leave --domain out")
+        if domain is None:
+            found = mixing.continue_ids(DomainMixture(by_domain(model), len(names)), ids, max_new_tokens, temperature)
+            return str(tokenizer.decode(found[0], skip_special_tokens=True))
+        if domain not in names:
+            raise UserError(f"{folder} has no domain {domain!r}; it has {', '.join(names)}")
+    with tell(model, **({} if domain is None else {"domain": torch.tensor(names.index(domain))})):
+        return continued(model, tokenizer, ids, max_new_tokens, temperature)
+
+
+def check_sampling(prompt: str, temperature: float) -> None:
+    """See that a prompt is text, and a temperature in its range.
+
+    Raises:
+        UserError: where not.
     """
     if temperature and not 1e-3 <= temperature <= 1e3:
         raise UserError(f"temperature {temperature} must be 0, or between 0.001 and 1000")
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise UserError("the prompt is not UTF-8 text")
-    if (recipe := run.recipe_of(folder)) is not RECIPE:
-        raise UserError(f"{folder} is a run of {recipe.name}, which does not continue text")
-    if (kind := run.configuration_of(folder)[1].model.kind) != "decoder":
-        raise UserError(f"{folder} has an {kind}, which does not continue text; a decoder does")
-    model: Any = run.load_model(folder, which, memory)
-    tokenizer = load_tokenizer(folder / which)
-    set_seed(seed)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+
+
+def encode(tokenizer: Any, prompt: str, model: Any, folder: Path) -> Tensor:
+    """The token ids (1, L) int64 of a prompt.
+
+    Raises:
+        UserError: where there are none, or the model of the folder does not know them.
+    """
+    ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.numel() == 0:
         raise UserError("the prompt is empty; give at least one character")
     if int(ids.max()) >= model.get_input_embeddings().num_embeddings:
-        raise UserError(f"{folder / which}: the tokenizer gives token {int(ids.max())}, which the model does not have")
+        raise UserError(f"{folder}: the tokenizer gives token {int(ids.max())}, which the model does not have")
+    return ids.long()
+
+
+def continued(model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int, temperature: float) -> str:
+    """The text of token ids (1, L) and of those by which a model continues them."""
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    out = model.generate(ids.long(), max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+    out = model.generate(ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

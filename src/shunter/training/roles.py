@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
+from ..experts import ResidualExperts
 from ..hf.observe.taps import Tap, taps
 
 __all__ = ["GROUPS", "ROLES", "parameter_groups", "roles", "select", "table", "train_only"]
@@ -22,6 +23,7 @@ __all__ = ["GROUPS", "ROLES", "parameter_groups", "roles", "select", "table", "t
 ROLES: dict[str, str] = {
     "router": "what decides which experts a token takes, norms and scales of its own included",
     "expert": "the experts among which the router chooses",
+    "core": "what the experts of a layer have in common, where they are a core and residuals",
     "shared": "experts that every token takes, and their gates",
     "feed_forward": "feed-forward blocks without experts",
     "attention": "what mixes tokens: attention, recurrences and convolutions over them",
@@ -34,8 +36,8 @@ ROLES: dict[str, str] = {
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(ROLES),
-    "moe": ("router", "expert", "shared"),
-    "non_moe": tuple(role for role in ROLES if role not in ("router", "expert", "shared")),
+    "moe": ("router", "expert", "core", "shared"),
+    "non_moe": tuple(role for role in ROLES if role not in ("router", "expert", "core", "shared")),
     "all_but_experts": tuple(role for role in ROLES if role != "expert"),
 }
 """Names for several roles, which fine-tuning trains alone (Zoph et al. 2022, ST-MoE, section 5)."""
@@ -224,6 +226,8 @@ def _role(name: str, ends: bool, modules: Mapping[str, nn.Module], places: Mappi
     *parts, own = name.split(".")
     around = {".".join(parts[:depth]): part for depth, part in enumerate(parts, 1)}  # outermost first
     known = [places[path] for path in reversed(("", *around)) if path in places]  # innermost first
+    if known and known[0] == "expert" and isinstance(modules[".".join(parts)], ResidualExperts) and "_core" in own:
+        return "core"
     if known and known[0] != "shared":
         return known[0]
     if own in _SELECTION_BIASES:

@@ -19,6 +19,7 @@ from ...hf.checkpoints.folders import load_tokenizer, local_folder
 from ...hf.checkpoints.loading import load_folder
 from ...hf.observe.taps import taps
 from ...metrics import expert_load
+from ...moe import plain_experts
 from ..expert_weights import expert_parameters, moved
 from ..specialisation import label_counts, label_shares
 from .ablation import ablate
@@ -107,6 +108,7 @@ def load(path: str, *, experts: bool = True, **options: Any) -> Inspected:
         model = load_folder(folder, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
+    plain_experts(model)
     if experts and not taps(model):
         name = type(model).__name__
         raise UserError(f"{path}: {name} has no mixture-of-experts layer: there is no expert to look at")
@@ -200,7 +202,8 @@ def specialisation(model: PreTrainedModel, material: Material) -> dict[str, Any]
     layers = {}
     for name, layer in recording.layers.items():
         stream = material.stream(name, len(layer.index), recording.batches)
-        assert stream is not None
+        if stream is None:  # it is sent something else than tokens
+            continue
         counts = label_counts(layer.index, stream.labels["domain"], layer.num_experts, len(material.domains))
         text = "token" in stream.labels
         layers[name] = {

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...experts import ACTIVATIONS
+from ...errors import UserError
+from ...experts import ACTIVATIONS, ResidualExperts
 from ...moe import MoE, moe_layers
 
 __all__ = ["SPLIT", "Form", "Key", "Piece", "Sizes", "layers_of", "split_pieces", "stack", "stacked_pieces", "whole"]
@@ -49,8 +50,17 @@ class Sizes:
 
     @classmethod
     def of(cls, layer: MoE) -> Sizes:
-        """Those of a layer."""
+        """Those of a layer.
+
+        Raises:
+            UserError: where its experts have no matrices of their own on disk, but a core and residuals.
+        """
         experts, shared = layer.experts, layer.shared_experts
+        if isinstance(experts, ResidualExperts):
+            raise UserError(
+                "the experts are a core and residuals; give a copy with plain ones, which shunter.plain_experts(model) "
+                "and model.save_pretrained(folder) make"
+            )
         return cls(
             layer.num_experts,
             layer.dim,
