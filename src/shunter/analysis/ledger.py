@@ -92,7 +92,7 @@ def ledger(
             config.num_hidden_layers,
         )
         scores += below * target * (target + source)
-    flops["attention"] = 2 * 2 * scores * heads * head_dim / total_length
+    flops["attention"] += 2 * 2 * scores * heads * head_dim / total_length
     total = sum(p.numel() for p in model.parameters())
     return Ledger(total, total - inactive, flops)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,17 +19,19 @@ from transformers import PreTrainedModel
 from .. import routers
 from ..durable import MANIFEST
 from ..errors import UserError
-from ..experts import Experts, ResidualExperts
+from ..experts import Experts, MixedExperts, ResidualExperts
 from ..experts.weights import STACKED
-from ..moe import MoE, moe_layers
+from ..moe import MoE, RoutedLayer, moe_layers
 from ..routers import Router
+from .attention import KINDS, Attention, find_attentions, initialise, put, routed_in
 from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_layers
 from .hooks import check_batch, install
 
-__all__ = ["choose_blocks", "describe_layers", "make_layers", "router_name", "save_sparse", "sparsify"]
+__all__ = ["Placement", "choose_blocks", "describe_layers", "make_layers", "router_name", "save_sparse", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+Block = TypeVar("Block")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of torch.nn.Module
 
@@ -37,14 +41,20 @@ def sparsify(
     num_experts: int,
     router: str | type[Router] = "switch",
     *,
+    where: str = "feed_forward",
     every: int = 1,
     layers: Sequence[int] | None = None,
     within: str = "",
+    placement: str = "",
     hidden: int | None = None,
     init: str = "scratch",
     backend: str = "auto",
     num_shared_experts: int = 0,
     expert_weights: str = "separate",
+    residual: bool = False,
+    extra_mlp: bool = False,
+    operations: Sequence[str] | None = None,
+    cost_loss: float = 0.0,
     allow_leak: bool = False,
     batch: Mapping[str, str] | None = None,
     **options: Any,
@@ -63,17 +73,27 @@ def sparsify(
             architectures). Dropout between the maps is not kept; at the block's end it is.
         num_experts: E.
         router: a registered name, or a registered class.
+        where: what becomes sparse: "feed_forward", the blocks; "attention", the maps to queries, and by one layer to
+            keys and values, of self-attention (Fedus et al. 2021, Switch, appendix A); "heads", a mixture of attention
+            heads in its place, of which a token takes top_k (Zhang et al. 2022), where heads may share keys, as in
+            Llama; or two of them with a comma between, as "feed_forward, attention".
         every: sparsify every n-th block, the n-th first (2: the second, fourth, …).
         layers: sparsify these blocks of each stack instead, counted from 0.
         within: the name of a module of the model, whose blocks alone are counted and replaced, as "vision_model" of
             CLIP's two towers; default: all.
+        placement: the same in words, with commas between: "every 2", then of these "last 2" alone (Riquelme et al.
+            2021, section 2.3), and "pyramid": the last two of these in each stack, or the last of two or three, have
+            twice as many experts (Rajbhandari et al. 2022, DeepSpeed-MoE, section 4.1: PR-MoE-32/64 is "every 2,
+            pyramid" of 24 blocks with 32).
         hidden: f of one expert; default: the dense block's.
         init: "scratch" draws each expert from a normal distribution with the dense weights' standard deviation; "copy"
             makes each expert a copy of the dense block; "paper" begins as scratch, and goes on as the router's paper
             does (switch: its scale; vmoe: all experts equal; base: the block is zero). Of residual experts it is the
             core that begins so.
         backend: of the experts.
-        num_shared_experts, expert_weights: see `MoE`.
+        num_shared_experts, expert_weights, residual, extra_mlp, operations, cost_loss: see `MoE`. With init="copy", the
+            dense branch of a residual layer is the dense block too, so that both branches are it; experts of other
+            `operations`, and shared ones that add to them, would not be.
         allow_leak: insist on a router that lets later tokens change earlier ones, in a causal model.
         batch: what a batch knows of its tokens besides, by which the routers may go: {"task": "task_ids"} takes the
             keyword `task_ids` of the model's forward, (B,) or (B, S), for the `task` of `shunter.routers.Context`.
@@ -99,21 +119,44 @@ def sparsify(
     name, told = router if isinstance(router, str) else router_name(router), check_batch(batch)
     if init not in ("scratch", "copy", "paper"):
         raise UserError(f"sparsify: init {init!r} is unknown; choose scratch, copy or paper")
-    if init == "copy" and num_shared_experts:
+    if init == "copy" and ((num_shared_experts and not residual) or num_shared_experts > 1):
         raise UserError("sparsify: copies beside a shared expert would not compute what the dense block does")
+    if init == "copy" and (operations is not None or extra_mlp):
+        raise UserError("sparsify: with operations= or extra_mlp= copies would not compute what the dense block does")
+    if init == "paper" and operations is not None:
+        raise UserError("sparsify: no paper of a router begins experts of other operations; choose init='scratch'")
     known = routers.options(name)
     if "vocab_size" in known and options.get("vocab_size") is None:
         options["vocab_size"] = getattr(model.config.get_text_config(), "vocab_size", None)
         if options["vocab_size"] is None:
             raise UserError(f"sparsify: {type(model).__name__} has no token ids, by which router {name!r} goes")
+    kinds = _kinds(where)
+    if "feed_forward" not in kinds:
+        for option, value in {
+            "hidden": hidden, "num_shared_experts": num_shared_experts, "residual": residual, "extra_mlp": extra_mlp,
+            "operations": operations, "cost_loss": cost_loss,
+        }.items():  # fmt: skip
+            if value:
+                raise UserError(f"sparsify: {option} is of feed-forward blocks; where={where!r} leaves them dense")
+    if init == "paper" and kinds != ["feed_forward"]:
+        raise UserError(
+            f"sparsify: init='paper' is of feed-forward blocks; with where={where!r} choose scratch or copy"
+        )
+    if init == "copy" and "heads" in kinds:
+        raise UserError("sparsify: a mixture of heads is no copy of a dense attention; choose init='scratch'")
     made = []
-    stacks, left = survey(model)
+    attentions = [] if kinds == ["feed_forward"] else find_attentions(model)
+    stacks, left = survey(model) if "feed_forward" in kinds else ([], [])
     if within:
-        stacks = _stacks_within(stacks, within, model)
+        stacks = stacks and _stacks_within(stacks, within, model)
+        attentions = attentions and _stacks_within(attentions, within, model)
     elif left:
         more = f", and {len(left) - 1} more" if left[1:] else ""
         warnings.warn(f"sparsify: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=2)
-    for block in choose_blocks(stacks, every, layers):
+    place = Placement.parse(placement, every, layers)
+    if place.pyramid and operations is not None:
+        raise UserError("sparsify: a pyramid has more experts in later blocks; operations= names a fixed number")
+    for block, times in place.choose(stacks) if stacks else ():
         _must_be_here(block)
         _must_call_none(model, block)
         width = block.hidden if hidden is None else hidden
@@ -122,7 +165,7 @@ def sparsify(
         moe = _make(
             block,
             hidden=width,
-            num_experts=num_experts,
+            num_experts=times * num_experts,
             router=name,
             backend=backend,
             activation=block.activation,
@@ -131,16 +174,45 @@ def sparsify(
             expert_weights=expert_weights,
             dropout=block.dropout,
             causal=_is_causal(model, block) and not allow_leak,
+            residual=residual,
+            extra_mlp=extra_mlp,
+            operations=operations,
+            cost_loss=cost_loss,
             options=options,
         )
         _initialise(moe, block, init)
         made.append((block, moe))
+    chosen = place.choose(attentions) if attentions else []
+    kind = next((kind for kind in kinds if kind != "feed_forward"), "attention")
+    for attention, _ in chosen:
+        if kind == "heads" and attention.head is None:
+            put(attention, kind, {}, None, False)  # says why not
+        _must_call_none(model, attention)
+    for attention, times in chosen:
+        matrix, bias = attention.matrix, attention.bias
+        one = {"num_experts": times * num_experts, "router": name, "options": options}
+        put(attention, kind, one, one, _is_causal(model, attention) and not allow_leak)
+        initialise(attention.module, matrix, bias, attention.widths, init)
     _put(model, made, told)
     return model
 
 
+def _kinds(where: str) -> list[str]:
+    known = ("feed_forward", *KINDS)
+    kinds = [part.strip() for part in where.split(",")]
+    if any(kind not in known for kind in kinds) or len(set(kinds)) != len(kinds) or len(set(kinds) & set(KINDS)) > 1:
+        raise UserError(
+            f"sparsify: where={where!r} is unknown; choose {', '.join(known)}, or feed_forward and one of the others "
+            "with a comma between"
+        )
+    return kinds
+
+
 def make_layers(
-    model: PreTrainedModel, layers: Iterable[dict[str, Any]], batch: Mapping[str, str] | None = None
+    model: PreTrainedModel,
+    layers: Iterable[dict[str, Any]],
+    batch: Mapping[str, str] | None = None,
+    attention: Iterable[dict[str, Any]] = (),
 ) -> None:
     """Replace blocks of a dense model as `describe_layers` said that its sparse form is, in place; nothing is drawn.
 
@@ -150,7 +222,9 @@ def make_layers(
         UserError: where an entry names no block of the model.
         KeyError, TypeError, ValueError: where it describes no layer.
     """
-    blocks = {block.path: block for stack in find_feed_forwards(model) for block in stack}
+    layers, attention = list(layers), list(attention)
+    places = {at.path: at for stack in (find_attentions(model) if attention else []) for at in stack}
+    blocks = {block.path: block for stack in (find_feed_forwards(model) if layers else []) for block in stack}
     inner = f"{model.base_model_prefix}."
     made = []
     for entry in layers:
@@ -160,19 +234,30 @@ def make_layers(
         if block is None:
             raise UserError(f"{type(model).__name__} has no feed-forward block {name!r}")
         made.append((block, _make(block, **{key: value for key, value in entry.items() if key != "name"})))
+    for entry in attention:
+        name = entry["name"]
+        at = next((places.pop(n) for n in (name, name.removeprefix(inner), inner + name) if n in places), None)
+        if at is None:
+            raise UserError(f"{type(model).__name__} has no attention {name!r}")
+        if entry["kind"] not in KINDS:
+            raise UserError(f"{name}: attention of kind {entry['kind']!r} is unknown; this version knows {KINDS}")
+        put(at, entry["kind"], entry["queries"], entry.get("keys_values"), False)
     _put(model, made, check_batch(batch))
 
 
-def _stacks_within(stacks: list[list[FeedForward]], within: str, model: PreTrainedModel) -> list[list[FeedForward]]:
-    """The blocks of a module alone, by its name, in their stacks.
+Part = TypeVar("Part", FeedForward, Attention)
+
+
+def _stacks_within(stacks: list[list[Part]], within: str, model: PreTrainedModel) -> list[list[Part]]:
+    """The blocks or attentions of a module alone, by its name, in their stacks.
 
     Raises:
         UserError: where it has none.
     """
-    found = [[block for block in stack if f"{block.path}.".startswith(f"{within}.")] for stack in stacks]
+    found = [[part for part in stack if f"{part.path}.".startswith(f"{within}.")] for stack in stacks]
     if not any(found):
         kind, names = type(model).__name__, ", ".join(dict.fromkeys(stack[0].path for stack in stacks))
-        raise UserError(f"sparsify: within={within!r} has no feed-forward block of {kind}; the first ones are {names}")
+        raise UserError(f"sparsify: within={within!r} has none of the blocks of {kind}; the first ones are {names}")
     return [stack for stack in found if stack]
 
 
@@ -182,10 +267,14 @@ def _must_be_here(block: FeedForward) -> None:
             raise UserError(f"sparsify: the weights of {rows.path} are offloaded; sparsify the model, then offload it")
 
 
-def _must_call_none(model: nn.Module, block: FeedForward) -> None:
+def _must_call_none(model: nn.Module, block: FeedForward | Attention) -> None:
     """Raises UserError where somebody has registered hooks within a block, which what replaces it would not call."""
     modules = dict(model.named_modules())
-    for path in (block.path, *block.superfluous, *(rows.path for rows in block.maps.values())):
+    if isinstance(block, Attention):
+        paths = [f"{block.path}.{name}" for name in block.names]
+    else:
+        paths = [block.path, *block.superfluous, *(rows.path for rows in block.maps.values())]
+    for path in paths:
         if path not in modules:  # a plain function
             continue
         for name, module in modules[path].named_modules(prefix=path):
@@ -286,13 +375,20 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
         UserError: for a layer that these words do not describe.
     """
     entries = []
+    attention, known = [], set()
+    for name, module in model.named_modules():
+        if (found := routed_in(module)) is not None:
+            parts = {part: _describe_router(layer) for part, layer in found[1].items()}
+            attention.append({"name": name, "kind": found[0], **parts})
+            known |= set(found[1].values())
     for name, layer in moe_layers(model).items():
+        if layer in known:
+            continue
         if not isinstance(layer, MoE):
             raise UserError(f"{name} is a {type(layer).__name__}; only layers of MoE can be saved within a model")
         experts, shared = layer.experts, layer.shared_experts
         entry = {
             "name": name,
-            "num_experts": layer.num_experts,
             "hidden": experts.hidden,
             "activation": experts.activation,
             "bias": experts.bias,
@@ -301,13 +397,25 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "expert_dropout": experts.dropout,
             "backend": experts.backend,
             "recompute": experts.recompute,
-            "router": router_name(type(layer.decider)),
-            "options": layer.decider.options,
+            **_describe_router(layer),
         }
         if isinstance(experts, ResidualExperts):
             entry["expert_weights"] = "residual"
+        if isinstance(experts, MixedExperts):
+            entry |= {"operations": [str(op) for op in experts.operations]}
+        extras = {"residual": layer.shared_gate is not None, "extra_mlp": layer.extra_mlp is not None}
+        entry |= {name: value for name, value in {**extras, "cost_loss": layer.cost_loss}.items() if value}
         entries.append(entry)
-    return {"layout": STACKED, "layers": entries}
+    described: dict[str, Any] = {"layout": STACKED, "layers": entries}
+    return described | ({"attention": attention} if attention else {})
+
+
+def _describe_router(layer: RoutedLayer) -> dict[str, Any]:
+    return {
+        "num_experts": layer.num_experts,
+        "router": router_name(type(layer.decider)),
+        "options": layer.decider.options,
+    }
 
 
 def router_name(router: type) -> str:
@@ -333,22 +441,79 @@ def choose_blocks(
     Raises:
         UserError: where that leaves none, or a stack has no such block.
     """
-    if every < 1:
-        raise UserError(f"sparsify: every={every} must be at least 1")
-    if layers is None:
-        chosen = [block for stack in stacks for block in stack[every - 1 :: every]]
-        if not chosen:
-            raise UserError(f"sparsify: every={every} leaves no block to replace")
-        return chosen
-    shortest = min(map(len, stacks))
-    if every != 1:
-        raise UserError("sparsify: layers and every both say which blocks are replaced; give one")
-    if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0 or layers[-1] >= shortest:
-        raise UserError(f"sparsify: layers={list(layers)} must be increasing numbers from 0 to {shortest - 1}")
-    return [stack[i] for stack in stacks for i in layers]
+    return [block for block, _ in Placement.parse("", every, layers).choose(stacks)]
 
 
-def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
+@dataclass(frozen=True)
+class Placement:
+    """Which blocks of each stack become sparse, and which of them have twice as many experts.
+
+    Args:
+        every: every n-th, the n-th first.
+        last: of these the last n alone; None for all.
+        pyramid: whether the last two of these, or the last of two or three, have twice as many experts.
+        layers: these instead, counted from 0.
+    """
+
+    every: int = 1
+    last: int | None = None
+    pyramid: bool = False
+    layers: tuple[int, ...] | None = None
+
+    @classmethod
+    def parse(cls, words: str = "", every: int = 1, layers: Sequence[int] | None = None) -> Placement:
+        """A placement in words, as "every 2, last 3, pyramid", or by the arguments `every` and `layers`.
+
+        Raises:
+            UserError: for other words, and where two of them say the same.
+        """
+        found: dict[str, Any] = {}
+        for part in filter(None, (part.strip() for part in words.split(","))):
+            match = re.fullmatch(r"(every|last) ([1-9]\d*)|(pyramid)", part)
+            if match is None:
+                raise UserError(
+                    f'sparsify: placement {words!r}: {part!r} is unknown; say "every N", "last N" or "pyramid", or '
+                    'several with commas: "every 2, last 3, pyramid"'
+                )
+            name, value = match[1] or match[3], int(match[2]) if match[2] else True
+            if name in found:
+                raise UserError(f"sparsify: placement {words!r} says {name} twice")
+            found[name] = value
+        if every < 1:
+            raise UserError(f"sparsify: every={every} must be at least 1")
+        if every != 1 and layers is not None:
+            raise UserError("sparsify: layers and every both say which blocks are replaced; give one")
+        if (every != 1 or layers is not None) and found.keys() - {"pyramid"}:
+            raise UserError("sparsify: placement and every or layers both say which blocks are replaced; give one")
+        if every != 1:
+            found["every"] = every
+        return cls(**found, layers=None if layers is None else tuple(layers))
+
+    def choose(self, stacks: list[list[Block]]) -> list[tuple[Block, int]]:
+        """The blocks, and how many times as many experts each has.
+
+        Raises:
+            UserError: where that leaves none, or a stack has too few.
+        """
+        numbers, shortest = self.layers, min(map(len, stacks))
+        if numbers is not None and (
+            not numbers or sorted(set(numbers)) != list(numbers) or numbers[0] < 0 or numbers[-1] >= shortest
+        ):
+            raise UserError(f"sparsify: layers={list(numbers)} must be increasing numbers from 0 to {shortest - 1}")
+        found = []
+        for stack in stacks:
+            chosen = stack[self.every - 1 :: self.every] if numbers is None else [stack[i] for i in numbers]
+            chosen = chosen if self.last is None else chosen[-self.last :]
+            wide = min(2, len(chosen) // 2) if self.pyramid else 0
+            if self.pyramid and chosen and not wide:
+                raise UserError("sparsify: a pyramid needs two sparse blocks at least in each stack; here one is left")
+            found += [(block, 1 + (i >= len(chosen) - wide)) for i, block in enumerate(chosen)]
+        if not found:
+            raise UserError(f"sparsify: every={self.every} leaves no block to replace")
+        return found
+
+
+def _is_causal(model: PreTrainedModel, block: FeedForward | Attention) -> bool:
     """Whether the layer around a block attends causally: its attention says so, or the model generates with it."""
     parts = block.path.split(".")
     # The outermost number is the layer's: T5 numbers the parts of a layer too.
@@ -362,22 +527,25 @@ def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
 
 @torch.no_grad()
 def _initialise(moe: MoE, block: FeedForward, init: str) -> None:
-    assert isinstance(moe.experts, Experts | ResidualExperts)
-    weights = moe.experts.core_weights if isinstance(moe.experts, ResidualExperts) else moe.experts.weights
-    if weights.up.is_meta or block.down.is_meta:
+    if block.down.is_meta or any(p.is_meta for p in moe.parameters()):
         return  # about to be loaded
     if init != "copy":
-        for experts in (moe.experts, moe.shared_experts):
-            if experts is not None:
+        for experts in (moe.experts, moe.shared_experts, moe.extra_mlp):
+            if isinstance(experts, Experts | MixedExperts | ResidualExperts):
                 experts.reset_parameters(float(block.up.float().std()), float(block.down.float().std()))
         if init == "paper":
             moe.init_as_in_paper()
         return
-    for ours, dense in (
-        (weights.up, block.up),
-        (weights.down, block.down),
-        (weights.up_bias, block.up_bias),
-        (weights.down_bias, block.down_bias),
-    ):
-        if ours is not None:
-            ours.copy_(torch.zeros_like(ours[0]) if dense is None else dense)
+    for experts in (moe.experts, moe.shared_experts):
+        if experts is None:
+            continue
+        assert isinstance(experts, Experts | ResidualExperts)
+        weights = experts.core_weights if isinstance(experts, ResidualExperts) else experts.weights
+        for ours, dense in (
+            (weights.up, block.up),
+            (weights.down, block.down),
+            (weights.up_bias, block.up_bias),
+            (weights.down_bias, block.down_bias),
+        ):
+            if ours is not None:
+                ours.copy_(torch.zeros_like(ours[0]) if dense is None else dense)

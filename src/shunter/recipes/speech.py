@@ -101,8 +101,6 @@ class SpeechTraining(TrainingConfig):
 class SpeechConfig(RunConfig):
     """The configuration of `shunter train speech`."""
 
-    causal = False
-
     name: str = Field("speech", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -130,6 +128,11 @@ class SpeechConfig(RunConfig):
                 f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
             )
         return self
+
+    @property
+    def causal(self) -> bool:
+        """Not so."""
+        return False
 
     @property
     def frames(self) -> int:

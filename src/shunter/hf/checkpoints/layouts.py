@@ -12,10 +12,22 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UserError
-from ...experts import ACTIVATIONS, ResidualExperts
+from ...experts import ACTIVATIONS, MixedExperts, ResidualExperts
 from ...moe import MoE, moe_layers
 
-__all__ = ["SPLIT", "Form", "Key", "Piece", "Sizes", "layers_of", "split_pieces", "stack", "stacked_pieces", "whole"]
+__all__ = [
+    "SPLIT",
+    "Form",
+    "Key",
+    "Piece",
+    "Sizes",
+    "layers_of",
+    "must_be_blocks",
+    "split_pieces",
+    "stack",
+    "stacked_pieces",
+    "whole",
+]
 
 SPLIT = "experts.{e}: gate_proj.weight (f, d), up_proj.weight (f, d), down_proj.weight (d, f)"
 """The tag of `stacked_pieces` with each expert by itself."""
@@ -61,6 +73,14 @@ class Sizes:
                 "the experts are a core and residuals; give a copy with plain ones, which shunter.plain_experts(model) "
                 "and model.save_pretrained(folder) make"
             )
+        parts = {
+            "a residual branch": layer.shared_gate,
+            "an extra MLP": layer.extra_mlp,
+            "experts that differ": experts if isinstance(experts, MixedExperts) else None,
+        }
+        for what, part in parts.items():
+            if part is not None:
+                raise UserError(f"no other format has layers with {what}; keep Shunter's own")
         return cls(
             layer.num_experts,
             layer.dim,
@@ -115,6 +135,13 @@ class Form:
 def layers_of(model: PreTrainedModel) -> dict[str, MoE]:
     """The sparse layers of a model in Shunter's form, by their qualified names, in order."""
     return {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
+
+
+def must_be_blocks(model: PreTrainedModel) -> None:
+    """Raises UserError where a sparse layer is no `MoE`: no other format knows of it."""
+    for name, layer in moe_layers(model).items():
+        if not isinstance(layer, MoE):
+            raise UserError(f"no other format has {name}, a {type(layer).__name__}; keep Shunter's own")
 
 
 def stacked_pieces(path: str, sizes: Sizes) -> dict[Key, Piece]:
