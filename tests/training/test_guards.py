@@ -12,6 +12,7 @@ from shunter import BalanceCallback
 from shunter.errors import Diverged, UserError
 from shunter.training.guards import GuardedLoop, NaNGuard, not_finite
 from tests.helpers import on_ranks
+from tests.hf.families import build
 
 STEP = 3
 SITES = ["input", "router", "expert", "gradient", "loss"]
@@ -39,7 +40,9 @@ class Plant(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         layer = model.model.layers[1].mlp
-        module = {"input": model.model.embed_tokens, "expert": layer.experts}.get(self.site)
+        module = (
+            None if self.site == "loss" else {"input": model.model.embed_tokens, "expert": layer.experts}.get(self.site)
+        )
         if module is not None:
             module.register_forward_hook(self.spoil)
         if self.site == "router":
@@ -150,6 +153,15 @@ def test_a_spike_takes_a_trainer_back_to_a_checkpoint_and_no_further_than_asked(
     assert watch.seen[36] != watch.seen[30]
     left = {int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")}
     assert left == {6, 12, 18, 24, 30, 40}, "checkpoint-36 is of the time that is not trusted"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_family_that_renames_what_it_saves_is_taken_back_as_a_whole(family, tmp_path):
+    guard, watch = NaNGuard(1, 10, rewinds=1, margin=0), Watch()
+    with pytest.warns(UserWarning, match="rewound"):
+        train(tmp_path, build(family).train(), Plant("loss", float("nan"), [5]), [guard, watch], 5,
+              save_strategy="steps", save_steps=3)  # fmt: skip
+    assert watch.seen[5] == watch.seen[3] and watch.seen[4] != watch.seen[3]
 
 
 def test_strikes_take_a_trainer_back_and_then_stop_it(tmp_path):

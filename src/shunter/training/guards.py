@@ -209,7 +209,7 @@ class NaNGuard(_Judge, TrainerCallback, ExportableState):
             return
         folder = _checkpoints(args.output_dir)[self._back_to]
         assert self._trainer is not None
-        self._trainer._load_from_checkpoint(str(folder))
+        _load_weights(self._trainer, folder)
         self._trainer._load_optimizer_and_scheduler(str(folder))
         for step in [step for step in self._saved if step > self._back_to]:
             self._saved.remove(step)
@@ -292,6 +292,22 @@ def _checkpoints(folder: str | None) -> dict[int, Path]:
     """The folders of a Trainer's checkpoints by step."""
     found = [path for path in Path(folder or ".").glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return {int(path.name.split("-")[1]): path for path in found}
+
+
+def _load_weights(trainer: Trainer, folder: Path) -> None:
+    """Put a checkpoint's weights into a Trainer's model.
+
+    A Trainer leaves those as they are, with a warning, whose names its family saves under others.
+    """
+    model: Any = trainer.model
+    lacking: list[str] = []
+    with ExitStack() as stack:
+        vars(trainer)["_issue_warnings_after_load"] = lambda found: lacking.extend(found.missing_keys)
+        stack.callback(delattr, trainer, "_issue_warnings_after_load")
+        trainer._load_from_checkpoint(str(folder))
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    if set(lacking) - set(ignored):
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
 
 def _of_all_ranks(loss: Tensor | None, norm: Any, device: torch.device) -> tuple[float | None, bool]:
