@@ -21,6 +21,7 @@ from ..experts import Experts
 from ..experts.weights import STACKED
 from ..moe import MoE, moe_layers
 from ..routers import Router
+from ..routers.split import Split
 from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_layers
 from .hooks import check_batch, install
@@ -286,6 +287,8 @@ def router_name(router: type) -> str:
         wrappers = {prefix + base.__name__ for base in kind.__bases__ for prefix in ("FSDP", "Parametrized")}
         if issubclass(kind, Router) and kind.__name__ not in wrappers:
             break
+    if issubclass(router, Split):
+        raise UserError("a model with split experts is in no format of its own: keep its state_dict()")
     raise UserError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
 
 
