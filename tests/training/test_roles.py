@@ -10,6 +10,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
     T5Config,
@@ -22,7 +24,7 @@ from transformers import (
 
 from shunter import MoE, sparsify
 from shunter.errors import UserError
-from shunter.training.roles import GROUPS, ROLES, parameter_groups, roles, select, table, train_only
+from shunter.training.roles import GROUPS, ROLES, accumulate, parameter_groups, roles, select, table, train_only
 from tests.hf.families import FAMILIES, build
 
 # What a parameter's own name says of its role, in every family that has such a name.
@@ -150,3 +152,80 @@ def test_the_table_counts_what_is_trained():
     routers = sum(p.numel() for name, p in model.named_parameters() if name.endswith("mlp.gate.weight"))
     assert rows["all"][2:] == [f"{total:,}", f"{routers:,}"]
     assert rows["router"][3] == f"{routers:,}" and rows["expert"][3] == "0"
+
+
+def batched(kind, folder, steps=7, number=3, way="loop"):
+    """A model trained with batches of several steps for its experts, and copies of its weights after each step."""
+    torch.manual_seed(3)
+    llama = {"num_key_value_heads": 2, "vocab_size": 32}
+    model = build(kind) if kind else sparsify(LlamaForCausalLM(LlamaConfig(**SMALL, **llama)), 4, "topk", top_k=2)
+    model.train()
+    groups = parameter_groups(model, 1e-2, "router,expert,norm", batches={"expert": number})
+    optimizer, seen = accumulate(torch.optim.AdamW(groups)), []
+    ids = torch.randint(1, 30, (steps, 2, 8), generator=torch.Generator().manual_seed(4))
+
+    def note(*_):
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    note()
+    if way == "loop":
+        for batch in ids:
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            note()
+        return model, optimizer, seen, ids
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="steps", save_steps=5, max_grad_norm=0, lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in ids.flatten(0, 1)]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer.train(resume_from_checkpoint=way if way != "trainer" else None)
+    return model, optimizer, seen, ids
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_role_is_updated_by_the_mean_over_its_batches(kind, tmp_path):
+    """Against Adam written down: of gradients that autograd takes at the weights of each step."""
+    model, optimizer, seen, ids = batched(kind, tmp_path)
+    of, gradients = roles(model), {}
+    for step, batch in enumerate(ids[:3]):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(seen[step][name])
+        model.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        gradients[step] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    moved = {role: [] for role in ("router", "expert", "norm")}
+    for name, grad in gradients[0].items():
+        changes = [not torch.equal(a[name], b[name]) for a, b in zip(seen, seen[1:], strict=False)]
+        moved[of[name]].append(changes)
+        if of[name] == "expert":
+            mean = sum(gradients[step][name] for step in range(3)) / 3
+            first = seen[0][name] - 1e-2 * mean / (mean.abs() + 1e-8)
+        else:
+            first = seen[0][name] - 1e-2 * grad / (grad.abs() + 1e-8)
+        torch.testing.assert_close(seen[3 if of[name] == "expert" else 1][name], first, rtol=1e-4, atol=2e-5)
+    assert all(changes == [False, False, True] * 2 + [False] for changes in moved["expert"])
+    assert all(all(changes) for changes in moved["router"]) and moved["router"]
+    counts = {of[n]: optimizer.state[p]["step"].item() for n, p in model.named_parameters() if p in optimizer.state}
+    assert counts == {"router": 7, "expert": 2, "norm": 7}
+
+
+def test_batches_of_roles_in_a_trainer_and_after_resuming(tmp_path):
+    looped, *_ = batched("", tmp_path)
+    trained, *_ = batched("", tmp_path, way="trainer")
+    resumed, *_ = batched("", tmp_path, way=str(tmp_path / "checkpoint-5"))  # in the middle of a batch
+    for a, b, c in zip(looped.parameters(), trained.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_that_cannot_be():
+    model = build("mixtral")
+    with pytest.raises(UserError, match="batches 0 of router must be an integer above 0"):
+        parameter_groups(model, 1e-3, batches={"router": 0})
+    with pytest.raises(UserError, match="expert has batches, and is not among what is trained"):
+        parameter_groups(model, 1e-3, "router", batches={"expert": 2})

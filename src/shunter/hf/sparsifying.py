@@ -23,6 +23,7 @@ from ..experts import Experts, MixedExperts, ResidualExperts
 from ..experts.weights import STACKED
 from ..moe import MoE, RoutedLayer, moe_layers
 from ..routers import Router
+from ..routers.split import Split
 from .attention import KINDS, Attention, find_attentions, initialise, put, routed_in
 from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_layers
@@ -257,7 +258,9 @@ def _stacks_within(stacks: list[list[Part]], within: str, model: PreTrainedModel
     found = [[part for part in stack if f"{part.path}.".startswith(f"{within}.")] for stack in stacks]
     if not any(found):
         kind, names = type(model).__name__, ", ".join(dict.fromkeys(stack[0].path for stack in stacks))
-        raise UserError(f"sparsify: within={within!r} has none of the blocks of {kind}; the first ones are {names}")
+        raise UserError(
+            f"sparsify: within={within!r} has no block of {kind} to make sparse; the first ones are {names}"
+        )
     return [stack for stack in found if stack]
 
 
@@ -430,6 +433,8 @@ def router_name(router: type) -> str:
         wrappers = {prefix + base.__name__ for base in kind.__bases__ for prefix in ("FSDP", "Parametrized")}
         if issubclass(kind, Router) and kind.__name__ not in wrappers:
             break
+    if issubclass(router, Split):
+        raise UserError("a model with split experts is in no format of its own: keep its state_dict()")
     raise UserError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
 
 

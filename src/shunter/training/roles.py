@@ -10,15 +10,18 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..experts import ResidualExperts
 from ..hf.observe.taps import Tap, taps
 
-__all__ = ["GROUPS", "ROLES", "parameter_groups", "roles", "select", "table", "train_only"]
+__all__ = ["GROUPS", "ROLES", "accumulate", "parameter_groups", "roles", "select", "table", "train_only"]
+
+Opt = TypeVar("Opt", bound=torch.optim.Optimizer)
 
 ROLES: dict[str, str] = {
     "router": "what decides which experts a token takes, norms and scales of its own included",
@@ -130,9 +133,10 @@ def parameter_groups(
     train: str = "all",
     *,
     rates: Mapping[str, float] = MappingProxyType({}),
+    batches: Mapping[str, int] = MappingProxyType({}),
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """The groups of an optimizer, with a learning rate for each role; what is not trained is frozen.
+    """The groups of an optimizer, with a learning rate and a batch for each role; what is not trained is frozen.
 
     In a loop it is the optimizer's first argument, and that optimizer is one argument of a Trainer:
 
@@ -145,37 +149,83 @@ def parameter_groups(
         train: what is trained of what requires a gradient, as of `select`.
         rates: how many times the learning rate a role or a group of roles has; of two that name a role the later one
             counts.
+        batches: over how many steps' batches a role or a group of roles takes the mean of its gradients before it is
+            updated; the optimizer does so after `accumulate`.
         weight_decay: of matrices; vectors (norms, biases) have none.
 
     Returns:
-        A list of {"params", "names", "role", "lr", "weight_decay"}; parameters of one role share a group or two.
+        A list of {"params", "names", "role", "lr", "batches", "weight_decay"}; parameters of one role share a group or
+        two.
 
     Raises:
-        UserError: as of `select`, and for a rate of a role that is not trained, and one that is no number above 0.
+        UserError: as of `select`, for a rate or batches of a role that is not trained, a rate that is no number above
+            0, and batches that are no integer above 0.
 
     Source: Zoph et al. 2022 (ST-MoE), sections 5.2 and 5.3: sparse models want other rates, and may train a part alone.
     """
     of, trained = roles(model), {name: p for name, p in select(model, train).items() if p.requires_grad}
     if not trained:
         raise UserError(f"no parameter among {train!r} requires a gradient; unfreeze them first, as by train_only")
-    scale = dict.fromkeys(ROLES, 1.0)
     for name, factor in rates.items():
         if not (math.isfinite(factor) and factor > 0):
             raise UserError(f"the rate {factor} of {name} must be a number above 0; to freeze a role leave it out")
-        if not select(model, name).keys() & trained.keys():
-            raise UserError(f"{name} has a rate, and is not among what is trained, {train!r}")
-        scale |= dict.fromkeys(GROUPS.get(name, (name,)), factor)
+    for name, number in batches.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise UserError(f"the batches {number} of {name} must be an integer above 0: of how many steps")
+    scale: dict[str, float] = dict.fromkeys(ROLES, 1.0)
+    steps: dict[str, int] = dict.fromkeys(ROLES, 1)
+    for what, given, of_roles in (("a rate", rates, scale), ("batches", batches, steps)):
+        for name, value in given.items():
+            if not select(model, name).keys() & trained.keys():
+                raise UserError(f"{name} has {what}, and is not among what is trained, {train!r}")
+            of_roles |= dict.fromkeys(GROUPS.get(name, (name,)), value)
     for name, parameter in model.named_parameters():
         if name not in trained:
             parameter.requires_grad_(False)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in trained.items():
         decays = parameter.dim() > 1
-        new = {"params": [], "names": [], "role": of[name], "lr": lr * scale[of[name]]}
+        new = {"params": [], "names": [], "role": of[name], "lr": lr * scale[of[name]], "batches": steps[of[name]]}
         group = groups.setdefault((of[name], decays), new | {"weight_decay": weight_decay if decays else 0.0})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def accumulate(optimizer: Opt) -> Opt:
+    """Have an optimizer update each group by the mean of its gradients over so many steps as its "batches" say.
+
+    On the steps between, the parameters of such a group, their moments and step counts are left alone. What has been
+    added up is in the optimizer's state dict. A Trainer clips, and a guard judges, the gradients of each step.
+
+        optimizer = accumulate(torch.optim.AdamW(parameter_groups(model, 1e-4, batches={"router": 4})))
+
+    Args:
+        optimizer: any that leaves parameters without a gradient alone, as those of torch do; its step takes no closure.
+    """
+
+    def add(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            grads = [parameter.grad for parameter in group["params"]]
+            number = group.get("batches", 1)
+            if number == 1 or all(grad is None for grad in grads):  # the step is one that a guard skips
+                continue
+            before = group.get("accumulated") or [None] * len(grads)
+            total = [_sum(a, grad) for a, grad in zip(before, grads, strict=True)]
+            seen = group.get("seen", 0) + 1
+            done = seen == number
+            for parameter, grad in zip(group["params"], total, strict=True):
+                parameter.grad = grad / number if done and grad is not None else None
+            group["seen"], group["accumulated"] = (0, None) if done else (seen, total)
+
+    optimizer.register_step_pre_hook(add)
+    return optimizer
+
+
+def _sum(before: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    if before is None or grad is None:
+        return before if grad is None else grad.clone()
+    return before.to(grad.device) + grad
 
 
 def table(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from transformers.trainer_callback import CallbackHandler
 from ..moe import expect_steps
 from .balance import Balance
 
-__all__ = ["BalanceCallback", "caller", "wrap_loss"]
+__all__ = ["BalanceCallback", "caller", "divides_loss", "wrap_loss"]
 
 T = TypeVar("T")
 
@@ -48,9 +48,7 @@ class BalanceCallback(Balance, TrainerCallback):
         """What the Trainer's compute_loss found, with the losses of this micro-batch."""
         if not self._heard:
             return found
-        # As in Trainer.training_step, which divides a loss that was not made for the whole of an accumulated batch.
-        divides = not trainer.model_accepts_loss_kwargs or num_items_in_batch is None
-        if divides and trainer.compute_loss_func is None:
+        if divides_loss(trainer, num_items_in_batch):
             parts = 1
         else:
             parts = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
@@ -97,6 +95,12 @@ def caller(kind: type[T]) -> T | None:
             return found
         frame = frame.f_back
     return None
+
+
+def divides_loss(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Whether Trainer.training_step divides a micro-batch's loss by their number: it was not made for all of them."""
+    made_for_all = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return not made_for_all and trainer.compute_loss_func is None
 
 
 def wrap_loss(trainer: Trainer, change: Callable[[Trainer, Any, Any], Any]) -> Callable[[], None]:
