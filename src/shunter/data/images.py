@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ __all__ = [
     "Normalisation",
     "find_images",
     "image_ids",
+    "moved",
     "open_image",
     "patch_ids",
     "pixels_of",
     "read_image",
+    "square_processor",
 ]
 
 _BITS = 8
@@ -81,14 +83,14 @@ def read_image(file: Path, size: int, channels: int) -> Tensor:
         return pixels_of(image, size, channels)
 
 
-def open_image(file: Path) -> Image.Image:
-    """An image, decoded whole.
+def open_image(file: Path | BinaryIO) -> Image.Image:
+    """An image, of a file or of bytes, decoded whole.
 
     Raises:
         UserError: where it cannot be read.
     """
     try:
-        with open_file(file) as stream, warnings.catch_warnings():
+        with open_file(file) if isinstance(file, Path) else file as stream, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(stream)
             image.load()
@@ -96,7 +98,8 @@ def open_image(file: Path) -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are readers
-        raise UserError(f"{file}: not an image that can be read ({one_line(error)})") from None
+        name = f"{file}: " if isinstance(file, Path) else ""
+        raise UserError(f"{name}not an image that can be read ({one_line(error)})") from None
 
 
 def pixels_of(image: Image.Image, size: int, channels: int) -> Tensor:
@@ -110,6 +113,14 @@ def pixels_of(image: Image.Image, size: int, channels: int) -> Tensor:
         picture = upright.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
         array = np.asarray(picture, dtype=np.float32) / 255
     return torch.from_numpy(array.copy()).reshape(size, size, -1).permute(2, 0, 1)
+
+
+def moved(pixels: Tensor, down: int, right: int) -> Tensor:
+    """Pixels (channels, height, width) moved, what comes in being as the edge is."""
+    height, width = pixels.shape[-2:]
+    rows = (torch.arange(height) - down).clamp(0, height - 1)
+    columns = (torch.arange(width) - right).clamp(0, width - 1)
+    return pixels[:, rows][:, :, columns]
 
 
 def patch_ids(pixels: Tensor, patch: int) -> Tensor:
@@ -169,6 +180,16 @@ class Normalisation:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Pixels (…, channels, height, width) as the model takes them."""
         return (pixels * self.scale - self.mean.reshape(-1, 1, 1)) / self.std.reshape(-1, 1, 1)
+
+
+def square_processor(size: int, normalise: Normalisation) -> Any:
+    """The image processor of transformers that scales images to a square, and bytes as a normalisation of 0 … 1."""
+    import transformers
+
+    # The first needs no torchvision; versions before it have the second alone, which needs none either.
+    kind: Any = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+    mean, std = normalise.mean.tolist(), normalise.std.tolist()
+    return kind(image_mean=mean, image_std=std, size={"height": size, "width": size})
 
 
 def _settings(folder: Path) -> tuple[dict[str, Any], Path]:

@@ -24,7 +24,17 @@ from .files import files_in, say_left_out
 from .images import SUFFIXES, open_image
 from .sifting import at_most, left_out, sift
 
-__all__ = ["Labelled", "Split", "built_in_images", "read_labelled", "split"]
+__all__ = [
+    "HELD_OUT",
+    "Labelled",
+    "Split",
+    "built_in_images",
+    "file_bytes",
+    "in_memory",
+    "look",
+    "read_labelled",
+    "split",
+]
 
 HELD_OUT = ("test", "val", "valid", "validation")
 _MAX_UNPACKED = 2**30  # bytes of a packed IDX file
@@ -64,7 +74,7 @@ def built_in_images() -> Labelled:
     # Reading the file avoids running the package. Its last column is the digit.
     with gzip.open(file, "rt", encoding="ascii") as stream:
         table = np.loadtxt(stream, delimiter=",", dtype=np.float32).astype(np.uint8)
-    return _arrays(
+    return in_memory(
         table[:, :-1].reshape(-1, 28, 28),
         [str(label) for label in table[:, -1]],
         [None] * len(table),
@@ -97,7 +107,7 @@ def read_labelled(source: str) -> Labelled:
     return _dataset(source)
 
 
-def _arrays(
+def in_memory(
     pixels: NDArray[np.uint8],
     labels: list[str],
     held_out: Sequence[bool | None],
@@ -105,6 +115,7 @@ def _arrays(
     license: str,
     source: str,
 ) -> Labelled:
+    """Images of arrays (N, height, width) or (N, height, width, 3), in memory or mapped; `name` of all or of each."""
     where = [f"{name}, record {i + 1}" for i in range(len(labels))] if isinstance(name, str) else name
     return Labelled(
         where,
@@ -138,13 +149,18 @@ def _folder(folder: Path) -> Labelled:
         [escaped(parts[i][-2]) for i in kept],
         [parts[i][0] in HELD_OUT if official else None for i in kept],
         lambda i: open_image(files[i]),
-        lambda i: _bytes(files[i]),
+        lambda i: file_bytes(files[i]),
         "the user's own",
         escaped(str(folder)),
     )
 
 
-def _bytes(file: Path) -> bytes:
+def file_bytes(file: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
     try:
         with open_file(file) as stream:
             return stream.read()
@@ -183,7 +199,7 @@ def _idx(folder: Path) -> Labelled | None:
     known = any(held_out) and not all(held_out)
     together = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
     told: Sequence[bool | None] = held_out if known else [None] * len(held_out)
-    return _arrays(together, labels, told, where, "the user's own", escaped(str(folder)))
+    return in_memory(together, labels, told, where, "the user's own", escaped(str(folder)))
 
 
 def _names(folder: Path) -> list[str]:
@@ -256,7 +272,7 @@ def _dataset(name: str) -> Labelled:
     def raw(i: int) -> bytes:
         part, row = rows[i]
         cell = stored[part][row][image] or {}
-        return cell.get("bytes") or (_bytes(Path(cell["path"])) if cell.get("path") else b"")
+        return cell.get("bytes") or (file_bytes(Path(cell["path"])) if cell.get("path") else b"")
 
     def opened(i: int) -> Image.Image:
         part, row = rows[i]
@@ -323,13 +339,7 @@ def split(images: Labelled, *, share: float, most: int, most_held_out: int) -> S
 
     def read(i: int) -> None:
         nonlocal colours
-        raw = images.raw(i)
-        if not images.trusted:
-            with images.open(i) as image:
-                image.load()
-                colours |= image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I")
-        digest.update(f"{images.labels[i]}\0{len(raw)}\0".encode())
-        digest.update(raw)
+        colours |= look(images, i, digest)
 
     bad = sift(every, read, lambda i: images.where[i], "images")
     train, held_out = ([i for i in part if i not in bad] for part in chosen)
@@ -340,6 +350,18 @@ def split(images: Labelled, *, share: float, most: int, most_held_out: int) -> S
     said = left_out(bad, len(every), "images")
     targets = [number.get(label, -1) for label in images.labels]
     return Split(images, classes, train, held_out, targets, colours, said, digest.hexdigest())
+
+
+def look(images: Labelled, i: int, digest: Any) -> bool:
+    """Decode the i-th image, unless it is known to decode, and put it into a digest; whether it has colours."""
+    raw, colours = images.raw(i), False
+    if not images.trusted:
+        with images.open(i) as image:
+            image.load()
+            colours = image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I")
+    digest.update(f"{images.labels[i]}\0{len(raw)}\0".encode())
+    digest.update(raw)
+    return colours
 
 
 def _choose(images: Labelled, share: float, most: int, most_held_out: int) -> tuple[list[int], list[int]]:

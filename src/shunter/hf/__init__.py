@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from . import backend  # noqa: F401 (registers experts_implementation="shunter")
+from . import backend, contrastive  # noqa: F401 (backend registers experts_implementation="shunter")
 from .backend import use_experts
 from .checkpoints import auto_classes
 from .checkpoints.exporting import export

@@ -24,7 +24,7 @@ from ..analysis.inspect.recording import record
 from ..analysis.ledger import Ledger, ledger
 from ..analysis.pages.inspect_figures import patch_sheet
 from ..analysis.runs import Words
-from ..data.images import PATCH_IDS, Normalisation, image_ids, pixels_of
+from ..data.images import PATCH_IDS, Normalisation, image_ids, moved, pixels_of, square_processor
 from ..data.labelled_images import Split, built_in_images, read_labelled, split
 from ..durable import verify
 from ..errors import UserError
@@ -252,8 +252,7 @@ class ImageData:
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the settings of the image processor."""
-        size, half = self.config.data.image_size, [0.5] * self.channels
-        _processor()(image_mean=half, image_std=half, size={"height": size, "width": size}).save_pretrained(folder)
+        square_processor(self.config.data.image_size, self.normalise).save_pretrained(folder)
 
 
 class _Images(Dataset[dict[str, Tensor]]):
@@ -273,15 +272,7 @@ class _Images(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         number = self.data.found.train[int(self.order[i])]
-        return self.data.example(_moved(self.data.pixels(number), *self.moves[i].tolist()), number)
-
-
-def _moved(pixels: Tensor, down: int, right: int) -> Tensor:
-    """Pixels (channels, height, width) moved, what comes in being as the edge is."""
-    height, width = pixels.shape[-2:]
-    rows = (torch.arange(height) - down).clamp(0, height - 1)
-    columns = (torch.arange(width) - right).clamp(0, width - 1)
-    return pixels[:, rows][:, :, columns]
+        return self.data.example(moved(self.data.pixels(number), *self.moves[i].tolist()), number)
 
 
 class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
@@ -529,13 +520,6 @@ def _begin_as(model: PreTrainedModel, folder: Path) -> None:
     if more := next((name for name in other if name not in own), None):
         raise UserError(f"model.start={str(folder)!r} has {more}, which a model of these settings has not")
     model.load_state_dict(other)
-
-
-def _processor() -> Any:
-    import transformers
-
-    # The first needs no torchvision; versions before it have the second alone, which needs none either.
-    return getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ _RECIPES: dict[str, str | Recipe[Any, Any]] = {
     "text": "shunter.recipes.text:RECIPE",
     "images": "shunter.recipes.images:RECIPE",
     "speech": "shunter.recipes.speech:RECIPE",
+    "multimodal": "shunter.recipes.multimodal:RECIPE",
     "facts": "shunter.recipes.facts:RECIPE",
     "translation": "shunter.recipes.translation:RECIPE",
     "tasks": "shunter.recipes.tasks:RECIPE",

@@ -27,7 +27,7 @@ __all__ = [
     "tokens_served",
 ]
 
-FEATURES = ("domain", "language", "position", "kind", "previous", "token")
+FEATURES = ("domain", "modality", "language", "position", "kind", "previous", "token")
 GIVEN_TOKEN = ("domain", "position", "previous")  # asked for once more among tokens that are the same
 FOLLOWS_FROM = 0.05  # of the routing: a label that decides less is not said to be followed
 SAME = 0.005  # two labels that decide as much as each other
@@ -104,7 +104,9 @@ def specialisation_of(layer: Decisions, stream: Stream | None, material: Materia
     }
     found["follows"] = _follows({what: found["information"][what] for what in size}, size)
     found["serves"] = {
-        what: _served(layer, stream, what) for what in ("domain", "language", "kind", "position") if what in size
+        what: _served(layer, stream, what)
+        for what in ("domain", "modality", "language", "kind", "position")
+        if what in size
     }
     for what, key in (("token", "tokens_served"), ("previous", "tokens_before")):
         if what in size:

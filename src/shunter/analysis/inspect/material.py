@@ -50,12 +50,14 @@ class Window(NamedTuple):
 class Batch:
     """One forward: the model's keyword arguments, and the class that each row of its logits should give, or -100.
 
-    And what its layers are told of the tokens besides, by names of `Context`.
+    And what its layers are told of the tokens besides, by names of `Context`; and how many tokens that are no padding
+    the layers see, where that cannot be read off the inputs.
     """
 
     inputs: dict[str, Tensor]
     targets: Tensor
     told: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,9 @@ class Material:
         """
         which = "" if "" in self.streams else "decoder" if "decoder" in layer.split(".") else "encoder"
         done = self.batches[:batches]
+        if all(batch.tokens is not None for batch in done):
+            expected = sum(batch.tokens or 0 for batch in done)
+            return self.streams[which].first(expected) if tokens == expected else None
         if self.images is not None:
             images = sum(len(batch.inputs["pixel_values"]) for batch in done)
             extra, rest = divmod(tokens - images * self.window, images)

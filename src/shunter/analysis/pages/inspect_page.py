@@ -22,6 +22,7 @@ LABELS = {
     "kind": "the kind of token",
     "domain": "the domain",
     "language": "the language",
+    "modality": "the modality",
     "position": "the position",
 }
 HEADINGS = {
@@ -30,6 +31,7 @@ HEADINGS = {
     "kind": "kind of\ntoken",
     "domain": "domain",
     "language": "language",
+    "modality": "modality",
     "position": "position",
     "domain, given the token": "domain,\ngiven token",
     "previous, given the token": "before,\ngiven token",
@@ -41,7 +43,13 @@ PIECES = {
     "sounds": ("frame", "frames", "frame of sound"),
 }
 """What a router sends to experts, by the kind of data: one, several, and for who has not met one."""
-SERVES = {"domain": "domain", "language": "language", "kind": "kind of token", "position": "position"}
+SERVES = {
+    "domain": "domain",
+    "modality": "modality",
+    "language": "language",
+    "kind": "kind of token",
+    "position": "position",
+}
 MOST_NEEDED = 10
 SERVED_FROM = 0.2  # of an expert's work: less is not said to be what it serves
 
