@@ -10,6 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralFo
 
 import shunter
 from shunter.errors import UserError
+from shunter.hf.blocks import find_feed_forwards
 
 from .conftest import BLOCKS
 
@@ -197,6 +198,22 @@ def test_every_counts_within_each_stack(every, expected, build):
     model = shunter.sparsify(build("t5"), 2, "topk", every=every)
     numbers = [int(name.split("block.")[1].split(".")[0]) for name in shunter.moe_layers(model)]
     assert numbers == expected * 2
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_one_stack_of_two(stack, architecture, build):
+    model = build(architecture)
+    blocks = {name for layers in find_feed_forwards(model) for name in (block.path for block in layers)}
+    inside = {name for name in blocks if stack in name.split(".")}
+    assert set(shunter.moe_layers(shunter.sparsify(model, 2, "hash", stack=stack))) == inside < blocks
+
+
+def test_a_stack_that_is_not_there_is_refused(build):
+    with pytest.raises(UserError, match="has no encoder beside a decoder"):
+        shunter.sparsify(build("llama"), 2, "topk", stack="encoder")
+    with pytest.raises(UserError, match="stack 'encoders' is unknown; choose encoder or decoder"):
+        shunter.sparsify(build("t5"), 2, "topk", stack="encoders")
 
 
 def test_scratch_experts_have_the_dense_spread(build):

@@ -174,6 +174,31 @@ def test_a_search_gives_each_sentence_its_own_translation(sentences):
                 assert data.tokenizer.decode(out[0], skip_special_tokens=True) == text
 
 
+def test_a_router_by_the_token_before_writes_without_a_cache(sentences):
+    config = made(sentences, "sparse.router=bigram_hash", "sparse.options={}")
+    data = RECIPE.prepare(config)
+    model = RECIPE.build(config, data, True).eval()
+    said = _translations(model, data)
+    [part, *_] = data.eval
+    ids = torch.tensor([[1]])  # a decoder begins with padding
+    for _ in range(14):
+        with torch.no_grad():
+            last = model(input_ids=part.input_ids[:1][part.input_ids[:1] != 1][None], decoder_input_ids=ids).logits[
+                0, -1
+            ]
+        ids = torch.cat([ids, last.argmax()[None, None]], 1)
+        if int(ids[0, -1]) == 0:
+            break
+    assert data.tokenizer.decode(ids[0], skip_special_tokens=True) == said[part.language][0]
+
+
+@pytest.mark.slow
+def test_two_passes_disagree_over_the_words_of_the_decoder(sentences, tmp_path):
+    """THOR compares logits, whose padding is the decoder's and not the encoder's."""
+    options = settings(sentences, "sparse.router=thor", "sparse.options={}")
+    assert main(["train", "translation", "--run", str(tmp_path / "run"), *options]) == 0
+
+
 def test_pairs_with_a_language_column(tmp_path):
     file = tmp_path / "pairs.jsonl"
     rows = [{"source": f"{w} {v}", "target": f"{v} {w}", "language": "l" + str(i % 2)}

@@ -129,11 +129,11 @@ def _text(where: str, cell: Any) -> str:
     Raises:
         UserError: for a cell that is no text.
     """
-    if cell is None or cell != cell:
-        return ""
-    if not isinstance(cell, str | int | float):
+    import pandas
+
+    if isinstance(cell, bytes) or not pandas.api.types.is_scalar(cell):
         raise UserError(f"{where}: a sentence must be a text, not {repr(cell)[:80]}")
-    text = str(cell).strip()
+    text = "" if pandas.isna(cell) else str(cell).strip()
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError(f"{where}: holds a lone surrogate, which UTF-8 cannot encode")
     return text

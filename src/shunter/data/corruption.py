@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -95,15 +96,23 @@ class Corruption:
     tokenizer: PreTrainedTokenizerBase
     length: int
 
+    @cached_property
+    def marks(self) -> Any:
+        """The ids of the sentinels."""
+        return self.tokenizer.convert_tokens_to_ids(sentinels(self.length))
+
+    @cached_property
+    def others(self) -> Tensor:
+        """The ids of all tokens that are not special."""
+        special = set(self.tokenizer.all_special_ids)
+        return torch.tensor([i for i in range(len(self.tokenizer)) if i not in special])
+
     def __call__(self, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """What is seen of a window (S,), and the labels; a function of the window and the seed."""
         generator = torch.Generator().manual_seed(seed)
         if self.kind == "spans":
-            marks: Any = self.tokenizer.convert_tokens_to_ids(sentinels(self.length))
-            return leave_out_spans(ids, marks, generator)
-        special = set(self.tokenizer.all_special_ids)
-        others = torch.tensor([i for i in range(len(self.tokenizer)) if i not in special])
-        return hide_tokens(ids, int(self.tokenizer.mask_token_id), others, generator)
+            return leave_out_spans(ids, self.marks, generator)
+        return hide_tokens(ids, int(self.tokenizer.mask_token_id), self.others, generator)
 
 
 def corrupt(data: TextData, corruption: Corruption, seed: int) -> TextData:

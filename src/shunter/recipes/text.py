@@ -473,10 +473,10 @@ def generate(
     """
     if (recipe := run.recipe_of(folder)) is not RECIPE:
         raise UserError(f"{folder} is a run of {recipe.name}, which does not continue text")
-    if (kind := run.configuration_of(folder)[1].model.kind) != "decoder":
-        raise UserError(f"{folder} has an {kind}, which does not continue text; a decoder does")
     check_sampling(prompt, temperature)
     model: Any = run.load_model(folder, which, memory)
+    if (kind := run.configuration_of(folder)[1].model.kind) != "decoder":
+        raise UserError(f"{folder} has an {kind}, which does not continue text; a decoder does")
     tokenizer = load_tokenizer(folder / which)
     set_seed(seed)
     ids = encode(tokenizer, prompt, model, folder / which)

@@ -318,6 +318,8 @@ class _Trainer(ShardedTrainer):
         disagreement = torch.zeros_like(losses[0])
         if alpha is not None:
             mask = inputs.get("attention_mask")
+            if model.config.is_encoder_decoder:  # whose logits are of the decoder's tokens
+                mask = inputs["labels"] != -100
             real = None if mask is None else mask.to(torch.bool)
             disagreement = alpha * consistency_loss(outputs.logits, others[0].logits, real)
         self.watch.add(losses, disagreement, model)
