@@ -393,7 +393,8 @@ def split(
     for part, what in ((train, "to train on"), (held_out, "to hold out")):
         if not part:
             sources = ", ".join(dict.fromkeys(clip.source for clip in clips))
-            raise UserError(f"{sources}: has no sound {what}")
+            cure = f"; give others beside it, or the built-in ones as {SYNTHESISED!r}" if part is train else ""
+            raise UserError(f"{sources}: has no sound {what}{cure}")
     notes = [note] if note else []
     if others := {rate: count for rate, count in sorted(rates.items()) if rate != RATE}:
         listed = ", ".join(f"{count:,} of {rate:,} Hz" for rate, count in others.items())
