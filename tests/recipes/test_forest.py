@@ -260,6 +260,11 @@ BAD = {
     "no such model": (["generate", "{run}", "--model", "poems"], "a run has dense and sparse"),
     "no domains": (["generate", "{run}", "--domain", "signs"], "its experts are not of domains"),
     "no mixing": (["eval", "{run}", "--mixing"], "train with sparse.router=domain"),
+    "train": (
+        ["train", "text", "--run", "{bare}/branches/signs"],
+        "holds a branch; train it, or go on: shunter train text",
+    ),
+    "compare": (["compare", "text", "--routers", "topk", "--run", "{bare}/branches/signs"], "holds a run already"),
     "mixing": (["eval", "{forest}", "--mixing"], "none of the three is for a forest"),
 }
 

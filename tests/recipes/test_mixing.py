@@ -13,6 +13,7 @@ from shunter.hf.checkpoints.folders import load_tokenizer
 from shunter.recipes import mixing
 from shunter.recipes.run import configuration_of, load_model
 
+from .browser import complaints
 from .conftest import SMALL, write_corpus
 
 
@@ -79,6 +80,7 @@ def test_every_way_of_mixing_is_its_rule_written_out(demix, capsys):
             assert found[way][domain.name] == pytest.approx(sum(values) / len(values), rel=1e-4), way
     summary = json.loads((demix / "summary.json").read_text())["sparse"]["domains"]
     assert found[mixing.OWN] == {name: pytest.approx(one["loss"], rel=1e-5) for name, one in summary.items()}
+    assert complaints(demix / "report.html", demix.parent / "browser") == []
     [table] = [one for one in read_run(demix).exhibits if one.title == "Mixing the experts of the domains"]
     assert [row[0] for row in table.rows] == list(found)
     assert table.rows[1][1:] == [f"{found['uniform prior'][name]:.4f}" for name in summary] + [

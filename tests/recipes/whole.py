@@ -7,6 +7,7 @@ import pytest
 from shunter.analysis.runs import Metrics, read_run
 from shunter.cli import main
 from shunter.training import loop
+from tests.recipes.browser import complaints
 
 
 def outcome(run):
@@ -45,6 +46,7 @@ def whole(recipe, settings, folder, capsys):
     assert "summary.json says" not in said.err
     page = (straight / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "NaN" not in page and ">nan" not in page
+    assert complaints(straight / "report.html", folder / "browser") == []
     for one in read_run(straight).exhibits:
         assert f"<h2>{one.title}</h2>" in page
     return straight

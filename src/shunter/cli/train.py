@@ -133,7 +133,7 @@ def _train(args: argparse.Namespace) -> int:
     from ..ranks import is_first_rank
     from ..recipes.config import load_config
     from ..recipes.registry import find
-    from ..recipes.run import check_processes, configuration_of, train
+    from ..recipes.run import BRANCH, check_processes, configuration_of, train
 
     overrides = _overrides(args)
     if args.resume:
@@ -143,7 +143,7 @@ def _train(args: argparse.Namespace) -> int:
         recipe, config = configuration_of(args.run)
         if recipe.name != args.recipe:
             raise UserError(f"{args.run} is a run of {recipe.name}, not of {args.recipe}")
-        if (args.run / "branch.json").exists():
+        if (args.run / BRANCH).exists():
             return train_branch(args)
     else:
         recipe = find(args.recipe)

@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 SEED, BRANCHES, TOGETHER, START = "seed", "branches", "together", "start"
-_FACTS, _MERGED, _EXPERTS = "branch.json", "merged.json", "experts"
+_FACTS, _MERGED, _EXPERTS = run.BRANCH, "merged.json", "experts"
 _MODEL = "branch"
 """What the metrics and the folder of a branch call its model."""
 _LABELS = ("domain", "language", "task", "modality")

@@ -46,6 +46,7 @@ from .registry import find
 from .sections import RunConfig
 
 __all__ = [
+    "BRANCH",
     "Begun",
     "account",
     "begin",
@@ -63,6 +64,10 @@ __all__ = [
     "train",
     "train_one",
 ]
+
+
+BRANCH = "branch.json"
+"""The file of a run folder that holds a branch of a forest, of one model."""
 
 
 def expert_width(hidden: float, router: routers.Router, sequence_length: int, *, gated: bool = True) -> int:
@@ -98,6 +103,8 @@ def train(
     """
     if (run / "routers.json").exists():
         raise UserError(f"{run} holds a comparison; go on with shunter compare {recipe.name} --resume --run {run}")
+    if (run / BRANCH).exists():
+        raise UserError(f"{run} holds a branch; train it, or go on: shunter train text --resume --run {run}")
     check_router(recipe, config, config.sparse.router)
     others = recipe.others_of(config)
     names = (*MODELS, *others)
@@ -331,7 +338,11 @@ def _decide(recipe: Recipe[Any, Any], config: RunConfig, run: Path, texts: dict[
     Raises:
         UserError: where the folder holds a run.
     """
-    if (run / "metrics.jsonl").exists() or (sealed(run) and "data" in verify(run, others=True)):
+    if (
+        (run / BRANCH).exists()
+        or (run / "metrics.jsonl").exists()
+        or (sealed(run) and "data" in verify(run, others=True))
+    ):
         raise UserError(f"{run} holds a run already; go on with --resume --run {run}, or choose another folder")
     (run / MANIFEST).unlink(missing_ok=True)
     for name, text in texts.items():
