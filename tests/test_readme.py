@@ -8,7 +8,7 @@ from shunter import routers
 
 from .pages import ROOT, run_page
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/balance.md", "docs/training.md", "docs/reliability.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/balance.md", "docs/layers.md", "docs/training.md", "docs/reliability.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -17,6 +17,7 @@ from .routing import Routing
 __all__ = [
     "Choices",
     "consistency_loss",
+    "cost_loss",
     "cv_squared",
     "entropy",
     "global_entropy_loss",
@@ -52,6 +53,19 @@ def variance_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """The population variance of values (T, ...) over the tokens where mask (T,) is True; zero where there is none."""
     values = _real(values, mask)
     return mean_over_tokens((values - mean_over_tokens(values, mask)).square(), mask)
+
+
+def cost_loss(probs: Tensor, cost: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(1/T) sum_t sum_i p_ti c_i: what a token is expected to spend, where experts cost differently; scalar.
+
+    Args:
+        probs: (T, E) router probabilities; gradients flow through them.
+        cost: (E,) what each expert costs, of any unit: FLOPs, seconds, their share of the dearest.
+        mask: (T,) bool, True at real tokens.
+
+    Source: Fedus et al. 2022, section 9 (heterogeneous experts): its suggestion, as the expectation of the cost.
+    """
+    return mean_over_tokens(probs @ cost.to(probs), mask)
 
 
 def load_balancing_loss(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from . import context as contexts
+from . import losses as loss_functions
 from . import routers
 from .context import Context
-from .experts import Experts, RoutedExperts
+from .experts import Experts, MixedExperts, RoutedExperts
 from .recomputation import recomputing, regions
 from .routers import Router
 from .routers.policy_gradient import Decision, PolicyRouter
@@ -151,7 +152,7 @@ class RoutedLayer(nn.Module):
         """The layer's output, after noting what its forward decided: its routing and, in training, its losses."""
         decided = routing.detach()
         if self.training:
-            losses = self.decider.losses(logits, routing, context)
+            losses = self.decider.losses(logits, routing, context) | self.own_losses(logits, context)
             if not recomputing():
                 with _outside_transforms():
                     self.decider.observe(outside(logits), decided, context)
@@ -164,6 +165,10 @@ class RoutedLayer(nn.Module):
         if not recomputing():
             self.routing = decided
         return out
+
+    def own_losses(self, logits: Tensor, context: Context) -> dict[str, Tensor]:
+        """Weighted losses of the layer besides its router's, by name."""
+        return {}
 
     @property
     def decider(self) -> Router:
@@ -256,6 +261,16 @@ class MoE(RoutedLayer):
         expert_dropout: likewise of the hidden units of its experts, which small data to fine-tune on want (Fedus et al.
             2021, Switch, table 4: 0.4); shared experts have none.
         causal: whether the layer is in a causal model: a router that lets later tokens change earlier ones is refused.
+        residual: whether the shared expert (one, where none is asked for) and the routed ones are two branches, which a
+            softmax of two learned maps of each token mixes, instead of being added (Rajbhandari et al. 2022,
+            DeepSpeed-MoE, section 4.1: the residual expert of PR-MoE).
+        extra_mlp: whether a dense feed-forward network of width f follows the experts, with a norm and a residual of
+            its own: y + mlp(norm(x + y)) of the experts' y (Zoph et al. 2022, ST-MoE; x, which the model around has
+            normalised, stands for the residual stream).
+        operations: what each expert computes, in words: "swiglu 64", "gelu 32 x2" (two networks deep), "identity",
+            "zero", "constant"; see `shunter.experts.MixedExperts`. None makes all alike.
+        cost_loss: coefficient of what a token is expected to spend, as a share of the dearest expert; 0 leaves it out
+            (see `shunter.losses.cost_loss`).
         ready_experts: `RoutedExperts` to take, to which `hidden`, `activation`, `bias` … `recompute` do not apply.
         device, dtype: of the parameters.
         **options: of the router: `top_k=`, `capacity_factor=`, … (`shunter.routers.options(name)` lists them).
@@ -290,6 +305,10 @@ class MoE(RoutedLayer):
         dropout: float = 0.0,
         expert_dropout: float = 0.0,
         causal: bool = False,
+        residual: bool = False,
+        extra_mlp: bool = False,
+        operations: Sequence[str] | None = None,
+        cost_loss: float = 0.0,
         ready_experts: RoutedExperts | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -314,7 +333,13 @@ class MoE(RoutedLayer):
             )
         alike: dict[str, Any] = {"activation": activation, "bias": bias, "backend": backend, "recompute": recompute}
         experts = ready_experts
-        if experts is None:
+        if operations is not None:
+            if experts is not None:
+                raise ValueError("MoE: operations and ready_experts both say what the experts are; give one")
+            if len(operations) != num_experts:
+                raise ValueError(f"MoE: {len(operations)} operations for {num_experts} experts; name one for each")
+            experts = MixedExperts(dim, operations, hidden, dropout=expert_dropout, **alike, **place)
+        elif experts is None:
             experts = Experts(num_experts, dim, hidden, dropout=expert_dropout, **alike, **place)
         elif (experts.num_experts, experts.dim) != (num_experts, dim):
             raise ValueError(
@@ -323,9 +348,13 @@ class MoE(RoutedLayer):
             )
         super().__init__(router, experts)
         self.shared_experts: Experts | None = None
-        if num_shared_experts:
-            width = hidden * num_shared_experts
+        if num_shared_experts or residual:
+            width = hidden * max(num_shared_experts, 1)
             self.shared_experts = Experts(1, dim, width, **alike, **place)
+        self.shared_gate = nn.Linear(dim, 2, **place) if residual else None
+        self.extra_mlp = Experts(1, dim, hidden, **alike, **place) if extra_mlp else None
+        self.extra_norm = nn.RMSNorm(dim, eps=1e-6, **place) if extra_mlp else None
+        self.cost_loss = cost_loss
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, **known: Tensor | None) -> Tensor:
@@ -345,7 +374,16 @@ class MoE(RoutedLayer):
         tokens, logits, routing, context = self.route(x, known)
         out = self.decider.compute(tokens, logits, routing, context, self.experts)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens, _everyone(tokens))
+            dense = self.shared_experts(tokens, _everyone(tokens))
+            if self.shared_gate is None:
+                out = out + dense
+            else:
+                share = self.shared_gate(tokens).softmax(-1, dtype=torch.promote_types(out.dtype, torch.float32))
+                routed, always = share.to(out.dtype).split(1, -1)
+                out = routed * out + always * dense
+        if self.extra_mlp is not None and self.extra_norm is not None:
+            stream = self.extra_norm((tokens + out).to(self.extra_norm.weight.dtype)).to(out.dtype)
+            out = out + context.real(self.extra_mlp(stream, _everyone(stream)))
         return self.finish(self.dropout(out).reshape(x.shape), tokens, logits, routing, context)
 
     @torch.no_grad()
@@ -359,12 +397,53 @@ class MoE(RoutedLayer):
             raise ValueError(f"MoE: {type(self.experts).__name__} draws its own experts; init_as_in_paper cannot")
         self.decider.draw_experts(self.experts.weights.up, self.experts.weights.down)
 
+    def own_losses(self, logits: Tensor, context: Context) -> dict[str, Tensor]:
+        """What tokens are expected to spend, where it has a coefficient."""
+        if not self.cost_loss:
+            return {}
+        probs = self.decider.probs(logits)
+        cost = self.experts.costs
+        cost = torch.nn.functional.pad(cost / cost.max().clamp_min(1), (0, probs.shape[1] - len(cost)))
+        return {"cost_loss": self.cost_loss * loss_functions.cost_loss(probs, cost, context.mask)}
+
+    def spent(self) -> Tensor:
+        """(T,) float64 FLOPs that the routed experts made for each token of the last forward; dropped ones cost none.
+
+        Raises:
+            RuntimeError: before the first forward.
+        """
+        if self.routing is None:
+            raise RuntimeError("MoE: nothing is spent before the first forward")
+        token, expert = self.routing.token.cpu(), self.routing.expert.cpu()
+        return torch.zeros(self.routing.num_tokens, dtype=torch.float64).index_add(0, token, self.experts.costs[expert])
+
     def flops_per_token(self, sequence_length: int) -> dict[str, float]:
-        """As in any layer, with the shared experts, which every token takes."""
-        products = self.share_used(sequence_length) * self.num_experts * self.experts.matrix_numbers
-        if self.shared_experts is not None:
-            products += self.shared_experts.matrix_numbers
-        return {"routers": self.decider.flops_per_token, "experts": 2 * products}
+        """As in any layer, with the dense parts, which every token takes; experts that differ cost what was asked for.
+
+        Experts that differ count by the last forward's choices, before the first as if all were chosen alike.
+        """
+        taken = self.share_used(sequence_length) * self.num_experts
+        products = taken * self._mean_of_choice(self.experts.costs)
+        for dense in (self.shared_experts, self.extra_mlp):
+            if dense is not None:
+                products += 2 * dense.matrix_numbers
+        if self.shared_gate is not None:
+            products += 2 * self.shared_gate.weight.numel()
+        return {"routers": self.decider.flops_per_token, "experts": products}
+
+    def inactive_parameters(self, sequence_length: int) -> float:
+        """As in any layer; of experts that differ, by the choices that `flops_per_token` counts."""
+        if not isinstance(self.experts, MixedExperts):
+            return super().inactive_parameters(sequence_length)
+        sizes = self.experts.sizes
+        taken = self.share_used(sequence_length) * self.num_experts
+        return float(sizes.sum()) - taken * self._mean_of_choice(sizes)
+
+    def _mean_of_choice(self, values: Tensor) -> float:
+        """The mean of values (E,) over the choices of the last forward, or over the experts."""
+        differ = isinstance(self.experts, MixedExperts) and self.routing is not None
+        share = self.routing.counts.cpu().double() if differ and self.routing is not None else torch.ones(len(values))
+        return float((share * values).sum() / share.sum()) if share.sum() > 0 else float(values.mean())
 
     def explain(self, num_tokens: int = 1024) -> str:
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
@@ -389,8 +468,11 @@ class MoE(RoutedLayer):
             f"({router.capacity_formula} formula, {router.capacity_order} order); what does not fit is dropped.",
             f"Losses: {losses}.",
             f"Causal-safe: {'no, ' + router.leak if router.leak else 'yes'}.",
-            f"Experts: {experts.activation}, d={self.dim}, f={experts.hidden}; shared experts: "
-            + ("none." if self.shared_experts is None else f"width {self.shared_experts.hidden} in all."),
+            ("Experts that differ" if isinstance(experts, MixedExperts) else f"Experts: {experts.activation}")
+            + f", d={self.dim}, f={experts.hidden}; shared experts: "
+            + ("none." if self.shared_experts is None else f"width {self.shared_experts.hidden} in all.")
+            + ("" if self.shared_gate is None else " A softmax of two mixes both branches.")
+            + ("" if self.extra_mlp is None else " A dense network follows."),
             experts.explain(num_tokens),
         ]
         if router.learns_by_reward:

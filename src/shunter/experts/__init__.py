@@ -3,6 +3,7 @@
 from . import backends  # noqa: F401 (each registers itself)
 from .activations import ACTIVATIONS, activate
 from .choice import Backend, backend_names, choose, register
+from .mixed import MixedExperts, Operation
 from .module import Experts, QuantisedExperts, RoutedExperts
 from .quantised import QuantisedWeights
 from .weights import ExpertWeights, Weights
@@ -12,6 +13,8 @@ __all__ = [
     "Backend",
     "ExpertWeights",
     "Experts",
+    "MixedExperts",
+    "Operation",
     "QuantisedExperts",
     "QuantisedWeights",
     "RoutedExperts",

@@ -56,6 +56,11 @@ class RoutedExperts(nn.Module):
         """How many numbers the matrices of one expert have: 3 d f where the activation gates, else 2 d f."""
         return (3 if ACTIVATIONS[self.activation][1] else 2) * self.dim * self.hidden
 
+    @property
+    def costs(self) -> Tensor:
+        """(E,) float64 forward FLOPs of the products that each expert makes of one row; a multiply-add counts as 2."""
+        return torch.full((self.num_experts,), 2.0 * self.matrix_numbers, dtype=torch.float64)
+
 
 def _must_fit(experts: RoutedExperts, x: Tensor, routing: Routing) -> None:
     """Raises ValueError where x or the routing is not of the experts' sizes."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from .. import routers
 from ..durable import MANIFEST
 from ..errors import UserError
-from ..experts import Experts
+from ..experts import Experts, MixedExperts
 from ..experts.weights import STACKED
 from ..moe import MoE, moe_layers
 from ..routers import Router
@@ -25,7 +27,7 @@ from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_layers
 from .hooks import check_batch, install
 
-__all__ = ["choose_blocks", "describe_layers", "make_layers", "router_name", "save_sparse", "sparsify"]
+__all__ = ["Placement", "choose_blocks", "describe_layers", "make_layers", "router_name", "save_sparse", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -39,10 +41,15 @@ def sparsify(
     *,
     every: int = 1,
     layers: Sequence[int] | None = None,
+    placement: str = "",
     hidden: int | None = None,
     init: str = "scratch",
     backend: str = "auto",
     num_shared_experts: int = 0,
+    residual: bool = False,
+    extra_mlp: bool = False,
+    operations: Sequence[str] | None = None,
+    cost_loss: float = 0.0,
     allow_leak: bool = False,
     batch: Mapping[str, str] | None = None,
     **options: Any,
@@ -63,12 +70,18 @@ def sparsify(
         router: a registered name, or a registered class.
         every: sparsify every n-th block, the n-th first (2: the second, fourth, …).
         layers: sparsify these blocks of each stack instead, counted from 0.
+        placement: the same in words, with commas between: "every 2", then of these "last 2" alone (Riquelme et al.
+            2021, section 2.3), and "pyramid": the last two of these in each stack, or the last of two or three, have
+            twice as many experts (Rajbhandari et al. 2022, DeepSpeed-MoE, section 4.1: PR-MoE-32/64 is "every 2,
+            pyramid" of 24 blocks with 32).
         hidden: f of one expert; default: the dense block's.
         init: "scratch" draws each expert from a normal distribution with the dense weights' standard deviation; "copy"
             makes each expert a copy of the dense block; "paper" begins as scratch, and goes on as the router's paper
             does (switch: its scale; vmoe: all experts equal; base: the block is zero).
         backend: of the experts.
-        num_shared_experts: see `MoE`.
+        num_shared_experts, residual, extra_mlp, operations, cost_loss: see `MoE`. With init="copy", the dense branch of
+            a residual layer is the dense block too, so that both branches are it; experts of other `operations`, and
+            shared ones that add to them, would not be.
         allow_leak: insist on a router that lets later tokens change earlier ones, in a causal model.
         batch: what a batch knows of its tokens besides, by which the routers may go: {"task": "task_ids"} takes the
             keyword `task_ids` of the model's forward, (B,) or (B, S), for the `task` of `shunter.routers.Context`.
@@ -94,8 +107,12 @@ def sparsify(
     name, told = router if isinstance(router, str) else router_name(router), check_batch(batch)
     if init not in ("scratch", "copy", "paper"):
         raise UserError(f"sparsify: init {init!r} is unknown; choose scratch, copy or paper")
-    if init == "copy" and num_shared_experts:
+    if init == "copy" and ((num_shared_experts and not residual) or num_shared_experts > 1):
         raise UserError("sparsify: copies beside a shared expert would not compute what the dense block does")
+    if init == "copy" and (operations is not None or extra_mlp):
+        raise UserError("sparsify: with operations= or extra_mlp= copies would not compute what the dense block does")
+    if init == "paper" and operations is not None:
+        raise UserError("sparsify: no paper of a router begins experts of other operations; choose init='scratch'")
     known = routers.options(name)
     if "vocab_size" in known and options.get("vocab_size") is None:
         options["vocab_size"] = getattr(model.config.get_text_config(), "vocab_size", None)
@@ -106,7 +123,10 @@ def sparsify(
     if left:
         more = f", and {len(left) - 1} more" if left[1:] else ""
         warnings.warn(f"sparsify: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=2)
-    for block in choose_blocks(stacks, every, layers):
+    place = Placement.parse(placement, every, layers)
+    if place.pyramid and operations is not None:
+        raise UserError("sparsify: a pyramid has more experts in later blocks; operations= names a fixed number")
+    for block, times in place.choose(stacks):
         _must_be_here(block)
         _must_call_none(model, block)
         width = block.hidden if hidden is None else hidden
@@ -115,7 +135,7 @@ def sparsify(
         moe = _make(
             block,
             hidden=width,
-            num_experts=num_experts,
+            num_experts=times * num_experts,
             router=name,
             backend=backend,
             activation=block.activation,
@@ -123,6 +143,10 @@ def sparsify(
             num_shared_experts=num_shared_experts,
             dropout=block.dropout,
             causal=_is_causal(model, block) and not allow_leak,
+            residual=residual,
+            extra_mlp=extra_mlp,
+            operations=operations,
+            cost_loss=cost_loss,
             options=options,
         )
         _initialise(moe, block, init)
@@ -270,6 +294,10 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "router": router_name(type(layer.decider)),
             "options": layer.decider.options,
         }
+        if isinstance(experts, MixedExperts):
+            entry |= {"operations": [str(op) for op in experts.operations]}
+        extras = {"residual": layer.shared_gate is not None, "extra_mlp": layer.extra_mlp is not None}
+        entry |= {name: value for name, value in {**extras, "cost_loss": layer.cost_loss}.items() if value}
         entries.append(entry)
     return {"layout": STACKED, "layers": entries}
 
@@ -297,19 +325,76 @@ def choose_blocks(
     Raises:
         UserError: where that leaves none, or a stack has no such block.
     """
-    if every < 1:
-        raise UserError(f"sparsify: every={every} must be at least 1")
-    if layers is None:
-        chosen = [block for stack in stacks for block in stack[every - 1 :: every]]
-        if not chosen:
-            raise UserError(f"sparsify: every={every} leaves no block to replace")
-        return chosen
-    shortest = min(map(len, stacks))
-    if every != 1:
-        raise UserError("sparsify: layers and every both say which blocks are replaced; give one")
-    if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0 or layers[-1] >= shortest:
-        raise UserError(f"sparsify: layers={list(layers)} must be increasing numbers from 0 to {shortest - 1}")
-    return [stack[i] for stack in stacks for i in layers]
+    return [block for block, _ in Placement.parse("", every, layers).choose(stacks)]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which blocks of each stack become sparse, and which of them have twice as many experts.
+
+    Args:
+        every: every n-th, the n-th first.
+        last: of these the last n alone; None for all.
+        pyramid: whether the last two of these, or the last of two or three, have twice as many experts.
+        layers: these instead, counted from 0.
+    """
+
+    every: int = 1
+    last: int | None = None
+    pyramid: bool = False
+    layers: tuple[int, ...] | None = None
+
+    @classmethod
+    def parse(cls, words: str = "", every: int = 1, layers: Sequence[int] | None = None) -> Placement:
+        """A placement in words, as "every 2, last 3, pyramid", or by the arguments `every` and `layers`.
+
+        Raises:
+            UserError: for other words, and where two of them say the same.
+        """
+        found: dict[str, Any] = {}
+        for part in filter(None, (part.strip() for part in words.split(","))):
+            match = re.fullmatch(r"(every|last) ([1-9]\d*)|(pyramid)", part)
+            if match is None:
+                raise UserError(
+                    f'sparsify: placement {words!r}: {part!r} is unknown; say "every N", "last N" or "pyramid", or '
+                    'several with commas: "every 2, last 3, pyramid"'
+                )
+            name, value = match[1] or match[3], int(match[2]) if match[2] else True
+            if name in found:
+                raise UserError(f"sparsify: placement {words!r} says {name} twice")
+            found[name] = value
+        if every < 1:
+            raise UserError(f"sparsify: every={every} must be at least 1")
+        if every != 1 and layers is not None:
+            raise UserError("sparsify: layers and every both say which blocks are replaced; give one")
+        if (every != 1 or layers is not None) and found.keys() - {"pyramid"}:
+            raise UserError("sparsify: placement and every or layers both say which blocks are replaced; give one")
+        if every != 1:
+            found["every"] = every
+        return cls(**found, layers=None if layers is None else tuple(layers))
+
+    def choose(self, stacks: list[list[FeedForward]]) -> list[tuple[FeedForward, int]]:
+        """The blocks, and how many times as many experts each has.
+
+        Raises:
+            UserError: where that leaves none, or a stack has too few.
+        """
+        numbers, shortest = self.layers, min(map(len, stacks))
+        if numbers is not None and (
+            not numbers or sorted(set(numbers)) != list(numbers) or numbers[0] < 0 or numbers[-1] >= shortest
+        ):
+            raise UserError(f"sparsify: layers={list(numbers)} must be increasing numbers from 0 to {shortest - 1}")
+        found = []
+        for stack in stacks:
+            chosen = stack[self.every - 1 :: self.every] if numbers is None else [stack[i] for i in numbers]
+            chosen = chosen if self.last is None else chosen[-self.last :]
+            wide = min(2, len(chosen) // 2) if self.pyramid else 0
+            if self.pyramid and chosen and not wide:
+                raise UserError("sparsify: a pyramid needs two sparse blocks at least in each stack; here one is left")
+            found += [(block, 1 + (i >= len(chosen) - wide)) for i, block in enumerate(chosen)]
+        if not found:
+            raise UserError(f"sparsify: every={self.every} leaves no block to replace")
+        return found
 
 
 def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
@@ -326,22 +411,25 @@ def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
 
 @torch.no_grad()
 def _initialise(moe: MoE, block: FeedForward, init: str) -> None:
-    assert isinstance(moe.experts, Experts)
-    weights = moe.experts.weights
-    if weights.up.is_meta or block.down.is_meta:
+    if block.down.is_meta or any(p.is_meta for p in moe.parameters()):
         return  # about to be loaded
     if init != "copy":
-        for experts in (moe.experts, moe.shared_experts):
-            if experts is not None:
+        for experts in (moe.experts, moe.shared_experts, moe.extra_mlp):
+            if isinstance(experts, Experts | MixedExperts):
                 experts.reset_parameters(float(block.up.float().std()), float(block.down.float().std()))
         if init == "paper":
             moe.init_as_in_paper()
         return
-    for ours, dense in (
-        (weights.up, block.up),
-        (weights.down, block.down),
-        (weights.up_bias, block.up_bias),
-        (weights.down_bias, block.down_bias),
-    ):
-        if ours is not None:
-            ours.copy_(torch.zeros_like(ours[0]) if dense is None else dense)
+    for experts in (moe.experts, moe.shared_experts):
+        if experts is None:
+            continue
+        assert isinstance(experts, Experts)
+        weights = experts.weights
+        for ours, dense in (
+            (weights.up, block.up),
+            (weights.down, block.down),
+            (weights.up_bias, block.up_bias),
+            (weights.down_bias, block.down_bias),
+        ):
+            if ours is not None:
+                ours.copy_(torch.zeros_like(ours[0]) if dense is None else dense)

@@ -130,6 +130,8 @@ Block = tuple[list[Tensor], Tensor | None, list[Tensor], Tensor | None]
 def _block(layer: MoE, chosen: list[tuple[int, float]]) -> Block:
     """Experts side by side: [gate and] up (W, d), their bias, down transposed (W, d) as parts, its bias."""
     experts = layer.experts
+    if layer.shared_gate is not None or layer.extra_mlp is not None:
+        raise UserError("extract: a residual branch or an extra MLP is no dense block; train without them")
     if not isinstance(experts, Experts):
         raise UserError(f"extract: experts of {type(experts).__name__} cannot be read")
     parts = [(experts, e, weight) for e, weight in chosen]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...experts import ACTIVATIONS
+from ...errors import UserError
+from ...experts import ACTIVATIONS, MixedExperts
 from ...moe import MoE, moe_layers
 
 __all__ = ["SPLIT", "Form", "Key", "Piece", "Sizes", "layers_of", "split_pieces", "stack", "stacked_pieces", "whole"]
@@ -51,6 +52,14 @@ class Sizes:
     def of(cls, layer: MoE) -> Sizes:
         """Those of a layer."""
         experts, shared = layer.experts, layer.shared_experts
+        parts = {
+            "a residual branch": layer.shared_gate,
+            "an extra MLP": layer.extra_mlp,
+            "experts that differ": experts if isinstance(experts, MixedExperts) else None,
+        }
+        for what, part in parts.items():
+            if part is not None:
+                raise UserError(f"no other format has layers with {what}; keep Shunter's own")
         return cls(
             layer.num_experts,
             layer.dim,
@@ -103,8 +112,16 @@ class Form:
 
 
 def layers_of(model: PreTrainedModel) -> dict[str, MoE]:
-    """The sparse layers of a model in Shunter's form, by their qualified names, in order."""
-    return {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
+    """The sparse layers of a model in Shunter's form, by their qualified names, in order.
+
+    Raises:
+        UserError: where a layer is no `MoE`, of which no other format knows.
+    """
+    found = moe_layers(model)
+    for name, layer in found.items():
+        if not isinstance(layer, MoE):
+            raise UserError(f"no other format has {name}, a {type(layer).__name__}; keep Shunter's own")
+    return {name: layer for name, layer in found.items() if isinstance(layer, MoE)}
 
 
 def stacked_pieces(path: str, sizes: Sizes) -> dict[Key, Piece]:
