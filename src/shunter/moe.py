@@ -33,6 +33,7 @@ __all__ = [
     "give_reward",
     "mark",
     "moe_layers",
+    "must_not_leak",
     "tell",
     "update_routers",
 ]
@@ -326,11 +327,8 @@ class MoE(RoutedLayer):
         else:
             given = {key: value for key, value in place.items() if value is not None}
             router = routers.create(router, dim, num_experts, **given, **options)
-        if causal and router.leak:
-            raise ValueError(
-                f"{type(router).__name__} in a causal model: {router.leak}. Choose another router, or pass "
-                "causal=False (sparsify: allow_leak=True) if you insist"
-            )
+        if causal:
+            must_not_leak(router)
         alike: dict[str, Any] = {"activation": activation, "bias": bias, "backend": backend, "recompute": recompute}
         experts = ready_experts
         if operations is not None:
@@ -478,6 +476,15 @@ class MoE(RoutedLayer):
         if router.learns_by_reward:
             lines.insert(3, "Learns by reward: call shunter.give_reward(model, reward) after each training forward.")
         return "\n".join(lines)
+
+
+def must_not_leak(router: Router) -> None:
+    """Raise ValueError where a router of a causal model lets later tokens change what earlier ones get."""
+    if router.leak:
+        raise ValueError(
+            f"{type(router).__name__} in a causal model: {router.leak}. Choose another router, or pass "
+            "causal=False (sparsify: allow_leak=True) if you insist"
+        )
 
 
 def _outside_transforms() -> AbstractContextManager[Any]:

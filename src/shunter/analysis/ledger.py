@@ -69,6 +69,6 @@ def ledger(model: PreTrainedModel, sequence_length: int, once: Collection[str] =
             flops["projections"] += 2 * module.weight.numel() / (sequence_length if name in once else 1)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    flops["attention"] = config.num_hidden_layers * 2 * 2 * sequence_length * heads * head_dim
+    flops["attention"] += config.num_hidden_layers * 2 * 2 * sequence_length * heads * head_dim
     total = sum(p.numel() for p in model.parameters())
     return Ledger(total, total - inactive, flops)

@@ -21,8 +21,9 @@ from ..durable import MANIFEST
 from ..errors import UserError
 from ..experts import Experts, MixedExperts
 from ..experts.weights import STACKED
-from ..moe import MoE, moe_layers
+from ..moe import MoE, RoutedLayer, moe_layers
 from ..routers import Router
+from .attention import KINDS, Attention, find_attentions, initialise, put, routed_in
 from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_layers
 from .hooks import check_batch, install
@@ -30,6 +31,7 @@ from .hooks import check_batch, install
 __all__ = ["Placement", "choose_blocks", "describe_layers", "make_layers", "router_name", "save_sparse", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+Block = TypeVar("Block")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of torch.nn.Module
 
@@ -39,6 +41,7 @@ def sparsify(
     num_experts: int,
     router: str | type[Router] = "switch",
     *,
+    where: str = "feed_forward",
     every: int = 1,
     layers: Sequence[int] | None = None,
     placement: str = "",
@@ -68,6 +71,10 @@ def sparsify(
             architectures). Dropout between the maps is not kept; at the block's end it is.
         num_experts: E.
         router: a registered name, or a registered class.
+        where: what becomes sparse: "feed_forward", the blocks; "attention", the maps to queries, and by one layer to
+            keys and values, of self-attention (Fedus et al. 2021, Switch, appendix A); "heads", a mixture of attention
+            heads in its place, of which a token takes top_k (Zhang et al. 2022), where heads may share keys, as in
+            Llama; or two of them with a comma between, as "feed_forward, attention".
         every: sparsify every n-th block, the n-th first (2: the second, fourth, …).
         layers: sparsify these blocks of each stack instead, counted from 0.
         placement: the same in words, with commas between: "every 2", then of these "last 2" alone (Riquelme et al.
@@ -118,15 +125,30 @@ def sparsify(
         options["vocab_size"] = getattr(model.config.get_text_config(), "vocab_size", None)
         if options["vocab_size"] is None:
             raise UserError(f"sparsify: {type(model).__name__} has no token ids, by which router {name!r} goes")
+    kinds = _kinds(where)
+    if "feed_forward" not in kinds:
+        for option, value in {
+            "hidden": hidden, "num_shared_experts": num_shared_experts, "residual": residual, "extra_mlp": extra_mlp,
+            "operations": operations, "cost_loss": cost_loss,
+        }.items():  # fmt: skip
+            if value:
+                raise UserError(f"sparsify: {option} is of feed-forward blocks; where={where!r} leaves them dense")
+    if init == "paper" and kinds != ["feed_forward"]:
+        raise UserError(
+            f"sparsify: init='paper' is of feed-forward blocks; with where={where!r} choose scratch or copy"
+        )
+    if init == "copy" and "heads" in kinds:
+        raise UserError("sparsify: a mixture of heads is no copy of a dense attention; choose init='scratch'")
     made = []
-    stacks, left = survey(model)
+    attentions = [] if kinds == ["feed_forward"] else find_attentions(model)
+    stacks, left = survey(model) if "feed_forward" in kinds else ([], [])
     if left:
         more = f", and {len(left) - 1} more" if left[1:] else ""
         warnings.warn(f"sparsify: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=2)
     place = Placement.parse(placement, every, layers)
     if place.pyramid and operations is not None:
         raise UserError("sparsify: a pyramid has more experts in later blocks; operations= names a fixed number")
-    for block, times in place.choose(stacks):
+    for block, times in place.choose(stacks) if stacks else ():
         _must_be_here(block)
         _must_call_none(model, block)
         width = block.hidden if hidden is None else hidden
@@ -151,12 +173,37 @@ def sparsify(
         )
         _initialise(moe, block, init)
         made.append((block, moe))
+    chosen = place.choose(attentions) if attentions else []
+    kind = next((kind for kind in kinds if kind != "feed_forward"), "attention")
+    for attention, _ in chosen:
+        if kind == "heads" and attention.head is None:
+            put(attention, kind, {}, None, False)  # says why not
+        _must_call_none(model, attention)
+    for attention, times in chosen:
+        matrix, bias = attention.matrix, attention.bias
+        one = {"num_experts": times * num_experts, "router": name, "options": options}
+        put(attention, kind, one, one, _is_causal(model, attention) and not allow_leak)
+        initialise(attention.module, matrix, bias, attention.widths, init)
     _put(model, made, told)
     return model
 
 
+def _kinds(where: str) -> list[str]:
+    known = ("feed_forward", *KINDS)
+    kinds = [part.strip() for part in where.split(",")]
+    if any(kind not in known for kind in kinds) or len(set(kinds)) != len(kinds) or len(set(kinds) & set(KINDS)) > 1:
+        raise UserError(
+            f"sparsify: where={where!r} is unknown; choose {', '.join(known)}, or feed_forward and one of the others "
+            "with a comma between"
+        )
+    return kinds
+
+
 def make_layers(
-    model: PreTrainedModel, layers: Iterable[dict[str, Any]], batch: Mapping[str, str] | None = None
+    model: PreTrainedModel,
+    layers: Iterable[dict[str, Any]],
+    batch: Mapping[str, str] | None = None,
+    attention: Iterable[dict[str, Any]] = (),
 ) -> None:
     """Replace blocks of a dense model as `describe_layers` said that its sparse form is, in place; nothing is drawn.
 
@@ -166,7 +213,9 @@ def make_layers(
         UserError: where an entry names no block of the model.
         KeyError, TypeError, ValueError: where it describes no layer.
     """
-    blocks = {block.path: block for stack in find_feed_forwards(model) for block in stack}
+    layers, attention = list(layers), list(attention)
+    places = {at.path: at for stack in (find_attentions(model) if attention else []) for at in stack}
+    blocks = {block.path: block for stack in (find_feed_forwards(model) if layers else []) for block in stack}
     inner = f"{model.base_model_prefix}."
     made = []
     for entry in layers:
@@ -176,6 +225,14 @@ def make_layers(
         if block is None:
             raise UserError(f"{type(model).__name__} has no feed-forward block {name!r}")
         made.append((block, _make(block, **{key: value for key, value in entry.items() if key != "name"})))
+    for entry in attention:
+        name = entry["name"]
+        at = next((places.pop(n) for n in (name, name.removeprefix(inner), inner + name) if n in places), None)
+        if at is None:
+            raise UserError(f"{type(model).__name__} has no attention {name!r}")
+        if entry["kind"] not in KINDS:
+            raise UserError(f"{name}: attention of kind {entry['kind']!r} is unknown; this version knows {KINDS}")
+        put(at, entry["kind"], entry["queries"], entry.get("keys_values"), False)
     _put(model, made, check_batch(batch))
 
 
@@ -185,10 +242,14 @@ def _must_be_here(block: FeedForward) -> None:
             raise UserError(f"sparsify: the weights of {rows.path} are offloaded; sparsify the model, then offload it")
 
 
-def _must_call_none(model: nn.Module, block: FeedForward) -> None:
+def _must_call_none(model: nn.Module, block: FeedForward | Attention) -> None:
     """Raises UserError where somebody has registered hooks within a block, which what replaces it would not call."""
     modules = dict(model.named_modules())
-    for path in (block.path, *block.superfluous, *(rows.path for rows in block.maps.values())):
+    if isinstance(block, Attention):
+        paths = [f"{block.path}.{name}" for name in block.names]
+    else:
+        paths = [block.path, *block.superfluous, *(rows.path for rows in block.maps.values())]
+    for path in paths:
         if path not in modules:  # a plain function
             continue
         for name, module in modules[path].named_modules(prefix=path):
@@ -276,13 +337,20 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
         UserError: for a layer that these words do not describe.
     """
     entries = []
+    attention, known = [], set()
+    for name, module in model.named_modules():
+        if (found := routed_in(module)) is not None:
+            parts = {part: _describe_router(layer) for part, layer in found[1].items()}
+            attention.append({"name": name, "kind": found[0], **parts})
+            known |= set(found[1].values())
     for name, layer in moe_layers(model).items():
+        if layer in known:
+            continue
         if not isinstance(layer, MoE):
             raise UserError(f"{name} is a {type(layer).__name__}; only layers of MoE can be saved within a model")
         experts, shared = layer.experts, layer.shared_experts
         entry = {
             "name": name,
-            "num_experts": layer.num_experts,
             "hidden": experts.hidden,
             "activation": experts.activation,
             "bias": experts.bias,
@@ -291,15 +359,23 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
             "expert_dropout": experts.dropout,
             "backend": experts.backend,
             "recompute": experts.recompute,
-            "router": router_name(type(layer.decider)),
-            "options": layer.decider.options,
+            **_describe_router(layer),
         }
         if isinstance(experts, MixedExperts):
             entry |= {"operations": [str(op) for op in experts.operations]}
         extras = {"residual": layer.shared_gate is not None, "extra_mlp": layer.extra_mlp is not None}
         entry |= {name: value for name, value in {**extras, "cost_loss": layer.cost_loss}.items() if value}
         entries.append(entry)
-    return {"layout": STACKED, "layers": entries}
+    described: dict[str, Any] = {"layout": STACKED, "layers": entries}
+    return described | ({"attention": attention} if attention else {})
+
+
+def _describe_router(layer: RoutedLayer) -> dict[str, Any]:
+    return {
+        "num_experts": layer.num_experts,
+        "router": router_name(type(layer.decider)),
+        "options": layer.decider.options,
+    }
 
 
 def router_name(router: type) -> str:
@@ -373,7 +449,7 @@ class Placement:
             found["every"] = every
         return cls(**found, layers=None if layers is None else tuple(layers))
 
-    def choose(self, stacks: list[list[FeedForward]]) -> list[tuple[FeedForward, int]]:
+    def choose(self, stacks: list[list[Block]]) -> list[tuple[Block, int]]:
         """The blocks, and how many times as many experts each has.
 
         Raises:
@@ -397,7 +473,7 @@ class Placement:
         return found
 
 
-def _is_causal(model: PreTrainedModel, block: FeedForward) -> bool:
+def _is_causal(model: PreTrainedModel, block: FeedForward | Attention) -> bool:
     """Whether the layer around a block attends causally: its attention says so, or the model generates with it."""
     parts = block.path.split(".")
     # The outermost number is the layer's: T5 numbers the parts of a layer too.

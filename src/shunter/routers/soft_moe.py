@@ -123,7 +123,7 @@ class SoftMoE(Router):
             mixed = combine @ heard.unflatten(0, (batch, self.score_width)).to(combine.dtype)
         # The padding of the grid goes to a row that is cut off.
         place = torch.where(real, rows, x.shape[0]).flatten()
-        out = mixed.new_zeros(x.shape[0] + 1, x.shape[1]).index_add(0, place, mixed.flatten(0, 1))
+        out = mixed.new_zeros(x.shape[0] + 1, mixed.shape[-1]).index_add(0, place, mixed.flatten(0, 1))
         return out[:-1].to(heard.dtype)
 
     @property

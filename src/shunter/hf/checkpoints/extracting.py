@@ -28,7 +28,7 @@ from ..config_file import forget_layers
 from .check import probe
 from .folders import local_folder, model_class, on_meta
 from .formats import made_here
-from .layouts import layers_of
+from .layouts import layers_of, must_be_blocks
 from .loading import load_folder
 from .writing import copy_companions
 
@@ -62,6 +62,7 @@ def extract(model: str | Path, out: str | Path, kind: str, number: int) -> dict[
     sparse: Any = load_folder(folder)
     if not made_here(sparse.config):
         raise UserError(f"extract: {folder} is not a model that shunter.sparsify made, whose experts go by {kind}")
+    must_be_blocks(sparse)
     chosen = {path: _experts_of(path, layer, kind, number) for path, layer in layers_of(sparse).items()}
     blocks = {path: _block(layer, chosen[path]) for path, layer in layers_of(sparse).items()}
     dense = _dense(sparse, folder, max(len(down[0]) for _, _, down, _ in blocks.values()))

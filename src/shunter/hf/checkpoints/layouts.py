@@ -15,7 +15,19 @@ from ...errors import UserError
 from ...experts import ACTIVATIONS, MixedExperts
 from ...moe import MoE, moe_layers
 
-__all__ = ["SPLIT", "Form", "Key", "Piece", "Sizes", "layers_of", "split_pieces", "stack", "stacked_pieces", "whole"]
+__all__ = [
+    "SPLIT",
+    "Form",
+    "Key",
+    "Piece",
+    "Sizes",
+    "layers_of",
+    "must_be_blocks",
+    "split_pieces",
+    "stack",
+    "stacked_pieces",
+    "whole",
+]
 
 SPLIT = "experts.{e}: gate_proj.weight (f, d), up_proj.weight (f, d), down_proj.weight (d, f)"
 """The tag of `stacked_pieces` with each expert by itself."""
@@ -112,16 +124,15 @@ class Form:
 
 
 def layers_of(model: PreTrainedModel) -> dict[str, MoE]:
-    """The sparse layers of a model in Shunter's form, by their qualified names, in order.
+    """The sparse layers of a model in Shunter's form, by their qualified names, in order."""
+    return {name: layer for name, layer in moe_layers(model).items() if isinstance(layer, MoE)}
 
-    Raises:
-        UserError: where a layer is no `MoE`, of which no other format knows.
-    """
-    found = moe_layers(model)
-    for name, layer in found.items():
+
+def must_be_blocks(model: PreTrainedModel) -> None:
+    """Raises UserError where a sparse layer is no `MoE`: no other format knows of it."""
+    for name, layer in moe_layers(model).items():
         if not isinstance(layer, MoE):
             raise UserError(f"no other format has {name}, a {type(layer).__name__}; keep Shunter's own")
-    return {name: layer for name, layer in found.items() if isinstance(layer, MoE)}
 
 
 def stacked_pieces(path: str, sizes: Sizes) -> dict[Key, Piece]:

@@ -18,7 +18,7 @@ from ..blocks import known_activation
 from ..rules import balance_here, left_behind, router_of, routing_fields
 from ..sparsifying import sparsify
 from .folders import model_class, on_meta
-from .layouts import Form, Key, Piece, Sizes, layers_of, projections, stack, whole
+from .layouts import Form, Key, Piece, Sizes, layers_of, must_be_blocks, projections, stack, whole
 from .reading import Checkpoint
 
 __all__ = ["FAMILIES", "Family", "family_for", "make_dense"]
@@ -129,6 +129,7 @@ class Family:
         Raises:
             UserError: where the family has no field for what the layers or the dense configuration say.
         """
+        must_be_blocks(model)
         layers, dense = layers_of(model), model.config
         sizes, *others = dict.fromkeys(Sizes.of(layer) for layer in layers.values())
         if any(each.bias for each in (sizes, *others)):
