@@ -4,6 +4,7 @@ from ..ranks import sum_over_ranks
 from .checkpoint import load, save, save_pretrained
 from .experts import ShardedExperts, shard_experts
 from .fsdp import average_gradients, checkpoint_policy, clip_grad_norm_, parameter_groups, shard_model
+from .placement import place
 from .processes import mesh
 from .scope import decide_globally
 from .watch import named_errors
@@ -18,6 +19,7 @@ __all__ = [
     "mesh",
     "named_errors",
     "parameter_groups",
+    "place",
     "save",
     "save_pretrained",
     "shard_experts",
