@@ -6,7 +6,7 @@ from .experts import ShardedExperts, shard_experts
 from .fsdp import average_gradients, checkpoint_policy, clip_grad_norm_, parameter_groups, shard_model
 from .placement import place
 from .processes import mesh
-from .scope import decide_globally
+from .scope import decide_globally, shuffle_assignments
 from .watch import named_errors
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "save_pretrained",
     "shard_experts",
     "shard_model",
+    "shuffle_assignments",
     "sum_over_ranks",
 ]
