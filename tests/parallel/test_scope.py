@@ -113,6 +113,54 @@ def in_training_alone(mesh):
     return gaps
 
 
+def shuffled(mesh):
+    """Tokens that want the same experts on one rank: their scores and counts, and gradients of the same decisions."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for name in ("base", "sinkhorn"):
+        torch.manual_seed(SEED)
+        moe = layer(name, jitter=0.0).train()
+        alone, copied = copy.deepcopy(moe), copy.deepcopy(moe)
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED + rank)
+            x = torch.randn(16 * 8, DIM, dtype=torch.float64) + 10 * moe.router.weight.detach()[rank]
+            none = x[: 16 * rank]  # the first rank has none
+        parallel.shard_experts(parallel.shuffle_assignments(moe), mesh)
+        chosen = []
+        solve = moe.router.solve
+        moe.router.solve = lambda logits, solve=solve, chosen=chosen: chosen.append(solve(logits)) or chosen[-1]
+        copied.router.solve = lambda logits, chosen=chosen: chosen[-1]
+        gap = 0.0
+        for given in (none, x):
+            results = []
+            for one in (moe, copied):
+                rows = given.clone().requires_grad_()
+                out = one(rows)
+                out.square().sum().backward()
+                results.append({"out": out.detach(), "x": rows.grad})
+            gap = max(gap, difference(*results))
+        parallel.average_gradients(moe, mesh)
+        gap = max(gap, difference(gradients(moe), gradients(copied, averaged=True)))
+        alone(x)
+        totals = torch.zeros(2, dtype=torch.float64)
+        for i, routing in enumerate((moe.routing, alone.routing)):
+            logits = alone.router.score(x)
+            totals[i] = logits[routing.token, routing.expert].sum()
+        counts = moe.routing.counts.double()
+        dist.all_reduce(totals)
+        dist.all_reduce(counts)
+        found[name] = (gap, totals.tolist(), (counts / (16 * size)).tolist())
+    return found
+
+
+def shuffled_assignments_are_balanced_and_better(results):
+    for found in results:
+        for name, (gap, (together, apart), counts) in found.items():
+            assert gap < 1e-12, name
+            assert together > apart, f"{name}: tokens that want the same experts are not all on one rank"
+            assert name != "base" or set(counts) == {1.0}, counts
+
+
 def evaluation_stays_on_the_rank(results):
     for gaps in results:
         assert gaps[False] == 0
@@ -136,6 +184,15 @@ def decide_as_one_process(results):
 def test_four_ranks_decide_as_one_process(expert_parallel):
     os.environ["SHUNTER_SEED"] = str(SEED)
     decide_as_one_process(on_ranks(_on_rank, 4, SEED, expert_parallel, start="spawn"))
+
+
+def test_what_assigns_nothing_together_is_not_shuffled():
+    with pytest.raises(UserError, match="no router assigns all tokens together"):
+        parallel.shuffle_assignments(layer("topk"))
+    router = layer("base")
+    vars(router.router)["solve"] = None
+    with pytest.raises(UserError, match="decides over all ranks already"):
+        parallel.decide_globally(router)
 
 
 @pytest.mark.parametrize("name, words", [("soft_moe", "mixes tokens into slots"), ("reinforce", "learns by reward")])

@@ -93,24 +93,25 @@ def test_a_killed_process_is_named_and_the_run_goes_on(corpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_process_restarts_all_from_the_newest_checkpoint(corpus, tmp_path, lost):
-    steps, more = 60, ["parallel.restarts=1", "parallel.timeout=15"]
-    process = _train(corpus, tmp_path / "run", *TWO, *more, steps=steps, wait=False)
-    end = time.monotonic() + TIME_LIMIT
-    folder = tmp_path / "run" / "checkpoints" / "sparse"
-    while time.monotonic() < end and not list(folder.glob("checkpoint-*")) and process.poll() is None:
-        time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(max(map(int, children.stdout.split())), lost)
-    said = process.communicate(timeout=TIME_LIMIT)[1]
-    assert process.returncode == 0, said
-    assert said.count("starting again, 1 of 1 times") == 1, said
+def test_a_lost_process_restarts_all_from_the_newest_checkpoint(corpus, tmp_path):
+    steps, more = 40, ["parallel.restarts=1", "parallel.timeout=15"]
     assert _train(corpus, tmp_path / "whole", *TWO, steps=steps)[0] == 0
-    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
-    for name in ("dense", "sparse"):
-        one, other = (tmp_path / run / name / "model.safetensors" for run in ("run", "whole"))
-        assert one.read_bytes() == other.read_bytes(), name
+    for lost in (signal.SIGKILL, signal.SIGSTOP):
+        run = tmp_path / lost.name
+        process = _train(corpus, run, *TWO, *more, steps=steps, wait=False)
+        end = time.monotonic() + TIME_LIMIT
+        folder = run / "checkpoints" / "sparse"
+        while time.monotonic() < end and not list(folder.glob("checkpoint-*")) and process.poll() is None:
+            time.sleep(0.05)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        os.kill(max(map(int, children.stdout.split())), lost)
+        said = process.communicate(timeout=TIME_LIMIT)[1]
+        assert process.returncode == 0, said
+        assert said.count("starting again, 1 of 1 times") == 1, said
+        assert _losses(run) == _losses(tmp_path / "whole")
+        for name in ("dense", "sparse"):
+            one, other = (folder / name / "model.safetensors" for folder in (run, tmp_path / "whole"))
+            assert one.read_bytes() == other.read_bytes(), name
 
 
 DIES = """

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ..durable import new_folder, verify
 from ..errors import Elsewhere, UserError, one_line
 from ..ranks import is_first_rank
+from .experts import ShardedExperts
 from .watch import named_errors
 
 __all__ = ["first_does", "load", "save", "save_pretrained", "together"]
@@ -84,7 +85,8 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: str 
                 dcp.load(tensors, storage_reader=reader)
         filled = {**tensors, **{key: _like(saved[key], state[key]) for key in scalars}}
         if optimizer is not None and name == "optimizer":
-            set_optimizer_state_dict(model, optimizer, filled, options=_OPTIONS)
+            placed = {key: _by_number(model, key, value, back=True) for key, value in filled.items()}
+            set_optimizer_state_dict(model, optimizer, placed, options=_OPTIONS)
         else:
             set_model_state_dict(model, filled, options=StateDictOptions(strict=False))  # but for repeated names
 
@@ -115,8 +117,18 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
         "model": {key: value for key, value in get_model_state_dict(model).items() if key not in twice}
     }
     if optimizer is not None:
-        states["optimizer"] = {**get_optimizer_state_dict(model, optimizer, options=_OPTIONS)}
+        found = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+        states["optimizer"] = {key: _by_number(model, key, value) for key, value in found.items()}
     return states
+
+
+def _by_number(model: nn.Module, key: str, value: Any, back: bool = False) -> Any:
+    """A value of an optimizer's state, of experts that are placed in the order of their numbers; or back."""
+    for name, experts in model.named_modules():
+        if isinstance(experts, ShardedExperts) and experts.order is not None and f"state.{name}." in key:
+            whole = isinstance(value, Tensor) and value.dim() and len(value) == experts.num_experts
+            return experts.by_number(value, back) if whole else value
+    return value
 
 
 def _repeated(model: nn.Module) -> set[str]:

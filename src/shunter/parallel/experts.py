@@ -17,7 +17,7 @@ from ..routing import Routing
 from . import watch
 from .dispatch import DISPATCHES, FORMS, Form, Sender, choose_form, rows_sent
 
-__all__ = ["ShardedExperts", "shard_experts"]
+__all__ = ["ShardedExperts", "reordered", "shard_experts"]
 
 
 class _Scaled(torch.autograd.Function):
@@ -50,6 +50,8 @@ class ShardedExperts(Experts):
 
     Attributes:
         size: P.
+        order: the experts in the order of their places, where they are not in their own; see `parallel.place`. The
+            state dict has them in their own order nonetheless.
 
     While rows are under way the layer's shared experts run, in the backward too.
 
@@ -83,6 +85,7 @@ class ShardedExperts(Experts):
             setattr(self, attribute, getattr(experts, attribute))
         self.gated, self.up_name = experts.gated, experts.up_name
         self.sender = Sender(layer, name, part.get_group())
+        self.order: list[int] | None = None
         if dispatch not in ("auto", *FORMS):
             raise ValueError(f"dispatch {dispatch!r} is unknown; choose auto, {', '.join(FORMS)}")
         self.top_k = top_k
@@ -118,10 +121,52 @@ class ShardedExperts(Experts):
         out: Tensor = _Scaled.apply(local, 1 / self.size) if self.size > 1 and local.requires_grad else local
         return out
 
+    def reorder(self, order: list[int], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Move the experts to other places: their parameters, gradients, and an optimizer's moments. All ranks call it.
+
+        Args:
+            order: the experts in the order of their new places.
+            optimizer: of the parameters.
+        """
+        place = {expert: i for i, expert in enumerate(self.order or range(self.num_experts))}
+        rows = [place[expert] for expert in order]
+        with torch.no_grad():
+            for parameter in (own for own in self._parameters.values() if own is not None):
+                moments = {} if optimizer is None else optimizer.state.get(parameter, {})
+                moving = [parameter.detach(), parameter.grad, *moments.values()]
+                for value in moving:
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.copy_(reordered(value, rows))
+        self.order = None if order == sorted(order) else list(order)
+
+    def placed(self, routing: Routing) -> Routing:
+        """A routing over the experts, over their places."""
+        if self.order is None:
+            return routing
+        places = torch.tensor(self.order, device=routing.expert.device).argsort()
+        expert, rows = places[routing.expert].sort(stable=True)
+        token, weight = routing.token[rows], routing.weight[rows]
+        return Routing(token, expert, weight, routing.num_tokens, routing.num_experts, check=False)
+
+    def by_number(self, value: Tensor, back: bool = False) -> Tensor:
+        """What is in the order of places (E, …) in that of the experts' numbers, or back."""
+        if self.order is None:
+            return value
+        rows = self.order if back else torch.tensor(self.order).argsort().tolist()
+        return reordered(value, rows)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, parameter in self._parameters.items():
+            if parameter is not None and self.order is not None:
+                destination[prefix + key] = self.by_number(parameter.detach())
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As any module, from the state of whole experts too, of which this rank takes its part."""
         for key, parameter in self._parameters.items():
             value = state_dict.get(prefix + key)
+            if isinstance(value, Tensor):
+                value = state_dict[prefix + key] = self.by_number(value, back=True)
             whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
             if whole and isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
                 state_dict[prefix + key] = distribute_tensor(
@@ -140,6 +185,7 @@ class ShardedExperts(Experts):
             LostRank: where a rank does not come within the timeout, or is in another forward.
         """
         x, weights = self.checked(x, routing)
+        routing = self.placed(routing)
         dispatch = DISPATCHES[self.form](x, routing, self.sender)
         meanwhile, self.meanwhile = self.meanwhile, None
         y = self.compute(dispatch.rows(x, meanwhile), weights, dispatch.local)
@@ -162,8 +208,10 @@ class ShardedExperts(Experts):
             "ranks": "a row once to each rank that has some of its token's experts",
             "all": "every row to every rank",
         }[self.form]
+        own = slice(self.place * e, self.place * e + e)
+        here = f"{own.start} to {own.stop - 1}" if self.order is None else ", ".join(map(str, sorted(self.order[own])))
         return (
-            f"Expert parallel: experts {self.place * e} to {self.place * e + e - 1} of {self.num_experts} are on this "
+            f"Expert parallel: experts {here} of {self.num_experts} are on this "
             f"rank, {self.place} of {self.size}; an exchange sends {how} (for {self.why}), "
             f"{rows * self.dim * of.dtype.itemsize / 2**20:.3g} MiB. Backend {backend.name}: "
             f"{backend.summary}; chosen because {why}."
@@ -242,3 +290,14 @@ def _checksum(value: Tensor) -> int:
     words = flat.view(torch.int64)
     places = torch.arange(1, 2 * words.numel(), 2, device=words.device)
     return int((words * places).sum())
+
+
+def reordered(value: Tensor, order: list[int]) -> Tensor:
+    """The rows (E, …) of a tensor in another order, distributed as it is: row i of the result is row order[i]."""
+    rows = torch.tensor(order)
+    if not isinstance(value, DTensor):
+        return value[rows.to(value.device)]
+    with watch.named_errors(), torch.no_grad():
+        whole = value.full_tensor()
+        moved = whole[rows.to(whole.device)]
+        return distribute_tensor(moved, value.device_mesh, value.placements, src_data_rank=None)

@@ -1,4 +1,7 @@
-"""Decisions over all ranks' tokens: their logits gathered, assigned alike on every rank, each keeping its own rows."""
+"""Decisions over all ranks' tokens: their logits gathered, assigned alike on every rank, each keeping its own rows.
+
+Or, of one assignment for all: logits shuffled between the ranks, assigned where they come to, experts sent back.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ from ..errors import UserError
 from ..moe import moe_layers
 from ..routers import Router
 from ..routing import Routing
+from .exchange import exchange, exchange_numbers
 from .watch import at, named_errors
 
-__all__ = ["LIMIT", "decide_globally", "why_local"]
+__all__ = ["LIMIT", "decide_globally", "shuffle_assignments", "why_local"]
 
 LIMIT = 2**30
 """Bytes of gathered logits of a layer above which a global decision is refused."""
@@ -52,11 +56,62 @@ def decide_globally(model: nn.Module, group: dist.ProcessGroup | None = None, *,
             raise UserError(f"{name or 'the layer'}: {kind} {why}, which has no scope of all ranks")
     for layer in layers.values():
         router = layer.decider
+        _must_be_new(router)
         whole = _Whole(group, evaluation)
         vars(router).update(
             forward=partial(_forward, router, whole), losses=partial(_losses, router, whole, type(router).losses)
         )
     return model
+
+
+def shuffle_assignments(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Have the routers of one assignment for all (BASE, Sinkhorn) assign tokens that come from all ranks, in place.
+
+    Each rank sends a random share of its tokens' logits to every other, assigns those that come to it, and sends their
+    experts back: nearly the assignment of `decide_globally`, where each rank solves a problem of its own batch's size.
+    The paper shuffles the tokens themselves, so that a layer has 4 + 4 exchanges of rows in place of 2 + 2; here rows
+    go to their experts as ever, and two small exchanges without a gradient are added.
+
+    Args:
+        model: before or after it is sharded.
+        group: the ranks whose tokens are others than this one's; None for all.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: where no router assigns all tokens together, or one decides over all ranks already.
+
+    Source: Lewis et al. 2021 (BASE), section 3.2, sharding.
+    """
+    routers = [layer.decider for layer in moe_layers(model).values() if hasattr(layer.decider, "solve")]
+    if not routers:
+        raise UserError(f"{type(model).__name__}: no router assigns all tokens together, as base and sinkhorn do")
+    for router in routers:
+        _must_be_new(router)
+    for router in routers:
+        vars(router).update(solve=partial(_solve, router, group))
+    return model
+
+
+def _solve(router: Any, group: dist.ProcessGroup | None, logits: Tensor) -> Tensor:
+    """As the router's own `solve`, of tokens from all ranks."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    size, rank, tokens = dist.get_world_size(group), dist.get_rank(group), len(logits)
+    place = f"a shuffled assignment of {router.kind.__name__}"
+    order = torch.randperm(tokens).to(logits.device)
+    send = [tokens // size + ((to - rank) % size < tokens % size) for to in range(size)]
+    recv = exchange_numbers(torch.tensor(send, device=logits.device)[:, None], group, place)[:, 0].tolist()
+    index: Tensor = type(router).solve(router, exchange(logits[order], send, recv, group, place))
+    out = index.new_empty(tokens, index.shape[1])
+    out[order] = exchange(index, recv, send, group, place)
+    return out
+
+
+def _must_be_new(router: Router) -> None:
+    if {"forward", "solve"} & vars(router).keys():
+        raise UserError(f"{router.kind.__name__} decides over all ranks already")
 
 
 def why_local(router: Router) -> str:

@@ -60,7 +60,7 @@ class ShardedTrainer(Trainer):
         self.args.save_only_model = asked
         if sharded and scope == "batch":
             for layer in moe_layers(model).values():
-                if not (why_local(layer.decider) or "forward" in vars(layer.decider)):
+                if not (why_local(layer.decider) or {"forward", "solve"} & vars(layer.decider).keys()):
                     parallel.decide_globally(layer, evaluation=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
