@@ -12,13 +12,18 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-__all__ = ["MARKS", "MODEL_TYPE", "as_dense", "forget_layers", "name_layers", "write_as_sparse"]
+from ..errors import UserError
+
+__all__ = ["MARKS", "MODEL_TYPE", "as_dense", "building_dense", "forget_layers", "name_layers", "write_as_sparse"]
 
 MODEL_TYPE = "shunter"
 
@@ -29,7 +34,7 @@ _WEIGHTS = "transformers_weights"
 _REFUSAL = "none, as the feed-forward blocks are Shunter's sparse experts; import shunter.hf and load by an Auto class"
 _PART_REFUSAL = (
     "none, as the feed-forward blocks of this part are Shunter's sparse experts; sparsify the part of the dense model "
-    "again, and load the state dict"
+    "again, and load the state dict; what shunter.sparsify(whole, …, within=part) makes loads by its name"
 )
 
 
@@ -51,6 +56,17 @@ def forget_layers(config: Any) -> None:
     config.__class__ = getattr(config.__class__, "_shunter_dense", config.__class__)
 
 
+@contextmanager
+def building_dense(config: Any) -> Iterator[None]:
+    """Within the block, a model of a configuration is its dense form, to which whoever builds it gives the layers."""
+    kind = config.__class__
+    config.__class__ = getattr(kind, "_shunter_dense", kind)
+    try:
+        yield
+    finally:
+        config.__class__ = kind
+
+
 @cache
 def _sparse(kind: type[PreTrainedConfig]) -> Any:
     """The class of configurations that is another's, by name too, except in how it is written."""
@@ -59,6 +75,11 @@ def _sparse(kind: type[PreTrainedConfig]) -> Any:
 
     class Sparse(kind):  # type: ignore[misc, valid-type]
         _shunter_dense = kind
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_attn_implementation_internal" and sys._getframe(1).f_code is PreTrainedModel.__init__.__code__:
+                _say_dense(self, sys._getframe(1).f_locals["self"])
 
         def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
             values = _as_sparse(json.loads(self.to_json_string(use_diff)))
@@ -81,6 +102,32 @@ def _sparse(kind: type[PreTrainedConfig]) -> Any:
 
     Sparse.__name__, Sparse.__qualname__, Sparse.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Sparse
+
+
+def _say_dense(config: Any, model: PreTrainedModel) -> None:
+    """Say that a class of transformers builds the dense form of a sparse model, where nobody gives it the layers.
+
+    Transformers builds it too where it loads a sparse model, and has then put its quantizer's settings in.
+
+    Raises:
+        UserError: where the configuration is of a folder, or an Auto class builds.
+
+    Warns:
+        UserWarning: where a class itself builds, as from a configuration that `sparsify` has marked since.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, QuantizationConfigMixin) or all(getattr(config, mark, None) is None for mark in MARKS):
+        return
+    words = (
+        f"{type(model).__name__}: the configuration is of a sparse model, and this is its dense form; load the sparse "
+        "one by from_pretrained (of shunter, or of an Auto class), or make the dense one of a configuration of its own"
+    )
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not PreTrainedModel._from_config.__code__:
+        frame = frame.f_back
+    if frame.f_back is not None or settings is not None:
+        raise UserError(words)
+    warnings.warn(words, stacklevel=4)
 
 
 def _restored(kind: Any, state: dict[str, Any]) -> Any:

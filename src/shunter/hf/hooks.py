@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..moe import RoutedLayer, aux_loss, give_reward, mark, moe_layers
 from ..recomputation import recomputing
 from .probing import shapes_given
-from .tokens import arguments, decoder_padding, has_tokens, tokens_of
+from .tokens import arguments, decoder_padding, fitted, hands_on_others, has_tokens, tokens_of
 
 __all__ = ["check_batch", "install"]
 
@@ -48,6 +48,10 @@ def install(model: PreTrainedModel, batch: Mapping[str, str] | None = None) -> N
     for layer in _places_first(model, scopes):
         layer.register_forward_pre_hook(_sequences_first)
         layer.register_forward_hook(_places_first_again)
+    for module in filter(hands_on_others, scopes):
+        for layer in moe_layers(module).values():
+            layer.register_forward_pre_hook(partial(forwards.fit, module))
+            layer.register_forward_hook(forwards.leave, always_call=True)
     for module in scopes:
         module.register_forward_hook(forwards.leave, always_call=True)
     model.register_forward_hook(forwards.end, with_kwargs=True, always_call=True)
@@ -178,6 +182,11 @@ class _Forwards:
         if module in batch.decoder:
             known = replace(known, mask=batch.padding)
         contexts.enter(Scope(replace(known, **batch.values)))
+
+    def fit(self, model: nn.Module, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Tell a layer of the tokens that the model around makes of its own."""
+        around, _ = contexts.known_in(layer)
+        contexts.enter(Scope(fitted(model, around, args[0].shape[:-1])))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the scope that the module entered."""

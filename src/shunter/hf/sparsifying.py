@@ -39,6 +39,7 @@ def sparsify(
     *,
     every: int = 1,
     layers: Sequence[int] | None = None,
+    within: str = "",
     hidden: int | None = None,
     init: str = "scratch",
     backend: str = "auto",
@@ -63,6 +64,8 @@ def sparsify(
         router: a registered name, or a registered class.
         every: sparsify every n-th block, the n-th first (2: the second, fourth, …).
         layers: sparsify these blocks of each stack instead, counted from 0.
+        within: the name of a module of the model, whose blocks alone are counted and replaced, as "vision_model" of
+            CLIP's two towers; default: all.
         hidden: f of one expert; default: the dense block's.
         init: "scratch" draws each expert from a normal distribution with the dense weights' standard deviation; "copy"
             makes each expert a copy of the dense block; "paper" begins as scratch, and goes on as the router's paper
@@ -103,7 +106,9 @@ def sparsify(
             raise UserError(f"sparsify: {type(model).__name__} has no token ids, by which router {name!r} goes")
     made = []
     stacks, left = survey(model)
-    if left:
+    if within:
+        stacks = _stacks_within(stacks, within, model)
+    elif left:
         more = f", and {len(left) - 1} more" if left[1:] else ""
         warnings.warn(f"sparsify: no known feed-forward block, left dense: {left[0]}{more}", stacklevel=2)
     for block in choose_blocks(stacks, every, layers):
@@ -155,6 +160,19 @@ def make_layers(
     _put(model, made, check_batch(batch))
 
 
+def _stacks_within(stacks: list[list[FeedForward]], within: str, model: PreTrainedModel) -> list[list[FeedForward]]:
+    """The blocks of a module alone, by its name, in their stacks.
+
+    Raises:
+        UserError: where it has none.
+    """
+    found = [[block for block in stack if f"{block.path}.".startswith(f"{within}.")] for stack in stacks]
+    if not any(found):
+        kind, names = type(model).__name__, ", ".join(dict.fromkeys(stack[0].path for stack in stacks))
+        raise UserError(f"sparsify: within={within!r} has no feed-forward block of {kind}; the first ones are {names}")
+    return [stack for stack in found if stack]
+
+
 def _must_be_here(block: FeedForward) -> None:
     for rows in block.maps.values():
         if rows.weight.is_meta and hasattr(rows.linear, "_hf_hook"):
@@ -192,12 +210,25 @@ def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dic
             setattr(model.get_submodule(around), name, nn.Identity())
         for path, name in block.undropped:
             setattr(model.get_submodule(path), name, 0.0)
+        _give_whole_rows(model, block)
     name_layers(model.config, describe_layers(model) | {"batch": batch})
     vars(model)["save_pretrained"] = partial(save_sparse, model)  # of the instance: what is copied or pickled keeps it
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config is not model.config and moe_layers(part):
             vars(part)["save_pretrained"] = partial(_refuse_part, part, model)
     install(model, batch)
+
+
+def _give_whole_rows(model: PreTrainedModel, block: FeedForward) -> None:
+    """Let the layer around a block hand it all tokens at once: a router that sees some has other places and capacity.
+
+    Cutting them (`chunk_size_feed_forward`) saves memory of a dense block, and changes no result of one.
+    """
+    parts = block.path.split(".")
+    around: Any
+    for around in (model.get_submodule(".".join(parts[:n])) for n in range(len(parts))):
+        if hasattr(around, "chunk_size_feed_forward"):
+            around.chunk_size_feed_forward = 0
 
 
 def save_sparse(model: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

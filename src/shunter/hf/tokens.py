@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from ..context import Context, places_in, present
 from ..errors import UserError
 from ..moe import moe_layers
 
-__all__ = ["arguments", "decoder_padding", "has_tokens", "takes_tokens", "tokens_of"]
+__all__ = ["arguments", "decoder_padding", "fitted", "has_tokens", "hands_on_others", "takes_tokens", "tokens_of"]
 
+# Masks that are True, or 1, at padding: of XLNet, of FSMT's decoder.
+_INVERTED = ("input_mask", "decoder_padding_mask")
 _MASKS = ("pixel_attention_mask", "pixel_mask", "attention_mask", "padding_mask")
 # What is added to scores to forbid them is below this, whatever it is: -inf, the least of a dtype, -1e9, -1e4.
 _FORBIDDEN = -1e3
@@ -62,7 +65,10 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     batch, length = known.shape[:2]
     past = _past(given)
     paged = given.get("cu_seq_lens_q") is not None and _cache(given) is not None
-    real, starts = (None, None) if paged else _read_mask(module, given.get("attention_mask"), batch, length, past)
+    mask = given.get("attention_mask")
+    if mask is None:
+        mask = next((given[name] == 0 for name in _INVERTED if _tensor(given, name) is not None), None)
+    real, starts = (None, None) if paged else _read_mask(module, mask, batch, length, past)
     if real is None and ids is not None and _is_zero(past) and _tensor(given, "encoder_hidden_states") is not None:
         real = _until_padding(ids, module)
     real = _unless_all(real)
@@ -82,15 +88,18 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def decoder_padding(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Where the decoder of an encoder-decoder model has tokens (B, S), by the labels that it is trained on.
+    """Where the decoder of an encoder-decoder model has tokens (B, S), by the mask for it or the labels.
 
-    None where the labels do not tell, as where a mask for it is given.
+    None where neither tells, and where a mask is of earlier tokens too, which the decoder itself is given.
     """
     given = arguments(module, args, kwargs)
-    labels = _tensor(given, "labels")
-    if not getattr(module.config, "is_encoder_decoder", False) or _tensor(given, "decoder_attention_mask") is not None:
+    if not getattr(module.config, "is_encoder_decoder", False):
         return None
-    ids = _tensor(given, "decoder_input_ids")
+    labels, ids = _tensor(given, "labels"), _tensor(given, "decoder_input_ids")
+    mask = _tensor(given, "decoder_attention_mask")
+    if mask is not None:
+        known = labels if ids is None else ids
+        return _unless_all(mask != 0) if known is not None and known.shape == mask.shape else None
     if (
         labels is None
         or labels.dim() != 2
@@ -99,6 +108,67 @@ def decoder_padding(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     ):
         return None
     return _unless_all(_up_to_last(labels != -100))
+
+
+def hands_on_others(module: Any) -> bool:
+    """Whether a model makes other tokens of those that it is given, as `fitted` knows."""
+    return bool(
+        _pads(module) or _downsamples(module) or getattr(module, "ngram", None) or hasattr(_encoder(module), _STRUCTURE)
+    )
+
+
+def fitted(module: Any, known: Context, shape: torch.Size) -> Context:
+    """What is known of a model's tokens (B, S), of those (B, S') that it makes of them for a layer inside.
+
+    Longformer, LED, BigBird and Reformer pad the end of each row; CANINE makes a token of several, real where one of
+    them is; Funnel of two, real where both are; ProphetNet's decoder has the same tokens once more for each n-gram.
+    What else is known than padding stays that of (B, S), where rows are not padded, and so is refused where it is
+    needed.
+    """
+    given = next((value for value in (known.mask, known.token_ids, known.sequence) if value is not None), None)
+    if given is None or given.dim() != 2 or len(shape) != 2 or shape[0] != given.shape[0] or shape[1] == given.shape[1]:
+        return known
+    more = shape[1] - given.shape[1]
+    mask = known.mask
+    if _pads(module):
+        if more < 0:
+            return known
+        real = torch.ones_like(given, dtype=torch.bool) if mask is None else mask
+        ids, sequence, position = known.token_ids, known.sequence, known.position
+        return replace(
+            known,
+            mask=F.pad(real, (0, more)),
+            token_ids=None if ids is None else F.pad(ids, (0, more)),
+            sequence=None if sequence is None else torch.cat((sequence, sequence[:, -1:].expand(-1, more)), 1),
+            position=None if position is None else F.pad(position, (0, more)),
+        )
+    if mask is None:
+        return known
+    if _downsamples(module):
+        mask = module._downsample_attention_mask(mask.to(torch.int64), module.config.downsampling_rate) != 0
+    elif getattr(module, "ngram", None):
+        mask = mask.repeat(1, 1 + module.ngram)
+    else:
+        structure = getattr(_encoder(module), _STRUCTURE)
+        while mask.shape[1] > shape[1]:
+            mask = structure.pool_tensor(mask.float(), mode="min") != 0
+    return replace(known, mask=mask)
+
+
+_STRUCTURE = "attention_structure"  # of Funnel
+_PADDING = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
+
+
+def _pads(module: Any) -> bool:
+    return any(hasattr(module, name) for name in _PADDING)
+
+
+def _downsamples(module: Any) -> bool:
+    return hasattr(module, "_downsample_attention_mask")
+
+
+def _encoder(module: Any) -> Any:
+    return getattr(module, "encoder", None)
 
 
 def _tensor(given: Mapping[str, Any], name: str) -> Tensor | None:

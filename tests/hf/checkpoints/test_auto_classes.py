@@ -158,14 +158,55 @@ def test_whoever_writes_the_configuration_writes_that_of_a_sparse_model(how, bui
         assert torch.equal(load(str(tmp_path)).eval()(**batch).logits, expected)
 
 
-def test_a_whole_with_one_sparse_part_loads_by_no_name(tmp_path):
-    """What lies in the folder is all there, and the part can be made again."""
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    text = {**small, "vocab_size": 9, "max_position_embeddings": 8, "eos_token_id": 1}
-    config = transformers.CLIPConfig(
-        text_config=text, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=8
+_SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+_TEXT = {**_SMALL, "vocab_size": 9, "max_position_embeddings": 8, "eos_token_id": 1}
+_VISION = {**_SMALL, "image_size": 8, "patch_size": 4}
+
+
+def _clip():
+    config = transformers.CLIPConfig(text_config=_TEXT, vision_config=_VISION, projection_dim=8)
+    return transformers.CLIPModel(config)
+
+
+def _llava():
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**_TEXT),
+        vision_config=transformers.CLIPVisionConfig(**_VISION),
+        image_token_index=3,
     )
-    dense = transformers.CLIPModel(copy.deepcopy(config))
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+WHOLES = [
+    (_clip, "vision_model", AutoModel),
+    (_clip, "text_model", AutoModel),
+    (_llava, "model.vision_tower", transformers.AutoModelForImageTextToText),
+    (_llava, "model.language_model", transformers.AutoModelForImageTextToText),
+]
+
+
+@pytest.mark.parametrize("build_one, part, auto", WHOLES)
+def test_a_whole_with_one_sparse_part_loads_by_its_name(build_one, part, auto, tmp_path):
+    dense = build_one()
+    model = shunter.sparsify(copy.deepcopy(dense), 4, "topk", top_k=2, within=part)
+    assert model.state_dict().keys() - dense.state_dict().keys()
+    assert all(name.startswith(f"{part}.") for name in model.state_dict().keys() ^ dense.state_dict().keys())
+    model.save_pretrained(tmp_path)
+    for load in (auto, shunter):
+        loaded = load.from_pretrained(str(tmp_path))
+        assert type(loaded) is type(model) and same_state(loaded, model)
+    with pytest.raises(ValueError, match="sparse experts; import shunter.hf"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_part_without_blocks_is_refused():
+    with pytest.raises(shunter.errors.UserError, match="'visual_projection' has no .* text_model.encoder.layers.0.mlp"):
+        shunter.sparsify(_clip(), 4, "topk", top_k=2, within="visual_projection")
+
+
+def test_a_part_that_was_made_sparse_by_itself_loads_by_no_name(tmp_path):
+    """What lies in the folder is all there, and the part can be made again."""
+    dense = _clip()
     model = copy.deepcopy(dense)
     shunter.sparsify(model.vision_model, 4, "topk", top_k=2)
     model.config.to_dict()  # as loggers do
@@ -178,6 +219,29 @@ def test_a_whole_with_one_sparse_part_loads_by_no_name(tmp_path):
     shunter.sparsify(again.vision_model, 4, "topk", top_k=2)
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert same_state(again, model)
+
+
+@pytest.mark.parametrize("source", ["the model", "the folder", "a copy", "a loaded model"])
+@pytest.mark.parametrize("architecture", ["llama", "t5", "vit"])
+def test_nothing_makes_a_dense_model_of_a_sparse_ones_configuration(architecture, source, build, tmp_path):
+    model = shunter.sparsify(build(architecture), 4, "topk", top_k=2)
+    model.save_pretrained(tmp_path)
+    auto = getattr(transformers, AUTO.get(architecture, "AutoModelForCausalLM"))
+    config = {
+        "the model": lambda: model.config,
+        "the folder": lambda: transformers.AutoConfig.from_pretrained(tmp_path),
+        "a copy": lambda: pickle.loads(pickle.dumps(copy.deepcopy(model.config))),
+        "a loaded model": lambda: shunter.from_pretrained(str(tmp_path)).config,
+    }[source]()
+    for make in (auto.from_config, AutoModel.from_config):
+        with pytest.raises(shunter.errors.UserError, match="configuration is of a sparse model"):
+            make(config)
+    told = pytest.warns(UserWarning, match="this is its dense form")
+    if source == "the folder":
+        told = pytest.raises(shunter.errors.UserError, match="this is its dense form")
+    with told:
+        type(model)(config)
+    model.set_attn_implementation("eager")  # is no construction
 
 
 def test_a_model_inside_is_saved_as_sparse_or_not_at_all(build, inputs, tmp_path):

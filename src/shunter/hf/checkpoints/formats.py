@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UserError
 from ...experts.weights import STACKED
-from ..config_file import MARKS
+from ..config_file import MARKS, building_dense
 from ..quantising import put_coded
 from ..sparsifying import make_layers, sparsify
 from .folders import model_class, on_meta
@@ -121,7 +121,8 @@ def sparse_class(config: PreTrainedConfig, path: str) -> Any:
     base = model_class(config, path)
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **options: Any) -> None:
-        base.__init__(self, config, *args, **options)
+        with building_dense(config):
+            base.__init__(self, config, *args, **options)
         complete(self, getattr(config, "shunter", None), getattr(config, "shunter_quantised", None), path)
         self.__class__ = base  # which can be pickled
 

@@ -1,0 +1,194 @@
+"""Models that make other tokens of those that they are given, or call their masks otherwise: padding stays padding."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BigBirdConfig,
+    BigBirdForMaskedLM,
+    CanineConfig,
+    CanineForTokenClassification,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    FunnelConfig,
+    FunnelForMaskedLM,
+    LEDConfig,
+    LEDForConditionalGeneration,
+    LongformerConfig,
+    LongformerForMaskedLM,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
+    ReformerConfig,
+    ReformerForMaskedLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+import shunter
+
+_TWO = {"num_attention_heads": 2, "hidden_size": 16}
+_BERT = {"num_hidden_layers": 2, "intermediate_size": 24, "pad_token_id": 0, **_TWO}
+_BOTH = ("encoder", "decoder")
+
+
+def _longformer():
+    config = LongformerConfig(vocab_size=20, attention_window=8, sep_token_id=3, max_position_embeddings=40, **_BERT)
+    return LongformerForMaskedLM(config)
+
+
+def _led():
+    sizes = {f"{side}_{name}": n for side in _BOTH for name, n in (("layers", 1), ("attention_heads", 2))}
+    sizes |= {f"{side}_ffn_dim": 24 for side in _BOTH}
+    return LEDForConditionalGeneration(
+        LEDConfig(vocab_size=20, d_model=16, attention_window=8, pad_token_id=0, **sizes)
+    )
+
+
+def _big_bird():
+    config = BigBirdConfig(vocab_size=20, block_size=4, num_random_blocks=1, sep_token_id=3, **_BERT)
+    return BigBirdForMaskedLM(config)
+
+
+def _reformer():
+    config = ReformerConfig(
+        vocab_size=20,
+        attention_head_size=8,
+        attn_layers=["local", "local"],
+        feed_forward_size=24,
+        is_decoder=False,
+        local_attn_chunk_length=4,
+        axial_pos_embds=False,
+        max_position_embeddings=80,
+        chunk_size_feed_forward=3,
+        **_TWO,
+    )
+    return ReformerForMaskedLM(config)
+
+
+def _canine():
+    sizes = {"num_hash_functions": 2, "num_hash_buckets": 32, "local_transformer_stride": 8}
+    return CanineForTokenClassification(CanineConfig(max_position_embeddings=80, **sizes, **_BERT))
+
+
+def _funnel():
+    sizes = {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24}
+    return FunnelForMaskedLM(FunnelConfig(vocab_size=20, block_sizes=[1, 1, 1], num_decoder_layers=1, **sizes))
+
+
+def _prophetnet():
+    sizes = {f"num_{side}_{name}": 2 for side in _BOTH for name in ("layers", "attention_heads")}
+    sizes |= {f"{side}_ffn_dim": 24 for side in _BOTH}
+    config = ProphetNetConfig(vocab_size=20, hidden_size=16, ngram=2, num_buckets=4, pad_token_id=0, **sizes)
+    return ProphetNetForConditionalGeneration(config)
+
+
+def _heard(model, **batch):
+    """Every layer's contexts in a forward, one for each time that it ran."""
+    heard = {}
+    for name, layer in shunter.moe_layers(model).items():
+        layer.router.register_forward_hook(lambda router, args, out, name=name: heard.setdefault(name, []).append(args))
+    model(**batch)
+    return {name: [context for _, context in calls] for name, calls in heard.items()}
+
+
+def _halves(mask):
+    """Of two tokens one, real where both are, after the first token has been doubled."""
+    return torch.cat([mask[:, :1], mask[:, :-1]], 1).reshape(len(mask), -1, 2).all(-1)
+
+
+MODELS = [
+    (_longformer, 13),
+    (_led, 13),
+    (_big_bird, 62),
+    (_reformer, 14),
+    (_canine, 16),
+    (_funnel, 16),
+    (_prophetnet, 8),
+]
+
+
+@pytest.mark.parametrize("pads", [True, False])
+@pytest.mark.parametrize("build_one, length", MODELS)
+def test_padding_reaches_the_tokens_that_a_model_makes(build_one, length, pads):
+    model = shunter.sparsify(build_one(), 4, "topk", top_k=2).eval()
+    real = torch.ones(2, length, dtype=torch.bool)
+    decoded = torch.ones(2, 5, dtype=torch.bool)
+    if pads:
+        real[1, int(torch.randint(3, length, ())) :] = False
+        decoded[1, 3:] = False
+    batch = {"input_ids": torch.randint(4, 20, (2, length)), "attention_mask": real.long()}
+    if model.config.is_encoder_decoder:
+        batch["labels"] = torch.randint(4, 20, (2, 5)).masked_fill(~decoded, -100)
+    sizes = set()
+    for name, calls in _heard(model, **batch).items():
+        (context,) = calls
+        size = context.shape[1]
+        wanted = decoded if ".decoder." in name and build_one is not _funnel else real
+        if build_one is _prophetnet and wanted is decoded:
+            wanted = decoded.repeat(1, 3)
+        elif build_one is _canine and size != length:
+            wanted = real.reshape(2, size, -1).any(-1)
+        elif build_one is _funnel:
+            while wanted.shape[1] > size:
+                wanted = _halves(wanted)
+        elif size != wanted.shape[1]:
+            wanted = F.pad(wanted, (0, size - length))
+        sizes.add(size)
+        found = torch.ones(context.shape) if context.mask is None else context.mask.reshape(context.shape)
+        assert torch.equal(found.bool(), wanted), name
+    assert sizes - {length, 5}  # some have other tokens than those given
+
+
+def test_what_a_window_adds_at_the_end_is_no_token():
+    """By its experts that choose, a layer sees whether what was padded counts."""
+    model = shunter.sparsify(_longformer(), 4, "expert_choice", allow_leak=True).double().eval()
+    ids = torch.randint(4, 20, (1, 13))
+    out = model(ids).logits
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = torch.randn(16)
+    for layer in shunter.moe_layers(model).values():
+        assert int(layer.routing.token.max()) < 13
+    torch.testing.assert_close(model(ids).logits[..., 1:], out[..., 1:])  # the embedding is the head too
+
+
+@pytest.mark.parametrize("router", ["hash", "position_hash"])
+def test_ids_and_places_of_a_padded_window(router):
+    options = {"num_positions": 64} if router == "position_hash" else {}
+    model = shunter.sparsify(_longformer(), 4, router, **options).eval()
+    ids = torch.randint(4, 20, (2, 13))
+    for (context,) in _heard(model, input_ids=ids).values():
+        if router == "hash":
+            assert torch.equal(context.token_ids.reshape(2, 16)[:, :13], ids)
+        else:
+            assert torch.equal(context.position.reshape(2, 16)[:, :13], torch.arange(13).expand(2, 13))
+
+
+def test_tokens_are_not_cut_into_chunks():
+    """A router that saw some of the tokens would have other places, sequences and slots."""
+    config = BertConfig(vocab_size=20, chunk_size_feed_forward=3, **_BERT)
+    model = shunter.sparsify(BertForMaskedLM(config), 4, "topk", top_k=2).eval()
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 4:] = 0
+    for (context,) in _heard(model, input_ids=torch.randint(4, 20, (2, 9)), attention_mask=mask).values():
+        assert torch.equal(context.mask.reshape(2, 9), mask.bool())
+
+
+def test_masks_that_say_where_padding_is():
+    """XLNet's input_mask is 1 at padding; what FSMT's decoder is given is the inverse of the model's mask for it."""
+    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+    model = shunter.sparsify(XLNetLMHeadModel(XLNetConfig(vocab_size=20, **sizes)), 4, "topk", top_k=2).eval()
+    real = torch.ones(3, 7, dtype=torch.bool)
+    real[1, 4:] = real[2, :2] = False
+    for (context,) in _heard(model, input_ids=torch.randint(4, 20, (3, 7)), input_mask=(~real).float()).values():
+        assert torch.equal(context.mask.reshape(3, 7), real)
+    sizes = {f"{side}_{name}": n for side in _BOTH for name, n in (("layers", 1), ("attention_heads", 2))}
+    sizes |= {f"{side}_ffn_dim": 24 for side in _BOTH}
+    config = FSMTConfig(langs=["en", "de"], src_vocab_size=20, tgt_vocab_size=20, d_model=16, **sizes)
+    model = shunter.sparsify(FSMTForConditionalGeneration(config), 4, "topk", top_k=2).eval()
+    ids = torch.randint(4, 20, (3, 7))
+    for use_cache in (False, True):  # with a cache the decoder itself is not given the mask
+        batch = {"decoder_input_ids": ids, "decoder_attention_mask": real.long(), "use_cache": use_cache}
+        for name, (context, *_) in _heard(model, input_ids=ids, **batch).items():
+            assert context.mask is None if ".encoder." in name else torch.equal(context.mask.reshape(3, 7), real)
