@@ -165,6 +165,30 @@ def test_ids_and_places_of_a_padded_window(router):
             assert torch.equal(context.position.reshape(2, 16)[:, :13], torch.arange(13).expand(2, 13))
 
 
+@pytest.mark.parametrize("router", ["deepseek", "position_hash"])
+@pytest.mark.parametrize("build_one, length", MODELS[4:])
+def test_a_row_of_other_tokens_is_a_sequence_too(build_one, length, router):
+    """Tokens for n-grams stand where those stand that they are of."""
+    options = {"num_positions": 64} if router == "position_hash" else {"top_k": 2}
+    model = shunter.sparsify(build_one(), 4, router, allow_leak=True, **options).eval()
+    batch = {"input_ids": torch.randint(4, 20, (2, length))}
+    if model.config.is_encoder_decoder:
+        batch["labels"] = torch.randint(4, 20, (2, 5))
+    for name, calls in _heard(model, **batch).items():
+        (context,) = calls
+        size = context.shape[1]
+        assert torch.equal(context.sequence.reshape(context.shape), torch.arange(2)[:, None].expand(2, size))
+        if router == "position_hash":
+            places = torch.arange(5).repeat(3) if "decoder" in name and build_one is _prophetnet else torch.arange(size)
+            assert torch.equal(context.position.reshape(context.shape), places.expand(2, size)), name
+
+
+def test_ids_of_other_tokens_are_refused():
+    model = shunter.sparsify(_canine(), 4, "hash", vocab_size=20).eval()
+    with pytest.raises(ValueError, match="knows it of other tokens than this layer's"):
+        model(torch.randint(4, 20, (2, 16)))
+
+
 def test_tokens_are_not_cut_into_chunks():
     """A router that saw some of the tokens would have other places, sequences and slots."""
     config = BertConfig(vocab_size=20, chunk_size_feed_forward=3, **_BERT)

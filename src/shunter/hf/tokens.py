@@ -122,8 +122,7 @@ def fitted(module: Any, known: Context, shape: torch.Size) -> Context:
 
     Longformer, LED, BigBird and Reformer pad the end of each row; CANINE makes a token of several, real where one of
     them is; Funnel of two, real where both are; ProphetNet's decoder has the same tokens once more for each n-gram.
-    What else is known than padding stays that of (B, S), where rows are not padded, and so is refused where it is
-    needed.
+    Ids, and sequences packed in a row, are not those of other tokens, and so are refused where they are needed.
     """
     given = next((value for value in (known.mask, known.token_ids, known.sequence) if value is not None), None)
     if given is None or given.dim() != 2 or len(shape) != 2 or shape[0] != given.shape[0] or shape[1] == given.shape[1]:
@@ -142,9 +141,16 @@ def fitted(module: Any, known: Context, shape: torch.Size) -> Context:
             sequence=None if sequence is None else torch.cat((sequence, sequence[:, -1:].expand(-1, more)), 1),
             position=None if position is None else F.pad(position, (0, more)),
         )
+    sequence, position = known.sequence, known.position
+    if sequence is not None and not torch.compiler.is_compiling() and bool((sequence == sequence[:, :1]).all()):
+        sequence = None  # a row is one sequence, of these tokens as of those
+    if getattr(module, "ngram", None):
+        if position is None:
+            position = (torch.ones_like(given) if mask is None else mask).cumsum(1) - 1
+        position = position.repeat(1, 1 + module.ngram)
     if mask is None:
-        return known
-    if _downsamples(module):
+        pass
+    elif _downsamples(module):
         mask = module._downsample_attention_mask(mask.to(torch.int64), module.config.downsampling_rate) != 0
     elif getattr(module, "ngram", None):
         mask = mask.repeat(1, 1 + module.ngram)
@@ -152,7 +158,7 @@ def fitted(module: Any, known: Context, shape: torch.Size) -> Context:
         structure = getattr(_encoder(module), _STRUCTURE)
         while mask.shape[1] > shape[1]:
             mask = structure.pool_tensor(mask.float(), mode="min") != 0
-    return replace(known, mask=mask)
+    return replace(known, mask=mask, sequence=sequence, position=position)
 
 
 _STRUCTURE = "attention_structure"  # of Funnel
