@@ -31,7 +31,7 @@ def add_verbs(verbs: Any) -> None:
     train.add_argument("recipe", choices=names(), help="what to train")
     train.add_argument("--config", type=Path, help="YAML or TOML file")
     kinds = "of text: decoder, encoder or encoder-decoder, short for model.kind="
-    own = "your own text (files, folders), images (of classes, IDX files, with captions), sounds or table, or a datasets name"
+    own = "your own text, images (of classes, IDX files, with captions), sounds or table, or a datasets name"
     train.add_argument("--data", nargs="+", help=own)
     train.add_argument("--model", help=kinds)
     train.add_argument("--run", type=Path, help="the run's folder (default: runs/<name>)")

@@ -169,7 +169,7 @@ class ContrastiveModel(PreTrainedModel):
     def _encode(self, tower: int, group: list[tuple[int, Tensor, Tensor]]) -> dict[int, Tensor]:
         """The vectors (B, d) of each modality of a group, whose tokens pass a tower together."""
         lengths = [x.shape[1] for _, x, _ in group]
-        hidden, real = (torch.cat([part[i] for part in group], 1) for i in (1, 2))
+        hidden, real = torch.cat([x for _, x, _ in group], 1), torch.cat([some for _, _, some in group], 1)
         device = hidden.device
         places = torch.cat([torch.arange(n, device=device) for n in lengths])
         modality = torch.cat([torch.full((x.shape[1],), kind, device=device) for kind, x, _ in group])

@@ -103,8 +103,6 @@ class MultimodalTraining(TrainingConfig):
 class MultimodalConfig(RunConfig):
     """The configuration of `shunter train multimodal`."""
 
-    causal = False
-
     name: str = Field("multimodal", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -131,6 +129,11 @@ class MultimodalConfig(RunConfig):
                 f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
             )
         return self
+
+    @property
+    def causal(self) -> bool:
+        """Not so."""
+        return False
 
     @property
     def patches(self) -> int:
