@@ -5,10 +5,14 @@ import math
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -26,6 +30,10 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=LAYERS, **sizes))
 
 
+def bloom():
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=LAYERS, n_head=2))
+
+
 def sparse():
     return shunter.sparsify(llama(), 4, "topk", top_k=2)
 
@@ -38,6 +46,7 @@ MODELS = {
     "llama": llama,
     "sparse": sparse,
     "gpt2": gpt2,
+    "bloom": bloom,
     **{n: lambda n=n: build(n) for n in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")},
 }
 
@@ -183,6 +192,19 @@ def test_what_cannot_leave():
     ):
         with pytest.raises(UserError, match=said), early_exit(model, threshold, confidence):
             pass
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    with pytest.raises(UserError, match="keeps no keys and values"), early_exit(mamba, 0.5):
+        pass
+
+
+def test_what_wraps_a_layer_already_still_does_afterwards():
+    model, calls = make("llama"), []
+    inner = model.model.layers[1].forward
+    wrapper = vars(model.model.layers[1])["forward"] = lambda *a, **k: calls.append(1) or inner(*a, **k)
+    with early_exit(model, 0.0), early_exit(model, 1.5):
+        generate(model, torch.randint(3, 64, (1, 5)), 2)
+    assert vars(model.model.layers[1])["forward"] is wrapper and calls
+    assert "forward" not in vars(model.model.layers[0])
 
 
 def test_the_threshold_that_is_chosen_keeps_its_promise():

@@ -20,6 +20,7 @@ import shunter
 from shunter import MoE
 from shunter.errors import UserError
 from shunter.training.growing import GrowOnPlateau, UpcycleAt, losses_by_expert, split_expert, upcycle_in_training
+from shunter.training.roles import accumulate, parameter_groups
 from tests.helpers import random_routing
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
@@ -151,6 +152,38 @@ def test_upcycling_keeps_function_and_moments(make):
         step(model, optimizer, batch)
     assert optimizer.state[model.get_submodule(path).router.weight]["step"] == 2
     assert not torch.equal(weights.down[0], weights.down[1])
+
+
+def test_what_was_added_up_for_a_batch_of_a_role_begins_anew():
+    ids = torch.randint(32, (2, 8))
+    dense, sparse = llama().train(), shunter.sparsify(llama(), 4, "topk", top_k=2).train()
+    for model, role, change in (
+        (dense, "feed_forward", lambda o: upcycle_in_training(dense, o, 4, "topk", top_k=2)),
+        (sparse, "expert", lambda o: split_expert(sparse.model.layers[0].mlp, 1, o)),
+    ):
+        optimizer = accumulate(torch.optim.AdamW(parameter_groups(model, 1e-2, batches={role: 2})))
+        for number in range(3):
+            step(model, optimizer, ids)
+            if number == 0:
+                change(optimizer)
+        experts = model.model.layers[0].mlp.experts.down_proj
+        assert optimizer.state[experts]["step"] == 1
+
+
+def test_an_optimizer_whose_state_has_other_shapes_is_refused_before_anything_changes():
+    ids = torch.randint(32, (2, 8))
+    dense, sparse = llama().train(), shunter.sparsify(llama(), 4, "topk", top_k=2).train()
+    for model, change in (
+        (dense, lambda o: upcycle_in_training(dense, o, 4, "topk", top_k=2)),
+        (sparse, lambda o: split_expert(sparse.model.layers[0].mlp, 1, o)),
+    ):
+        optimizer = torch.optim.Adafactor(model.parameters())
+        step(model, optimizer, ids)
+        with pytest.raises(UserError, match="row_var of the optimizer"):
+            change(optimizer)
+        step(model, optimizer, ids)
+    with pytest.raises(UserError, match="leave init out"):
+        upcycle_in_training(llama(), None, 4, init="scratch")
 
 
 class Note(TrainerCallback):

@@ -234,6 +234,11 @@ def test_a_plain_loop_goes_back_after_a_spike_and_after_strikes():
         states, admitted, guard = loop("gradient", float("nan"), [6, 7], 8, {"strikes": 2, "every": 4, "margin": 0})
     assert guard.rewound == [(7, 4)] and same(states[7], states[4])
 
+    # Steps that are skipped make no copies, so that one of before them is left.
+    with pytest.warns(UserWarning, match="rewound"):
+        states, _, guard = loop("loss", float("nan"), [4, 5, 6], 6, {"every": 1, "margin": 0})
+    assert guard.rewound == [(6, 3)] and same(states[6], states[3])
+
     with pytest.raises(Diverged, match=r"step 7: the gradient is not finite, and 2 of the last 100"):
         loop("gradient", float("nan"), [6, 7], 8, {"strikes": 2, "rewinds": 0})
 

@@ -82,12 +82,16 @@ def early_exit(
     if not (math.isfinite(threshold) and threshold >= 0) or (decay is not None and not decay >= 0):
         raise UserError(f"early_exit: threshold {threshold} and decay {decay} must be numbers of at least 0")
     layers, finish = _stack(model)
+    if getattr(model, "_is_stateful", False):
+        raise UserError(
+            f"early_exit: {type(model).__name__} keeps no keys and values alone, but a state that layers update"
+        )
     run = _Run(EarlyExit(len(layers)), threshold, confidence, decay, finish)
     with ExitStack() as stack:
         for number, layer in enumerate(layers):
-            inner = layer.forward
-            vars(layer)["forward"] = run.wrap(number, inner)
-            stack.callback(vars(layer).pop, "forward")
+            own = vars(layer).get("forward")  # of a wrapper, as accelerate's
+            vars(layer)["forward"] = run.wrap(number, layer.forward)
+            stack.callback(vars(layer).pop if own is None else vars(layer).__setitem__, "forward", *filter(None, [own]))
         stack.callback(model.register_forward_pre_hook(run.begin, with_kwargs=True).remove)
         yield run.taken
 
@@ -125,6 +129,7 @@ class _Run:
         )
         self.gone: Tensor | None = None
         self.prompt, self.step = 1, 0
+        self.forms: dict[int, tuple[None, ...]] = {}
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward of the model begins."""
@@ -143,7 +148,9 @@ class _Run:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
             if cache is None or hidden_states.shape[1] != 1 or torch.is_grad_enabled():
-                return inner(hidden_states, *args, **kwargs)
+                if hidden_states.shape[1] == 1 and self.prompt > 1 and not torch.is_grad_enabled():
+                    raise UserError("early_exit: the model keeps no keys and values of its tokens that could be copied")
+                return self._note(number, inner(hidden_states, *args, **kwargs))
             if number == 0:
                 self.gone = hidden_states.new_zeros(len(hidden_states), dtype=torch.bool)
                 self.depth = torch.full((len(hidden_states),), self.taken.num_layers, device=hidden_states.device)
@@ -152,9 +159,10 @@ class _Run:
             assert gone is not None
             if bool(gone.all()):
                 self._keep(inner, cache, hidden_states, args, kwargs)
-                out: Any = hidden_states
+                more = self.forms.get(number)
+                out: Any = hidden_states if more is None else (hidden_states, *more)
             else:
-                found = inner(hidden_states, *args, **kwargs)
+                found = self._note(number, inner(hidden_states, *args, **kwargs))
                 made = found[0] if isinstance(found, tuple) else found
                 made = torch.where(gone[:, None, None], hidden_states, made)
                 if number + 1 < self.taken.num_layers:
@@ -167,6 +175,12 @@ class _Run:
             return out
 
         return forward
+
+    def _note(self, number: int, found: Any) -> Any:
+        """Remember what a layer returns beside its states."""
+        if isinstance(found, tuple):
+            self.forms[number] = (None,) * (len(found) - 1)
+        return found
 
     def _confidence(self, before: Tensor, after: Tensor) -> Tensor:
         if self.confidence == "saturation":

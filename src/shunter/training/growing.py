@@ -64,6 +64,8 @@ def upcycle_in_training(
     """
     if not (math.isfinite(noise) and noise >= 0):
         raise UserError(f"upcycle_in_training: noise {noise} must be a number of at least 0")
+    if "init" in options:
+        raise UserError("upcycle_in_training: experts begin as copies of the dense block; leave init out")
     _must_be_alone("upcycle_in_training")
     blocks = choose_blocks(find_feed_forwards(model), options.get("every", 1), options.get("layers"))
     carried = [_carried(block, optimizer) for block in blocks]
@@ -91,6 +93,7 @@ def upcycle_in_training(
         for parameter in layer.router.parameters():
             _put(optimizer, old["up"], parameter)
     if optimizer is not None:
+        _begin_batches(optimizer)
         kept = {id(parameter) for parameter in model.parameters()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -116,6 +119,7 @@ def _carried(block: FeedForward, optimizer: _Optimizer | None) -> tuple[dict[str
     used = [p for linear in maps for p in (linear.weight, linear.bias) if p is not None]
     for part, parameter in old.items():
         state = known.get(parameter, {})
+        _must_carry(optimizer, parameter)
         moments[part] = {}
         for key, value in state.items():
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
@@ -141,6 +145,23 @@ def _put(optimizer: _Optimizer, beside: nn.Parameter, new: nn.Parameter) -> None
         if any(parameter is beside for parameter in group["params"]):
             group["params"].append(new)
             return
+
+
+def _must_carry(optimizer: _Optimizer | None, parameter: nn.Parameter) -> None:
+    state = {} if optimizer is None else optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+            raise UserError(
+                f"{key} of the optimizer ({type(optimizer).__name__}) has the shape {tuple(value.shape)} for a "
+                f"parameter of {tuple(parameter.shape)}, and cannot go to new experts; use one as Adam or SGD"
+            )
+
+
+def _begin_batches(optimizer: _Optimizer) -> None:
+    """Drop the gradients that `shunter.training.roles.accumulate` has added up, whose parameters are no longer."""
+    for group in optimizer.param_groups:
+        if group.get("accumulated"):
+            group["seen"], group["accumulated"] = 0, None
 
 
 def _must_be_alone(what: str) -> None:
@@ -223,6 +244,10 @@ def split_expert(layer: MoE, expert: int, optimizer: _Optimizer | None = None) -
     def widen(stack: Tensor) -> Tensor:
         return torch.cat([stack, stack[expert : expert + 1]])
 
+    for old in (*experts.parameters(), *router.parameters()):
+        _must_carry(optimizer, old)
+    if optimizer is not None:
+        _begin_batches(optimizer)
     for name, old in list(experts.named_parameters(recurse=False)):
         new = nn.Parameter(widen(old.detach()), requires_grad=old.requires_grad)
         setattr(experts, name, new)

@@ -390,10 +390,11 @@ class GuardedLoop(_Judge):
             raise ValueError(f"GuardedLoop: every {every} must be at least 1 step")
         self.model, self.optimizer, self.scheduler, self.every = model, optimizer, scheduler, every
         self.step = self._taken = 0
+        self._copied = -1
         self._copies: list[tuple[int, list[Any]]] = []
 
     def __enter__(self) -> Self:
-        self._fresh = True
+        self._fresh, self._copied = True, -1
         self._hook = self.model.register_forward_pre_hook(lambda *_: self._begin())
         return self
 
@@ -452,7 +453,8 @@ class GuardedLoop(_Judge):
             return
         self._fresh = False
         self._buffers.remember(self.model)
-        if self.rewinds and self._taken % self.every == 0 and (not self._copies or self._copies[-1][0] < self.step):
+        if self.rewinds and self._taken % self.every == 0 and self._taken != self._copied:
+            self._copied = self._taken
             states = [_copied(part.state_dict()) for part in self._holders()]
             self._copies = [*self._copies[-1:], (self.step, states)]
 
