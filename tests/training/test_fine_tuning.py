@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shunter import MoE, from_pretrained, moe_layers, sparsify
+from shunter import MoE, from_pretrained, moe_layers, routers, sparsify
 from shunter.errors import UserError
 from shunter.training.fine_tuning import expert_dropout, scale_expert_gradients
 from tests.helpers import by_tokens, deviation
@@ -132,9 +132,15 @@ class _Results(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("router", ["switch", "topk", "noisy_topk", "expert_choice", "deepseek", "base", "gshard"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        "switch", "topk", "noisy_topk", "expert_choice", "deepseek", "base", "gshard", "hierarchical_noisy_topk",
+        "vmoe", "prototypes", "dense_to_sparse", "dselect_k", "two_sided", "sinkhorn", "hme", "cosine", "top_p", "relu",
+    ],
+)  # fmt: skip
 def test_no_operation_of_a_router_is_in_half_precision_under_autocast(router, dtype):
-    moe = MoE(16, 32, 16, router).train()
+    moe = MoE(16, 32, 16, router, **routers.find(router).example_options).train()
     x = torch.randn(12, 16).to(dtype)  # as the layer before left it
     found = []
 
