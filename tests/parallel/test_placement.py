@@ -30,7 +30,7 @@ def _steps(model, optimizer, batches):
     return losses
 
 
-def placements(mesh, path, shard=parallel.shard_model):
+def placements(mesh, path):
     """A model whose experts move between steps, against its twin whose experts stay."""
     warnings.simplefilter("ignore")
     torch.manual_seed(SEED)
@@ -40,8 +40,8 @@ def placements(mesh, path, shard=parallel.shard_model):
     torch.manual_seed(SEED + rank)
     batches = torch.randn(4, 3, 7, DIM, dtype=torch.float64)
     optimizers = []
-    for model in (moved, stays):
-        shard(model, mesh)
+    for model, dispatch in ((moved, "ranks"), (stays, "choices")):
+        parallel.shard_model(model, mesh, dispatch=dispatch)
         optimizers.append(torch.optim.AdamW(parallel.parameter_groups(model), lr=1e-2))
         _steps(model, optimizers[-1], batches[:2])
     loads = {name: torch.rand(EXPERTS) for name in moe_layers(moved)}

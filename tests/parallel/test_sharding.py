@@ -86,7 +86,8 @@ def forms(mesh, names=("topk", "expert_choice", "gshard", "top_p", "relu", "null
         to = routing.expert // (EXPERTS // size)
         needed = torch.tensor(float(len(set(zip(to.tolist(), routing.token.tolist(), strict=True)))))
         dist.all_reduce(needed)
-        expected = {"choices": 500 * 4 * size, "ranks": int(needed), "all": 500 * size}[form]
+        whole_batch = 500 * dist.get_world_size()
+        expected = {"choices": 4 * whole_batch, "ranks": int(needed), "all": whole_batch}[form]
         moved[form] = (forward, exchanges.done - forward, int(count), expected)
     return found, moved
 
@@ -576,7 +577,7 @@ def inference_takes_batches_of_any_size(results):
         assert gap < 2e-6 and same and local == 0.5
         first = rank * EXPERTS // 2
         assert f"experts {first} to {first + EXPERTS // 2 - 1} of {EXPERTS} are on this rank" in explained
-        assert "sends a row for each expert that a token takes (for a token takes 3, fewer than 4)" in explained
+        assert "sends a row for each expert that a token takes because a token takes 3, fewer than 4" in explained
 
 
 def shared_experts_run_while_rows_are_under_way(results):

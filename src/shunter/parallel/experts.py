@@ -212,7 +212,7 @@ class ShardedExperts(Experts):
         here = f"{own.start} to {own.stop - 1}" if self.order is None else ", ".join(map(str, sorted(self.order[own])))
         return (
             f"Expert parallel: experts {here} of {self.num_experts} are on this "
-            f"rank, {self.place} of {self.size}; an exchange sends {how} (for {self.why}), "
+            f"rank, {self.place} of {self.size}; an exchange sends {how} because {self.why}, "
             f"{rows * self.dim * of.dtype.itemsize / 2**20:.3g} MiB. Backend {backend.name}: "
             f"{backend.summary}; chosen because {why}."
         )

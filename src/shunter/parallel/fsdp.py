@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from ..errors import UserError
 from ..moe import moe_layers
+from .dispatch import Form
 from .experts import ShardedExperts, shard_experts
 from .watch import named_errors
 
@@ -28,7 +29,13 @@ __all__ = [
 ]
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> nn.Module:
+def shard_model(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype | None = None,
+    dispatch: Form | Literal["auto"] = "auto",
+) -> nn.Module:
     """`shard_experts`, and FSDP2 for all parameters, in place: experts over the ranks that hold the same, the rest over
     all.
 
@@ -39,6 +46,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None
         mesh: of `parallel.mesh`, over all ranks.
         dtype: in which blocks and experts are computed; None leaves it. Parameters, their gradients' sums, and the
             routers, whose decisions would be others, keep their own.
+        dispatch: as of `shard_experts`.
 
     Returns:
         The same model.
@@ -53,7 +61,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None
         raise UserError(f"the mesh has {mesh.size()} ranks of {size}; shard_model needs one over all of them")
     layers = moe_layers(model)
     if layers or mesh["ep"].size() > 1:
-        shard_experts(model, mesh)
+        shard_experts(model, mesh, dispatch=dispatch)
     every = init_device_mesh(mesh.device_type, (size,), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)

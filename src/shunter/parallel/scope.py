@@ -212,7 +212,7 @@ def _gathered(
     if (numbers := size * max(sizes) * logits.shape[1] * logits.element_size()) > LIMIT:
         raise UserError(
             f"a decision over all ranks would gather {numbers / 2**20:.0f} MiB of logits in a layer, more than "
-            f"{LIMIT / 2**20:.0f}; decide on each rank, or take smaller batches"
+            f'{LIMIT / 2**20:.0f}; decide on each rank (ShardedTrainer(scope="rank")), or take smaller batches'
         )
     flags = [[row[3 + i] for row in every] for i in range(len(KNOWN))]
     longest = max(sizes)
