@@ -87,7 +87,7 @@ def test_what_the_data_hold_out_is_held_out():
 def test_what_cannot_be_used_is_counted_and_named():
     clips = [clip(name=f"clip {n}", speaker=f"{n % 3}") for n in range(9)]
     clips[2] = replace(clips[2], text="?!")
-    clips[5] = replace(clips[5], wrong="names no file")
+    clips[5] = replace(clips[5], wrong="names no file", language="unknown", speaker="")
 
     def broken(seconds):
         raise UserError("clip 7: is cut short")
@@ -96,6 +96,7 @@ def test_what_cannot_be_used_is_counted_and_named():
     found = cut(clips)
     assert not {2, 5, 7} & {*found.train, *found.held_out}
     note = found.notes[-1]
+    assert "unknown" not in found.notes[0], "who speaks is asked of what can be used"
     assert note.startswith("Left out 3 of 9 sounds: ")
     for part in ("clip 2: nothing says what is said in it", "clip 5: names no file", "clip 7: is cut short"):
         assert part in note and note.count(part.partition(":")[0]) == 1

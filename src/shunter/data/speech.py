@@ -423,6 +423,8 @@ def _choose(clips: list[Clip], share: float) -> tuple[tuple[list[int], list[int]
     if told and trained:
         return ([*trained, *free], told), ""
     free, speakers = [*trained, *free], dict[str, set[str]]()
+    wrong = {i for i in free if clips[i].wrong or not words_of(clips[i].text)}  # of nobody's voice, left out later
+    free = [i for i in free if i not in wrong]
     for i in free:
         speakers.setdefault(clips[i].language, set()).add(clips[i].speaker)
     names = sorted({clips[i].speaker for i in free} - {""})
@@ -446,4 +448,4 @@ def _choose(clips: list[Clip], share: float) -> tuple[tuple[list[int], list[int]
         note += (
             f" Of {which} one voice is known, or not whose voices they are: what is held out may be of voices heard."
         )
-    return (sorted(train), sorted(out)), note.strip()
+    return (sorted([*train, *wrong]), sorted(out)), note.strip()

@@ -10,7 +10,7 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from shunter.analysis.pages.inspect_figures import patch_sheet
+from shunter.analysis.pages.inspect_figures import _labels, patch_sheet
 
 
 def test_a_sheet_shows_the_patches_themselves():
@@ -22,3 +22,9 @@ def test_a_sheet_shows_the_patches_themselves():
             for x in range(4):
                 seen = sheet.getpixel((column * 26 + x * 6 + 3, y * 6 + 3))
                 assert seen == (round(float(images[image, 0, top + y, left + x]) * 255),) * 3
+
+
+def test_layers_of_one_number_are_told_apart():
+    names = [f"model.encoder.layers.{number}.{part}" for number in range(2) for part in ("ffn1", "ffn2")]
+    assert _labels(names) == ["encoder 0 ffn1", "encoder 0 ffn2", "encoder 1 ffn1", "encoder 1 ffn2"]
+    assert _labels(["model.layers.0.mlp", "model.layers.1.mlp"]) == ["0", "1"]

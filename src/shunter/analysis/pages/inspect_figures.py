@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,16 @@ def _short(layer: str) -> str:
     return shorten(stack + " ".join(numbers[:1]) if numbers else layer)
 
 
+def _labels(layers: Iterable[str]) -> list[str]:
+    """A label of each layer; where some have the same number, the last part of their names too."""
+    names = list(layers)
+    short = [_short(name) for name in names]
+    return [
+        f"{label} {name.rpartition('.')[2]}" if short.count(label) > 1 else label
+        for name, label in zip(names, short, strict=True)
+    ]
+
+
 def evidence_map(parts: dict[str, dict[str, float | None]], labels: dict[str, str]) -> Figure:
     """What decides each layer's routing: layers by row, labels by column, the part that each label decides written in.
 
@@ -52,7 +63,7 @@ def evidence_map(parts: dict[str, dict[str, float | None]], labels: dict[str, st
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(np.arange(len(labels)) + 0.5, list(labels.values()))
     axes.xaxis.tick_top()
-    axes.set_yticks(np.arange(len(parts)) + 0.5, [_short(layer) for layer in parts])
+    axes.set_yticks(np.arange(len(parts)) + 0.5, _labels(parts))
     axes.invert_yaxis()
     axes.set_ylabel("layer")
     axes.grid(visible=False)
@@ -72,7 +83,7 @@ def load_map(loads: dict[str, list[float]], dead: dict[str, list[int]]) -> tuple
     draw_heat_map(axes, values, scale)
     for row, layer in enumerate(loads):
         axes.plot(dead[layer], [row] * len(dead[layer]), "x", color="#ffffff", markersize=5)
-    axes.set_yticks(range(len(loads)), [_short(layer) for layer in loads])
+    axes.set_yticks(range(len(loads)), _labels(loads))
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
@@ -89,7 +100,7 @@ def margin_ranges(margins: dict[str, dict[str, Any]], palette: Palette) -> Figur
     axes.hlines(rows, first, third, color=palette.sparse, linewidth=5, alpha=0.5)
     axes.plot(middle, rows, "o", color=palette.sparse, markersize=5)
     axes.axvline(0, color=palette.ink, linewidth=0.8)
-    axes.set_yticks(rows, [_short(layer) for layer in margins])
+    axes.set_yticks(rows, _labels(margins))
     axes.set_ylim(len(margins) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("margin (logits)")
@@ -140,7 +151,7 @@ def saturation_bars(layers: dict[str, dict[str, Any]], palette: Palette) -> Figu
     axes.barh(rows, kept, height=0.6, color=palette.sparse, label="the same in both")
     axes.plot(chance, rows, "|", color=palette.ink, markersize=9, markeredgewidth=2, label="by chance")
     axes.set_xlim(0, 100)
-    axes.set_yticks(rows, [_short(layer) for layer in layers])
+    axes.set_yticks(rows, _labels(layers))
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("decisions (%)")

@@ -118,7 +118,7 @@ def _headline(findings: dict[str, Any]) -> str:
         if layer["follows"]:
             followed.setdefault(layer["follows"]["label"], []).append(layer["follows"]["part"])
     if not followed:
-        return "None of the labels looked at decides where tokens go"
+        return f"None of the labels looked at decides where {PIECES[findings['data']['kind']][1]} go"
     label, parts = max(followed.items(), key=lambda item: (len(item[1]), max(item[1])))
     where = "all" if len(parts) == len(layers) else f"{len(parts)} of {len(layers)}"
     where = f"In {where} {'layer' if len(layers) == 1 else 'layers'}" if len(layers) > 1 else "In this layer"
