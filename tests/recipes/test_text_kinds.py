@@ -93,7 +93,7 @@ def test_twins_begin_alike_and_are_told_apart_by_their_blocks_alone(family, corp
 @pytest.mark.parametrize("kind", ["encoder", "encoder-decoder"])
 def test_what_is_hidden(kind, corpus):
     """What is seen and what is to be guessed are the window; the same each time in the held-out part."""
-    length = 16 + SEED % 17
+    length = 32 + SEED % 17  # two spans
     more = [f"data.sequence_length={length}", f"training.batch_tokens={2 * length}", f"seed={SEED % 1000}"]
     config = load_config(TextConfig, None, settings(corpus, f"model.kind={kind}", *more))
     plain = RECIPE.prepare(load_config(TextConfig, None, settings(corpus, *more)))
