@@ -60,7 +60,8 @@ def leave_out_spans(ids: Tensor, marks: Sequence[int], generator: torch.Generato
     then its span, and one more sentinel.
 
     As many tokens and spans as `span_counts` says, so that all windows of a length have sources of one length, and
-    targets of one. The spans' lengths and places are drawn evenly; a window begins with a token that is seen.
+    targets of one. The lengths of the spans, and of what is seen between them, are drawn evenly; as in the paper's code
+    a window begins with what is seen and ends with a span.
 
     Source: Raffel et al. 2020 (T5), section 3.1.4 and 3.3.4.
     """
