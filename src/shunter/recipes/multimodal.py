@@ -132,7 +132,7 @@ class MultimodalConfig(RunConfig):
 
     @property
     def causal(self) -> bool:
-        """Not so."""
+        """No patch or word is later than another."""
         return False
 
     @property
