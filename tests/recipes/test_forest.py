@@ -259,7 +259,7 @@ BAD = {
     "no model": (["generate", "{forest}", "--model", "poems"], "has no branch of 'poems'"),
     "no such model": (["generate", "{run}", "--model", "poems"], "a run has dense and sparse"),
     "no domains": (["generate", "{run}", "--domain", "signs"], "its experts are not of domains"),
-    "no mixing": (["eval", "{run}", "--mixing"], "train with sparse.router=domain"),
+    "no mixing": (["eval", "{run}", "--mixing"], "train text with sparse.router=domain"),
     "train": (
         ["train", "text", "--run", "{bare}/branches/signs"],
         "holds a branch; train it, or go on: shunter train text",
@@ -282,6 +282,17 @@ def test_bad_input_is_one_line(case, grown, trained, tmp_path, capsys):
     assert main([word.format(**places) for word in arguments]) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and "\n" not in said and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "encoder-decoder"])
+def test_only_decoders_are_mixed(kind, grown, tmp_path, capsys):
+    """Of hidden or left out tokens there is no past, by which predictions are weighed."""
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "recipe.json").write_bytes((grown / "run/recipe.json").read_bytes())
+    (other / "config.yaml").write_text(f"model: {{kind: {kind}}}")
+    assert main(["branch", str(other), "--out", str(tmp_path / "new")]) == 2
+    assert f"has an {kind}; branches are of decoders" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _branch(args: argparse.Namespace) -> int:
     print("Train each, in any order or side by side:")
     others = [args.out / "together"] if args.together else []
     for folder in [*made, *others]:
-        print(f"  shunter train text --resume --run {folder}")
+        print(f"  shunter train text --resume --run {shlex.quote(str(folder))}")
     return 0
 
 

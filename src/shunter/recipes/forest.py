@@ -172,6 +172,10 @@ def _seed_config(source: Path, which: str) -> TextConfig:
     recipe, config = run.configuration_of(source)
     if recipe is not RECIPE:
         raise UserError(f"{source} is a run of {recipe.name}; branches are of text")
+    if config.model.kind != "decoder":
+        raise UserError(
+            f"{source} has an {config.model.kind}; branches are of decoders, whose predictions can be mixed"
+        )
     if which not in ("dense", "sparse"):
         raise UserError(f"--model {which!r} is unknown; choose dense or sparse")
     model = run.load_model(source, which)

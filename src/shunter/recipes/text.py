@@ -405,8 +405,8 @@ def evaluate_mixing(folder: Path) -> dict[str, dict[str, float]]:
     """
     recipe, config = run.configuration_of(folder)
     model = run.load_model(folder, "sparse")
-    if recipe is not RECIPE or not _goes_by_domain(model):
-        raise UserError(f"{folder}: its experts are not of domains; train with sparse.router=domain")
+    if recipe is not RECIPE or config.model.kind != "decoder" or not _goes_by_domain(model):
+        raise UserError(f"{folder}: it is no decoder with experts of domains; train text with sparse.router=domain")
     return RECIPE.mixing(model, config, run.data_of(folder))
 
 
