@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from ..errors import UserError
 from ..experts import Experts
 from ..hf.blocks import FeedForward, find_feed_forwards
-from ..hf.sparsifying import choose_blocks, sparsify
+from ..hf.sparsifying import Placement, sparsify
 from ..moe import MoE, expect_steps, moe_layers, update_routers
 from ..ranks import num_ranks
 from ..routers import Router
@@ -65,7 +65,10 @@ def upcycle_in_training(
     if not (math.isfinite(noise) and noise >= 0):
         raise UserError(f"upcycle_in_training: noise {noise} must be a number of at least 0")
     _must_be_alone("upcycle_in_training")
-    blocks = choose_blocks(find_feed_forwards(model), options.get("every", 1), options.get("layers"))
+    if options.get("where", "feed_forward") != "feed_forward":
+        raise UserError("upcycle_in_training: experts grow of feed-forward blocks alone; leave where= out")
+    place = Placement.parse(options.get("placement", ""), options.get("every", 1), options.get("layers"))
+    blocks = place.blocks(find_feed_forwards(model))
     carried = [_carried(block, optimizer) for block in blocks]
     sparsify(model, num_experts, router, init="copy", **options)
     for block, (old, moments) in zip(blocks, carried, strict=True):
