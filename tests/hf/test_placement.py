@@ -9,7 +9,9 @@ import torch
 import shunter
 from shunter.analysis.ledger import ledger
 from shunter.errors import UserError
+from shunter.hf.quantising import quantize
 from shunter.hf.sparsifying import Placement
+from shunter.training.pruning import prune
 
 FAMILIES = ["llama", "gpt2", "bert"]
 KINDS = {
@@ -137,6 +139,23 @@ def test_dense_parts_are_in_the_ledger(build):
     assert spent() == 2 * one
     assert spent(residual=True) == 2 * (2 * one + 2 * 2 * 32)
     assert spent(extra_mlp=True) == 4 * one
+
+
+def test_experts_that_differ_are_not_pruned_and_cost_the_same_in_codes(build, inputs, tmp_path):
+    model = shunter.sparsify(
+        build("llama"), 4, "topk", top_k=2, operations=["swiglu 32", "gelu 64", "zero", "constant"]
+    )
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="differ, and cannot stand in for each other"):
+        prune(tmp_path / "model", tmp_path / "out", 2, "random")
+    batch = inputs("llama")
+    model(**batch)
+    before = [layer.spent() for layer in shunter.moe_layers(model).values()]
+    quantize(model, bits=8)
+    for layer, spent in zip(shunter.moe_layers(model).values(), before, strict=True):
+        assert torch.equal(layer.spent(), spent)
+    model.save_pretrained(tmp_path / "coded")
+    assert torch.equal(shunter.from_pretrained(str(tmp_path / "coded"))(**batch).logits, model(**batch).logits)
 
 
 def test_copies_that_would_not_be_the_dense_block_are_refused(build):

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import shunter
 from shunter.analysis.ledger import ledger
@@ -210,9 +217,34 @@ def test_leaks_and_second_calls_are_refused(build):
         shunter.sparsify(build("bloom"), 4, "switch", where="attention")
 
 
+def test_tokens_place_by_place_are_refused():
+    sizes = {"langs": ["en", "de"], "src_vocab_size": 50, "tgt_vocab_size": 50, "d_model": 32}
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "tie_word_embeddings": False}
+    model = FSMTForConditionalGeneration(FSMTConfig(**sizes, **layers, **heads))
+    with pytest.raises(UserError, match="place by place") as error:
+        shunter.sparsify(model, 4, "topk", top_k=2, where="attention")
+    assert "\n" not in str(error.value)
+
+
 def test_a_refused_call_leaves_the_model_as_it_was(build, inputs):
     model, batch = build("gpt2"), inputs("gpt2")
     before = _logits(model, batch)
     with pytest.raises(UserError, match="fixed number"):
         shunter.sparsify(model, 4, "topk", top_k=2, where="heads, feed_forward")
     assert torch.equal(_logits(model, batch), before)
+
+
+@pytest.mark.parametrize("kind", ["attention", "heads"])
+def test_activation_checkpointing_gives_the_same_gradients(kind, build, inputs):
+    model, batch = shunter.sparsify(build("llama"), 4, "topk", top_k=2, where=kind).train(), inputs("llama")
+
+    def gradients():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = gradients()
+    assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)

@@ -58,6 +58,12 @@ class Operation(NamedTuple):
             raise ValueError(f"operation {text!r}: width {width} and depth {depth} must be at least 1")
         return cls(found[1], width, depth)
 
+    def products(self, dim: int) -> int:
+        """How many numbers its matrices have at the width d."""
+        if self.name in FREE:
+            return 2 * dim if self.name == "constant" else 0
+        return self.depth * (3 if ACTIVATIONS[self.name][1] else 2) * dim * self.hidden
+
     def __str__(self) -> str:
         return self.name if self.name in FREE else f"{self.name} {self.hidden} x{self.depth}"
 
@@ -130,8 +136,7 @@ class MixedExperts(RoutedExperts):
     @property
     def costs(self) -> Tensor:
         """(E,) float64 forward FLOPs of the products that each expert makes of one row; a multiply-add counts as 2."""
-        numbers = [sum(p.numel() for p in blocks.parameters() if p.dim() > 1) for blocks in self.each]
-        return 2 * torch.tensor(numbers, dtype=torch.float64)
+        return torch.tensor([2.0 * op.products(self.dim) for op in self.operations], dtype=torch.float64)
 
     @property
     def sizes(self) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +26,14 @@ from ..layers.attention import (
 )
 from ..moe import RoutedLayer
 
-__all__ = ["KINDS", "Attention", "find_attentions", "initialise", "put", "routed_in"]
+__all__ = ["KINDS", "Attention", "find_attentions", "initialise", "must_give_sequences", "put", "routed_in"]
 
 KINDS = ("attention", "heads")
 """Sparse layers that project to queries, keys and values; mixtures of attention heads."""
 
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"))
 _FUSED = ("c_attn",)
-_OTHERS = re.compile(r"[Cc]ross|EncDec|encoder_attn")
+_OTHERS = re.compile(r"[Cc]ross|EncDec|encoder_attn|encoder_decoder_att")
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,31 @@ def _attention(path: str, module: nn.Module) -> Attention | None:
         if isinstance(fused, Conv1D) and fused.nf == 3 * fused.nx == 3 * getattr(module, "split_size", 0):
             return Attention(path, module, (name,), (fused.nx,) * 3)
     return None
+
+
+def must_give_sequences(model: PreTrainedModel, attentions: Sequence[Attention]) -> None:
+    """Raises UserError where attention is given tokens as (S, B, d), place by place: padding is known as (B, S).
+
+    The model is called with tokens (2, 3), and stopped at the first of its attentions.
+    """
+    takes = set(inspect.signature(model.forward).parameters) & {"input_ids", "decoder_input_ids"}
+    shapes: list[torch.Size] = []
+
+    def stop(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        shapes.append(args[0].shape)
+        raise StopIteration
+
+    hooks = [attention.maps[0].register_forward_pre_hook(stop) for attention in attentions]
+    ids = torch.full((2, 3), 2, device=model.device)
+    with torch.no_grad(), torch.random.fork_rng(), suppress(Exception):
+        model(**dict.fromkeys(takes, ids))
+    for hook in hooks:
+        hook.remove()
+    if shapes and shapes[0][:2] == (3, 2):
+        raise UserError(
+            f"sparsify: {type(model).__name__} gives its attention tokens place by place, (S, B, d), which sparse "
+            "attention does not take; sparsify the feed-forward blocks"
+        )
 
 
 def put(

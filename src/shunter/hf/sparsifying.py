@@ -24,12 +24,12 @@ from ..experts.weights import STACKED
 from ..moe import MoE, RoutedLayer, moe_layers
 from ..routers import Router
 from ..routers.split import Split
-from .attention import KINDS, Attention, find_attentions, initialise, put, routed_in
+from .attention import KINDS, Attention, find_attentions, initialise, must_give_sequences, put, routed_in
 from .blocks import FeedForward, find_feed_forwards, survey
 from .config_file import name_layers
 from .hooks import check_batch, install
 
-__all__ = ["Placement", "choose_blocks", "describe_layers", "make_layers", "router_name", "save_sparse", "sparsify"]
+__all__ = ["Placement", "describe_layers", "make_layers", "router_name", "save_sparse", "sparsify"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Block = TypeVar("Block")
@@ -185,6 +185,7 @@ def sparsify(
         made.append((block, moe))
     chosen = place.choose(attentions) if attentions else []
     kind = next((kind for kind in kinds if kind != "feed_forward"), "attention")
+    must_give_sequences(model, [attention for attention, _ in chosen])
     for attention, _ in chosen:
         if kind == "heads" and attention.head is None:
             put(attention, kind, {}, None, False)  # says why not
@@ -438,17 +439,6 @@ def router_name(router: type) -> str:
     raise UserError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
 
 
-def choose_blocks(
-    stacks: list[list[FeedForward]], every: int = 1, layers: Sequence[int] | None = None
-) -> list[FeedForward]:
-    """Every n-th block of each stack, or those that `layers` counts from 0.
-
-    Raises:
-        UserError: where that leaves none, or a stack has no such block.
-    """
-    return [block for block, _ in Placement.parse("", every, layers).choose(stacks)]
-
-
 @dataclass(frozen=True)
 class Placement:
     """Which blocks of each stack become sparse, and which of them have twice as many experts.
@@ -493,6 +483,15 @@ class Placement:
         if every != 1:
             found["every"] = every
         return cls(**found, layers=None if layers is None else tuple(layers))
+
+    def __str__(self) -> str:
+        """In words, without `layers`."""
+        parts = [f"every {self.every}", *([] if self.last is None else [f"last {self.last}"])]
+        return ", ".join([*parts, "pyramid"] if self.pyramid else parts)
+
+    def blocks(self, stacks: list[list[Block]]) -> list[Block]:
+        """The blocks of `choose`, without how many times."""
+        return [block for block, _ in self.choose(stacks)]
 
     def choose(self, stacks: list[list[Block]]) -> list[tuple[Block, int]]:
         """The blocks, and how many times as many experts each has.

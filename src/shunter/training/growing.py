@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from ..errors import UserError
 from ..experts import Experts
 from ..hf.blocks import FeedForward, find_feed_forwards
-from ..hf.sparsifying import choose_blocks, sparsify
+from ..hf.sparsifying import Placement, sparsify
 from ..moe import MoE, expect_steps, moe_layers, update_routers
 from ..ranks import num_ranks
 from ..routers import Router
@@ -67,7 +67,10 @@ def upcycle_in_training(
     if "init" in options:
         raise UserError("upcycle_in_training: experts begin as copies of the dense block; leave init out")
     _must_be_alone("upcycle_in_training")
-    blocks = choose_blocks(find_feed_forwards(model), options.get("every", 1), options.get("layers"))
+    if options.get("where", "feed_forward") != "feed_forward":
+        raise UserError("upcycle_in_training: experts grow of feed-forward blocks alone; leave where= out")
+    place = Placement.parse(options.get("placement", ""), options.get("every", 1), options.get("layers"))
+    blocks = place.blocks(find_feed_forwards(model))
     carried = [_carried(block, optimizer) for block in blocks]
     sparsify(model, num_experts, router, init="copy", **options)
     for block, (old, moments) in zip(blocks, carried, strict=True):

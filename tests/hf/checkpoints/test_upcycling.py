@@ -12,6 +12,7 @@ from transformers import (
 
 import shunter
 from shunter.cli import main
+from shunter.errors import UserError
 from shunter.hf.checkpoints.upcycling import describe
 from tests.hf.checkpoints.models import (
     BUILD,
@@ -91,6 +92,19 @@ def test_every_second_block(every, dense, inputs, tmp_path):
         assert receipt["format"] == ("shunter" if name == "t5" or (name, every) == ("llama", 2) else NATIVE[name])
         batch = batch_for(inputs, name)
         assert relative(logits(load(tmp_path / f"{name}-out"), batch), logits(model, batch)) < 1e-5
+
+
+def test_the_last_block_in_words(dense, inputs, tmp_path):
+    folder, model = dense("t5", folder="t5")
+    receipt = shunter.upcycle(folder, tmp_path / "out", 4, placement="every 1, last 1", check=False)
+    assert receipt["options"]["last"] == 1
+    sparse = load(tmp_path / "out")
+    assert [name.split(".")[2] for name in shunter.moe_layers(sparse)] == ["1", "1"]
+    batch = batch_for(inputs, "t5")
+    assert relative(logits(sparse, batch), logits(model, batch)) < 1e-5
+    with pytest.raises(UserError, match="pyramid"):
+        shunter.upcycle(folder, tmp_path / "other", 4, placement="pyramid")
+    assert not (tmp_path / "other").exists()
 
 
 def test_tied_embeddings_stay_tied(dense, inputs, tmp_path):

@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ...errors import UserError
+from ...experts import MixedExperts
 from ...moe import MoE
 from ..observe.taps import Tap, taps
 from ..sparsifying import router_name
@@ -293,6 +294,8 @@ def _check_kind(name: str, tap: Tap) -> None:
     if tap.own is not None:
         if not isinstance(tap.own, MoE):
             raise UserError(f"prune: {name} is a {type(tap.own).__name__}; only layers of MoE can be pruned")
+        if isinstance(tap.own.experts, MixedExperts):
+            raise UserError(f"prune: the experts of {name} differ, and cannot stand in for each other")
         called = router_name(type(tap.own.decider))
         if called in _IN_ONE_PIECE:
             raise UserError(f"prune: the router {called} of {name} cannot lose experts: {_IN_ONE_PIECE[called]}")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ...environment import Memory
 from ...errors import UserError
 from ..blocks import FeedForward
-from ..sparsifying import choose_blocks, sparsify
+from ..sparsifying import Placement, sparsify
 from . import converting
 from .converting import Plan, convert, loader_of, megabytes
 from .dense import Dense
@@ -51,6 +51,7 @@ def upcycle(
     prompts: Sequence[Sequence[str]] | None = None,
     to: str = "auto",
     every: int = 1,
+    placement: str = "",
     seed: int = 0,
     check: bool = True,
     max_shard_bytes: int = 5_000_000_000,
@@ -78,6 +79,7 @@ def upcycle(
         to: "auto" takes the native family that continues the dense one where there is one, so that plain transformers
             loads the result, else "shunter", Shunter's own format (`shunter.from_pretrained` loads); or a family.
         every: sparsify every n-th block.
+        placement: the same in words, as "every 2, last 3" (see `shunter.sparsify`); no pyramid, whose layers differ.
         seed: of what is drawn.
         check: load both models and compare their logits; "copy" and "split", which keep the function, fail where the
             difference is more than rounding.
@@ -97,13 +99,16 @@ def upcycle(
     how = Method.of(method, granularity=granularity, noise=noise, drop=drop)
     num_experts = num_experts or (len(siblings) or 8)
     _check(how, num_experts, top_k, siblings, prompts)
+    place = Placement.parse(placement, every)
+    if place.pyramid:
+        raise UserError("upcycle: placement: a pyramid has layers of different sizes, which no plan here makes")
     is_gguf = Path(model).suffix == ".gguf"
     with unpacked(Path(model), Path(out).parent) if is_gguf else nullcontext(local_folder(model)) as folder:
         source = Dense.open(folder)
         members = [Dense.open(local_folder(sibling)) for sibling in siblings]
         for member in members:
             member.must_match(source)
-        start = _Start(source, members or [source], how, num_experts, top_k, every)
+        start = _Start(source, members or [source], how, num_experts, top_k, place)
         form, why = start.form(to)
         plan = start.plan(form, why, prompts, seed)
         return convert("upcycle", plan, Path(out), memory, check, max_shard_bytes)
@@ -153,7 +158,7 @@ class _Start:
         members: those whose blocks become experts, of which other weights are the mean: the siblings, or it alone.
         method: how experts are made of a block.
         num_experts, top_k: E and k.
-        every: which blocks become sparse.
+        place: which blocks become sparse.
     """
 
     source: Dense
@@ -161,12 +166,12 @@ class _Start:
     method: Method
     num_experts: int
     top_k: int
-    every: int
+    place: Placement
 
     @property
     def blocks(self) -> list[FeedForward]:
         """The dense blocks that become sparse."""
-        return choose_blocks(self.source.stacks, self.every)
+        return self.place.blocks(self.source.stacks)
 
     def form(self, to: str) -> tuple[Form, str | None]:
         """The sparse model as the format that was asked for has it; and why it is no family's, where one was sought."""
@@ -202,7 +207,9 @@ class _Start:
         granularity = self.method.granularity
         hidden = None if granularity == 1 else self.blocks[0].hidden // granularity
         model = copy.deepcopy(self.source.model)
-        return sparsify(model, self.num_experts, "topk", top_k=self.top_k, every=self.every, hidden=hidden, **options)
+        return sparsify(
+            model, self.num_experts, "topk", top_k=self.top_k, placement=str(self.place), hidden=hidden, **options
+        )
 
     def plan(self, form: Form, why: str | None, prompts: Prompts | None, seed: int) -> Plan:
         """How the folder of the sparse model comes about."""
@@ -230,7 +237,9 @@ class _Start:
                 made = [piece.name for (key, _), piece in pieces.items() if key == part]
                 before = became.get(disk, {"to": []})["to"]  # gate and up may lie in one tensor
                 became[disk] = {"how": method.how, "to": list(dict.fromkeys([*before, *made]))}
-        options = {"num_experts": self.num_experts, "top_k": self.top_k, "every": self.every, "seed": seed}
+        options = {"num_experts": self.num_experts, "top_k": self.top_k, "every": self.place.every, "seed": seed}
+        if self.place.last is not None:
+            options["last"] = self.place.last
         facts = {
             "method": method.name,
             "options": options | {"amount": method.amount},
@@ -252,7 +261,7 @@ class _Start:
         source, method, generator = self.source, self.method, torch.Generator().manual_seed(seed)
         for disk, name in names.items():
             yield name, 0, mean(self.members, source.names[disk])
-        theirs = [choose_blocks(member.stacks, self.every) for member in self.members]
+        theirs = [self.place.blocks(member.stacks) for member in self.members]
         for number, block in enumerate(self.blocks):
             pieces = form.pieces[block.path]
             one = None if method.name == "siblings" else source.parts(block)
