@@ -22,6 +22,8 @@ from transformers import (
     LongformerForMaskedLM,
     LukeConfig,
     LukeForMaskedLM,
+    LxmertConfig,
+    LxmertModel,
     ProphetNetConfig,
     ProphetNetForConditionalGeneration,
     ReformerConfig,
@@ -258,3 +260,17 @@ def test_what_stands_behind_the_words_has_its_own_padding(build_one, router):
         assert context.sequence is None or torch.equal(
             context.sequence, torch.arange(2).repeat_interleave(len(wanted[0]))
         )
+
+
+def test_what_stands_beside_the_words_does_not_get_their_padding():
+    """LXMERT has layers for its pictures' regions alone, of which there may be more than words."""
+    sizes = {"num_attention_heads": 2, "intermediate_size": 24, "l_layers": 1, "r_layers": 1, "x_layers": 1}
+    config = LxmertConfig(vocab_size=20, hidden_size=16, visual_feat_dim=8, **sizes)
+    model = shunter.sparsify(LxmertModel(config), 4, "topk", top_k=2).eval()
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 5:] = 0
+    batch = {"input_ids": torch.randint(4, 20, (2, 8)), "visual_feats": torch.randn(2, 11, 8)}
+    batch["visual_pos"] = torch.rand(2, 11, 4)
+    _heard(model, **batch)
+    with pytest.raises(ValueError, match="knows it of other tokens than this layer's"):
+        model(attention_mask=mask, **batch)

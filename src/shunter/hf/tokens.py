@@ -32,6 +32,13 @@ _INVERTED = ("input_mask", "decoder_padding_mask")
 _MASKS = ("pixel_attention_mask", "pixel_mask", "attention_mask", "padding_mask")
 # Masks of what LUKE and VisualBERT put behind the words.
 _BEHIND = ("entity_attention_mask", "visual_attention_mask")
+# What LUKE, VisualBERT, LayoutLMv2 and LayoutLMv3 are given to put there.
+_APPENDING = (
+    {"entity_ids", "entity_attention_mask"},
+    {"visual_embeds", "visual_attention_mask"},
+    {"bbox", "image"},
+    {"bbox", "pixel_values"},
+)
 # What is added to scores to forbid them is below this, whatever it is: -inf, the least of a dtype, -1e9, -1e4.
 _FORBIDDEN = -1e3
 # A model that takes these has a grid of tokens of its own: patches of images, frames of sound.
@@ -198,7 +205,7 @@ def _pads(module: Any) -> bool:
 
 def _appends(module: Any) -> bool:
     names = set(inspect.signature(module.forward).parameters)
-    return bool(names & set(_BEHIND)) or ("bbox" in names and bool(names & {"image", "pixel_values"}))
+    return any(names >= some for some in _APPENDING) and "visual_bbox" not in names  # UDOP puts patches among the words
 
 
 def _downsamples(module: Any) -> bool:
