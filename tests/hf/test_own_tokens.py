@@ -14,14 +14,22 @@ from transformers import (
     FSMTForConditionalGeneration,
     FunnelConfig,
     FunnelForMaskedLM,
+    LayoutLMv3Config,
+    LayoutLMv3Model,
     LEDConfig,
     LEDForConditionalGeneration,
     LongformerConfig,
     LongformerForMaskedLM,
+    LukeConfig,
+    LukeForMaskedLM,
+    LxmertConfig,
+    LxmertModel,
     ProphetNetConfig,
     ProphetNetForConditionalGeneration,
     ReformerConfig,
     ReformerForMaskedLM,
+    VisualBertConfig,
+    VisualBertModel,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -216,3 +224,53 @@ def test_masks_that_say_where_padding_is():
         batch = {"decoder_input_ids": ids, "decoder_attention_mask": real.long(), "use_cache": use_cache}
         for name, (context, *_) in _heard(model, input_ids=ids, **batch).items():
             assert context.mask is None if ".encoder." in name else torch.equal(context.mask.reshape(3, 7), real)
+
+
+def _luke():
+    return LukeForMaskedLM(LukeConfig(vocab_size=20, entity_vocab_size=9, entity_emb_size=8, **_BERT))
+
+
+def _visual_bert():
+    return VisualBertModel(VisualBertConfig(vocab_size=20, visual_embedding_dim=8, **_BERT))
+
+
+def _layout_lm():
+    sizes = {"coordinate_size": 3, "shape_size": 2, "max_2d_position_embeddings": 64, "input_size": 8, "patch_size": 4}
+    return LayoutLMv3Model(LayoutLMv3Config(vocab_size=20, **sizes, **_BERT))
+
+
+@pytest.mark.parametrize("router", ["topk", "sentence"])
+@pytest.mark.parametrize("build_one", [_luke, _visual_bert, _layout_lm])
+def test_what_stands_behind_the_words_has_its_own_padding(build_one, router):
+    model = shunter.sparsify(build_one(), 4, router, allow_leak=True).eval()
+    real, others = torch.ones(2, 8, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    real[1, 5:] = others[0, 2:] = False
+    batch = {"input_ids": torch.randint(4, 20, (2, 8)), "attention_mask": real.long()}
+    if build_one is _luke:
+        ids, places = torch.randint(1, 9, (2, 3)), torch.zeros(2, 3, 4, dtype=torch.int64)
+        batch |= {"entity_ids": ids, "entity_position_ids": places, "entity_attention_mask": others.long()}
+    elif build_one is _visual_bert:
+        batch |= {"visual_embeds": torch.randn(2, 3, 8), "visual_attention_mask": others.long()}
+    else:
+        batch |= {"bbox": torch.randint(0, 50, (2, 8, 4)).sort(-1).values, "pixel_values": torch.randn(2, 3, 8, 8)}
+        others = torch.ones(2, 5, dtype=torch.bool)
+    wanted = torch.cat([real, others], 1)
+    for (context,) in _heard(model, **batch).values():
+        assert torch.equal(context.mask.reshape(context.shape), wanted)
+        assert context.sequence is None or torch.equal(
+            context.sequence, torch.arange(2).repeat_interleave(len(wanted[0]))
+        )
+
+
+def test_what_stands_beside_the_words_does_not_get_their_padding():
+    """LXMERT has layers for its pictures' regions alone, of which there may be more than words."""
+    sizes = {"num_attention_heads": 2, "intermediate_size": 24, "l_layers": 1, "r_layers": 1, "x_layers": 1}
+    config = LxmertConfig(vocab_size=20, hidden_size=16, visual_feat_dim=8, **sizes)
+    model = shunter.sparsify(LxmertModel(config), 4, "topk", top_k=2).eval()
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 5:] = 0
+    batch = {"input_ids": torch.randint(4, 20, (2, 8)), "visual_feats": torch.randn(2, 11, 8)}
+    batch["visual_pos"] = torch.rand(2, 11, 4)
+    _heard(model, **batch)
+    with pytest.raises(ValueError, match="knows it of other tokens than this layer's"):
+        model(attention_mask=mask, **batch)

@@ -8,6 +8,7 @@ of a whole whose one part is sparse, a part has no model_type that anybody looks
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -121,13 +122,16 @@ def _sparse(kind: type[PreTrainedConfig]) -> Any:
     return Sparse
 
 
+_BUILDERS = tuple(inspect.unwrap(f).__code__ for f in (PreTrainedModel._from_config, PreTrainedModel.from_pretrained))
+
+
 def _say_dense(config: Any, model: PreTrainedModel) -> None:
     """Say that a class of transformers builds the dense form of a sparse model, where nobody gives it the layers.
 
     Transformers builds it too where it loads a sparse model, and has then put its quantizer's settings in.
 
     Raises:
-        UserError: where the configuration is of a folder, or an Auto class builds.
+        UserError: where the configuration is of a folder, an Auto class builds, or weights would be loaded into it.
 
     Warns:
         UserWarning: where a class itself builds, as from a configuration that `sparsify` has marked since.
@@ -140,7 +144,7 @@ def _say_dense(config: Any, model: PreTrainedModel) -> None:
         "one by from_pretrained (of shunter, or of an Auto class), or make the dense one of a configuration of its own"
     )
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code is not PreTrainedModel._from_config.__code__:
+    while frame.f_back is not None and frame.f_code not in _BUILDERS:
         frame = frame.f_back
     if frame.f_back is not None or settings is not None:
         raise UserError(words)

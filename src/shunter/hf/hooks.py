@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..moe import RoutedLayer, aux_loss, give_reward, mark, moe_layers
 from ..recomputation import recomputing
 from .probing import shapes_given
-from .tokens import arguments, decoder_padding, fitted, hands_on_others, has_tokens, tokens_of
+from .tokens import arguments, decoder_padding, fitted, hands_on_others, has_tokens, padding_behind, tokens_of
 
 __all__ = ["check_batch", "install"]
 
@@ -111,6 +111,17 @@ class _OfBatch(Scope):
     since: int = -1
 
 
+@dataclass(frozen=True)
+class _OfTokens(Scope):
+    """The scope of a model's forward within it.
+
+    Args:
+        behind: (B, n) bool, which are real of the tokens that the model puts behind those of its context.
+    """
+
+    behind: Tensor | None = None
+
+
 class _Forwards:
     """The forwards of one model: what they know of their tokens reaches the layers, their losses the model's output.
 
@@ -181,12 +192,14 @@ class _Forwards:
         batch = next((scope for scope in reversed(contexts.present()) if isinstance(scope, _OfBatch)), _OfBatch())
         if module in batch.decoder:
             known = replace(known, mask=batch.padding)
-        contexts.enter(Scope(replace(known, **batch.values)))
+        contexts.enter(_OfTokens(replace(known, **batch.values), behind=padding_behind(module, args, kwargs)))
 
     def fit(self, model: nn.Module, layer: nn.Module, args: tuple[Any, ...]) -> None:
         """Tell a layer of the tokens that the model around makes of its own."""
-        around, _ = contexts.known_in(layer)
-        contexts.enter(Scope(fitted(model, around, args[0].shape[:-1])))
+        scope = next(scope for scope in reversed(contexts.present()) if scope.context is not None)
+        behind = scope.behind if isinstance(scope, _OfTokens) else None
+        assert scope.context is not None
+        contexts.enter(Scope(fitted(model, scope.context, args[0].shape[:-1], behind)))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the scope that the module entered."""

@@ -16,11 +16,29 @@ from ..context import Context, places_in, present
 from ..errors import UserError
 from ..moe import moe_layers
 
-__all__ = ["arguments", "decoder_padding", "fitted", "has_tokens", "hands_on_others", "takes_tokens", "tokens_of"]
+__all__ = [
+    "arguments",
+    "decoder_padding",
+    "fitted",
+    "has_tokens",
+    "hands_on_others",
+    "padding_behind",
+    "takes_tokens",
+    "tokens_of",
+]
 
 # Masks that are True, or 1, at padding: of XLNet, of FSMT's decoder.
 _INVERTED = ("input_mask", "decoder_padding_mask")
 _MASKS = ("pixel_attention_mask", "pixel_mask", "attention_mask", "padding_mask")
+# Masks of what LUKE and VisualBERT put behind the words.
+_BEHIND = ("entity_attention_mask", "visual_attention_mask")
+# What LUKE, VisualBERT, LayoutLMv2 and LayoutLMv3 are given to put there.
+_APPENDING = (
+    {"entity_ids", "entity_attention_mask"},
+    {"visual_embeds", "visual_attention_mask"},
+    {"bbox", "image"},
+    {"bbox", "pixel_values"},
+)
 # What is added to scores to forbid them is below this, whatever it is: -inf, the least of a dtype, -1e9, -1e4.
 _FORBIDDEN = -1e3
 # A model that takes these has a grid of tokens of its own: patches of images, frames of sound.
@@ -113,15 +131,26 @@ def decoder_padding(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def hands_on_others(module: Any) -> bool:
     """Whether a model makes other tokens of those that it is given, as `fitted` knows."""
     return bool(
-        _pads(module) or _downsamples(module) or getattr(module, "ngram", None) or hasattr(_encoder(module), _STRUCTURE)
+        _pads(module)
+        or _downsamples(module)
+        or _appends(module)
+        or getattr(module, "ngram", None)
+        or hasattr(_encoder(module), _STRUCTURE)
     )
 
 
-def fitted(module: Any, known: Context, shape: torch.Size) -> Context:
+def padding_behind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Where the tokens are real that a model puts behind its words, (B, n) bool; None where nothing says it."""
+    given = arguments(module, args, kwargs)
+    return next((given[name] != 0 for name in _BEHIND if _tensor(given, name) is not None), None)
+
+
+def fitted(module: Any, known: Context, shape: torch.Size, behind: Tensor | None = None) -> Context:
     """What is known of a model's tokens (B, S), of those (B, S') that it makes of them for a layer inside.
 
     Longformer, LED, BigBird and Reformer pad the end of each row; CANINE makes a token of several, real where one of
     them is; Funnel of two, real where both are; ProphetNet's decoder has the same tokens once more for each n-gram.
+    LUKE, VisualBERT and LayoutLM put entities or patches behind the words, of which those in `behind` (B, n) are real.
     Ids, and sequences packed in a row, are not those of other tokens, and so are refused where they are needed.
     """
     given = next((value for value in (known.mask, known.token_ids, known.sequence) if value is not None), None)
@@ -148,7 +177,12 @@ def fitted(module: Any, known: Context, shape: torch.Size) -> Context:
         if position is None:
             position = (torch.ones_like(given) if mask is None else mask).cumsum(1) - 1
         position = position.repeat(1, 1 + module.ngram)
-    if mask is None:
+    if _appends(module):
+        if more < 0 or (behind is not None and behind.shape[1] != more):
+            return known
+        real = torch.ones_like(given, dtype=torch.bool) if mask is None else mask
+        mask = torch.cat((real, real.new_ones(len(real), more) if behind is None else behind.to(real.device)), 1)
+    elif mask is None:
         pass
     elif _downsamples(module):
         mask = module._downsample_attention_mask(mask.to(torch.int64), module.config.downsampling_rate) != 0
@@ -167,6 +201,11 @@ _PADDING = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_
 
 def _pads(module: Any) -> bool:
     return any(hasattr(module, name) for name in _PADDING)
+
+
+def _appends(module: Any) -> bool:
+    names = set(inspect.signature(module.forward).parameters)
+    return any(names >= some for some in _APPENDING) and "visual_bbox" not in names  # UDOP puts patches among the words
 
 
 def _downsamples(module: Any) -> bool:

@@ -236,6 +236,10 @@ def test_nothing_makes_a_dense_model_of_a_sparse_ones_configuration(architecture
     for make in (auto.from_config, AutoModel.from_config):
         with pytest.raises(shunter.errors.UserError, match="configuration is of a sparse model"):
             make(config)
+    if source in ("the model", "a copy"):  # which say nothing of where the weights are
+        for load in (auto.from_pretrained, type(model).from_pretrained):
+            with pytest.raises(shunter.errors.UserError, match="this is its dense form"):
+                load(tmp_path, config=config)
     told = pytest.warns(UserWarning, match="this is its dense form")
     if source == "the folder":
         told = pytest.raises(shunter.errors.UserError, match="this is its dense form")
