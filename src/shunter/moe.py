@@ -390,8 +390,8 @@ class MoE(RoutedLayer):
         """
         tokens, logits, routing, context = self.route(x, known)
         shared: list[Tensor] = []
-        if self.shared_experts is not None and self.experts.waits:
-            self.experts.meanwhile = lambda: shared.append(self._shared(tokens))
+        if self.shared_experts is not None and self.own_experts.waits:
+            self.own_experts.meanwhile = lambda: shared.append(self._shared(tokens))
         out = self.decider.compute(tokens, logits, routing, context, self.experts)
         if self.shared_experts is not None:
             dense = shared.pop() if shared else self._shared(tokens)
@@ -427,7 +427,7 @@ class MoE(RoutedLayer):
         if not self.cost_loss:
             return {}
         probs = self.decider.probs(logits)
-        cost = self.experts.costs
+        cost = self.own_experts.costs
         cost = torch.nn.functional.pad(cost / cost.max().clamp_min(1), (0, probs.shape[1] - len(cost)))
         return {"cost_loss": self.cost_loss * loss_functions.cost_loss(probs, cost, context.mask)}
 
@@ -440,7 +440,16 @@ class MoE(RoutedLayer):
         if self.routing is None:
             raise RuntimeError("MoE: nothing is spent before the first forward")
         token, expert = self.routing.token.cpu(), self.routing.expert.cpu()
-        return torch.zeros(self.routing.num_tokens, dtype=torch.float64).index_add(0, token, self.experts.costs[expert])
+        return torch.zeros(self.routing.num_tokens, dtype=torch.float64).index_add(
+            0, token, self.own_experts.costs[expert]
+        )
+
+    @property
+    def own_experts(self) -> RoutedExperts:
+        """The `RoutedExperts` in `experts`, whose module may wrap it, as an adapter does; it is asked what it costs."""
+        if isinstance(self.experts, RoutedExperts):
+            return self.experts
+        return next(module for module in self.experts.modules() if isinstance(module, RoutedExperts))
 
     def flops_per_token(self, sequence_length: int) -> dict[str, float]:
         """As in any layer, with the dense parts, which every token takes; experts that differ cost what was asked for.
@@ -448,7 +457,7 @@ class MoE(RoutedLayer):
         Experts that differ count by the last forward's choices, before the first as if all were chosen alike.
         """
         taken = self.share_used(sequence_length) * self.num_experts
-        products = taken * self._mean_of_choice(self.experts.costs)
+        products = taken * self._mean_of_choice(self.own_experts.costs)
         for dense in (self.shared_experts, self.extra_mlp):
             if dense is not None:
                 products += 2 * dense.matrix_numbers
@@ -461,16 +470,16 @@ class MoE(RoutedLayer):
 
         Of experts that differ, by the choices that `flops_per_token` counts.
         """
-        if not isinstance(self.experts, MixedExperts):
+        if not isinstance(self.own_experts, MixedExperts):
             unused = 0.0 if self.decider.chooses == "slots" else 1 - self.share_used(sequence_length)
-            return super().inactive_parameters(sequence_length) - unused * self.experts.shared_numbers
-        sizes = self.experts.sizes
+            return super().inactive_parameters(sequence_length) - unused * self.own_experts.shared_numbers
+        sizes = self.own_experts.sizes
         taken = self.share_used(sequence_length) * self.num_experts
         return float(sizes.sum()) - taken * self._mean_of_choice(sizes)
 
     def _mean_of_choice(self, values: Tensor) -> float:
         """The mean of values (E,) over the choices of the last forward, or over the experts."""
-        differ = isinstance(self.experts, MixedExperts) and self.routing is not None
+        differ = isinstance(self.own_experts, MixedExperts) and self.routing is not None
         share = self.routing.counts.cpu().double() if differ and self.routing is not None else torch.ones(len(values))
         return float((share * values).sum() / share.sum()) if share.sum() > 0 else float(values.mean())
 

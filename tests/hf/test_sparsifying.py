@@ -206,14 +206,20 @@ def test_one_stack_of_two(stack, architecture, build):
     model = build(architecture)
     blocks = {name for layers in find_feed_forwards(model) for name in (block.path for block in layers)}
     inside = {name for name in blocks if stack in name.split(".")}
-    assert set(shunter.moe_layers(shunter.sparsify(model, 2, "hash", stack=stack))) == inside < blocks
+    assert (
+        set(
+            shunter.moe_layers(
+                shunter.sparsify(model, 2, "hash", within=stack if architecture == "t5" else f"model.{stack}")
+            )
+        )
+        == inside
+        < blocks
+    )
 
 
 def test_a_stack_that_is_not_there_is_refused(build):
-    with pytest.raises(UserError, match="has no encoder beside a decoder"):
-        shunter.sparsify(build("llama"), 2, "topk", stack="encoder")
-    with pytest.raises(UserError, match="stack 'encoders' is unknown; choose encoder or decoder"):
-        shunter.sparsify(build("t5"), 2, "topk", stack="encoders")
+    with pytest.raises(UserError, match="within='encoder' has no block of LlamaForCausalLM"):
+        shunter.sparsify(build("llama"), 2, "topk", within="encoder")
 
 
 def test_scratch_experts_have_the_dense_spread(build):

@@ -74,7 +74,9 @@ def test_padding_and_a_few_tokens_without_gradients(name):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("name, dtype", [("topk", "float32"), ("switch", "bfloat16")])
+@pytest.mark.parametrize(
+    "name, dtype", [pytest.param("topk", "float32", marks=pytest.mark.slow), ("switch", "bfloat16")]
+)
 def test_inductor_gives_the_same_numbers(name, dtype):
     compiled, layer, twin = _pair(name, DTYPES[dtype], "inductor")
     layer.router.jitter = twin.router.jitter = 0.0  # its noise is another there
@@ -108,7 +110,7 @@ def test_every_kernel_has_a_backend_of_its_name():
     assert all(get(name).name == name for name in autograd._KERNELS)
 
 
-@pytest.mark.parametrize("router", ["topk", "hash"])
+@pytest.mark.parametrize("router", ["topk", pytest.param("hash", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["the model", "each block"])
 def test_a_compiled_model_trains_as_the_model(way, router):
     """Padding and ids reach its routers, and its auxiliary losses its loss, step after step."""
@@ -208,7 +210,10 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("kind, how", [("family", "strict"), ("family", "traced"), ("sparsified", "traced")])
+@pytest.mark.parametrize(
+    "kind, how",
+    [("family", "strict"), pytest.param("family", "traced", marks=pytest.mark.slow), ("sparsified", "traced")],
+)
 def test_a_model_is_exported_by_a_process_that_never_ran_one(kind, how):
     """What a function computes, and what this machine can, is found out beside the tracing."""
     run = subprocess.run([sys.executable, "-c", COLD, kind, how], capture_output=True, text=True, timeout=300)

@@ -88,6 +88,7 @@ def test_a_run_from_end_to_end(table, tmp_path, capsys, monkeypatch):
     assert "the pairs have changed since this run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_routers_are_compared_on_pairs(table, tmp_path, capsys):
     run = tmp_path / "compared"
     routers = "limoe:eval_capacity_factor=dropless,topk:top_k=1,expert_choice,hash"

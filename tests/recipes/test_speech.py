@@ -166,6 +166,7 @@ def test_features_are_those_of_the_saved_extractor(songs, tmp_path):
     assert labels == {"units": "words", "known": ["la", "ti"]}
 
 
+@pytest.mark.slow
 def test_routers_are_compared_on_speech(songs, tmp_path, capsys):
     run = tmp_path / "compared"
     routers = "speech,language,expert_choice"

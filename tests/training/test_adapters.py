@@ -210,7 +210,10 @@ def test_groups_of_a_model_with_adapters_leave_what_they_wrap_frozen():
 
 
 def test_ours_know_their_layers_under_adapters():
-    model = expert_lora(sparsify(build("mistral"), 4, "topk", num_shared_experts=1, load_balancing_loss=0.01), r=2)
+    sparse = sparsify(build("mistral"), 4, "topk", num_shared_experts=1, load_balancing_loss=0.01)
+    spent = {name: layer.flops_per_token(9) for name, layer in moe_layers(sparse).items()}
+    model = expert_lora(sparse, r=2)
+    assert list(spent.values()) == [layer.flops_per_token(9) for layer in moe_layers(model).values()]
     model.train()
     ids = torch.randint(64, (2, 9))
     model(input_ids=ids, labels=ids).loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -134,8 +135,11 @@ def _attention(path: str, module: nn.Module) -> Attention | None:
 def must_give_sequences(model: PreTrainedModel, attentions: Sequence[Attention]) -> None:
     """Raises UserError where attention is given tokens as (S, B, d), place by place: padding is known as (B, S).
 
-    The model is called with tokens (2, 3), and stopped at the first of its attentions.
+    A copy of the model that shares its weights is called with tokens (2, 3), and stopped at the first of its
+    attentions: some models change themselves for good by what they are called with.
     """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
     takes = set(inspect.signature(model.forward).parameters) & {"input_ids", "decoder_input_ids"}
     shapes: list[torch.Size] = []
 
@@ -143,12 +147,11 @@ def must_give_sequences(model: PreTrainedModel, attentions: Sequence[Attention])
         shapes.append(args[0].shape)
         raise StopIteration
 
-    hooks = [attention.maps[0].register_forward_pre_hook(stop) for attention in attentions]
+    for attention in attentions:
+        getattr(twin.get_submodule(attention.path), attention.names[0]).register_forward_pre_hook(stop)
     ids = torch.full((2, 3), 2, device=model.device)
     with torch.no_grad(), torch.random.fork_rng(), suppress(Exception):
-        model(**dict.fromkeys(takes, ids))
-    for hook in hooks:
-        hook.remove()
+        twin(**dict.fromkeys(takes, ids))
     if shapes and shapes[0][:2] == (3, 2):
         raise UserError(
             f"sparsify: {type(model).__name__} gives its attention tokens place by place, (S, B, d), which sparse "

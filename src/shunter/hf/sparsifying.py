@@ -185,7 +185,8 @@ def sparsify(
         made.append((block, moe))
     chosen = place.choose(attentions) if attentions else []
     kind = next((kind for kind in kinds if kind != "feed_forward"), "attention")
-    must_give_sequences(model, [attention for attention, _ in chosen])
+    if chosen:
+        must_give_sequences(model, [attention for attention, _ in chosen])
     for attention, _ in chosen:
         if kind == "heads" and attention.head is None:
             put(attention, kind, {}, None, False)  # says why not

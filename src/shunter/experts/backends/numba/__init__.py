@@ -143,7 +143,8 @@ def _refuses(x: Tensor, weights: Weights | QuantisedWeights) -> str | None:
         return f"it computes in float32, not in {x.dtype}"
     if isinstance(weights, QuantisedWeights):
         return NO_BACKWARD if torch.is_grad_enabled() and x.requires_grad else bridge.lacks()
-    if product_dtype(x) != torch.float32 and (reason := bridge.no_halves(x, weights)):
+    dim, hidden = weights.down.shape[1:]
+    if product_dtype(x) != torch.float32 and (reason := bridge.no_halves(x.dtype, dim, hidden)):
         return reason
     parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
     if not all(part is None or part.is_contiguous() for part in parts):

@@ -90,15 +90,13 @@ def lacks() -> str | None:
 
 
 @outside_tracing
-def no_halves(x: Tensor, weights: Weights) -> str | None:
-    """Why the loops do not multiply in the half precision of x, where torch is fast in it; None where they do."""
-    itself = f"this processor multiplies {x.dtype} itself"
-    if x.dtype != torch.bfloat16 or onednn.addresses() is None or not onednn.enabled():
+def no_halves(dtype: torch.dtype, dim: int, hidden: int) -> str | None:
+    """Why the loops do not multiply in a half precision in which torch is fast; None where they do."""
+    itself = f"this processor multiplies {dtype} itself"
+    if dtype != torch.bfloat16 or onednn.addresses() is None or not onednn.enabled():
         return f"{itself}, by other instructions than its loops call"
-    if weights.dim % 16 or weights.hidden % 16:
-        return (
-            f"{itself}, and its loops take widths that are multiples of 16, not d={weights.dim} and f={weights.hidden}"
-        )
+    if dim % 16 or hidden % 16:
+        return f"{itself}, and its loops take widths that are multiples of 16, not d={dim} and f={hidden}"
     if not INSTALLED or not _running() or _right_in_halves():
         return None
     return "oneDNN's products came out wrong, called from its loops"
@@ -106,7 +104,8 @@ def no_halves(x: Tensor, weights: Weights) -> str | None:
 
 def operands(x: Tensor, weights: Weights) -> Tensor:
     """No numbers, of the dtype in which the loops multiply: that of x where torch is fast in it and they can."""
-    return SINGLE if product_dtype(x) == torch.float32 or no_halves(x, weights) else x.new_empty(0)
+    widens = product_dtype(x) == torch.float32 or no_halves(x.dtype, weights.dim, weights.hidden)
+    return SINGLE if widens else x.new_empty(0)
 
 
 @outside_tracing
