@@ -43,7 +43,8 @@ class _Numba:
         own = (weights.up, weights.down, weights.up_bias, weights.down_bias)
         h = with_huge_pages(torch.empty(n if keep else 0, width, dtype=x.dtype, device=x.device))
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        block, operands = _block(n), bridge.operands(x, weights)
+        operands = bridge.operands(x, weights)
+        block = _block(n, operands)
         with bridge.ready() as loops:
             loops.forward(
                 loops.ACTIVATIONS[weights.activation],
@@ -64,7 +65,7 @@ class _Numba:
         """The output (T, d), each expert's matrices decoded panel by panel."""
         n, d, f = routing.token.numel(), weights.dim, weights.hidden
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        block = min(n, BLOCK_ROWS)
+        block = _block(n, SINGLE)
         with bridge.ready() as loops:
             panel = loops.PANEL_ROWS * max(weights.up.width, weights.down.width)
             loops.forward_coded(
@@ -94,7 +95,8 @@ class _Numba:
         part = sum(gradient[0].numel() for gradient in parameters if gradient is not None)
         grad_weight = torch.empty(n, dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x if needs.x else x[:0], memory_format=torch.contiguous_format)
-        block, operands = _block(n), bridge.operands(x, weights)
+        operands = bridge.operands(x, weights)
+        block = _block(n, operands)
         with bridge.ready() as loops:
             loops.backward(
                 loops.ACTIVATIONS[weights.activation],
@@ -122,9 +124,10 @@ def _single(name: str, *shape: int) -> Tensor:
     return scratch(f"numba {name}", SINGLE, *shape)
 
 
-def _block(triples: int) -> int:
+def _block(triples: int, operands: Tensor) -> int:
     """How many rows are at work at once: whole steps of what is packed together."""
-    return min(-(-triples // 16) * 16, BLOCK_ROWS)
+    step = 1 if operands.dtype == torch.float32 else 16
+    return -(-min(triples, BLOCK_ROWS) // step) * step
 
 
 def _scratch_of_shares(loops: Any, operands: Tensor, weights: Weights, shares: int, block: int) -> Any:
