@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Addresses", "addresses"]
+__all__ = ["Addresses", "addresses", "in_torch"]
 
 
 class Addresses(NamedTuple):
@@ -27,8 +27,14 @@ def addresses() -> Addresses | None:
     """The functions' addresses in this process, or None where torch has no MKL."""
     if not torch.backends.mkl.is_available():
         return None
+    found = in_torch("sgemm_", "MKL_Set_Num_Threads_Local")
+    return Addresses(*found) if found else None
+
+
+def in_torch(*names: str) -> list[int] | None:
+    """Where functions that torch loads are in this process, or None where one of them is missing."""
     library = ctypes.CDLL(torch._C.__file__)  # its symbols include those of all that it loads
-    found = [getattr(library, name, None) for name in ("sgemm_", "MKL_Set_Num_Threads_Local")]
+    found = [getattr(library, name, None) for name in names]
     where = [ctypes.cast(function, ctypes.c_void_p).value for function in found if function is not None]
-    sgemm, threads = where if len(where) == 2 else (None, None)
-    return Addresses(sgemm, threads) if sgemm and threads else None
+    present = [address for address in where if address]
+    return present if len(present) == len(names) else None

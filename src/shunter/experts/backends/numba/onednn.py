@@ -6,13 +6,14 @@ has for the kernels that its compiler writes, run at the peak of the processor, 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from .mkl import in_torch
 
 __all__ = ["Addresses", "addresses", "enabled"]
 
@@ -37,10 +38,7 @@ def addresses() -> Addresses | None:
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if sys.platform != "linux" or not known.get("avx512_bf16") or any(os.environ.get(name) for name in _LIMITS):
         return None
-    library = ctypes.CDLL(torch._C.__file__)  # its symbols include those of all that it loads
     # As C++ names them: what their arguments are is a part of the name.
     names = "6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "14brgemm_releaseEb"
-    found = [getattr(library, f"_ZN2at6native7cpublas{name}", None) for name in names]
-    where = [ctypes.cast(function, ctypes.c_void_p).value for function in found if function is not None]
-    brgemm, release = where if len(where) == 2 else (None, None)
-    return Addresses(brgemm, release) if brgemm and release else None
+    found = in_torch(*(f"_ZN2at6native7cpublas{name}" for name in names))
+    return Addresses(*found) if found else None
