@@ -24,6 +24,7 @@ from ...cpu import SINGLE, product_dtype, scratch, with_huge_pages
 from ...quantised import NO_BACKWARD, QuantisedWeights
 from ...weights import Weights
 from . import bridge
+from .gradients import gradient_of
 
 __all__ = ["numba"]
 
@@ -89,7 +90,7 @@ class _Numba:
         n, d = routing.token.numel(), x.shape[1]
         own = (weights.up, weights.down, weights.up_bias, weights.down_bias)
         parameters = [
-            with_huge_pages(torch.empty_like(value)) if value is not None and need else None
+            gradient_of(value) if value is not None and need else None
             for value, need in zip(own, needs[2:], strict=True)
         ]
         part = sum(gradient[0].numel() for gradient in parameters if gradient is not None)
