@@ -12,6 +12,7 @@ from tests.helpers import TIME_LIMIT
 ROOT = Path(__file__).parents[2]
 BUGS = "tests/properties/test_known_bugs.py"
 RESUMING = "tests/recipes/test_resuming.py"
+RANKS = "tests/parallel/test_two_ranks.py"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,13 @@ class Bug:
 
 
 MUSEUM = [
+    # Routing and losses
     Bug(
         "the balance loss has no gradient (NeMo Automodel #1408)",
         "losses.py",
         "return routing.num_experts * (share * mean_over_tokens(probs, mask)).sum()",
         "return routing.num_experts * (share * mean_over_tokens(probs, mask)).sum().detach()",
-        ("tests/test_losses.py", "tests/test_moe.py", "-k", "balanc or aux or gradient"),
+        ("tests/test_moe.py", "-k", "auxiliary_gradient"),
     ),
     Bug(
         "padding counts in the balance loss (transformers #28505)",
@@ -57,6 +59,62 @@ MUSEUM = [
         (BUGS, "-k", "padding"),
     ),
     Bug(
+        "padding counts in what is observed of a model (Megatron-LM #1984)",
+        "hf/observe/listening.py",
+        "            keep = keep & self.mask[:, None]\n",
+        "            pass\n",
+        (BUGS, "-k", "observed"),
+    ),
+    Bug(
+        "a balance loss by a standard deviation has no gradient where the load is even (vmoe #218)",
+        "losses.py",
+        "return ((values - mean) ** 2).mean(-1) / (mean[..., 0] ** 2).clamp_min(torch.finfo(values.dtype).tiny)",
+        "return (((values - mean) ** 2).mean(-1).sqrt() / mean[..., 0]) ** 2",
+        ("tests/test_losses.py", "-k", "perfect_balance"),
+    ),
+    Bug(
+        "the losses that are told add up over micro-batches (maxtext #1483)",
+        "training/balance.py",
+        "torch.stack(terms).mean()",
+        "torch.stack(terms).sum()",
+        (BUGS, "-k", "micro_batches"),
+    ),
+    Bug(
+        "the auxiliary loss in the log adds up over its steps (maxtext #1483)",
+        "training/loop.py",
+        'self.window["aux_loss"] / steps',
+        'self.window["aux_loss"]',
+        ("tests/training/test_loop.py", "-k", "auxiliary"),
+    ),
+    Bug(
+        "a weight that is normalised over one choice leaves the router without a gradient (minimind #858)",
+        "routers/topk.py",
+        'if self.renormalize == "before_drop":',
+        'if self.renormalize == "before_drop" or self.top_k == 1:',
+        ("tests/test_moe.py", "-k", "top_1"),
+    ),
+    Bug(
+        "weights are not normalised where the family normalises them (torchtitan #1448)",
+        "routers/topk.py",
+        'if self.renormalize == "before_drop":',
+        'if self.renormalize == "before_drop" and self.score_after:',
+        ("tests/routers/test_routers.py", "-k", "conventions"),
+    ),
+    Bug(
+        "a recomputation counts a second time for the selection bias (torchtitan #1593)",
+        "moe.py",
+        "            if not recomputing():\n                with _outside",
+        "            if True:\n                with _outside",
+        ("tests/test_moe.py", "-k", "counts_a_forward_once"),
+    ),
+    Bug(
+        "an evaluation counts for the selection bias (torchtitan #4148)",
+        "moe.py",
+        "        if self.training:\n            losses = self.decider.losses(",
+        "        if True:\n            losses = self.decider.losses(",
+        ("tests/test_moe.py", "-k", "counts_a_forward_once"),
+    ),
+    Bug(
         "one layer without a bias keeps the others from theirs (torchtitan #3686)",
         "moe.py",
         "        layer.decider.update()\n",
@@ -72,11 +130,47 @@ MUSEUM = [
         (BUGS, "-k", "does_not_keep_others"),
     ),
     Bug(
-        "counts of one rank move the biases of that rank (torchtitan #4245)",
-        "routers/topk.py",
-        "sum_over_ranks(self.observed, group=self.process_group)",
+        "a selection bias is rounded to bfloat16 with the model (Megatron-LM #1482)",
+        "routers/base.py",
+        "self._buffers[name] = before.to(after.device)",
         "pass",
-        ("tests/properties/test_ranks.py",),
+        ("tests/routers/test_routers.py", "-k", "selection_bias"),
+    ),
+    Bug(
+        "NaN chooses one expert twice (vLLM #39391)",
+        "routers/base.py",
+        "_by_keys(scores[~clear], k))",
+        "_by_keys(scores[~clear], k) * ~scores[~clear].isnan().any(-1, keepdim=True))",
+        ("tests/routers/test_routers.py", "-k", "rows_of_nan"),
+    ),
+    Bug(
+        "ties in any order (torchtitan #3600)",
+        "routers/base.py",
+        "torch.topk((ordered << 32) | columns, k, dim=-1).indices",
+        "torch.topk(scores, k, dim=-1).indices",
+        ("tests/routers/test_routers.py", "-k", "ties"),
+    ),
+    # Products
+    Bug(
+        "rows behind the last group are uninitialised (PyTorch #154557)",
+        "experts/backends/grouped_mm.py",
+        "(routing.offsets[1:].to(torch.int32),)",
+        "((routing.offsets[1:] - routing.offsets[1:].eq(routing.offsets[-1]).long()).to(torch.int32),)",
+        ("tests/experts/test_backends.py", "-k", "edges and grouped_mm"),
+    ),
+    Bug(
+        "a slot without a token repeats another expert's, and zero times NaN is NaN (torchtitan #1237)",
+        "experts/backends/padded.py",
+        "row = routing.offsets[:-1].clamp(max=max(bounds[-1] - 1, 0)).repeat_interleave(slots_of, output_size=base)",
+        "row = triple.new_zeros(base)",
+        ("tests/experts/test_backends.py", "-k", "broken_token"),
+    ),
+    Bug(
+        "the gradients of an expert without tokens are uninitialised (grouped_gemm #36)",
+        "experts/backends/padded.py",
+        "gradient[plan.layout.idle] = 0",
+        "pass",
+        ("tests/experts/test_backends.py", "-k", "uninitialised"),
     ),
     Bug(
         "numbers of experts in 16 bits",
@@ -93,11 +187,68 @@ MUSEUM = [
         (BUGS, "-k", "offsets_beyond"),
     ),
     Bug(
-        "ties in any order (torchtitan #3600)",
-        "routers/base.py",
-        "torch.topk((ordered << 32) | columns, k, dim=-1).indices",
-        "torch.topk(scores, k, dim=-1).indices",
-        ("tests/routers/test_routers.py",),
+        "numbers of experts that there are not are taken (aiter #2644)",
+        "hf/backend.py",
+        "if low < 0 or high > num_experts:",
+        "if False:",
+        ("tests/hf/test_backend.py", "-k", "out_of_range"),
+    ),
+    # Several processes
+    Bug(
+        "the experts' gradients are as many times too large as there are ranks (PyTorch #160285)",
+        "parallel/experts.py",
+        "_Scaled.apply(local, 1 / self.size)",
+        "_Scaled.apply(local, 1.0)",
+        (RANKS,),
+    ),
+    Bug(
+        "the norm of the gradients is that of one rank's experts (Megatron-LM #5916)",
+        "parallel/fsdp.py",
+        "value.full_tensor() if",
+        "value.to_local() if",
+        (RANKS,),
+    ),
+    Bug(
+        "the experts' gradients are averaged over all ranks, not over those that hold them (Megatron-LM #1628)",
+        "parallel/fsdp.py",
+        'mesh["edp"].get_group() if sharded else dist.group.WORLD',
+        "dist.group.WORLD",
+        (RANKS,),
+    ),
+    Bug(
+        "the gradients of the rest are averaged over the ranks that hold the same experts alone (torchtitan #4054)",
+        "parallel/fsdp.py",
+        'mesh["edp"].get_group() if sharded else dist.group.WORLD',
+        'mesh["edp"].get_group()',
+        (RANKS,),
+    ),
+    Bug(
+        "the router has no gradient through what other ranks compute (transformers #48205)",
+        "parallel/dispatch.py",
+        "self.sender.group, place), self.routing)",
+        "self.sender.group, place), self.routing.with_weight(self.routing.weight.detach()))",
+        (RANKS,),
+    ),
+    Bug(
+        "counts of one rank move the biases of that rank (torchtitan #4245)",
+        "routers/topk.py",
+        "sum_over_ranks(self.observed, group=self.process_group)",
+        "pass",
+        ("tests/properties/test_ranks.py",),
+    ),
+    Bug(
+        "replicas that differ are trained on (Megatron-Bridge #5396)",
+        "parallel/experts.py",
+        "        if other == every[0]:",
+        "        if True:",
+        (RANKS,),
+    ),
+    Bug(
+        "a rank whose experts heard no token stays out of the sum over the ranks (DeepSpeed #5066)",
+        "parallel/fsdp.py",
+        "            parameter.grad = torch.zeros_like(parameter)\n",
+        "            continue\n",
+        (RANKS,),
     ),
     Bug(
         "a random order of capacity is another under checkpointing (NeMo Automodel #3325)",
@@ -109,23 +260,38 @@ MUSEUM = [
     Bug(
         "each rank decides by itself whether to skip (WeatherGenerator #2724)",
         "training/guards.py",
-        "dist.all_reduce(flag, op=dist.ReduceOp.MAX)",
+        "dist.all_reduce(values)",
         "pass",
         ("tests/training/test_guards.py", "-k", "all_ranks"),
     ),
     Bug(
         "gradients that are not finite reach the optimizer (torchtitan #3863)",
         "training/guards.py",
-        "bad |= not bool(torch.as_tensor(norm).isfinite().all())",
-        "pass",
+        "bool(torch.as_tensor(norm).isfinite().all())",
+        "True",
         ("tests/training/test_guards.py", "-k", "planted or gradients_that"),
     ),
     Bug(
         "a skipped step moves the routers' state",
         "training/guards.py",
-        "                buffer.copy_(before)\n",
-        "                pass\n",
+        "            buffer.copy_(before)\n",
+        "            pass\n",
         ("tests/training/test_guards.py", "-k", "planted"),
+    ),
+    # Checkpoints and formats
+    Bug(
+        "a checkpoint has the experts of one rank (KempnerForge #202)",
+        "parallel/checkpoint.py",
+        "dcp.save(tensors, ",
+        'dcp.save({name: getattr(value, "_local_tensor", value) for name, value in tensors.items()}, ',
+        (RANKS,),
+    ),
+    Bug(
+        "the optimizer's moments are not loaded (KempnerForge #115)",
+        "parallel/checkpoint.py",
+        "set_optimizer_state_dict(model, optimizer, placed, options=_OPTIONS)",
+        "pass",
+        (RANKS,),
     ),
     Bug(
         "a resumed run begins anew in silence (KempnerForge #115)",
@@ -133,6 +299,20 @@ MUSEUM = [
         "str(checkpoint) if checkpoint else None",
         "None",
         (RESUMING, "-k", "damaged_checkpoint"),
+    ),
+    Bug(
+        "square weights are taken for their transposes (transformers #47031)",
+        "hf/blocks.py",
+        "return isinstance(self.linear, Conv1D)",
+        "return isinstance(self.linear, Conv1D) and self.linear.weight.shape[0] != self.linear.weight.shape[1]",
+        (BUGS, "-k", "square"),
+    ),
+    Bug(
+        "square experts are taken for their transposes (transformers #47031)",
+        "hf/backend.py",
+        "    if module.is_transposed:\n        up, down",
+        "    if module.is_transposed and up.shape[1] != up.shape[2]:\n        up, down",
+        (BUGS, "-k", "square"),
     ),
     Bug(
         "the log is ahead of the checkpoint after a kill",

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.campaigns import verbs
+from tests.campaigns import museum, verbs
 from tests.campaigns.campaigns import CAMPAIGNS
 from tests.campaigns.runs import KINDS
 from tests.conftest import SEED
@@ -21,6 +21,12 @@ def folder(tmp_path_factory):
 def test_nothing_is_lost_and_nothing_is_silent(name, folder):
     result = CAMPAIGNS[name].run(name, folder, range(CAMPAIGNS[name].small), SEED)
     assert result.injected and not result.failures, "\n".join(result.failures)
+
+
+@pytest.mark.parametrize("bug", museum.MUSEUM, ids=lambda bug: bug.what)
+def test_a_bug_of_the_museum_has_its_place(bug):
+    text = (museum.ROOT / "src/shunter" / bug.file).read_text()
+    assert bug.right in text and text.replace(bug.right, bug.wrong) != text
 
 
 def test_the_arguments_of_every_verb_are_known(tmp_path):

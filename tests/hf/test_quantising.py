@@ -26,14 +26,15 @@ from .families import VOCAB, build
 WAYS = ["qwen3_moe", "aria_text", "gpt_oss", "nemotron_h", "llama4_text"]
 
 
-def _sparse(vocab=VOCAB, **options):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+def _sparse(vocab=VOCAB, width=48, **options):
+    sizes = {"hidden_size": 32, "intermediate_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=vocab))
     return shunter.sparsify(model, 4, "topk", top_k=2, **options).eval()
 
 
 def _model(kind):
-    model = _sparse(num_shared_experts=1) if kind == "sparsified" else build(kind)
+    ours = {"sparsified": {"num_shared_experts": 1}, "square": {"width": 32}}
+    model = _sparse(**ours[kind]) if kind in ours else build(kind)
     for name, parameter in model.named_parameters():
         if "experts" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -61,7 +62,7 @@ def _with_decoded(model, coded):
     return model
 
 
-@pytest.mark.parametrize("kind", [*WAYS, "sparsified"])
+@pytest.mark.parametrize("kind", [*WAYS, "sparsified", "square"])
 def test_a_model_computes_what_its_codes_say_and_loads_to_the_same_bits(kind, tmp_path):
     model, ids = _model(kind), torch.randint(3, VOCAB, (2, 9))
     before = copy.deepcopy(model)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shunter import sparsify
+from shunter import moe_layers, sparsify
 from shunter.analysis.runs import Metrics
 from shunter.training import loop
 from shunter.training.checkpoints import Checkpoints
@@ -13,7 +13,7 @@ from shunter.training.checkpoints import Checkpoints
 CONFIG = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
 
 
-def _train(model, data, folder):
+def _train(model, data, folder, max_steps=1, log_every=1):
     metrics = Metrics(folder / "metrics.jsonl", None)
     loop.train_model(
         "sparse",
@@ -24,8 +24,8 @@ def _train(model, data, folder):
         Checkpoints(folder / "checkpoints", {}),
         tokens_per_step=10,
         eval_every=100,
-        log_every=1,
-        max_steps=1,
+        log_every=log_every,
+        max_steps=max_steps,
         per_device_train_batch_size=2,
         use_cpu=True,
         save_strategy="no",
@@ -74,3 +74,22 @@ def test_other_routers_take_one_pass(tmp_path):
     assert len(passes) == 1
     expected = F.cross_entropy(passes[0].logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert line["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_auxiliary_loss_in_the_log_is_the_mean_over_its_steps_by_hand(tmp_path):
+    """That of a step: over the layers, 0.03 E sum_i f_i P_i + 0.2 mean (log sum exp)^2 over tokens."""
+    model = sparsify(LlamaForCausalLM(CONFIG), 4, "topk", top_k=2, load_balancing_loss=0.03, z_loss=0.2)
+    said = []
+    for layer in moe_layers(model).values():
+        torch.nn.init.normal_(layer.router.weight)
+        layer.router.register_forward_hook(lambda module, args, output: said.append(output[0].detach().double()))
+    ids = torch.randint(20, (6, 5))
+    lines = _train(model, [{"input_ids": row, "labels": row} for row in ids], tmp_path, max_steps=3, log_every=2)
+    assert len(said) == 6, "two layers in three steps"
+    each = []
+    for logits in said:
+        chosen = torch.zeros_like(logits).scatter_(1, logits.topk(2, dim=1).indices, 1.0)
+        share, mean = chosen.sum(0) / chosen.sum(), (logits - logits.logsumexp(1, keepdim=True)).exp().mean(0)
+        each.append(0.03 * 4 * float(share @ mean) + 0.2 * float(logits.logsumexp(1).square().mean()))
+    steps = [each[0] + each[1], each[2] + each[3], each[4] + each[5]]
+    assert [line["aux_loss"] for line in lines] == pytest.approx([(steps[0] + steps[1]) / 2, steps[2]], rel=1e-5)

@@ -248,12 +248,12 @@ def test_a_file_that_is_split_is_read_whole_or_not(model, tmp_path):
 @pytest.mark.parametrize("by_expert", [False, True])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_sparse_models_are_read_and_exported(family, by_expert, tmp_path, capsys):
-    """With all experts of a layer in one tensor, and with each by itself as at first."""
+    """With all experts of a layer in one tensor, and with each by itself as at first; of square matrices."""
     rope = {"rope_type": "default", "rope_theta": 50000.0}
     sizes = {**SIZES, "rope_parameters": rope, "rms_norm_eps": 1e-5, "num_experts_per_tok": 3}
     fields = [("expert_count", 4), ("expert_used_count", 3)]
     if family == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+        model = MixtralForCausalLM(MixtralConfig(**(sizes | {"intermediate_size": 32}), num_local_experts=4))
     else:
         extra = {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **extra))
