@@ -34,10 +34,10 @@ def add_verbs(verbs: Any) -> None:
     upcycle.add_argument("--json", action="store_true", help="the receipt to standard output")
     upcycle.set_defaults(verb=_upcycle)
 
-    export = verbs.add_parser("export", help="write a sparse model for plain transformers, or bring one of its here")
+    export = verbs.add_parser("export", help="write a sparse model for transformers or llama.cpp, or bring one here")
     export.add_argument("model", help="the folder of a sparse model of Shunter, Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3")
-    export.add_argument("--out", type=Path, required=True, help="the folder to make")
-    export.add_argument("--to", default="auto", help="a family of transformers, shunter, or auto (default)")
+    export.add_argument("--out", type=Path, required=True, help="the folder to make, or a file NAME.gguf")
+    export.add_argument("--to", default="auto", help="a family of transformers, shunter, gguf, or auto (default)")
     export.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
     export.add_argument("--json", action="store_true", help="the receipt to standard output")
     export.set_defaults(verb=_export)

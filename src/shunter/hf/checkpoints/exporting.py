@@ -1,4 +1,4 @@
-"""A sparse model in one format to the same in another, bit for bit: Shunter's own, and those of transformers' families.
+"""A sparse model in one format to the same in another, bit for bit: Shunter's own, transformers' families, GGUF.
 
 Tensors pass one by one. Where each expert's matrices lie is named by a layout, which the receipt tags; nothing is
 guessed from shapes.
@@ -6,6 +6,9 @@ guessed from shapes.
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,14 +18,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...environment import Memory
+from ...durable import write
+from ...environment import VERSION, Memory
 from ...errors import UserError
 from . import converting
+from .check import probe
 from .converting import Plan, convert, loader_of, megabytes
-from .folders import local_folder, match_names, model_class, read_config
+from .folders import load_tokenizer, local_folder, match_names, model_class, read_config
 from .formats import OWN, Format, find, made_here
-from .gguf import unpacked
+from .gguf import unpack, unpacked
+from .gguf_writing import write_gguf
 from .layouts import Form, layers_of
+from .loading import load_folder
 from .native import FAMILIES, family_for
 from .reading import Checkpoint, Stored
 
@@ -45,8 +52,11 @@ def export(
     Args:
         model: the folder of a model that `sparsify` made and `save_pretrained` wrote (or `upcycle`), or of one of the
             families; or a GGUF file of Mixtral or Qwen3-MoE.
-        out: the folder to make; it appears when it is whole.
-        to: "shunter", or the family's name; "auto" is the family for a model of Shunter's, and "shunter" for others.
+        out: the folder to make; it appears when it is whole. A name that ends in .gguf: the file to make for llama.cpp,
+            of a model of one of the first three families or of Shunter's, quantised or not, beside which the receipt
+            is NAME.gguf.json.
+        to: "shunter", or the family's name; "auto" is the family for a model of Shunter's, and "shunter" for others;
+            a GGUF file takes "auto" or "gguf".
         check: load both models in float32 (float64 for float64) and compare their logits; a difference beyond rounding
             is an error.
         max_shard_bytes: of a file.
@@ -60,9 +70,45 @@ def export(
             damaged folders and an `out` that exists; nothing is left behind.
     """
     memory = Memory()
-    is_gguf = Path(model).suffix == ".gguf"
+    is_gguf, to_gguf = (Path(path).suffix == ".gguf" for path in (model, out))
+    if (to == "gguf") > to_gguf or (to_gguf and to not in ("auto", "gguf")):
+        raise UserError(f"export: to={to!r} does not go with {out}; GGUF files, and they alone, end in .gguf")
     with unpacked(Path(model), Path(out).parent) if is_gguf else nullcontext(local_folder(model)) as folder:
+        if to_gguf:
+            return _to_gguf(folder, Path(out), memory, check)
         return convert("export", _planned(folder, to), Path(out), memory, check, max_shard_bytes)
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def _to_gguf(folder: Path, out: Path, memory: Memory, check: bool) -> dict[str, Any]:
+    """A folder's model as a GGUF file and its receipt; read back, where a check is wanted."""
+    beside = out.with_name(f"{out.name}.json")
+    for path in (out, beside):
+        if path.exists():
+            raise UserError(f"export: {path} exists already")
+    model = load_folder(folder)
+    has_tokenizer = any((folder / name).exists() for name in _TOKENIZERS)
+    made = write_gguf(model, out, load_tokenizer(folder) if has_tokenizer else None)
+    memory.note()
+    receipt: dict[str, Any] = {"made_by": f"shunter {VERSION} export", "from": type(model).__name__, "format": "gguf"}
+    receipt |= {"bytes": out.stat().st_size, "peak_bytes": memory.peak, "check": None}
+    if check:
+        with tempfile.TemporaryDirectory(dir=out.parent) as room:
+            unpack(out, Path(room) / "back", tokenizer=False)
+            inputs = probe(model)
+            with torch.no_grad():
+                ours, theirs = (m(**inputs).logits.double() for m in (model.float(), load_folder(Path(room) / "back")))
+        difference, size = ours - theirs, ours.square().mean().sqrt().item()
+        receipt["check"] = {"rms_difference": difference.square().mean().sqrt().item(), "rms_logits": size}
+        moved = max(entry["error"] for entry in made["tensors"].values())
+        if not receipt["check"]["rms_difference"] <= (1e-3 + 100 * moved) * size:
+            out.unlink()
+            raise UserError(f"export: {out} read back has other logits than {folder}; report this")
+    receipt |= made
+    write(beside, json.dumps(receipt, indent=1) + "\n")
+    return receipt
 
 
 def _planned(folder: Path, to: str) -> Plan:
@@ -85,6 +131,8 @@ def _planned(folder: Path, to: str) -> Plan:
 
 def describe(receipt: dict[str, Any]) -> str:
     """A receipt of `export` in words."""
+    if receipt["format"] == "gguf":
+        return _describe_gguf(receipt)
     lines = [
         f"{receipt['from']} as {receipt['format']}; {loader_of(receipt)} loads it.",
         f"Tensors: {len(receipt['tensors'])} accounted for, bit for bit (receipt.json); {megabytes(receipt['bytes'])}, "
@@ -93,6 +141,29 @@ def describe(receipt: dict[str, Any]) -> str:
     if receipt["left_behind"]:
         lines.append(f"Of training alone, and without a field there: {', '.join(receipt['left_behind'])}.")
     return converting.describe(receipt, lines, "first")
+
+
+def _describe_gguf(receipt: dict[str, Any]) -> str:
+    tensors = receipt["tensors"].values()
+    kinds = Counter(entry["type"] for entry in tensors)
+    moved = [entry["error"] for entry in tensors if entry["error"]]
+    lines = [
+        f"{receipt['from']} as GGUF of the architecture {receipt['architecture']!r}; llama.cpp loads it.",
+        f"Tensors: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}; {megabytes(receipt['bytes'])}. "
+        + (
+            f"Scales or zeros of {len(moved)} were rounded to float16, which moves their weights by {max(moved):.1e} "
+            "at most, relative; codes are kept bit for bit."
+            if moved
+            else "Every weight is kept bit for bit."
+        ),
+        f"Tokenizer: {receipt['tokenizer']}.",
+    ]
+    if check := receipt["check"]:
+        lines.append(
+            f"Read back, its logits differ by {check['rms_difference']:.2g} (root mean square) of "
+            f"{check['rms_logits']:.2g}."
+        )
+    return "\n".join(lines)
 
 
 def _format_of(config: PreTrainedConfig, folder: Path) -> Format:

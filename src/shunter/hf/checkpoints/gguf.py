@@ -1,4 +1,4 @@
-"""GGUF files of Llama, Mixtral and Qwen3-MoE models as folders that transformers loads, to be upcycled or exported.
+"""GGUF files of Llama, Mixtral, Qwen3-MoE and OLMoE models as folders that transformers loads.
 
 Tensors pass one by one, dequantised to float32. What a file says of the model that is not understood here is an error,
 never left out: a field, a scaling of the rope, a bias, a tensor of another kind.
@@ -26,9 +26,10 @@ from .gguf_header import check_header
 from .reading import Stored
 from .writing import Writer
 
-__all__ = ["unpack", "unpacked"]
+__all__ = ["NAMES", "ROPE_FREQS", "unpack", "unpacked"]
 
-_NAMES = {
+# Regular expressions for names in a file, and the name in transformers with what their groups found.
+NAMES = {
     r"token_embd\.weight": "model.embed_tokens.weight",
     r"output_norm\.weight": "model.norm.weight",
     r"output\.weight": "lm_head.weight",
@@ -43,7 +44,7 @@ _NAMES = {
 # All experts of a layer in one tensor, or, in older files, one by itself.
 _EXPERTS = r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps|\.(\d+))\.weight"
 
-_ROPE_FREQS = "rope_freqs.weight"
+ROPE_FREQS = "rope_freqs.weight"
 
 # The fields of a model that are understood, behind the name of its architecture.
 _FIELDS = {
@@ -57,14 +58,15 @@ _FIELDS = {
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
-def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
+def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_000, *, tokenizer: bool = True) -> None:
     """Write the model in a GGUF file as a folder of transformers: weights in float32, configuration, tokenizer.
 
     Args:
-        file: of the architecture "llama", dense or with experts (Mixtral), or "qwen3moe", in any quantisation that the
-            package gguf knows; of a model that is split into several files, the first.
+        file: of the architecture "llama", dense or with experts (Mixtral), "qwen3moe" or "olmoe", in any quantisation
+            that the package gguf knows; of a model that is split into several files, the first.
         out: the folder to make; it appears when it is whole.
         max_shard_bytes: of a file.
+        tokenizer: whether the file's is wanted; a file that says that it has none needs none.
 
     Raises:
         UserError: for a damaged file, one that holds anything else, an `out` that exists, and where the package gguf
@@ -73,7 +75,7 @@ def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_0
     file = Path(file)
     fields, tensors = _open(file)
     config = _config(file, fields, tensors)
-    tensors.pop(_ROPE_FREQS, None)  # it is in the configuration
+    tensors.pop(ROPE_FREQS, None)  # it is in the configuration
     specs: dict[str, Stored] = {}
     for name, tensor in tensors.items():
         target, shape = _target(file, name, _shape(tensor), config)
@@ -86,7 +88,8 @@ def unpack(file: str | Path, out: str | Path, max_shard_bytes: int = 5_000_000_0
                 writer.write(target, values, offset)
         writer.finish()
         config.save_pretrained(folder)
-        _tokenizer(file).save_pretrained(folder)
+        if tokenizer and fields.get("tokenizer.ggml.model") not in ("no_vocab", "none"):
+            _tokenizer(file).save_pretrained(folder)
 
 
 def _tokenizer(file: Path) -> Any:
@@ -134,7 +137,7 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_vocabulary(name: str) -> bool:
-    return name.startswith("tokenizer.ggml.") and not name.endswith("_token_id")
+    return name.startswith("tokenizer.ggml.") and not name.endswith(("_token_id", ".model"))
 
 
 def _read(file: Path) -> Any:
@@ -158,9 +161,9 @@ def _plain(found: Any) -> Any:
 
 def _config(file: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> PreTrainedConfig:
     architecture = fields.get("general.architecture")
-    if architecture not in ("llama", "qwen3moe"):
+    if architecture not in ("llama", "qwen3moe", "olmoe"):
         raise UserError(
-            f"{file}: is a {str(architecture)[:40]} model; only llama and qwen3moe are read. Convert it with "
+            f"{file}: is a {str(architecture)[:40]} model; only llama, qwen3moe and olmoe are read. Convert it with "
             "transformers"
         )
     unknown = [name for name in fields if name.startswith(f"{architecture}.")]
@@ -202,7 +205,7 @@ def _config(file: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> PreT
         "head_dim": width,
         "max_position_embeddings": context,
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon", None, float),
-        "rope_parameters": _rope(file, fields, architecture, number, tensors.get(_ROPE_FREQS), width, context),
+        "rope_parameters": _rope(file, fields, architecture, number, tensors.get(ROPE_FREQS), width, context),
         "tie_word_embeddings": "output.weight" not in tensors,
         "dtype": "float32",
         "bos_token_id": None if begin == -1 else begin,
@@ -210,17 +213,21 @@ def _config(file: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> PreT
     }
     family = "llama"
     if experts:
-        family = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}[architecture]
+        family = {"llama": "mixtral", "qwen3moe": "qwen3_moe", "olmoe": "olmoe"}[architecture]
         values["num_experts_per_tok"] = number("expert_used_count")
         per_expert = number("expert_feed_forward_length", values["intermediate_size"])
         if family == "mixtral":
             values |= {"num_local_experts": experts, "intermediate_size": per_expert, "sliding_window": None}
+        elif family == "olmoe":
+            if width != dim // heads:
+                raise UserError(f"{file}: its heads are {width} wide; those of OLMoE divide the model's width")
+            values |= {"num_experts": experts, "intermediate_size": per_expert, "norm_topk_prob": False}
         else:
             # Both divide a token's weights by their sum.
             values |= {"num_experts": experts, "moe_intermediate_size": per_expert, "norm_topk_prob": True}
     elif architecture != "llama":
         raise UserError(f"{file}: is a {architecture} model without experts")
-    name = {"llama": "Llama", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}[family]
+    name = {"llama": "Llama", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe"}[family]
     try:
         return AutoConfig.for_model(family, architectures=[f"{name}ForCausalLM"], **values)
     except Exception as error:  # as many ways to fail as there are fields
@@ -244,7 +251,7 @@ def _rope(
     found = _llama3(np.asarray(freqs.data, dtype=np.float64).reshape(-1), base["rope_theta"], width, context)
     if found is None or linear:
         raise UserError(
-            f"{file}: has the tensor {_ROPE_FREQS!r}, which a Llama model has no place for: it scales the rotary "
+            f"{file}: has the tensor {ROPE_FREQS!r}, which a Llama model has no place for: it scales the rotary "
             "embeddings as no Llama of transformers does"
         )
     return found | base
@@ -283,7 +290,7 @@ def _sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 def _target(file: Path, name: str, shape: tuple[int, ...], config: PreTrainedConfig) -> tuple[str, tuple[int, ...]]:
     """The name in transformers of the tensor that one of the file is, or is a part of; and its shape."""
-    for pattern, ours in _NAMES.items():
+    for pattern, ours in NAMES.items():
         if plain := re.fullmatch(pattern, name):
             return ours.format(*plain.groups()), shape
     found = re.fullmatch(_EXPERTS, name)
@@ -326,7 +333,7 @@ def _values(file: Path, name: str, tensor: Any, config: PreTrainedConfig) -> Ten
         raise UserError(f"{file}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
     turned = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     heads = turned.get(name.split(".")[-2])
-    if heads is None or config.model_type == "qwen3_moe":
+    if heads is None or config.model_type in ("qwen3_moe", "olmoe"):
         return found
     # llama.cpp turns neighbouring pairs of a head's rows, transformers the first half with the second.
     return found.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(found.shape)
