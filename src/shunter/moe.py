@@ -486,9 +486,10 @@ class MoE(RoutedLayer):
     def explain(self, num_tokens: int = 1024) -> str:
         """In words, what a forward of T = num_tokens would do: router, capacity, losses, the backend and why."""
         router, experts = self.decider, self.experts
-        slots = router.capacity(num_tokens)
+        within = router.innermost
+        slots = within.capacity(num_tokens)
         mode = "training" if self.training else "evaluation"
-        losses = ", ".join(f"{name} x {c}" for name, c in router.coefficients.items() if c) or "none"
+        losses = ", ".join(f"{name} x {c}" for name, c in within.coefficients.items() if c) or "none"
         deciders = {
             "tokens": f"each token chooses {router.top_k} expert{'s' if router.top_k > 1 else ''}",
             "experts": "each expert chooses its tokens",
@@ -503,7 +504,7 @@ class MoE(RoutedLayer):
             f"Capacity in {mode}: dropless, no token is dropped."
             if slots is None
             else f"Capacity in {mode}: {slots} slots an expert for {num_tokens} tokens "
-            f"({router.capacity_formula} formula, {router.capacity_order} order); what does not fit is dropped.",
+            f"({within.capacity_formula} formula, {within.capacity_order} order); what does not fit is dropped.",
             f"Losses: {losses}.",
             f"Causal-safe: {'no, ' + router.leak if router.leak else 'yes'}.",
             ("Experts that differ" if isinstance(experts, MixedExperts) else f"Experts: {experts.activation}")
@@ -709,7 +710,8 @@ def dropless(model: nn.Module) -> None:
         ValueError: where a router decides by its capacity (expert_choice); no layer is changed then.
     """
     layers = moe_layers(model)
-    limited = {name: layer.decider for name, layer in layers.items() if layer.decider.capacity_factor is not None}
+    deciders = {name: layer.decider.innermost for name, layer in layers.items()}
+    limited = {name: router for name, router in deciders.items() if router.capacity_factor is not None}
     for name, router in limited.items():
         if router.chooses == "experts":
             raise ValueError(f"dropless: in {name or 'the layer'} experts choose their tokens, by a capacity")

@@ -17,8 +17,10 @@ from transformers import (
 )
 
 import shunter
-from shunter import MoE
+from shunter import MoE, aux_loss
 from shunter.errors import UserError
+from shunter.hf.checkpoints.layouts import Sizes
+from shunter.training import growing
 from shunter.training.growing import GrowOnPlateau, UpcycleAt, losses_by_expert, split_expert, upcycle_in_training
 from shunter.training.roles import accumulate, parameter_groups
 from tests.helpers import random_routing
@@ -112,8 +114,8 @@ def test_what_cannot_be_split():
         GrowOnPlateau(1)
     model = shunter.sparsify(llama(), 2)
     split_expert(model.model.layers[1].mlp, 0)
-    with pytest.raises(UserError, match="keep its state_dict"):
-        model.save_pretrained("nowhere")
+    with pytest.raises(UserError, match="no other format has layers with split experts"):
+        Sizes.of(model.model.layers[1].mlp)
 
 
 def test_losses_by_expert_are_weighted_means():
@@ -194,11 +196,11 @@ class Note(TrainerCallback):
         self.seen[state.global_step] = {name: layer.num_experts for name, layer in shunter.moe_layers(model).items()}
 
 
-def train(folder, model, callbacks, steps, **more):
+def train(folder, model, callbacks, steps, resume=None, **more):
     ids = torch.randint(32, (steps * 2, 10), generator=torch.Generator().manual_seed(0))
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, use_cpu=True, report_to="none",
-        disable_tqdm=True, save_strategy="no", learning_rate=1e-3, **more,
+        disable_tqdm=True, learning_rate=1e-3, **({"save_strategy": "no"} | more),
     )  # fmt: skip
     note = Note()
     trainer = Trainer(
@@ -207,7 +209,7 @@ def train(folder, model, callbacks, steps, **more):
         train_dataset=[{"input_ids": row, "labels": row} for row in ids],
         callbacks=[*callbacks, note],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, note.seen
 
 
@@ -267,3 +269,69 @@ def test_a_copy_of_a_grown_layer_is_independent():
     twin.load_state_dict(moe.state_dict())
     x = torch.randn(5, 8)
     torch.testing.assert_close(twin(x), moe(x))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, opt])
+def test_a_split_model_is_saved_and_loaded(make, tmp_path):
+    options = {"capacity_factor": 1.0, "load_balancing_loss": 0.01}
+    model = shunter.sparsify(make(), 3, "topk", top_k=1, residual=make is llama, **options).eval()
+    first, last = shunter.moe_layers(model).values()
+    for expert in (1, 3, 0):
+        split_expert(last, expert)
+    for parameter in (last.router.weight, last.experts.down_proj):
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path)
+    again = shunter.from_pretrained(tmp_path).eval()
+    assert [layer.num_experts for layer in shunter.moe_layers(again).values()] == [3, 6]
+    ids = torch.randint(32, (2, 12))
+    for train in (False, True):
+        for one in (model, again):
+            one.train(train)
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+    torch.testing.assert_close(aux_loss(again), aux_loss(model), rtol=0, atol=0)
+    half = shunter.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert shunter.moe_layers(half)[list(shunter.moe_layers(model))[1]].router.weight.dtype == torch.float32
+    shunter.dropless(again.eval())
+    again(input_ids=ids)
+    assert all(int(layer.routing.counts.sum()) >= 24 for layer in shunter.moe_layers(again).values())
+    assert "dropless" in shunter.moe_layers(again)[list(shunter.moe_layers(model))[1]].explain()
+
+
+CHANGES = {
+    "upcycled": (lambda: llama(), lambda: UpcycleAt(2, 3, router="switch", jitter=0.0)),
+    "split": (
+        lambda: shunter.sparsify(llama(), 2, "topk", top_k=1),
+        lambda: GrowOnPlateau(max_experts=3, window=1, least=0.9),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_trainer_goes_on_from_a_checkpoint_of_after_the_change(change, tmp_path):
+    make, callback = CHANGES[change]
+    kept = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
+    torch.manual_seed(0)
+    whole, _ = train(tmp_path, make(), [callback()], 6, **kept)
+    folder = tmp_path / "checkpoint-4"
+    again = shunter.from_pretrained(folder)
+    assert {layer.num_experts for layer in shunter.moe_layers(again).values()} == {3}
+    more = [] if change == "upcycled" else [callback()]
+    resumed, _ = train(tmp_path, again, more, 6, resume=str(folder), **kept)
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def test_an_optimizer_keeps_what_it_trains_besides():
+    model, beside = llama(), torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW([*beside.parameters(), *model.parameters()], 1e-2)
+    step(model, optimizer, torch.randint(32, (2, 8)))
+    upcycle_in_training(model, optimizer, 2, "topk", top_k=1)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for part in (model, beside) for p in part.parameters()}
+
+
+@pytest.mark.parametrize("callback", [UpcycleAt(3, 4), GrowOnPlateau(4)])
+def test_several_processes_are_refused_before_the_first_step(callback, tmp_path, monkeypatch):
+    monkeypatch.setattr(growing, "num_ranks", lambda: 2)
+    with pytest.raises(UserError, match="on several processes cannot change in mid-run"):
+        train(tmp_path, shunter.sparsify(llama(), 2), [callback], 1)

@@ -290,8 +290,20 @@ def _must_call_none(model: nn.Module, block: FeedForward | Attention) -> None:
                 )
 
 
-def _make(block: FeedForward, *, options: dict[str, Any], **sizes: Any) -> MoE:
-    return MoE(block.dim, **sizes, device=block.down.device, dtype=block.down.dtype, **options)
+def _make(
+    block: FeedForward,
+    *,
+    num_experts: int,
+    router: str,
+    options: dict[str, Any],
+    splits: Sequence[int] = (),
+    **sizes: Any,
+) -> MoE:
+    place: dict[str, Any] = {"device": block.down.device, "dtype": block.down.dtype}
+    if not splits:
+        return MoE(block.dim, num_experts=num_experts, router=router, **sizes, **place, **options)
+    inner = routers.create(router, block.dim, num_experts - len(splits), **place, **options)
+    return MoE(block.dim, num_experts=num_experts, router=Split(inner, list(splits)), **sizes, **place)
 
 
 def _put(model: PreTrainedModel, made: list[tuple[FeedForward, MoE]], batch: dict[str, str]) -> None:
@@ -416,10 +428,13 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _describe_router(layer: RoutedLayer) -> dict[str, Any]:
+    inner = layer.decider.innermost
+    splits = {"splits": layer.decider.parents} if isinstance(layer.decider, Split) else {}
     return {
         "num_experts": layer.num_experts,
-        "router": router_name(type(layer.decider)),
-        "options": layer.decider.options,
+        "router": router_name(type(inner)),
+        "options": inner.options,
+        **splits,
     }
 
 
@@ -435,8 +450,6 @@ def router_name(router: type) -> str:
         wrappers = {prefix + base.__name__ for base in kind.__bases__ for prefix in ("FSDP", "Parametrized")}
         if issubclass(kind, Router) and kind.__name__ not in wrappers:
             break
-    if issubclass(router, Split):
-        raise UserError("a model with split experts is in no format of its own: keep its state_dict()")
     raise UserError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
 
 

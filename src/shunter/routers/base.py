@@ -117,6 +117,11 @@ class Router(nn.Module):
         return self
 
     @property
+    def innermost(self) -> Router:
+        """The router that decides within a capacity, where this one shares out what another decided; else this one."""
+        return self
+
+    @property
     def kind(self) -> type[Router]:
         """Its class; of what FSDP2 shards, the class from which `fully_shard` derived the one that it has now."""
         first, *others = type(self).__mro__

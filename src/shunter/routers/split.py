@@ -53,6 +53,11 @@ class Split(Router):
         nn.init.normal_(self.weight, std=inner.dim**-0.5)
 
     @property
+    def innermost(self) -> Router:
+        """The router inside."""
+        return self.inner
+
+    @property
     def required(self) -> tuple[str, ...]:
         """What the router inside needs."""
         return self.inner.required

@@ -72,6 +72,7 @@ def upcycle_in_training(
     place = Placement.parse(options.get("placement", ""), options.get("every", 1), options.get("layers"))
     blocks = place.blocks(find_feed_forwards(model))
     carried = [_carried(block, optimizer) for block in blocks]
+    before = list(model.parameters())
     sparsify(model, num_experts, router, init="copy", **options)
     for block, (old, moments) in zip(blocks, carried, strict=True):
         layer = model.get_submodule(block.path)
@@ -97,12 +98,14 @@ def upcycle_in_training(
             _put(optimizer, old["up"], parameter)
     if optimizer is not None:
         _begin_batches(optimizer)
-        kept = {id(parameter) for parameter in model.parameters()}
+        now = list(model.parameters())
+        gone = {id(parameter) for parameter in before} - {id(parameter) for parameter in now}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in kept:
+                if id(parameter) in gone:
                     optimizer.state.pop(parameter, None)
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) in kept]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        _sort(optimizer, now)
 
 
 _Moments = dict[str, dict[str, tuple[Any, bool]]]
@@ -143,11 +146,19 @@ def _carried(block: FeedForward, optimizer: _Optimizer | None) -> tuple[dict[str
 
 
 def _put(optimizer: _Optimizer, beside: nn.Parameter, new: nn.Parameter) -> None:
-    """Let an optimizer train a new parameter as it trains another."""
+    """Let an optimizer train a new parameter as it trains another, before which it comes."""
     for group in optimizer.param_groups:
-        if any(parameter is beside for parameter in group["params"]):
-            group["params"].append(new)
-            return
+        for place, parameter in enumerate(group["params"]):
+            if parameter is beside:
+                group["params"].insert(place, new)
+                return
+
+
+def _sort(optimizer: _Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Have each group in a model's order: an optimizer made anew reads the state of a checkpoint by place."""
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    for group in optimizer.param_groups:
+        group["params"].sort(key=lambda parameter: places.get(id(parameter), len(places)))
 
 
 def _must_carry(optimizer: _Optimizer | None, parameter: nn.Parameter) -> None:
@@ -195,6 +206,7 @@ class UpcycleAt(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse to go on where the step is past."""
+        _must_be_alone("UpcycleAt")
         if state.global_step > self.step:
             raise UserError(
                 f"UpcycleAt: the checkpoint of step {state.global_step} is of the sparse model that was made after "
@@ -221,7 +233,7 @@ def split_expert(layer: MoE, expert: int, optimizer: _Optimizer | None = None) -
     """Split an expert of a layer into two: the new one, expert E, is a copy, and a sigmoid gate shares what they get.
 
     The two are equal at first: the layer computes what it did. Capacity and losses go on by the
-    experts as they were (`shunter.routers.split.Split`). `save_pretrained` refuses such a layer; keep its state dict.
+    experts as they were (`shunter.routers.split.Split`). A model is saved and loaded with its splits.
 
     Args:
         layer: with `Experts` and a router of any kind that gives weights to experts.
@@ -262,7 +274,7 @@ def split_expert(layer: MoE, expert: int, optimizer: _Optimizer | None = None) -
         if optimizer is not None:
             _replace(optimizer, router.weight, grown.weight, lambda v: torch.cat([v, torch.zeros_like(v[:1])]))
     elif optimizer is not None:
-        _put(optimizer, next(router.parameters(), experts.down_proj), grown.weight)
+        _put(optimizer, [*router.parameters(), *experts.parameters()][0], grown.weight)
     layer.router = grown
     experts.num_experts = layer.num_experts = grown.num_experts
 
@@ -322,6 +334,7 @@ class GrowOnPlateau(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen to the losses and predictions."""
+        _must_be_alone("GrowOnPlateau")
         self.on_train_end(args, state, control)
         if not moe_layers(kwargs["model"]):
             raise UserError("GrowOnPlateau: the model has no layers of Shunter's; make them by shunter.sparsify")

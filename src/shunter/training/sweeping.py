@@ -194,7 +194,8 @@ def _fine_tuned(
             update_routers(body)
     body.eval()
     found: dict[str, Any] = {"trained": sizes, **_measured(body, head, data), "at_capacity": {}}
-    limited = [layer.decider for layer in moe_layers(body).values() if layer.decider.capacity_factor is not None]
+    deciders = [layer.decider.innermost for layer in moe_layers(body).values()]
+    limited = [router for router in deciders if router.capacity_factor is not None]
     for factor in capacities if limited else ():
         for router in limited:
             router.eval_capacity_factor = factor

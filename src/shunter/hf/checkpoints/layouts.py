@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...errors import UserError
 from ...experts import ACTIVATIONS, MixedExperts, ResidualExperts
 from ...moe import MoE, moe_layers
+from ...routers.split import Split
 
 __all__ = [
     "SPLIT",
@@ -77,6 +78,7 @@ class Sizes:
             "a residual branch": layer.shared_gate,
             "an extra MLP": layer.extra_mlp,
             "experts that differ": experts if isinstance(experts, MixedExperts) else None,
+            "split experts": layer.decider if isinstance(layer.decider, Split) else None,
         }
         for what, part in parts.items():
             if part is not None:
