@@ -9,7 +9,7 @@ from shunter import MoE, routers
 from shunter.analysis.runs import TEXT, Metrics
 from shunter.cli import main
 from shunter.errors import UserError
-from shunter.recipes.compare import compare, parse_routers, resumed, table, with_router
+from shunter.recipes.compare import compare, folder_of, parse_routers, resumed, table, with_router
 from shunter.recipes.run import configuration_of, load_model
 from shunter.recipes.seeds import parse_seeds
 from shunter.recipes.text import RECIPE
@@ -49,6 +49,54 @@ def test_a_row_for_each_router_and_for_the_dense_model(done):
     assert by_name["base"]["balance"] == pytest.approx(1), "BASE assigns every expert the same number of tokens"
     assert by_name["base"]["leak"] == "training" and by_name["hash"]["leak"] is None
     assert (run / "compare.png").stat().st_size > 0 and not (run / "checkpoints").exists()
+
+
+LAYERS = [
+    "switch:residual=true:pyramid=true",
+    "topk:where=[feed_forward, attention]",
+    "topk:where=heads:top_k=2:renormalize=no",
+    "topk:top_k=1:operations=[swiglu, gelu x2, identity]:cost_loss=0.05",
+]
+
+
+@pytest.mark.slow
+def test_layers_of_other_kinds_are_compared_at_equal_cost(done, tmp_path):
+    corpus = done[0].parent / "corpus"
+    args = [*SMALL, "training.steps=2", "model.heads=2", f"data.source=['{corpus}']"]
+    assert (
+        main(["compare", "text", "--routers", ",".join(LAYERS), "--run", str(tmp_path / "run"), "--json", *args]) == 0
+    )
+    dense, *rows = json.loads((tmp_path / "run/compare.json").read_text())["models"]
+    costs = [row["flops_per_token"] / dense["flops_per_token"] for row in rows]
+    assert costs[:2] == pytest.approx([1, 1], rel=0.03), "an expert is as wide as that allows"
+    kinds = [load_model(tmp_path / "run", folder_of(spec)).config.shunter for spec in LAYERS]
+    assert [layer["residual"] for layer in kinds[0]["layers"]] == [True, True]
+    assert [len(kind["layers"]) for kind in kinds] == [2, 2, 0, 2]
+    assert [[at["kind"] for at in kind.get("attention", [])] for kind in kinds[1:3]] == [
+        ["attention"] * 2,
+        ["heads"] * 2,
+    ]
+    assert [op.split()[0] for op in kinds[3]["layers"][0]["operations"]] == ["swiglu", "gelu", "identity", "swiglu"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("where=mouths", "where.0"),
+        ("where=attention:residual=true", "residual is of feed-forward blocks"),
+        ("operations=[swigloo]", "'swigloo' is unknown"),
+        ("operations=[]", "at least 1 item"),
+        ("residul=true", "no option 'residul'"),
+        ("cost_loss=-1", "greater than or equal to 0"),
+        ("pyramid=true:operations=[swiglu]", "a pyramid has more experts"),
+        ("where=heads:residual=true", "residual is of feed-forward blocks"),
+    ],
+)
+def test_impossible_layers_are_one_line_before_anything_is_trained(done, tmp_path, capsys, given, said):
+    args = [*SMALL, f"data.source=['{done[0].parent / 'corpus'}']"]
+    assert main(["compare", "text", "--routers", f"topk:{given}", "--run", str(tmp_path / "run"), *args]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and not (tmp_path / "run/metrics.jsonl").exists()
 
 
 VARYING = ["dense_to_sparse", "top_p:threshold=0.5", "relu", "thor", "dselect_k"]

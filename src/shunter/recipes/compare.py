@@ -22,7 +22,7 @@ from ..errors import UserError, one_line
 from .config import parse_value
 from .recipe import Recipe
 from .run import account, begin, check_router, configuration_of, train_one
-from .sections import ANY_LABELS, RunConfig, SparseConfig
+from .sections import ANY_LABELS, LayerConfig, RunConfig, SparseConfig
 
 __all__ = ["compare", "draw", "parse_routers", "resumed", "table", "with_router"]
 
@@ -62,6 +62,8 @@ def folder_of(spec: str) -> str:
 def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
     """The configuration with a router `name:option=value:…` in place of its own.
 
+    Options are of the router, or, where the recipe has several kinds of layers, of the layer (`LayerConfig`).
+
     Options that the configuration sets for its own router are left out, but for those that every router of the
     comparison shares: experts, width, backend. A router that leaks in training alone is let through, because its
     evaluation is causal.
@@ -83,6 +85,8 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
     if name in routers.names():
         check_router(recipe, config, name)
     sparse = config.sparse.model_dump() | {"router": name, "options": options, "top_k": options.pop("top_k", None)}
+    if "layer" in sparse:
+        sparse["layer"] |= {key: options.pop(key) for key in LayerConfig.model_fields if key in options}
     try:
         insisting = type(config).model_validate(config.model_dump() | {"sparse": sparse | {"allow_leak": True}})
     except ValueError as error:

@@ -108,6 +108,9 @@ class _Dumper(yaml.SafeDumper):
 _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    for _first in "yYnNoO":  # yes, no, on and off are text, as in YAML 1.2: "no" is a value of options
+        kept = [rule for rule in _kind.yaml_implicit_resolvers.get(_first, []) if rule[0] != "tag:yaml.org,2002:bool"]
+        _kind.yaml_implicit_resolvers[_first] = kept
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +79,12 @@ def expert_width(hidden: float, router: routers.Router, sequence_length: int, *,
     """
     unit, router = (6 if gated else 4) * router.dim, copy.deepcopy(router).eval()
     return max(1, round((unit * hidden - router.flops_per_token) / (unit * router.experts_for(sequence_length))))
+
+
+def width_at(flops: Callable[[int], float], wanted: float) -> int | None:
+    """The width at which a cost that grows linearly with it comes nearest to the wanted one; None where it does not."""
+    first, second = flops(64), flops(128)
+    return None if first == second else max(1, round(64 + 64 * (wanted - first) / (second - first)))
 
 
 def train(

@@ -24,7 +24,17 @@ from ..errors import UserError
 from ..routers import Router
 from ..routers.registry import option_types
 
-__all__ = ["ANY_LABELS", "ParallelConfig", "RunConfig", "Section", "SparseConfig", "TrainingConfig", "Value", "nearest"]
+__all__ = [
+    "ANY_LABELS",
+    "LayerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "Section",
+    "SparseConfig",
+    "TrainingConfig",
+    "Value",
+    "nearest",
+]
 
 
 class Section(BaseModel):
@@ -45,6 +55,42 @@ ANY_LABELS = {"token_ids": 257, "task": 2, "embedding": 8}
 """Where a router is built before data are read: what it cannot do without, a vocabulary, tasks, a width."""
 
 Value = bool | int | float | str | None
+
+
+class LayerConfig(Section):
+    """What becomes sparse, and what a layer has besides experts that are alike: arguments of `shunter.sparsify`."""
+
+    where: list[Literal["feed_forward", "attention", "heads"]] = Field(
+        ["feed_forward"], min_length=1, description="what becomes sparse; the first alone or beside one of the others"
+    )
+    pyramid: bool = Field(False, description="twice as many experts in the last two sparse blocks")
+    init: Literal["scratch", "copy"] = Field("scratch", description="copy: experts begin as the dense block, as wide")
+    expert_weights: Literal["separate", "residual"] = Field(
+        "separate", description="residual: a core, and what differs"
+    )
+    num_shared_experts: int = Field(0, ge=0, le=64)
+    residual: bool = Field(False, description="a dense branch, mixed with the experts by a learned softmax")
+    extra_mlp: bool = Field(False, description="a dense network behind the experts")
+    operations: list[str] | None = Field(None, min_length=1, description="of the experts, which take them in turn")
+    cost_loss: float = Field(0.0, ge=0, description="coefficient of what a token is expected to spend")
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _is_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def options(self, num_experts: int) -> dict[str, Any]:
+        """Those of `shunter.sparsify`."""
+        options = self.model_dump(exclude={"pyramid"})
+        options |= {"where": ", ".join(self.where), "placement": "pyramid" if self.pyramid else ""}
+        if self.operations is not None:
+            options["operations"] = [self.operations[i % len(self.operations)] for i in range(num_experts)]
+        return options
+
+    @property
+    def has_width(self) -> bool:
+        """Whether the width of an expert can be chosen."""
+        return "feed_forward" in self.where and self.init != "copy"
 
 
 class SparseConfig(Section):

@@ -40,7 +40,7 @@ from ..layers.domain_mixture import DomainMixture, by_domain
 from ..moe import moe_layers, tell
 from . import mixing, run
 from .recipe import Recipe
-from .sections import RunConfig, Section
+from .sections import LayerConfig, RunConfig, Section, SparseConfig
 
 __all__ = [
     "RECIPE",
@@ -124,12 +124,28 @@ class ModelConfig(Section):
         return self.architecture != "bert"
 
 
+class TextSparse(SparseConfig):
+    """Experts in any kind of layer."""
+
+    layer: LayerConfig = LayerConfig()
+
+    @model_validator(mode="after")
+    def _has_width(self) -> TextSparse:
+        if self.hidden is not None and not self.layer.has_width:
+            raise ValueError(
+                f"sparse.hidden is the width of an expert, which sparse.layer.where={', '.join(self.layer.where)} with "
+                f"init={self.layer.init} does not leave to choose; leave it out"
+            )
+        return self
+
+
 class TextConfig(RunConfig):
     """The configuration of `shunter train text`."""
 
     name: str = Field("text", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    sparse: TextSparse = TextSparse()
 
     @property
     def causal(self) -> bool:
@@ -230,18 +246,34 @@ class TextRecipe(Recipe[TextConfig, TextData]):
         m, s = config.model, config.sparse
         shape = _shape(config, vocab_size)
         labels = {"token_ids": vocab_size, **labels}
-        router = s.build_router(m.dim, labels)
-        hidden = s.hidden or run.expert_width(m.hidden, router, config.lengths[0], gated=m.gated)
+        hidden = s.hidden
+        if sparse and hidden is None and s.layer.has_width:
+            hidden = self._width(config, vocab_size, labels)
         set_seed(config.seed)
         model = _AUTO[m.kind].from_config(shape)
         if not sparse:
             return model
-        options: dict[str, Any] = s.router_options(labels) | {
+        options: dict[str, Any] = s.router_options(labels) | s.layer.options(s.num_experts)
+        options |= {
             "allow_leak": s.allow_leak,
             "backend": s.backend,
             "within": "" if m.sparse_stacks == "both" else m.sparse_stacks,
         }
         return sparsify(model, s.num_experts, s.router, layers=s.blocks(m.layers), hidden=hidden, **options)
+
+    def _width(self, config: TextConfig, vocab_size: int, labels: Mapping[str, int]) -> int | None:
+        """The width of an expert at which both twins cost the same."""
+        m, s = config.model, config.sparse
+        if s.layer == LayerConfig():
+            return run.expert_width(m.hidden, s.build_router(m.dim, labels), config.lengths[0], gated=m.gated)
+
+        def flops(hidden: int, sparse: bool = True) -> float:
+            own = config.model_copy(update={"sparse": s.model_copy(update={"hidden": hidden})})
+            with torch.device("meta"):
+                model = self.build_model(own, vocab_size, sparse, labels)
+            return self.ledger(model, config).flops_per_token
+
+        return run.width_at(flops, flops(1, sparse=False))
 
     def evaluate(self, model: PreTrainedModel, data: TextData) -> dict[str, Any]:
         """Nats per token and bits per byte of the held-out windows."""
