@@ -82,7 +82,7 @@ def test_layers_of_other_kinds_are_compared_at_equal_cost(done, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("where=mouths", "where.0"),
+        ("where=mouths", "layer.where: Input should be"),
         ("where=attention:residual=true", "residual is of feed-forward blocks"),
         ("operations=[swigloo]", "'swigloo' is unknown"),
         ("operations=[]", "at least 1 item"),

@@ -93,8 +93,8 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
         first, where = str(error), []
         if isinstance(error, ValidationError):
             first = error.errors()[0]["msg"]
-            where = [str(part) for part in error.errors()[0]["loc"][1:2]]
-        said = ": ".join([*where, " ".join(first.removeprefix("Value error, ").split())])
+            where = [".".join(part for part in error.errors()[0]["loc"][1:] if isinstance(part, str))]
+        said = ": ".join([*filter(None, where), " ".join(first.removeprefix("Value error, ").split())])
         raise UserError(f"router {spec!r}: {said}") from None
     leak = insisting.sparse.leak(evaluation=True) if config.causal else None
     if leak and not config.sparse.allow_leak:
