@@ -504,7 +504,8 @@ class MoE(RoutedLayer):
             f"Capacity in {mode}: dropless, no token is dropped."
             if slots is None
             else f"Capacity in {mode}: {slots} slots an expert for {num_tokens} tokens "
-            f"({within.capacity_formula} formula, {within.capacity_order} order); what does not fit is dropped.",
+            + ("" if within.capacity_shares is None else "in the mean, in proportion to capacity_shares, ")
+            + f"({within.capacity_formula} formula, {within.capacity_order} order); what does not fit is dropped.",
             f"Losses: {losses}.",
             f"Causal-safe: {'no, ' + router.leak if router.leak else 'yes'}.",
             ("Experts that differ" if isinstance(experts, MixedExperts) else f"Experts: {experts.activation}")
@@ -711,7 +712,7 @@ def dropless(model: nn.Module) -> None:
     """
     layers = moe_layers(model)
     deciders = {name: layer.decider.innermost for name, layer in layers.items()}
-    limited = {name: router for name, router in deciders.items() if router.capacity_factor is not None}
+    limited = {name: router for name, router in deciders.items() if router.capacity_factor}
     for name, router in limited.items():
         if router.chooses == "experts":
             raise ValueError(f"dropless: in {name or 'the layer'} experts choose their tokens, by a capacity")
