@@ -1,6 +1,6 @@
 """Every campaign by its name."""
 
-from tests.campaigns import damages, layers, museum, numbers, settings, soak, stops, texts, verbs
+from tests.campaigns import alarms, damages, layers, museum, numbers, settings, soak, stops, texts, verbs
 from tests.campaigns.campaign import Campaign
 
 CAMPAIGNS = {
@@ -28,17 +28,26 @@ CAMPAIGNS = {
     ),
     "damage": Campaign("E", "a file of a stopped run flipped, cut, lost or swapped", damages.damage, 1000, 5, 20),
     "flips": Campaign("E", "one bit of a sealed folder flipped", damages.flips, 10000, 200, 5000),
-    "numbers": Campaign("G", "NaN and infinities in a step of a Trainer", numbers.numbers, 216, 4, 40),
+    "numbers": Campaign(
+        "G", "NaN and infinities at six sites, on one process and on two", numbers.numbers, 216, 6, 12, slow=True
+    ),
     "spikes": Campaign(
-        "H", "a leap in 400 falling, noisy losses; no false alarm in as many without", numbers.spikes, 100, 10, 100
+        "H",
+        "a leap of the loss in a training, and in numbers; no false alarm before",
+        alarms.spikes,
+        100,
+        3,
+        10,
+        slow=True,
     ),
     "loads": Campaign(
         "I",
-        "a dead expert or a collapse heard within 50 steps; no false alarm in as many without",
-        numbers.loads,
+        "a dead expert or a collapse in a training, heard within 50 steps; no false alarm before",
+        alarms.loads,
         50,
-        6,
-        50,
+        3,
+        5,
+        slow=True,
     ),
     "settings": Campaign("P", "settings of wrong names, types and ranges", settings.settings, 20000, 300, 5000),
     "shapes": Campaign(

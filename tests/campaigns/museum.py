@@ -1,13 +1,12 @@
 """Campaign N: known bugs put back into a copy of the package, one at a time; the tests that are named must fail."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-from tests.helpers import TIME_LIMIT
 
 ROOT = Path(__file__).parents[2]
 BUGS = "tests/properties/test_known_bugs.py"
@@ -347,28 +346,24 @@ MUSEUM = [
 
 def museum(result, folder, cases, seed):
     """N: each bug is found by the tests that are named beside it."""
-    for case in cases:
-        if case >= len(MUSEUM):
-            break
-        bug, copy = MUSEUM[case], Path(folder) / f"museum-{case}"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(ROOT / "src", copy)
-        file = copy / "shunter" / bug.file
-        text = file.read_text()
-        if bug.right not in text:
-            result.count(case, f"{bug.what}: {bug.file} has changed; put the bug elsewhere")
-            continue
-        file.write_text(text.replace(bug.right, bug.wrong))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *bug.tests]
-        ended = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=5 * TIME_LIMIT,
-            check=False,
-        )
-        found = ended.returncode == 1 or ended.returncode < 0  # a test failed, or the bug ended the process
-        result.count(case, "" if found else f"{bug.what}: exit code {ended.returncode}", detected=True)
-        shutil.rmtree(copy)
+    command = [sys.executable, "-m", "tests.campaigns.preloaded"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=variables, **pipes) as server:
+        for case in cases:
+            if case >= len(MUSEUM):
+                break
+            bug, copy = MUSEUM[case], Path(folder) / f"museum-{case}"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(ROOT / "src", copy)
+            file = copy / "shunter" / bug.file
+            text = file.read_text()
+            if bug.right not in text:
+                result.count(case, f"{bug.what}: {bug.file} has changed; put the bug elsewhere")
+                continue
+            file.write_text(text.replace(bug.right, bug.wrong))
+            print(json.dumps([str(copy), *bug.tests]), file=server.stdin, flush=True)
+            code = int(server.stdout.readline())
+            found = code == 1 or code < 0  # a test failed, or the bug ended the process
+            result.count(case, "" if found else f"{bug.what}: exit code {code}", detected=True)
+            shutil.rmtree(copy)

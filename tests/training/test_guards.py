@@ -63,6 +63,9 @@ class Plant(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         self.on = self.rank_counts and state.global_step + 1 in self.steps
         self.before = self.state(model, optimizer, lr_scheduler)
+        self.poison(optimizer)
+
+    def poison(self, optimizer):
         if self.site == "moment" and self.on:
             next(iter(optimizer.state.values()))["exp_avg"].fill_(self.value)
 
@@ -187,10 +190,10 @@ def test_a_rewinding_guard_asks_for_whole_checkpoints(tmp_path):
         train(tmp_path, make_model(), Plant("loss", 1.0, []), [NaNGuard(rewinds=1)])
 
 
-def loop(site, value, steps, total, guard_options, resumed=None):
+def loop(site, value, steps, total, guard_options, resumed=None, dtype=torch.float32, ranks=(0,)):
     """A plain loop with a guard: the state after each step, what was admitted, and the guard."""
     torch.manual_seed(7)
-    model, plant = make_model(), Plant(site, value, steps)
+    model, plant = make_model(dtype), Plant(site, value, steps, ranks)
     plant.on_train_begin(None, None, None, model=model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 100)
@@ -200,7 +203,8 @@ def loop(site, value, steps, total, guard_options, resumed=None):
         if resumed is not None:
             guard.load_state_dict(resumed)
         for batch in ids:
-            plant.on = guard.step + 1 in steps
+            plant.on = plant.rank_counts and guard.step + 1 in steps
+            plant.poison(optimizer)
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
             admitted.append(guard.admits(loss))
@@ -241,6 +245,13 @@ def test_a_plain_loop_goes_back_after_a_spike_and_after_strikes():
 
     with pytest.raises(Diverged, match=r"step 7: the gradient is not finite, and 2 of the last 100"):
         loop("gradient", float("nan"), [6, 7], 8, {"strikes": 2, "rewinds": 0})
+
+
+def test_no_state_is_gone_back_to_that_is_not_finite():
+    """A moment that was spoiled shows in the loss of the step after next at last: copies since are spoiled, too."""
+    with pytest.warns(UserWarning, match="step 5: rewound to the state after step 2"):
+        states, _, guard = loop("moment", float("nan"), [4], 6, {"strikes": 1, "within": 1, "every": 1, "margin": 0})
+    assert guard.rewound == [(5, 2)] and all(bool(part.isfinite().all()) for part in states[6])
 
 
 def test_a_loops_guard_goes_on_with_its_state():

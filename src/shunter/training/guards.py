@@ -24,7 +24,7 @@ from ..durable import discard
 from ..errors import Diverged, UserError
 from ..parallel.checkpoint import first_does
 from ..parallel.fsdp import grad_norm
-from ..ranks import num_ranks
+from ..ranks import num_ranks, sum_over_ranks
 from .alarms import SpikeAlarm
 from .trainer import caller, divides_loss, wrap_loss
 
@@ -100,8 +100,8 @@ class NaNGuard(_Judge, TrainerCallback, ExportableState):
         strikes: so many skipped steps
         within: in so many steps rewind, or raise `shunter.errors.Diverged`.
         rewinds: how often to go back, at most; 0 never does, and looks for no spikes.
-        margin: checkpoints of the last so many steps before the trouble are not trusted either; a rewind removes them
-            and later ones.
+        margin: checkpoints of the last so many steps before the trouble are not trusted either, nor are those with
+            values that are not finite; a rewind removes them and later ones.
 
     Attributes:
         skipped: the last steps that were skipped, counted from 1.
@@ -218,8 +218,9 @@ class NaNGuard(_Judge, TrainerCallback, ExportableState):
         warnings.warn(f"step {state.global_step}: rewound to {folder}", stacklevel=2)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Know the checkpoint of this training."""
-        self._saved.add(state.global_step)
+        """Know the checkpoint of this training, if it may be gone back to."""
+        if not self.rewinds or _all_finite(kwargs["model"], kwargs["optimizer"]):
+            self._saved.add(state.global_step)
 
     def _earlier(self, since: int) -> int | None:
         """The newest checkpoint to rewind to from trouble that began at a step."""
@@ -258,6 +259,13 @@ def not_finite(model: nn.Module, optimizer: Any = None) -> str:
             if isinstance(value, Tensor) and _bad(value):
                 return f"{key} of the optimizer for {names.get(parameter, 'a parameter')}"
     return ""
+
+
+def _all_finite(model: nn.Module, optimizer: Any) -> bool:
+    """Whether all parameters, saved buffers and moments are finite, on every rank."""
+    bad = torch.tensor(float(bool(not_finite(model, optimizer))), device=next(model.parameters()).device)
+    sum_over_ranks(bad)
+    return not bool(bad)
 
 
 def _bad(tensor: Tensor) -> bool:
@@ -455,6 +463,8 @@ class GuardedLoop(_Judge):
         self._buffers.remember(self.model)
         if self.rewinds and self._taken % self.every == 0 and self._taken != self._copied:
             self._copied = self._taken
+            if not _all_finite(self.model, self.optimizer):
+                return
             states = [_copied(part.state_dict()) for part in self._holders()]
             self._copies = [*self._copies[-1:], (self.step, states)]
 
