@@ -54,7 +54,7 @@ CAMPAIGNS = {
         "K", "numbers of tokens and choices, layouts in memory, extreme logits", layers.shapes, 2000, 60, 250
     ),
     "invariants": Campaign(
-        "J", "properties of a layer with each backend, on random layers", layers.invariants, 40000, 120, 2000
+        "J", "properties of a layer with each backend, on random layers", layers.invariants, 60000, 120, 2000
     ),
     "data": Campaign("O", "files of text, JSON, Parquet that are damaged or lie", texts.data, 1000, 80, 250),
     "museum": Campaign(

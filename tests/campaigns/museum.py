@@ -203,8 +203,8 @@ MUSEUM = [
     Bug(
         "the norm of the gradients is that of one rank's experts (Megatron-LM #5916)",
         "parallel/fsdp.py",
-        "value.full_tensor() if",
-        "value.to_local() if",
+        "get_total_norm([p.grad for p in group])",
+        'get_total_norm([getattr(p.grad, "_local_tensor", p.grad) for p in group])',
         (RANKS,),
     ),
     Bug(

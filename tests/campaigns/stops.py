@@ -1,26 +1,28 @@
 """Campaigns A to D: runs that are killed, lose power, are stopped, or cannot write; all must end in the same bits."""
 
 import errno
+import functools
 import os
 import random
 import shutil
 import signal
 import subprocess
 
+from shunter.recipes import run as engine
 from tests.campaigns.campaign import drawn
 from tests.campaigns.processes import Points, in_child
 from tests.campaigns.runs import KINDS, STEPS, fresh, job
 
 
 def kills(result, folder, cases, seed):
-    """A: SIGKILL at random times, up to three in a run, of which the later ones meet it resumed."""
+    """A: SIGKILL at random times, up to five in a run, of which the later ones meet it resumed."""
     for case in cases:
         draw = drawn(seed, case)
         work = job(folder, draw.choice(list(KINDS)))
         with fresh(folder) as run:
             killed = 0
-            for _ in range(draw.randrange(1, 4)):
-                ended = work.go(run, kill_after=draw.uniform(0.0, work.seconds))
+            for again in range(draw.randrange(1, 6)):
+                ended = work.go(run, kill_after=draw.uniform(0.0, work.seconds / (2 if again else 1)))
                 killed += ended.code == -signal.SIGKILL
                 if ended.code == 0:
                     break
@@ -28,13 +30,16 @@ def kills(result, folder, cases, seed):
 
 
 def crash_points(result, folder, cases, seed):
-    """B: SIGKILL before each operation on files of a first and of a resumed run; twice with a power loss, too."""
-    work = job(folder, "bias", pages=True)
-    points = _points(work, seed)
+    """B: SIGKILL before each operation on files of a first and of a resumed run; twice with a power loss, too.
+
+    The report is drawn, which takes half of the time, in those alone that come to it.
+    """
+    points = _points(job(folder, "bias", pages=True), seed)
     for case in cases:
         if case >= 3 * len(points):
             break
-        (resumed, at), power = points[case % len(points)], case // len(points)
+        (resumed, at, pages), power = points[case % len(points)], case // len(points)
+        work = job(folder, "bias", pages=pages)
         with fresh(folder) as run:
             known = _stopped(work, run) if resumed else {}
             ended = in_child(_crashing(work, run, at, known))
@@ -47,14 +52,14 @@ def crash_points(result, folder, cases, seed):
 
 
 def _points(work, seed):
-    """The points of a first and of a resumed run, (resumed, number), in an order of the seed's."""
-    counts = []
+    """The points of a first and of a resumed run, in an order of the seed's: (resumed, number, if the report is begun)."""
+    points = []
     for resumed in (False, True):
         with fresh(work.folder) as run:
             if resumed:
                 _stopped(work, run)
-            counts.append(int(in_child(_counted(work, run)).line))
-    points = [(resumed, at) for resumed in (False, True) for at in range(counts[resumed])]
+            drawing, count = map(int, in_child(_counted(work, run)).line.split())
+            points += [(resumed, at, at >= drawing) for at in range(count)]
     random.Random(seed).shuffle(points)
     return points
 
@@ -72,10 +77,19 @@ def _stopped(work, run):
 
 
 def _counted(work, run):
+    """Prints the number of the first point of the report, or of all without one; and how many points there are."""
+
     def child():
-        points = Points(run)
+        points, first = Points(run), []
+
+        def heard(inner, *given):
+            first.append(points.count)
+            return inner(*given)
+
+        for name in ("write_report", "write_picture"):
+            setattr(engine, name, functools.partial(heard, getattr(engine, name)))
         code = work.work(run)()
-        print(f"\n{points.count}", flush=True)
+        print(f"\n{(first or [points.count])[0]} {points.count}", flush=True)
         return code
 
     return child
@@ -139,7 +153,7 @@ def disks(result, folder, cases, seed):
                 finally:
                     subprocess.run(["umount", run.parent], check=True)
             else:
-                total = total or int(in_child(_counted(work, run.with_name("counted"))).line)
+                total = total or int(in_child(_counted(work, run.with_name("counted"))).line.split()[1])
                 shutil.rmtree(run.with_name("counted"), ignore_errors=True)
                 ended = in_child(_failing(work, run, draw.randrange(total), draw.choice(ERRORS)))
                 fault = _told(ended) or work.finish(run)
