@@ -59,6 +59,10 @@ LAYERS = [
 ]
 
 
+def _last_load(run, name):
+    return [line["layers"] for line in Metrics(run / "metrics.jsonl").lines(name) if line["kind"] == "load"][-1]
+
+
 @pytest.mark.slow
 def test_layers_of_other_kinds_are_compared_at_equal_cost(done, tmp_path):
     corpus = done[0].parent / "corpus"
@@ -69,6 +73,16 @@ def test_layers_of_other_kinds_are_compared_at_equal_cost(done, tmp_path):
     dense, *rows = json.loads((tmp_path / "run/compare.json").read_text())["models"]
     costs = [row["flops_per_token"] / dense["flops_per_token"] for row in rows]
     assert costs[:2] == pytest.approx([1, 1], rel=0.03), "an expert is as wide as that allows"
+    written_out = 0.0
+    for layer, shares in _last_load(tmp_path / "run", folder_of(LAYERS[3])).items():
+        model = load_model(tmp_path / "run", folder_of(LAYERS[3]))
+        sizes = [sum(p.numel() for p in each.parameters()) for each in model.get_submodule(layer).experts.each]
+        router = model.get_submodule(layer).router
+        dense_block = sum(p.numel() for p in load_model(tmp_path / "run", "dense").get_submodule(layer).parameters())
+        written_out += 2 * (
+            sum(s * n for s, n in zip(shares, sizes, strict=True)) + router.weight.numel() - dense_block
+        )
+    assert rows[3]["flops_per_token"] - dense["flops_per_token"] == pytest.approx(written_out, rel=1e-6)
     kinds = [load_model(tmp_path / "run", folder_of(spec)).config.shunter for spec in LAYERS]
     assert [layer["residual"] for layer in kinds[0]["layers"]] == [True, True]
     assert [len(kind["layers"]) for kind in kinds] == [2, 2, 0, 2]

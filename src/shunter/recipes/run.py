@@ -30,10 +30,11 @@ from ..analysis.runs import MODELS, Metrics, ModelSummary
 from ..durable import MANIFEST, make_folder, naming, only_process, seal, sealed, verify, write
 from ..environment import run_versions
 from ..errors import Diverged, UserError, one_line
+from ..experts import MixedExperts
 from ..hf.checkpoints.reading import read_json
 from ..hf.distribute import distribute
 from ..hf.offloading import offload
-from ..moe import dropless, moe_layers, tell
+from ..moe import MoE, RoutedLayer, dropless, moe_layers, tell
 from ..parallel.checkpoint import first_does, together
 from ..parallel.processes import mesh
 from ..parallel.watch import named_errors
@@ -457,25 +458,32 @@ def _trained(folder: Path, name: str, identity: dict[str, Any], metrics: Metrics
 
 
 def account(begun: Begun, name: str, costs: dict[str, float]) -> ModelSummary:
-    """What one trained model of a run reached and cost, by the experts that its tokens took indeed."""
+    """What one trained model of a run reached and cost, by the experts that its tokens took indeed.
+
+    In evaluation, too, experts that differ count by the shares of tokens that each took at the end of training.
+    """
     recipe, config = begun.recipe, begun.configs[name]
     model, lines = load_model(begun.folder, name), begun.metrics.lines(name)
-    layers = moe_layers(model).values()
+    layers = moe_layers(model)
+    loads: dict[int, dict[str, list[float]]] = {
+        line["step"]: line["layers"] for line in lines if line["kind"] == "load"
+    }
 
-    def cost(taken: float | None) -> Ledger:
-        for layer in layers:
+    def cost(taken: float | None, step: int) -> Ledger:
+        for path, layer in layers.items():
             if layer.decider.chooses != "slots":  # whose experts compute slots, however many tokens hear of them
-                layer.experts_taken = taken
+                layer.experts_taken = taken and taken * _dearness(layer, loads[step][path])
         return recipe.ledger(model, config)
 
-    spent, before = 0.0, 0
+    spent, before, step = 0.0, 0, 0
     for line in lines:
         if line["kind"] == "train":
-            spent += (line["tokens"] - before) * cost(line.get("experts_per_token")).flops_per_token
+            step = line["step"]
+            spent += (line["tokens"] - before) * cost(line.get("experts_per_token"), step).flops_per_token
             before = line["tokens"]
-    passes = max((layer.decider.passes for layer in layers), default=1)
+    passes = max((layer.decider.passes for layer in layers.values()), default=1)
     last = [line for line in lines if line["kind"] == "eval"][-1]
-    found = cost(last.get("experts_per_token"))
+    found = cost(last.get("experts_per_token"), step)
     return ModelSummary(
         eval_loss=last["loss"],
         shown={key: last[key] for key in recipe.words_of(config).shown},
@@ -488,6 +496,14 @@ def account(begun: Begun, name: str, costs: dict[str, float]) -> ModelSummary:
         domains=last["domains"],
         training_flops=TRAINING_FLOPS * passes * spent,
     )
+
+
+def _dearness(layer: RoutedLayer, shares: list[float]) -> float:
+    """What an expert cost in the mean over these shares of tokens (E,), by what one costs in the mean over all."""
+    experts = layer.own_experts if isinstance(layer, MoE) else None
+    if not isinstance(experts, MixedExperts):
+        return 1.0
+    return float((torch.tensor(shares, dtype=torch.float64) * experts.costs).sum() / experts.costs.mean())
 
 
 _CURE = "put back what it was; a run goes on as it began"
