@@ -12,6 +12,7 @@ from shunter.errors import NotWritten, UserError
 from shunter.hf.checkpoints.loading import load_folder
 from shunter.hf.observe.taps import taps
 from shunter.training.distilling import distill, distillation_loss, gain_kept, student_of
+from shunter.training.growing import split_expert
 from shunter.training.pruning import prune
 from shunter.training.roles import roles
 from tests.hf.families import build
@@ -98,6 +99,19 @@ def test_a_student_of_fewer_layers_begins_with_the_teachers(tmp_path):
             old = name.replace("layers.1.", "layers.2.").replace("layers.0.", "layers.1.")
             assert torch.equal(tensor, theirs[old]), name
         assert list(moe_layers(student)) == (["model.layers.1.mlp"] if kind == "ours" else [])
+
+
+def test_a_student_of_fewer_layers_has_the_teachers_sparse_attention_and_splits(tmp_path):
+    teacher = sparsify(build("mistral"), 3, "topk", top_k=2, where="feed_forward, attention", residual=True)
+    last = len(teacher.model.layers) - 1
+    split_expert(teacher.model.layers[last].mlp, 1)
+    distill(save(wake(teacher), tmp_path / "old"), tmp_path / "new", layers=1, material=language(10), steps=1)
+    student = load_folder(tmp_path / "new")
+    kept = {name.replace(f"layers.{last}.", "layers.0.") for name in moe_layers(teacher) if f"layers.{last}." in name}
+    assert set(moe_layers(student)) == kept and len(kept) == 3
+    assert student.model.layers[0].mlp.num_experts == 4
+    with pytest.raises(UserError, match="are of different kinds"):
+        distill(tmp_path / "old", tmp_path / "dense", material=language(10), steps=1)
 
 
 def test_a_taught_student_keeps_a_part_of_the_gain_and_a_pruned_one_recovers(tmp_path):

@@ -28,7 +28,7 @@ def add_verbs(verbs: Any) -> None:
     upcycle.add_argument("--prompts", type=Path, help="siblings: JSON file, a list of texts for each, for the routers")
     upcycle.add_argument("--to", default="auto", help="a family of transformers, shunter, or auto (default)")
     upcycle.add_argument("--every", type=int, default=1, help="sparsify every n-th block")
-    upcycle.add_argument("--placement", default="", help='the same in words: "every 2, last 3"')
+    upcycle.add_argument("--placement", default="", help='the same in words: "every 2, last 3, pyramid"')
     upcycle.add_argument("--seed", type=int, default=0)
     upcycle.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
     upcycle.add_argument("--json", action="store_true", help="the receipt to standard output")

@@ -255,13 +255,14 @@ def _take_layers(config: Any, layers: int) -> None:
         config.mlp_only_layers = [new for new, old in enumerate(kept) if old in config.mlp_only_layers]
     config.num_hidden_layers = layers
     if made_here(config):
-        entries = []
-        for entry in config.shunter["layers"]:
-            number = int(re.findall(r"\b\d+\b", entry["name"])[0])
-            if number in kept:
-                renamed = re.sub(r"\b\d+\b", str(kept.index(number)), entry["name"], count=1)
-                entries.append({**entry, "name": renamed})
-        config.shunter["layers"] = entries
+        for part in {"layers", "attention"} & config.shunter.keys():
+            entries = []
+            for entry in config.shunter[part]:
+                number = int(re.findall(r"\b\d+\b", entry["name"])[0])
+                if number in kept:
+                    renamed = re.sub(r"\b\d+\b", str(kept.index(number)), entry["name"], count=1)
+                    entries.append({**entry, "name": renamed})
+            config.shunter[part] = entries
 
 
 @torch.no_grad()

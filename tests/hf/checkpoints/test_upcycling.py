@@ -102,8 +102,24 @@ def test_the_last_block_in_words(dense, inputs, tmp_path):
     assert [name.split(".")[2] for name in shunter.moe_layers(sparse)] == ["1", "1"]
     batch = batch_for(inputs, "t5")
     assert relative(logits(sparse, batch), logits(model, batch)) < 1e-5
-    with pytest.raises(UserError, match="pyramid"):
-        shunter.upcycle(folder, tmp_path / "other", 4, placement="pyramid")
+
+
+@pytest.mark.parametrize(
+    "method", ["copy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("split", "noise", "drop"))]
+)
+def test_a_pyramid_has_twice_the_experts_in_the_last_blocks(method, dense, tmp_path):
+    folder, _ = dense("llama", folder="llama")
+    receipt = shunter.upcycle(folder, tmp_path / "new", 4, method=method, placement="pyramid")
+    assert receipt["format"] == "shunter" and "one size" in receipt["not_native_because"]
+    layers = shunter.moe_layers(shunter.from_pretrained(tmp_path / "new"))
+    assert [layer.num_experts for layer in layers.values()] == [4, 8]
+    assert all(layer.router.weight.std() > 0 for layer in layers.values())
+    experts = list(layers.values())[1].experts.down_proj
+    assert torch.equal(experts[0], experts[6]) == (method in ("copy", "split"))
+    with pytest.raises(UserError, match="one size"):
+        shunter.upcycle(folder, tmp_path / "other", 4, placement="pyramid", to="mixtral")
+    with pytest.raises(UserError, match="than there are siblings"):
+        shunter.upcycle(folder, tmp_path / "other", placement="pyramid", method="siblings", siblings=[folder, folder])
     assert not (tmp_path / "other").exists()
 
 

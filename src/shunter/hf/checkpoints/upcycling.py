@@ -79,7 +79,8 @@ def upcycle(
         to: "auto" takes the native family that continues the dense one where there is one, so that plain transformers
             loads the result, else "shunter", Shunter's own format (`shunter.from_pretrained` loads); or a family.
         every: sparsify every n-th block.
-        placement: the same in words, as "every 2, last 3" (see `shunter.sparsify`); no pyramid, whose layers differ.
+        placement: the same in words, as "every 2, last 3, pyramid" (see `shunter.sparsify`); no family of transformers
+            has a pyramid.
         seed: of what is drawn.
         check: load both models and compare their logits; "copy" and "split", which keep the function, fail where the
             difference is more than rounding.
@@ -100,8 +101,8 @@ def upcycle(
     num_experts = num_experts or (len(siblings) or 8)
     _check(how, num_experts, top_k, siblings, prompts)
     place = Placement.parse(placement, every)
-    if place.pyramid:
-        raise UserError("upcycle: placement: a pyramid has layers of different sizes, which no plan here makes")
+    if place.pyramid and siblings:
+        raise UserError("upcycle: a pyramid has more experts in later blocks than there are siblings; leave it out")
     is_gguf = Path(model).suffix == ".gguf"
     with unpacked(Path(model), Path(out).parent) if is_gguf else nullcontext(local_folder(model)) as folder:
         source = Dense.open(folder)
@@ -240,6 +241,8 @@ class _Start:
         options = {"num_experts": self.num_experts, "top_k": self.top_k, "every": self.place.every, "seed": seed}
         if self.place.last is not None:
             options["last"] = self.place.last
+        if self.place.pyramid:
+            options["pyramid"] = True
         facts = {
             "method": method.name,
             "options": options | {"amount": method.amount},
@@ -265,7 +268,7 @@ class _Start:
         for number, block in enumerate(self.blocks):
             pieces = form.pieces[block.path]
             one = None if method.name == "siblings" else source.parts(block)
-            for e in range(self.num_experts):
+            for e in range(pieces["router", 0].shape[0]):
                 expert = method.expert(one or self.members[e].parts(theirs[e][number]), e, generator)
                 for part in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
                     piece = pieces.get((part, e))
