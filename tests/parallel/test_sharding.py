@@ -92,6 +92,49 @@ def forms(mesh, names=("topk", "expert_choice", "gshard", "top_p", "relu", "null
     return found, moved
 
 
+def pieces(mesh, degrees=(2, 5)):
+    """Exchanges in pieces: against data parallelism, how many there are, and in which order experts compute."""
+    found, rank = {}, dist.get_rank()
+    for form in ("choices", "ranks"):
+        for degree in degrees:
+            moe, copied = twins(layer("topk", num_shared_experts=1).train())
+            parallel.shard_experts(moe, mesh, dispatch=form, overlap_degree=degree)
+            tokens = (3, 13)[rank % 2]  # not as many on each rank, and on one fewer than pieces
+            x = _of_this_rank(lambda n=tokens: torch.randn(n, DIM, dtype=torch.float64))
+            log = []
+            compute = moe.experts.compute
+            moe.experts.compute = _noting(log, "experts", compute)
+            moe.shared_experts.register_forward_hook(lambda *_, log=log: log.append("shared"))
+            own = {name: getattr(exchange, name) for name in ("_start", "_wait")}
+            try:
+                for name, function in own.items():
+                    setattr(exchange, name, _noting(log, name, function))
+                got = _run(moe, x, {})
+            finally:
+                for name, function in own.items():
+                    setattr(exchange, name, function)
+            order = [*log]
+            twice, other = _penalty_gradients(moe, copied, x)
+            expected = _run(copied, x, {})
+            parallel.average_gradients(moe, mesh)
+            gap = max(difference(got, expected), difference(gradients(moe), gradients(copied, averaged=True)))
+            found[f"{form}, {degree}"] = order, max(gap, float((twice - other).abs().max() / other.abs().max()))
+            moe.zero_grad(set_to_none=True)
+            moe.experts.compute = compute
+            with torch.no_grad():
+                gap = difference({"y": moe.eval()(x[:1])}, {"y": copied.eval()(x[:1])})
+            found[f"{form}, {degree}, one token"] = [], gap
+    return found
+
+
+def _noting(log, name, function):
+    def noted(*args):
+        log.append(name)
+        return function(*args)
+
+    return noted
+
+
 def overlap(mesh):
     """Shared experts during the exchange: the order of things, and how far it is from one after another."""
     moe, serial = twins(layer("topk", num_shared_experts=2).train())
@@ -100,19 +143,11 @@ def overlap(mesh):
         parallel.shard_experts(one, mesh)
     serial.experts.waits = False
     log = []
-
-    def noting(name, function):
-        def noted(*args):
-            log.append(name)
-            return function(*args)
-
-        return noted
-
     own = {name: getattr(exchange, name) for name in ("_start", "_wait")}
     x = _of_this_rank(lambda: torch.randn(2, 9, DIM, dtype=torch.float64))
     try:
         for name, function in own.items():
-            setattr(exchange, name, noting(name, function))
+            setattr(exchange, name, _noting(log, name, function))
         moe.shared_experts.register_forward_hook(lambda *_: log.append("shared"))
         moe.shared_experts.register_full_backward_hook(lambda *_: log.append("back through shared"))
         found = _run(moe, x, {})
@@ -124,13 +159,19 @@ def overlap(mesh):
     own_grads, serial_grads = gradients(moe), gradients(serial)
     parallel.average_gradients(moe, mesh)
     right = max(difference(found, whole_one), difference(gradients(moe), gradients(alone, averaged=True)))
-    (one,) = torch.autograd.grad(_penalty(moe, x), moe.router.weight)
-    (other,) = torch.autograd.grad(_penalty(alone, x), alone.router.weight)
-    dist.all_reduce(one)
-    dist.all_reduce(other)
+    one, other = _penalty_gradients(moe, alone, x)
     twice = float((one - other).abs().max() / other.abs().max())
     equal = difference(found, expected), difference(own_grads, serial_grads)
     return order, max(equal), right, twice
+
+
+def _penalty_gradients(*layers_and_x):
+    """Of each layer, the gradient of its router's weight of a penalty on a gradient, summed over the ranks."""
+    *layers, x = layers_and_x
+    found = [torch.autograd.grad(_penalty(moe, x), moe.router.weight)[0] for moe in layers]
+    for grad in found:
+        dist.all_reduce(grad)
+    return found
 
 
 def _penalty(moe, x):
@@ -421,6 +462,11 @@ def refusals(mesh):
             moe(x)
 
     said("other dtype", in_bfloat16)
+    apart = layer("topk", torch.float32)
+    said("pieces", lambda: parallel.shard_experts(apart, mesh, overlap_degree=0))
+    said("pieces of all", lambda: parallel.shard_experts(apart, mesh, overlap_degree=2, dispatch="all"))
+    parallel.shard_experts(apart, mesh, overlap_degree=1 + rank)
+    said("other pieces", lambda: apart(x))
     said("splits", lambda: exchange.exchange(x, [1, 1], [1, 1], mesh["ep"].get_group(), "a test"))
     return found
 
@@ -445,7 +491,7 @@ def _cases(expert_parallel, names, size=2):
 
 QUICK = dict.fromkeys(
     (
-        "checkpointing", "second_derivatives", "precision", "autocast", "inference", "refusals", "overlap",
+        "checkpointing", "second_derivatives", "precision", "autocast", "inference", "refusals", "overlap", "pieces",
     ),
     (),
 ) | {
@@ -478,9 +524,10 @@ def _holds(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("size, expert_parallel", [(2, 1), (4, 1), (4, 2), (4, 4)])
 def test_four_ranks_in_every_layout(size, expert_parallel):
-    cases = {"every_router": (), "forms": (), "layouts": (), "checkpointing": (), "second_derivatives": ()}
+    cases = dict.fromkeys(("every_router", "forms", "layouts", "checkpointing", "second_derivatives", "pieces"), ())
     found = _cases(expert_parallel, cases | {"backends": (QUICK_BACKENDS,), "no_tokens": (QUICK_BACKENDS,)}, size)
     _holds(found)
+    experts_compute_one_piece_while_others_travel(found)
     for one in found:
         assert one["checkpointing"]["kept"][:2] == (6, 4)
         assert max(gap for *_, gap in one["checkpointing"].values()) == 0
@@ -589,6 +636,19 @@ def shared_experts_run_while_rows_are_under_way(results):
         assert log == [*exchange, *during[0], *exchange, *exchange, *during[1]]
 
 
+def experts_compute_one_piece_while_others_travel(results):
+    for found in (one["pieces"] for one in results):
+        for name, (log, gap) in found.items():
+            assert gap < 1e-12, (name, gap)
+            if log:
+                form, n = name.split(", ")
+                n, counts = int(n), ["_start", "_wait"]
+                weights = counts if form == "ranks" else []
+                there = [*["_start"] * n, "shared", *["_wait", "experts", "_start"] * n, *["_wait"] * n]
+                back = [*["_start"] * n, *["_wait", "_start"] * n, *["_wait"] * n]
+                assert log == [*counts, *weights, *there, *back, *weights], (name, log)
+
+
 MISTAKES = [
     ("experts", "5 experts, which 2 ranks cannot hold"),
     ("world", "2 processes cannot share experts in groups of 3"),
@@ -598,6 +658,9 @@ MISTAKES = [
     ("drawn apart", "router.weight is another on rank 1"),
     ("evaluates alone", "gradients but for its input's, and rank 1 at sparse layer 0 in float32 without gradients"),
     ("other dtype", "rank 1 at sparse layer 0 in float32 without"),
+    ("pieces", "overlap_degree 0 must be at least 1"),
+    ("pieces of all", 'overlap_degree 2 needs dispatch="ranks" or "choices"'),
+    ("other pieces", "rank 1 at sparse layer 0 in float32 with gradients but for its input's, in 2 pieces"),
     ("splits", "send sums to 2"),
 ]
 
@@ -613,7 +676,7 @@ CHECKS = (
     _holds, exchanges_are_as_counted, penalties_on_gradients_are_right,
     routers_decide_in_float32_under_mixed_precision, autocast_rounds_no_more_than_elsewhere,
     inference_takes_batches_of_any_size, mistakes_are_one_line_with_names,
-    shared_experts_run_while_rows_are_under_way,
+    shared_experts_run_while_rows_are_under_way, experts_compute_one_piece_while_others_travel,
 )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["distribute"]
 
 
-def distribute(model: PreTrainedModel, config: DistributedConfig, *, timeout: float = 600.0) -> PreTrainedModel:
+def distribute(
+    model: PreTrainedModel, config: DistributedConfig, *, timeout: float = 600.0, overlap_degree: int = 1
+) -> PreTrainedModel:
     """`shunter.parallel.shard_model` by transformers' `DistributedConfig`, in place; a `Trainer` then trains the model.
 
     The model is one that `shunter.sparsify`, `upcycle` or `from_pretrained` gave, the same on every rank. Mixtures of
@@ -30,6 +32,7 @@ def distribute(model: PreTrainedModel, config: DistributedConfig, *, timeout: fl
         config: `fsdp_size` is the number of ranks, `ep_size` how many of them share the experts;
             `fsdp_mixed_precision` computes in bfloat16, routers in float32.
         timeout: seconds that a rank waits for others, as in `parallel.mesh`.
+        overlap_degree: in how many pieces rows travel, as in `parallel.shard_experts`.
 
     Returns:
         The same model. Every rank calls its `save_pretrained`, which writes an ordinary folder.
@@ -53,7 +56,8 @@ def distribute(model: PreTrainedModel, config: DistributedConfig, *, timeout: fl
         raise UserError(
             f"distribute: fsdp_size={config.fsdp_size} must be the number of ranks, {dist.get_world_size()}"
         )
-    parallel.shard_model(model, mesh, dtype=torch.bfloat16 if config.fsdp_mixed_precision else None)
+    dtype = torch.bfloat16 if config.fsdp_mixed_precision else None
+    parallel.shard_model(model, mesh, dtype=dtype, overlap_degree=overlap_degree)
     # What Trainer, generate and save_pretrained ask of a model that transformers itself has sharded.
     model.config.distributed_config = config
     vars(model).update(_is_distributed_loading_by_transformers=True, _is_fsdp_managed_module=True)

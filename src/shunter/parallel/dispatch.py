@@ -2,13 +2,14 @@
 
 A rank sends the rows of its triples, in the order that `Routing` has them in, to the ranks of their experts: there they
 are a routing of their own, one triple a row, of weight 1. The sender weighs and sums what comes back, so that the
-router's gradient needs no exchange of its own. Tokens of many experts travel once to each rank, or to all.
+router's gradient needs no exchange of its own. Tokens of many experts travel once to each rank, or to all. An exchange
+may be cut in pieces, of which experts compute one while the next is under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from ..errors import LostRank
 from ..experts.combine import rows_of, weighted_sum
 from ..ranks import rows_to_ranks
 from ..routing import Routing
-from .exchange import exchange, exchange_numbers, exchange_weights, gather, scatter
+from .exchange import begin, exchange, exchange_numbers, exchange_weights, gather, scatter
 
 __all__ = ["DISPATCHES", "FORMS", "Dispatch", "Form", "Sender", "choose_form", "received", "rows_sent"]
 
@@ -43,18 +44,20 @@ class Sender:
         layer: the number of the layer.
         name: its name, for errors.
         group: the ranks among which the experts are.
+        pieces: in how many its rows are exchanged.
     """
 
     layer: int
     name: str
     group: dist.ProcessGroup
+    pieces: int = 1
 
     def __deepcopy__(self, memo: Any) -> Sender:
         return self  # a copied model is at the same place, among the same ranks
 
     def header(self, x: Tensor) -> list[int]:
-        """The layer's number, and how its input x is computed with."""
-        return [self.layer, _DTYPES.index(x.dtype), int(torch.is_grad_enabled()), int(x.requires_grad)]
+        """The layer's number, its pieces, and how its input x is computed with."""
+        return [self.layer, self.pieces, _DTYPES.index(x.dtype), int(torch.is_grad_enabled()), int(x.requires_grad)]
 
     def compare(self, own: list[int], heads: list[list[int]]) -> None:
         """Raise LostRank where another rank of the group is not where this one is."""
@@ -69,9 +72,10 @@ class Sender:
 
 
 def _said(head: list[int]) -> str:
-    layer, dtype, grad, learns, form, weighs = head
+    layer, pieces, dtype, grad, learns, form, weighs = head
     graph = ("without" if not grad else "with") + " gradients" + ("" if learns or not grad else " but for its input's")
     how = f", a row for {FORMS[form]}" + (" with their weights' gradients" if weighs else "") if form else ""
+    how += f", in {pieces} pieces" if pieces > 1 else ""
     return f"sparse layer {layer} in {str(_DTYPES[dtype]).removeprefix('torch.')} {graph}{how}"
 
 
@@ -115,6 +119,45 @@ class Dispatch:
 
     def _local(self, x: Tensor, routing: Routing, counts: Tensor) -> Routing:
         return received(counts, torch.promote_types(x.dtype, torch.float32))
+
+    def computed(
+        self, x: Tensor, experts: Callable[[Tensor, Routing], Tensor], meanwhile: Callable[[], object] | None = None
+    ) -> Tensor:
+        """The outputs (T, d) of this rank's tokens x (T, d), from all ranks' experts.
+
+        Of several pieces, experts compute one while the later ones come and what was made of the earlier ones goes
+        back; likewise in the backward.
+
+        Args:
+            x: (T, d).
+            experts: rows (n, d) and the routing of them over this rank's experts to their outputs (n, d).
+            meanwhile: what to do before the first rows are waited for.
+
+        Source: Hwang et al. 2023 (Tutel), section 3.3, the pipelining degree.
+        """
+        if self.sender.pieces == 1:
+            return self.combined(experts(self.rows(x, meanwhile), self.local))
+        group, name = self.sender.group, self.sender.name
+        send, recv = (_cut(whole, self.sender.pieces) for whole in (self.send, self.recv))
+        pieces = zip(_split(rows_of(x, self.routing), send), send, recv, strict=True)
+        coming = [begin(rows, to, of, group, f"the dispatch of {name}") for rows, to, of in pieces]
+        if meanwhile is not None:
+            meanwhile()
+        going = [
+            begin(experts(arrive(), local), of, to, group, f"the combine of {name}")
+            for arrive, local, to, of in zip(coming, self._locals(recv), send, recv, strict=True)
+        ]
+        return weighted_sum(_join([arrive() for arrive in going], send), self.routing)
+
+    def _locals(self, recv: list[list[int]]) -> Iterator[Routing]:
+        """The part of `local` of each piece, its rows numbered from 0."""
+        device, pieces = self.local.token.device, len(recv)
+        lengths = torch.tensor(recv, device=device).T.reshape(-1)
+        piece = torch.arange(pieces, device=device).repeat(self.size).repeat_interleave(lengths)
+        for number in range(pieces):
+            mine = piece == number
+            own = self.local.masked(mine[self.local.token])
+            yield replace(own, token=(mine.cumsum(0) - 1)[own.token], num_tokens=sum(recv[number]), check=False)
 
     def rows(self, x: Tensor, meanwhile: Callable[[], object] | None = None) -> Tensor:
         """The rows (R, d) that this rank's experts compute, of all ranks' tokens x (T, d); what is done meanwhile."""
@@ -182,6 +225,23 @@ class ToAll(ByRanks):
 
     def combined(self, y: Tensor) -> Tensor:
         return scatter(y, self.sender.group, f"the combine of {self.sender.name}")[: self.routing.num_tokens]
+
+
+def _cut(numbers: list[int], pieces: int) -> list[list[int]]:
+    """For each piece, how many rows of those of each rank are in it; on both sides of an exchange alike."""
+    return [[n * (i + 1) // pieces - n * i // pieces for n in numbers] for i in range(pieces)]
+
+
+def _split(rows: Tensor, cuts: list[list[int]]) -> list[Tensor]:
+    """The rows of the ranks, one rank's after another's, as pieces with a part of those of each."""
+    parts = rows.split([n for of_rank in zip(*cuts, strict=True) for n in of_rank])
+    return [torch.cat(parts[i :: len(cuts)]) for i in range(len(cuts))]
+
+
+def _join(pieces: list[Tensor], cuts: list[list[int]]) -> Tensor:
+    """The rows of which `_split` made pieces."""
+    parts = [piece.split(cut) for piece, cut in zip(pieces, cuts, strict=True)]
+    return torch.cat([part for of_rank in zip(*parts, strict=True) for part in of_rank])
 
 
 DISPATCHES: dict[Form, type[Dispatch]] = {kind.form: kind for kind in (Dispatch, ByRanks, ToAll)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed import _functional_collectives as functional
 
 from .watch import at, named_errors
 
-__all__ = ["exchange", "exchange_numbers", "exchange_weights", "gather", "scatter"]
+__all__ = ["begin", "exchange", "exchange_numbers", "exchange_weights", "gather", "scatter"]
 
 
 def exchange(
@@ -41,16 +42,29 @@ def exchange(
         ValueError: where send and rows differ.
         LostRank: where a rank does not come within the group's timeout.
     """
-    if sum(send) != rows.shape[0]:
-        raise ValueError(f"exchange: {rows.shape[0]} rows, and send sums to {sum(send)}")
-    if meanwhile is None:
-        out: Tensor = _Exchange.apply(rows, send, recv, group, place)
-        return out
+    if meanwhile is not None:
+        arrive = begin(rows, send, recv, group, place)
+        meanwhile()
+        return arrive()
+    _must_sum_to(rows, send)
+    out: Tensor = _Exchange.apply(rows, send, recv, group, place)
+    return out
+
+
+def begin(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, place: str) -> Callable[[], Tensor]:
+    """Let rows set out as in `exchange`; returns what waits for those that come, (R, …), and is called once.
+
+    What runs in between does so while they are under way, and its backward while the gradients are.
+    """
+    _must_sum_to(rows, send)
     back = _Back()
     under_way = _Start.apply(rows, back, send, recv, group, place)
-    meanwhile()
-    arrived: Tensor = _Finish.apply(under_way, back, send, recv, group, place)
-    return arrived
+    return partial(_Finish.apply, under_way, back, send, recv, group, place)
+
+
+def _must_sum_to(rows: Tensor, send: list[int]) -> None:
+    if sum(send) != rows.shape[0]:
+        raise ValueError(f"exchange: {rows.shape[0]} rows, and send sums to {sum(send)}")
 
 
 def exchange_numbers(numbers: Tensor, group: dist.ProcessGroup, place: str) -> Tensor:

@@ -47,6 +47,7 @@ class ShardedExperts(Experts):
         layer, name: of the layer in its model.
         top_k: how many experts a token takes in the mean.
         dispatch: in which form rows travel, one of `FORMS`; "auto" goes by top_k and P.
+        overlap_degree: in how many pieces; experts compute one while the next is under way.
 
     Attributes:
         size: P.
@@ -57,7 +58,7 @@ class ShardedExperts(Experts):
 
     Raises:
         UserError: where P does not divide E.
-        ValueError: for another form.
+        ValueError: for another form, and for pieces of one in which rows are gathered.
 
     Source: Lepikhin et al. 2020 (GShard), section 3.3: experts sharded, tokens exchanged by all-to-all.
     """
@@ -72,6 +73,7 @@ class ShardedExperts(Experts):
         name: str = "the layer",
         top_k: float = 1.0,
         dispatch: Form | Literal["auto"] = "auto",
+        overlap_degree: int = 1,
     ) -> None:
         nn.Module.__init__(self)
         part = mesh["ep"]
@@ -84,13 +86,21 @@ class ShardedExperts(Experts):
         for attribute in ("num_experts", "dim", "hidden", "activation", "bias", "backend", "recompute", "dropout"):
             setattr(self, attribute, getattr(experts, attribute))
         self.gated, self.up_name = experts.gated, experts.up_name
-        self.sender = Sender(layer, name, part.get_group())
+        if overlap_degree < 1:
+            raise ValueError(f"overlap_degree {overlap_degree} must be at least 1, the exchange in one piece")
+        if overlap_degree > 1 and dispatch == "all":
+            raise ValueError(
+                f'overlap_degree {overlap_degree} needs dispatch="ranks" or "choices"; "all" has no pieces'
+            )
+        self.sender = Sender(layer, name, part.get_group(), overlap_degree)
         self.order: list[int] | None = None
         if dispatch not in ("auto", *FORMS):
             raise ValueError(f"dispatch {dispatch!r} is unknown; choose auto, {', '.join(FORMS)}")
         self.top_k = top_k
         backend = dist.get_backend(part.get_group())
         form, why = choose_form(top_k, self.num_experts, self.size, backend)
+        if form == "all" and overlap_degree > 1:
+            form = "ranks"
         self.form, self.why = (form, why) if dispatch == "auto" else (dispatch, "you asked for it")
         e = experts.num_experts // self.size
         for key in (self.up_name, "down_proj", f"{self.up_name}_bias", "down_proj_bias"):
@@ -178,7 +188,8 @@ class ShardedExperts(Experts):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """As `Experts`, in three exchanges (counts, rows, outputs), and two in the backward.
 
-        Where a row does not travel for each choice there is one more each way, of the weights.
+        Where a row does not travel for each choice there is one more each way, of the weights. In n pieces there are n
+        of rows and n of outputs.
 
         Raises:
             ValueError: as `Experts`.
@@ -188,8 +199,7 @@ class ShardedExperts(Experts):
         routing = self.placed(routing)
         dispatch = DISPATCHES[self.form](x, routing, self.sender)
         meanwhile, self.meanwhile = self.meanwhile, None
-        y = self.compute(dispatch.rows(x, meanwhile), weights, dispatch.local)
-        return dispatch.combined(y)
+        return dispatch.computed(x, lambda rows, local: self.compute(rows, weights, local), meanwhile)
 
     def explain(self, num_tokens: int) -> str:
         """The ranks, which experts are here, what a forward of T = num_tokens sends, and the backend."""
@@ -209,6 +219,9 @@ class ShardedExperts(Experts):
             "all": "every row to every rank",
         }[self.form]
         own = slice(self.place * e, self.place * e + e)
+        pieces = self.sender.pieces
+        if pieces > 1:
+            how += f", in {pieces} pieces, of which experts compute one while the next travels,"
         here = f"{own.start} to {own.stop - 1}" if self.order is None else ", ".join(map(str, sorted(self.order[own])))
         return (
             f"Expert parallel: experts {here} of {self.num_experts} are on this "
@@ -218,7 +231,9 @@ class ShardedExperts(Experts):
         )
 
 
-def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dispatch: Form | Literal["auto"] = "auto") -> nn.Module:
+def shard_experts(
+    model: nn.Module, mesh: DeviceMesh, *, dispatch: Form | Literal["auto"] = "auto", overlap_degree: int = 1
+) -> nn.Module:
     """Leave each rank its part of the experts of every `MoE` layer of a model, in place.
 
     The rest of the model stays whole on every rank, and each rank has a batch of its own: enough for inference, and for
@@ -230,6 +245,8 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dispatch: Form | Litera
         dispatch: what travels: "choices", a row for each expert that a token takes; "ranks", one for each rank that has
             some of them; "all", every row to every rank. "auto": choices below 4 experts a token, else ranks, or, but
             by gloo, all where a token's experts are on nearly every rank. `layer.explain()` says which and why.
+        overlap_degree: in how many pieces rows travel. Experts compute one piece while the next is under way, at the
+            cost of smaller products and messages; 1 exchanges all rows at once.
 
     Returns:
         The same model.
@@ -250,7 +267,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, dispatch: Form | Litera
     same_on_all_ranks(model)
     made = [
         ShardedExperts(
-            layer.experts, mesh, number, name or "the layer", layer.decider.experts_per_token, dispatch=dispatch
+            layer.experts, mesh, number, name or "the layer", layer.decider.experts_per_token, dispatch, overlap_degree
         )
         for number, (name, layer) in enumerate(layers)
         if isinstance(layer.experts, Experts)

@@ -35,6 +35,7 @@ def shard_model(
     *,
     dtype: torch.dtype | None = None,
     dispatch: Form | Literal["auto"] = "auto",
+    overlap_degree: int = 1,
 ) -> nn.Module:
     """`shard_experts`, and FSDP2 for all parameters, in place: experts over the ranks that hold the same, the rest over
     all.
@@ -46,7 +47,7 @@ def shard_model(
         mesh: of `parallel.mesh`, over all ranks.
         dtype: in which blocks and experts are computed; None leaves it. Parameters, their gradients' sums, and the
             routers, whose decisions would be others, keep their own.
-        dispatch: as of `shard_experts`.
+        dispatch, overlap_degree: as of `shard_experts`.
 
     Returns:
         The same model.
@@ -61,7 +62,7 @@ def shard_model(
         raise UserError(f"the mesh has {mesh.size()} ranks of {size}; shard_model needs one over all of them")
     layers = moe_layers(model)
     if layers or mesh["ep"].size() > 1:
-        shard_experts(model, mesh, dispatch=dispatch)
+        shard_experts(model, mesh, dispatch=dispatch, overlap_degree=overlap_degree)
     every = init_device_mesh(mesh.device_type, (size,), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -410,7 +410,9 @@ def _train(begun: Begun, name: str, checkpoints: Checkpoints) -> tuple[PreTraine
         from transformers.distributed import DistributedConfig
 
         share = config.parallel.expert_parallel if moe_layers(model) else 1
-        distribute(model, DistributedConfig(fsdp_size=ranks, ep_size=share), timeout=config.parallel.timeout)
+        how = config.parallel
+        distributed = DistributedConfig(fsdp_size=ranks, ep_size=share)
+        distribute(model, distributed, timeout=how.timeout, overlap_degree=how.overlap_degree)
     costs = train_model(
         name,
         model,

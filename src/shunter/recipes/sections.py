@@ -154,6 +154,7 @@ class ParallelConfig(Section):
 
     processes: int | None = Field(None, ge=1, le=1024, description="started here; none: one, or what torchrun started")
     expert_parallel: int = Field(1, ge=1, le=1024, description="processes that share the experts among them")
+    overlap_degree: int = Field(1, ge=1, le=64, description="in how many pieces rows travel to their experts")
     timeout: float = Field(600.0, gt=0, description="seconds that a process waits for the others")
     restarts: int = Field(0, ge=0, le=1000, description="how often to go on from a checkpoint when a process is lost")
 
