@@ -5,6 +5,7 @@ import torch
 
 from shunter import MoE
 from shunter.capacity import FORMULAS, capacity, limit
+from shunter.context import Context
 from shunter.routing import Routing
 
 from .helpers import deviation, random_routing
@@ -122,3 +123,82 @@ def test_bad_orders_are_refused():
         limit(routing, 1, "first")
     with pytest.raises(ValueError, match="needs score"):
         limit(routing, 1, "batch")
+
+
+def _tutel(index, experts, factor):
+    """The pairs that Tutel's layer keeps of choices (T, k): by the place of each in its expert's queue."""
+    tokens, k = index.shape
+    queue, place = [0] * experts, {}
+    for choice in range(k):
+        for token, expert in enumerate(index[:, choice].tolist()):
+            place[token, expert] = queue[expert]
+            queue[expert] += 1
+    bound = k * int(abs(factor) * -(-tokens // experts))
+    slots = bound if factor > 0 else max(place.values()) + 1
+    return {pair for pair, p in place.items() if p < (min(slots, bound) if factor < 0 else slots)}
+
+
+@pytest.mark.parametrize("factor", [0, 0.0, -0.5, -1, -8.0, 1.25])
+def test_tutels_factors_of_at_most_zero_go_by_the_fullest_expert(factor):
+    options = {"top_k": 2, "capacity_factor": factor, "capacity_formula": "tutel", "eval_capacity_factor": 1.0}
+    moe = MoE(8, 4, 6, "topk", load_balancing_loss=0.0, **options)
+    x = torch.randn(50, 8) + moe.router.weight.detach()[0]
+    moe(x)
+    index = moe.router.score(x).topk(2).indices
+    found = set(zip(moe.routing.token.tolist(), moe.routing.expert.tolist(), strict=True))
+    assert found == _tutel(index, 6, factor)
+    assert len(found) == 100 if factor in (0, -8.0) else factor != -0.5 or len(found) <= 6 * 8
+    assert ("dropless" in moe.explain(50)) == (not factor)
+    if not factor:
+        assert moe.eval().router.present_capacity_factor is None, "as None, in evaluation too"
+
+
+def test_slots_shared_out_by_load_drop_nothing_that_fits():
+    """A total of T slots, even or by shares: with those of the load itself each expert has room for its own."""
+    options = {"top_k": 1, "load_balancing_loss": 0.0, "z_loss": 0.0}
+    for group_size in (None, 40):
+        moe = MoE(8, 4, 6, "topk", capacity_factor=1.0, group_size=group_size, **options)
+        free = MoE(8, 4, 6, "topk", **options)
+        free.load_state_dict(moe.state_dict())
+        x = torch.randn(120, 8) + moe.router.weight.detach()[0]
+        if group_size:  # the same in each group
+            x = x[:40].repeat(3, 1)
+        mask = torch.ones(120, dtype=torch.bool) if group_size else torch.rand(120) < 0.9
+        moe(x, mask=mask)
+        assert moe.routing.dropped.token.numel() > 0
+        load = moe.routing.demand
+        moe.router.share_capacity(load.tolist())
+        assert torch.equal(moe(x, mask=mask), free(x, mask=mask))
+        assert "in proportion to capacity_shares" in moe.explain()
+        again = MoE(8, 4, 6, moe.router.__class__(8, 6, **moe.router.options))
+        again.load_state_dict(moe.state_dict())
+        assert torch.equal(again(x, mask=mask), moe(x, mask=mask)), "an option that a saved model keeps"
+        slots = moe.router.slots(torch.zeros(60, 6), None, Context())
+        total = load.double().sum()
+        expected = [max(1, int(-(-10 * 6 * n // total))) for n in load.tolist()]
+        assert slots.tolist() == [expected]
+        moe.router.share_capacity(None)
+        assert moe.router.slots(torch.zeros(60, 6), None, Context()) == 10
+
+
+@pytest.mark.parametrize("shares", [[1.0] * 5, [1.0, -1.0] * 3, [0.0] * 6, [float("nan")] * 6, [float("inf")] * 6])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="capacity_shares must be 6 numbers"):
+        MoE(8, 4, 6, "topk", capacity_shares=shares)
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "two_sided"])
+def test_routers_of_one_capacity_take_no_shares(router):
+    with pytest.raises(ValueError, match="decides by a capacity that all experts have"):
+        MoE(8, 4, 6, router, capacity_shares=[1.0] * 6)
+    if router == "expert_choice":
+        for factors in ((0, None), (-1.0, None), (1.0, 0.0), (1.0, "dropless"), (None, None)):
+            with pytest.raises(ValueError, match="capacity_factor above 0"):
+                MoE(8, 4, 6, router, capacity_factor=factors[0], eval_capacity_factor=factors[1])
+
+
+def test_null_experts_share_in_the_mean():
+    moe = MoE(8, 4, 6, "null_experts", capacity_factor=0.5, capacity_shares=[3, 1, 1, 1, 1, 1])
+    moe(torch.randn(50, 8))
+    even = moe.router.capacity(50)
+    assert moe.routing.counts[0] <= -(-even * 3 * 6 // 8) and bool((moe.routing.counts[1:6] <= even).all())

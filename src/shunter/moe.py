@@ -503,7 +503,8 @@ class MoE(RoutedLayer):
             f"Capacity in {mode}: dropless, no token is dropped."
             if slots is None
             else f"Capacity in {mode}: {slots} slots an expert for {num_tokens} tokens "
-            f"({router.capacity_formula} formula, {router.capacity_order} order); what does not fit is dropped.",
+            + ("" if router.capacity_shares is None else "in the mean, in proportion to capacity_shares, ")
+            + f"({router.capacity_formula} formula, {router.capacity_order} order); what does not fit is dropped.",
             f"Losses: {losses}.",
             f"Causal-safe: {'no, ' + router.leak if router.leak else 'yes'}.",
             ("Experts that differ" if isinstance(experts, MixedExperts) else f"Experts: {experts.activation}")
@@ -709,7 +710,7 @@ def dropless(model: nn.Module) -> None:
         ValueError: where a router decides by its capacity (expert_choice); no layer is changed then.
     """
     layers = moe_layers(model)
-    limited = {name: layer.decider for name, layer in layers.items() if layer.decider.capacity_factor is not None}
+    limited = {name: layer.decider for name, layer in layers.items() if layer.decider.capacity_factor}
     for name, router in limited.items():
         if router.chooses == "experts":
             raise ValueError(f"dropless: in {name or 'the layer'} experts choose their tokens, by a capacity")

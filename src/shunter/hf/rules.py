@@ -350,7 +350,7 @@ def left_behind(family: str, options: Options) -> list[str]:
 
 def _misfits(router: TopK, rule: Options) -> Iterator[str]:
     """What a router does otherwise than a family, whose rule is given, could say; and what to change."""
-    if router.capacity_factor is not None:
+    if router.capacity_factor:
         yield (
             f"drops no token; the router has capacity_factor={router.capacity_factor}: set capacity_factor to null in "
             "the options of every layer of config.shunter, and evaluate the model so before you export it"

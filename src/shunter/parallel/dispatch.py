@@ -133,7 +133,7 @@ class Dispatch:
             experts: rows (n, d) and the routing of them over this rank's experts to their outputs (n, d).
             meanwhile: what to do before the first rows are waited for.
 
-        Source: Hwang et al. 2023 (Tutel), section 3.3, the pipelining degree.
+        Source: Hwang et al. 2023 (Tutel), adaptive pipelining.
         """
         if self.sender.pieces == 1:
             return self.combined(experts(self.rows(x, meanwhile), self.local))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -27,8 +28,12 @@ class Router(nn.Module):
         dim: d, the width of the hidden states.
         num_experts: E.
         capacity_factor: slots of an expert as a multiple of an even share, in training; None is dropless, in training
-            and in evaluation.
+            and in evaluation. As in Tutel (Hwang et al. 2023), 0 has as many slots as the fullest expert
+            takes, which is dropless too, and -F as many, but no more than F has. No slot that stays empty is computed
+            or exchanged, whatever the factor.
         eval_capacity_factor: the same in evaluation; None takes `capacity_factor`, "dropless" drops no token.
+        capacity_shares: E numbers of at least 0, how the slots of all experts are shared out among them, in proportion
+            and at least one each; None has all alike. `share_capacity` changes it.
         capacity_formula: how the factor becomes a number of slots, a key of `shunter.capacity.FORMULAS`.
         capacity_order: who gets the slots: "position", "random", "batch" or "probability" (see
             `shunter.capacity.limit`).
@@ -80,6 +85,7 @@ class Router(nn.Module):
         eval_capacity_factor: float | Literal["dropless"] | None = None,
         capacity_formula: str = "review",
         capacity_order: str = "position",
+        capacity_shares: Sequence[float] | None = None,
         load_balancing_loss: float = 0.0,
         importance_loss: float = 0.0,
         z_loss: float = 0.0,
@@ -90,7 +96,7 @@ class Router(nn.Module):
             raise ValueError(f"{type(self).__name__}: dim {dim} and num_experts {num_experts} must be at least 1")
         for factor in (capacity_factor, None if eval_capacity_factor == "dropless" else eval_capacity_factor):
             if factor is not None:
-                capacity.capacity(1, 1, 1, factor, capacity_formula)
+                capacity.capacity(1, 1, 1, abs(factor) if factor else 1.0, capacity_formula)
         if capacity_order not in capacity.ORDERS:
             raise ValueError(f"capacity_order {capacity_order!r} is unknown; choose from {', '.join(capacity.ORDERS)}")
         if balance_choices not in ("first", "all", "mean"):
@@ -107,6 +113,9 @@ class Router(nn.Module):
             "z_loss": z_loss,
         }
         self.balance_choices = balance_choices
+        self.capacity_shares: list[float] | None = None
+        if capacity_shares is not None:
+            self.share_capacity(capacity_shares)
 
     learns_by_reward: ClassVar[bool] = False
     """Whether a training forward leaves a decision, of which `shunter.give_reward` makes losses."""
@@ -224,6 +233,8 @@ class Router(nn.Module):
         slots = self.slots(logits, group, context)
         if slots is None:
             return routing
+        if isinstance(slots, Tensor):
+            slots = slots[:, : routing.num_experts]
         return capacity.limit(routing, slots, self.capacity_order, self.priority(logits), group)
 
     def groups(self, logits: Tensor) -> Tensor | None:
@@ -233,14 +244,46 @@ class Router(nn.Module):
         return torch.arange(logits.shape[0], device=logits.device) // self.group_size
 
     def slots(self, logits: Tensor, group: Tensor | None, context: Context) -> int | Tensor | None:
-        """The capacity of an expert, in each group by its own real tokens (G, 1); None when dropless."""
+        """The capacity of an expert; by groups, of their own tokens, (G, 1); by shares (G, E); dropless: None."""
         if self.capacity(1) is None:  # asked before real tokens are counted, for which a graph would break
             return None
         if group is None:
-            return self.capacity(context.num_real(logits.shape[0]))
+            each = self.capacity(context.num_real(logits.shape[0]))
+            return each if self.capacity_shares is None else self._shared_out(torch.tensor([[each]]), logits)
         real = group if context.mask is None else group[context.mask]
         sizes = torch.bincount(real, minlength=int(group[-1]) + 1).tolist()
-        return torch.tensor([self.capacity(size) for size in sizes], device=group.device)[:, None]
+        even = torch.tensor([self.capacity(size) for size in sizes], device=group.device)[:, None]
+        return even if self.capacity_shares is None else self._shared_out(even, logits)
+
+    def _shared_out(self, even: Tensor, logits: Tensor) -> Tensor:
+        """The slots (G, columns of the logits) of experts of which each would have (G, 1); null ones have these."""
+        share = torch.tensor(self.capacity_shares, dtype=torch.float64, device=logits.device)
+        if len(share) != self.num_experts:
+            raise ValueError(
+                f"{type(self).__name__}: capacity_shares are of {len(share)} experts, and there are "
+                f"{self.num_experts}; call share_capacity again, with None for equal ones"
+            )
+        share = F.pad(share / share.mean(), (0, logits.shape[1] - len(share)), value=1.0)
+        return (even.to(share) * share - 1e-6).ceil().clamp_min(1).long()
+
+    def share_capacity(self, shares: Sequence[float] | None) -> None:
+        """Share the slots of all experts out by E numbers of at least 0, such as their loads; None: equally.
+
+        It is an option from then on, which a saved model keeps.
+
+        Raises:
+            ValueError: for other numbers, and for a router that decides by an equal capacity.
+        """
+        given = None if shares is None else [float(share) for share in shares]
+        if given is not None:
+            if self.chooses in ("experts", "both"):
+                raise ValueError(f"{type(self).__name__} decides by a capacity that all experts have; leave shares out")
+            if len(given) != self.num_experts or min(given) < 0 or not 0 < sum(given) < math.inf:
+                raise ValueError(
+                    f"{type(self).__name__}: capacity_shares must be {self.num_experts} numbers of at least 0, not all "
+                    f"of them 0; got {given}"
+                )
+        self.capacity_shares = self.options["capacity_shares"] = given
 
     def priority(self, logits: Tensor) -> Tensor | None:
         """What `capacity_order` ranks tokens by; None where it needs no score."""
@@ -257,10 +300,11 @@ class Router(nn.Module):
 
     @property
     def present_capacity_factor(self) -> float | None:
-        """The capacity factor of the present mode; None when dropless."""
-        if self.capacity_factor is None or self.training or self.eval_capacity_factor is None:
-            return self.capacity_factor
-        return None if self.eval_capacity_factor == "dropless" else self.eval_capacity_factor
+        """The capacity factor of the present mode, positive; None when dropless."""
+        factor: float | str | None = self.capacity_factor
+        if factor and not self.training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        return None if isinstance(factor, str) or not factor else abs(factor)
 
     def compute(
         self,

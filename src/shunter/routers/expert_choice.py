@@ -53,13 +53,15 @@ class ExpertChoice(LinearRouter):
         entropy: float = 0.001,
         **options: Any,
     ) -> None:
-        if capacity_factor is None or eval_capacity_factor == "dropless":
+        evaluated = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
+        factors = [0 if factor in (None, "dropless") else float(factor) for factor in (capacity_factor, evaluated)]
+        if min(factors) <= 0:
             raise ValueError(
-                "expert_choice needs a capacity_factor, in evaluation too: the number of tokens that each expert takes"
+                "expert_choice needs a capacity_factor above 0, in evaluation too: how many tokens each expert takes"
             )
         options.update(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
         super().__init__(dim, num_experts, **options)
-        if max_experts is not None and max_experts < max(capacity_factor, eval_capacity_factor or 0):
+        if max_experts is not None and max_experts < max(factors):
             raise ValueError(
                 f"expert_choice: max_experts {max_experts} is less than the capacity_factor, the mean number of "
                 "experts of a token; raise the one or lower the other"

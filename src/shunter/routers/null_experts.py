@@ -61,8 +61,11 @@ class NullExperts(TopK):
             raise ValueError(
                 'null_experts: renormalize="after_drop" would leave the null choices out; use "before_drop"'
             )
+        shares = options.pop("capacity_shares", None)
         super().__init__(dim, num_experts + num_null, top_k=top_k, **options)
         self.num_experts = num_experts  # the parameters and buffers have a column for each null expert too
+        if shares is not None:
+            self.share_capacity(shares)
         self.num_null = num_null
         self.identity = identity
         # Tokens, and experts that computed them, since the last update; and their ratio then.

@@ -52,7 +52,7 @@ class Soft(LinearRouter):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        if capacity_factor is not None:
+        if capacity_factor:
             raise ValueError(
                 f"{type(self).__name__}: capacity_factor {capacity_factor} would drop tokens that every expert takes; "
                 "leave it out, or choose topk"

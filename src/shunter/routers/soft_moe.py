@@ -55,7 +55,7 @@ class SoftMoE(Router):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        if capacity_factor is not None:
+        if capacity_factor:
             raise ValueError(
                 f"soft_moe: capacity_factor {capacity_factor} would drop tokens, and no token is sent to an expert; "
                 "leave it out, and set slots_per_expert"

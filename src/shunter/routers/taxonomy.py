@@ -65,7 +65,7 @@ def _row(name: str) -> Row:
     return Row(
         name=name,
         chooses=CHOOSERS[cls.chooses],
-        tokens="dropless" if factor is None else f"capacity {factor:g}",
+        tokens="dropless" if not factor else f"capacity {factor:g}",
         needs=", ".join(router.required),
         losses=", ".join(key.removesuffix("_loss") for key, c in router.coefficients.items() if c),
         causal=causal,

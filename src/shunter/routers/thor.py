@@ -54,7 +54,7 @@ class Thor(Fixed):
         for value in (level, eval_level):
             if value not in get_args(Level):
                 raise ValueError(f"level {value!r} is unknown; choose from {', '.join(get_args(Level))}")
-        if self.capacity_factor is not None:
+        if self.capacity_factor:
             raise ValueError("thor sends a whole batch to one expert: a capacity would drop it; leave it out")
         self.level = level
         self.consistency_loss = consistency_loss

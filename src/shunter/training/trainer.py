@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ..moe import expect_steps
 from .balance import Balance
+from .drift import OnDrift
 
-__all__ = ["BalanceCallback", "caller", "divides_loss", "wrap_loss"]
+__all__ = ["BalanceCallback", "DriftCallback", "caller", "divides_loss", "wrap_loss"]
 
 T = TypeVar("T")
 
@@ -79,6 +80,36 @@ class BalanceCallback(Balance, TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was."""
+        self.detach()
+
+
+class DriftCallback(OnDrift, TrainerCallback, ExportableState):
+    """An `OnDrift`, whose arguments it takes, in a `Trainer`; its checkpoints keep what it knows.
+
+    Trainer(model, args, train_dataset=data, callbacks=[DriftCallback(fit_capacity, trigger=drifted(0.1))])
+    """
+
+    def state(self) -> dict[str, Any]:
+        """What a Trainer writes into its checkpoints."""
+        return {"args": {"every": self.every}, "attributes": {"memory": self.state_dict()}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach to the Trainer's model; resumed, alter its layers as they were."""
+        self.detach()
+        self.attach(kwargs["model"])
+        known = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and isinstance(known, dict):
+            self.load_state_dict(known["attributes"]["memory"])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End an optimizer step."""
+        if getattr(control, "skipped", False):  # by a NaNGuard
+            self.forget()
+        else:
+            self.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model as it has become."""
         self.detach()
 
 

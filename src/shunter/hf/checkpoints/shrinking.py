@@ -238,6 +238,7 @@ def _with(config: PreTrainedConfig, num_experts: int, keep: int, own: bool) -> P
     if own:
         for entry in config.shunter["layers"]:
             entry["num_experts"] = keep
+            entry["options"].pop("capacity_shares", None)  # of experts that are gone
     else:
         text = config.get_text_config()
         for field in _EXPERT_FIELDS:
