@@ -1,6 +1,6 @@
 """Every campaign by its name."""
 
-from tests.campaigns import alarms, damages, layers, museum, numbers, settings, soak, stops, texts, verbs
+from tests.campaigns import alarms, damages, hostile, layers, museum, numbers, settings, soak, stops, texts, verbs
 from tests.campaigns.campaign import Campaign
 
 CAMPAIGNS = {
@@ -28,6 +28,15 @@ CAMPAIGNS = {
     ),
     "damage": Campaign("E", "a file of a stopped run flipped, cut, lost or swapped", damages.damage, 1000, 5, 20),
     "flips": Campaign("E", "one bit of a sealed folder flipped", damages.flips, 10000, 200, 5000),
+    "hostile": Campaign(
+        "F",
+        "files of models, tokenizers and settings, and GGUF, that lie: in bounded time and memory",
+        hostile.hostile,
+        20000,
+        40,
+        500,
+        slow=True,
+    ),
     "numbers": Campaign(
         "G", "NaN and infinities at six sites, on one process and on two", numbers.numbers, 216, 6, 12, slow=True
     ),

@@ -243,7 +243,14 @@ MUSEUM = [
         (RANKS,),
     ),
     Bug(
-        "a rank whose experts heard no token stays out of the sum over the ranks (DeepSpeed #5066)",
+        "a rank without tokens stays out of the exchange (DeepSpeed #5066)",
+        "parallel/experts.py",
+        "        routing = self.placed(routing)\n",
+        "        routing = self.placed(routing)\n        if not len(routing.token):\n            return x * 0\n",
+        (RANKS,),
+    ),
+    Bug(
+        "a rank that used no parameter stays out of the sum over the ranks (LLaMA-Factory #2315)",
         "parallel/fsdp.py",
         "            parameter.grad = torch.zeros_like(parameter)\n",
         "            continue\n",

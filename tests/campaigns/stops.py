@@ -52,7 +52,7 @@ def crash_points(result, folder, cases, seed):
 
 
 def _points(work, seed):
-    """The points of a first and of a resumed run, in an order of the seed's: (resumed, number, if the report is begun)."""
+    """The points of a first and of a resumed run, shuffled: whether resumed, which, and if the report is begun."""
     points = []
     for resumed in (False, True):
         with fresh(work.folder) as run:

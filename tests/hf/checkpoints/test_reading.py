@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import shunter
+from shunter.errors import UserError
 from shunter.hf.checkpoints.reading import Checkpoint
+from tests.hf.checkpoints.damage import write_header
 
 
 def test_the_hubs_cache_links_to_its_blobs(whole, tmp_path):
@@ -58,3 +61,13 @@ def test_flipped_and_missing_bytes(which, flips, cut, whole, tmp_path):
         assert sorted(file.name for file in tmp_path.iterdir()) == ["fuzz"]
     else:
         assert len(Checkpoint(out).tensors) > len(names)
+
+
+@pytest.mark.parametrize("field", ["dtype", "shape", "data_offsets"])
+@pytest.mark.parametrize("lie", [[], {}, [[0]], None, True, 2**70, "../F32", float("nan")], ids=repr)
+def test_fields_of_a_tensor_that_are_something_else_are_one_line(field, lie, tmp_path):
+    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], field: lie}}
+    write_header(tmp_path / "model.safetensors", header, bytes(8))
+    with pytest.raises(UserError, match="model.safetensors: .*") as error:
+        Checkpoint(tmp_path)
+    assert "\n" not in str(error.value)

@@ -254,7 +254,7 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, in
     if not isinstance(entry, dict):
         raise UserError(f"{name!r} is not described by an object")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise UserError(f"{name!r} has the dtype {code!r}; this reads {', '.join(DTYPES)}, no quantised tensors")
     sizes, (start, stop) = _sizes(name, shape, 16), (*_sizes(name, offsets, 2), 0, 0)[:2]
     return DTYPES[code], sizes, start, stop
