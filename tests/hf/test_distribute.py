@@ -7,7 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    TrainingArguments,
+)
 from transformers.distributed import DistributedConfig
 
 import shunter
@@ -81,6 +87,39 @@ def test_transformers_families_run_on_shunters_backends(tmp_path, size):
         for name, (error, gap, fallback, implementation) in found.items():
             assert implementation == "shunter" and not fallback, (name, fallback)
             assert error < 1e-5 and gap < 2e-5, (name, error, gap)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("family", ["t5", "bert", "llama"])
+def test_micro_batches_weigh_as_many_labels_as_they_have(tmp_path, family, sparse):
+    """Also where the loss of transformers' class is the mean over its own batch, whatever the Trainer tells it."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if family == "t5":
+        shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    config = AutoConfig.for_model(family, vocab_size=50, **shape)
+    auto = {"t5": AutoModelForSeq2SeqLM, "bert": AutoModelForMaskedLM, "llama": AutoModelForCausalLM}[family]
+    model = auto.from_config(config)
+    if sparse:
+        model = shunter.sparsify(model, 4, "topk", top_k=2, load_balancing_loss=0.3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for block in model.modules():
+        if isinstance(getattr(block, "dropout", None), float):
+            block.dropout = 0.0
+    trainer = ShardedTrainer(model=model.train(), args=TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    ids = torch.randint(1, 50, (4, 9))
+    batches = []
+    for rows, real in ((ids[:1], 3), (ids[1:], 8)):
+        labels = rows.clone()
+        labels[:, real:] = -100
+        batches.append({"input_ids": rows, "labels": labels})
+    counted = [(b["labels"][:, 1:] if family == "llama" else b["labels"]).ne(-100).sum() for b in batches]
+    total = sum(counted)
+    found = sum(trainer.compute_loss(model, dict(b), num_items_in_batch=total).item() for b in batches)
+    expected = sum(model(**b).loss.item() * float(n / total) for b, n in zip(batches, counted, strict=True))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert trainer.model_accepts_loss_kwargs, "labels are counted in the next step, too"
 
 
 class _Data(torch.utils.data.Dataset):

@@ -21,7 +21,7 @@ TWO = ["parallel.processes=2", "parallel.expert_parallel=2"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def _train(corpus, run, *words, launcher=(), steps=8, wait=True):
+def _train(corpus, run, *words, launcher=(), steps=8, wait=True, kind="text", given=None):
     # torchrun takes --run for the beginning of an option of its own, unless told where its own end.
     command = [
         sys.executable,
@@ -30,13 +30,13 @@ def _train(corpus, run, *words, launcher=(), steps=8, wait=True):
         *(["--"] if launcher else []),
         "shunter",
         "train",
-        "text",
+        kind,
         "--run",
         str(run),
         *words,
     ]
     if "--resume" not in words:
-        command += ["--data", str(corpus), *SETTINGS, f"training.steps={steps}"]
+        command += [*(given or ["--data", str(corpus), *SETTINGS]), f"training.steps={steps}"]
     process = subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -69,6 +69,33 @@ def test_two_processes_have_the_curve_of_one(corpus, tmp_path):
     status, said = _train(corpus, tmp_path / "three", TWO[1], launcher=TORCHRUN)
     assert status == 0, said
     assert _losses(tmp_path / "three") == _losses(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stacks", ["encoder", "encoder-decoder"])
+def test_other_stacks_have_the_curve_of_one(corpus, tmp_path, stacks):
+    """Whose ranks have unlike numbers of labels, and whose class makes its loss the mean of its own rank's."""
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run, more in zip(runs, ([], TWO), strict=True):
+        status, said = _train(corpus, run, "--model", stacks, *more, steps=4)
+        assert status == 0, said
+    _same(*map(_losses, runs))
+
+
+@pytest.mark.slow
+def test_translation_has_the_curve_of_one(tmp_path):
+    """Each rank translates the held-out sentences alike, by an encoder that it calls alone."""
+    from tests.recipes.test_translation import settings, write_sentences  # which asks for a package of its own
+
+    given = [*settings(write_sentences(tmp_path / "sentences.tsv")), *SETTINGS[-2:]]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run, more in zip(runs, ([], [*TWO, "parallel.overlap_degree=2"]), strict=True):
+        status, said = _train(None, run, *more, steps=4, kind="translation", given=given)
+        assert status == 0, said
+    _same(*map(_losses, runs))
+    one, two = (json.loads((run / "summary.json").read_text()) for run in runs)
+    for language, found in one["dense"]["domains"].items():
+        assert found["chrf"] == pytest.approx(two["dense"]["domains"][language]["chrf"], rel=1e-3), language
 
 
 @pytest.mark.slow

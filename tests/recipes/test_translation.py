@@ -32,8 +32,7 @@ SMALL = [
 WORDS = "zero one two three four five six seven eight nine ten".split()
 
 
-@pytest.fixture
-def sentences(tmp_path):
+def write_sentences(file):
     """A table of numbers in words, in three "languages" that spell words otherwise, with holes and a long one."""
     draw = random.Random(SEED)
     rows = [[" ".join(draw.choices(WORDS, k=draw.randint(1, 3)))] for _ in range(40)]
@@ -42,9 +41,14 @@ def sentences(tmp_path):
         table.append([english, english[::-1], english.upper(), " ".join(w + "o" for w in english.split())])
     table[3][1] = table[5][2] = ""
     table[7][3] = "long " * 40
-    file = tmp_path / "sentences.tsv"
     file.write_text("\n".join("\t".join(row) for row in table) + "\n", encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    """The table of `write_sentences`."""
+    return write_sentences(tmp_path / "sentences.tsv")
 
 
 def settings(file, *more):

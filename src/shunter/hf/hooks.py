@@ -260,11 +260,21 @@ def _share_of_batch(model: Any, labels: Any, num_items_in_batch: Tensor | int | 
     The Trainer divides a micro-batch's summed loss by the labels of the whole accumulated batch, so the micro-batches'
     losses add up to one mean; the auxiliary losses, means themselves, need the same weights.
     """
-    if num_items_in_batch is None or not isinstance(labels, Tensor):
+    if num_items_in_batch is None or not isinstance(labels, Tensor) or takes_a_mean(model):
         return 1.0
     if _predicts_the_next(model):
         labels = labels[..., 1:]
     return (labels != -100).sum() / num_items_in_batch
+
+
+def takes_a_mean(model: Any) -> bool:
+    """Whether a model's loss is the mean over its own batch whatever `num_items_in_batch` says, as T5's and BERT's.
+
+    A Trainer goes by the `**kwargs` of the forward, of which the loss of these models knows nothing.
+    """
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    names = set() if code is None else {*code.co_names, *code.co_varnames}
+    return bool(names & {"CrossEntropyLoss", "cross_entropy"}) and not names & {"loss_function", "num_items_in_batch"}
 
 
 def _predicts_the_next(model: PreTrainedModel) -> bool:

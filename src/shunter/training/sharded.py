@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from .. import parallel
 from ..durable import discard
 from ..errors import UserError
+from ..hf.hooks import takes_a_mean
 from ..moe import moe_layers
 from ..parallel.checkpoint import first_does
 from ..parallel.scope import why_local
@@ -62,6 +63,25 @@ class ShardedTrainer(Trainer):
             for layer in moe_layers(model).values():
                 if not (why_local(layer.decider) or {"forward", "solve"} & vars(layer.decider).keys()):
                     parallel.decide_globally(layer, evaluation=False)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As a Trainer's, of all labels of a step, on all ranks, also where the model's own is the mean over its batch.
+
+        transformers' own is then too large by the number of ranks and of micro-batches, and weighs each alike.
+        """
+        if num_items_in_batch is None or not takes_a_mean(self.model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        share = (inputs["labels"] != -100).sum() / num_items_in_batch
+        if self.args.average_tokens_across_devices:
+            share = share * self.accelerator.num_processes
+        self.model_accepts_loss_kwargs = False
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finally:
+            self.model_accepts_loss_kwargs = True
+        return (loss * share, outputs) if return_outputs else loss * share
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_distributed_loading_by_transformers:
