@@ -4,9 +4,11 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from shunter import MoE, parallel
 from shunter.errors import LostRank
@@ -18,12 +20,18 @@ def _on_rank(rank, port, case, where, timeout, heard):
     """Train until rank 1 is lost; the first rank tells what error it had then."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in variables.items()})
-    watch.PERIOD, watch.SILENCE = 0.2, 2.0
+    # One that is elsewhere must have time for a sign of life, on a machine with more to do than it can.
+    watch.PERIOD, watch.SILENCE = 0.2, 10.0 if case == "elsewhere" else 2.0
     torch.set_num_threads(1)
-    mesh = parallel.mesh(expert_parallel=2, timeout=timeout)
+    mesh = parallel.mesh(expert_parallel=2, timeout=TIME_LIMIT)
     torch.manual_seed(0)
     # Not the compiled loops, whose threads do not survive a fork.
     moe = parallel.shard_experts(MoE(8, 8, 4, "topk", "reference"), mesh)
+
+    def wait_for_little():
+        """From the exchange on to which the other rank does not come; before, a slow rank is no lost one."""
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(timedelta(seconds=timeout), group)
 
     def lose():
         if case == "elsewhere":
@@ -33,11 +41,16 @@ def _on_rank(rank, port, case, where, timeout, heard):
     try:
         for step in range(10_000):
             lost = step == 3 and rank == 1
+            waits = step == 3 and rank == 0
             if lost and where == "forward":
                 lose()
+            if waits and where == "forward":
+                wait_for_little()
             y = moe(torch.randn(3, 8))
             if lost:
                 lose()
+            if waits:
+                wait_for_little()
             y.sum().backward()
     except LostRank as error:
         if rank == 0:

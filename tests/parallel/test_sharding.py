@@ -16,7 +16,7 @@ from shunter import moe_layers, parallel, routers
 from shunter.errors import LostRank, UserError
 from shunter.parallel import dispatch, exchange, experts
 from tests.conftest import SEED
-from tests.helpers import on_ranks
+from tests.helpers import TIME_LIMIT, on_ranks
 from tests.parallel.models import DIM, EXPERTS, Model, difference, gradients, layer, loss_of, told, twins, whole
 
 QUICK_BACKENDS = ("reference", "padded", "grouped_mm")
@@ -474,7 +474,7 @@ def refusals(mesh):
 def _on_rank(rank, seed, expert_parallel, cases):
     assert seed == SEED, "the ranks draw alike"
     warnings.simplefilter("ignore")
-    mesh = parallel.mesh(expert_parallel=expert_parallel, timeout=60)
+    mesh = parallel.mesh(expert_parallel=expert_parallel, timeout=TIME_LIMIT)
     found = {}
     for name, arguments in cases.items():
         torch.manual_seed(SEED)

@@ -7,14 +7,14 @@ import torch
 
 from shunter import parallel
 from tests.conftest import SEED
-from tests.helpers import on_ranks
+from tests.helpers import TIME_LIMIT, on_ranks
 from tests.parallel import test_checkpoint, test_placement, test_scope, test_sharding
 
 
 def _on_rank(rank, seed, path):
     assert seed == SEED, "the ranks draw alike"
     warnings.simplefilter("ignore")
-    mesh = parallel.mesh(expert_parallel=2, timeout=60)
+    mesh = parallel.mesh(expert_parallel=2, timeout=TIME_LIMIT)
     found = {}
     for name, arguments in test_sharding.QUICK.items():
         torch.manual_seed(SEED)

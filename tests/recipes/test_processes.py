@@ -121,7 +121,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_lost_process_restarts_all_from_the_newest_checkpoint(corpus, tmp_path):
-    steps, more = 40, ["parallel.restarts=1", "parallel.timeout=15"]
+    steps, more = 40, ["parallel.restarts=1", "parallel.timeout=60"]
     assert _train(corpus, tmp_path / "whole", *TWO, steps=steps)[0] == 0
     for lost in (signal.SIGKILL, signal.SIGSTOP):
         run = tmp_path / lost.name

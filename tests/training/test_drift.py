@@ -15,7 +15,7 @@ from shunter.errors import UserError
 from shunter.training.drift import OnDrift, drifted, fit_capacity
 from shunter.training.trainer import DriftCallback
 from tests.conftest import SEED
-from tests.helpers import on_ranks
+from tests.helpers import TIME_LIMIT, on_ranks
 
 DIM, EXPERTS = 8, 4
 
@@ -139,7 +139,7 @@ def test_a_trainer_resumes_with_the_layers_as_they_were_altered(tmp_path):
 def _on_rank(rank, seed):
     """A layer whose experts move by measured load as it trains, against one whose experts stay."""
     warnings.simplefilter("ignore")
-    mesh = parallel.mesh(expert_parallel=2, timeout=60)
+    mesh = parallel.mesh(expert_parallel=2, timeout=TIME_LIMIT)
     torch.manual_seed(seed)
     moves = _layer(capacity_factor=None)
     stays = copy.deepcopy(moves)
