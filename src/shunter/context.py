@@ -111,12 +111,12 @@ class Scope:
 
     Args:
         context: what its arguments say, in the shape of its tokens (B, S); None leaves that of the model around.
-        told: what its layers are told besides, by name, which counts before that.
+        told: what its layers are told besides, by name, which counts before that; None for what is not known here.
         layers: the layers that are told; None for all.
     """
 
     context: Context | None = None
-    told: Mapping[str, Tensor] = field(default_factory=dict)
+    told: Mapping[str, Tensor | None] = field(default_factory=dict)
     layers: frozenset[Any] | None = None
 
 
@@ -207,10 +207,10 @@ def _call_of_module() -> FrameType | None:
     return frame
 
 
-def known_in(layer: Any) -> tuple[Context, dict[str, Tensor]]:
+def known_in(layer: Any) -> tuple[Context, dict[str, Tensor | None]]:
     """What the models around a layer know of its tokens, and what the layer is told, in the present scopes."""
     around = NO_CONTEXT
-    told: dict[str, Tensor] = {}
+    told: dict[str, Tensor | None] = {}
     for scope in present():
         if scope.context is not None:
             around = scope.context

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shunter
 from shunter import MoE, routers
@@ -74,6 +75,23 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.outer(x)
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts the all-to-alls that reach the processes, so none that a policy of checkpointing has kept."""
+
+    done = rows = of_rows = 0
+    """Of rows, those of the first exchange of floating point; and how many exchanges are of floating point."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operators = torch.ops._c10d_functional
+        brought = {operators.all_to_all_single.default, operators.all_gather_into_tensor.default}
+        if func in brought | {operators.reduce_scatter_tensor.default}:
+            self.done += 1
+            self.of_rows += args[0].is_floating_point()
+            if func in brought and args[0].is_floating_point() and not self.rows:
+                self.rows = len(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def loss_of(model, x):

@@ -13,7 +13,7 @@ from shunter import parallel
 from shunter.errors import UserError
 from tests.conftest import SEED
 from tests.helpers import on_ranks
-from tests.parallel.models import DIM, difference, gradients, layer
+from tests.parallel.models import DIM, Exchanges, difference, gradients, layer
 
 BALANCED = {"load_balancing_loss": 0.1, "z_loss": 0.01, "importance_loss": 0.1}
 CASES = {
@@ -153,6 +153,51 @@ def shuffled(mesh):
     return found
 
 
+def shuffled_tokens(mesh):
+    """Tokens shuffled, against logits shuffled: outputs, gradients, the exchanges of each way, and evaluation."""
+    rank, found = dist.get_rank(), {}
+    for name in ("base", "sinkhorn"):
+        torch.manual_seed(SEED)
+        moe = layer(name, jitter=0.0, num_shared_experts=1).train()
+        results = []
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED + rank)
+            x = torch.randn(5, 9, DIM, dtype=torch.float64)[: 5 - 2 * rank]
+            mask = torch.rand(x.shape[:-1]) < 0.7
+        for rows in ("logits", "tokens"):
+            one = copy.deepcopy(moe)
+            parallel.shard_experts(parallel.shuffle_assignments(one, rows=rows), mesh)
+            given = x.clone().requires_grad_()
+            torch.manual_seed(SEED + rank)
+            with Exchanges() as exchanges:
+                out = _told(one, given, mask)
+                forward = exchanges.of_rows
+                (out * mask[..., None]).square().sum().backward()
+            counts = forward, exchanges.of_rows - forward
+            torch.manual_seed(SEED + rank)
+            again = _told(copy.deepcopy(one), given, mask)
+            parallel.average_gradients(one, mesh)
+            parts = {"out": (out * mask[..., None]).detach(), "x": given.grad, **gradients(one)}
+            results.append((parts, counts, one.eval()(x).detach(), bool(torch.equal(again, out))))
+        (logits, by_logits, plain, _), (tokens, by_tokens, greedy, copied) = results
+        found[name] = difference(tokens, logits), by_logits, by_tokens, bool(torch.equal(plain, greedy)), copied
+    return found
+
+
+def _told(moe, x, mask):
+    """The output where a scope around the layer, not its call, knows the padding."""
+    with shunter.tell(moe, mask=mask):
+        return moe(x)
+
+
+def shuffled_tokens_have_the_same_assignment(results):
+    for found in results:
+        for name, (gap, by_logits, by_tokens, same, copied) in found.items():
+            assert gap < 1e-12 and same and copied, (name, gap)
+            # The logits are a row's exchange without a gradient.
+            assert (by_logits, by_tokens) == ((3, 2), (4, 4)), name
+
+
 def shuffled_assignments_are_balanced_and_better(results):
     for found in results:
         for name, (gap, (together, apart), counts) in found.items():
@@ -189,6 +234,12 @@ def test_four_ranks_decide_as_one_process(expert_parallel):
 def test_what_assigns_nothing_together_is_not_shuffled():
     with pytest.raises(UserError, match="no router assigns all tokens together"):
         parallel.shuffle_assignments(layer("topk"))
+    with pytest.raises(ValueError, match='choose "logits" or "tokens"'):
+        parallel.shuffle_assignments(layer("base"), rows="experts")
+    by_tokens = parallel.shuffle_assignments(layer("base"), rows="tokens")
+    for again in (parallel.shuffle_assignments, parallel.decide_globally):
+        with pytest.raises(UserError, match="decides over all ranks already"):
+            again(by_tokens)
     router = layer("base")
     vars(router.router)["solve"] = None
     with pytest.raises(UserError, match="decides over all ranks already"):

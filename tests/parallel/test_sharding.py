@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import shunter
@@ -17,7 +16,19 @@ from shunter.errors import LostRank, UserError
 from shunter.parallel import dispatch, exchange, experts
 from tests.conftest import SEED
 from tests.helpers import TIME_LIMIT, on_ranks
-from tests.parallel.models import DIM, EXPERTS, Model, difference, gradients, layer, loss_of, told, twins, whole
+from tests.parallel.models import (
+    DIM,
+    EXPERTS,
+    Exchanges,
+    Model,
+    difference,
+    gradients,
+    layer,
+    loss_of,
+    told,
+    twins,
+    whole,
+)
 
 QUICK_BACKENDS = ("reference", "padded", "grouped_mm")
 
@@ -75,7 +86,7 @@ def forms(mesh, names=("topk", "expert_choice", "gshard", "top_p", "relu", "null
         moe = layer("topk", torch.float32, top_k=4).train()
         moe.experts = experts.ShardedExperts(moe.experts, mesh, top_k=4, dispatch=form)
         x = _of_this_rank(lambda: torch.randn(500, DIM)).requires_grad_()
-        with _Exchanges() as exchanges:
+        with Exchanges() as exchanges:
             out = moe(x)
             forward, rows = exchanges.done, exchanges.rows
             out.sum().backward()
@@ -330,29 +341,13 @@ def checkpointing(mesh):
             if around is not None:
                 block.forward = functools.partial(around, block.forward)
         torch.manual_seed(SEED)
-        with _Exchanges() as exchanges:
+        with Exchanges() as exchanges:
             loss = loss_of(model, x)
             forward = exchanges.done
             loss.backward()
         gathered[mode] = gradients(model)
         found[mode] = (forward, exchanges.done - forward, difference(gathered[mode], gathered["none"]))
     return found
-
-
-class _Exchanges(TorchDispatchMode):
-    """Counts the all-to-alls that reach the processes, so none that a policy of checkpointing has kept."""
-
-    done = rows = 0
-    """Of rows, those of the first exchange of floating point after the others began."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        operators = torch.ops._c10d_functional
-        brought = {operators.all_to_all_single.default, operators.all_gather_into_tensor.default}
-        if func in brought | {operators.reduce_scatter_tensor.default}:
-            self.done += 1
-            if func in brought and args[0].is_floating_point() and not self.rows:
-                self.rows = len(args[0])
-        return func(*args, **(kwargs or {}))
 
 
 def second_derivatives(mesh):

@@ -19,7 +19,12 @@ def _on_rank(rank, seed, path):
     for name, arguments in test_sharding.QUICK.items():
         torch.manual_seed(SEED)
         found[name] = getattr(test_sharding, name)(mesh, *arguments)
-    decided = test_scope.decisions(mesh), test_scope.in_training_alone(mesh), test_scope.shuffled(mesh)
+    decided = (
+        test_scope.decisions(mesh),
+        test_scope.in_training_alone(mesh),
+        test_scope.shuffled(mesh),
+        test_scope.shuffled_tokens(mesh),
+    )
     placed = test_placement.placements(mesh, path)
     return found, decided, placed, test_checkpoint.folders(rank, seed, path)
 
@@ -33,9 +38,11 @@ def test_two_ranks(tmp_path, subtests):
     with subtests.test(msg="decide_as_one_process"):
         test_scope.decide_as_one_process([found for found, *_ in decided])
     with subtests.test(msg="evaluation_stays_on_the_rank"):
-        test_scope.evaluation_stays_on_the_rank([found for _, found, _ in decided])
+        test_scope.evaluation_stays_on_the_rank([found for _, found, *_ in decided])
     with subtests.test(msg="shuffled_assignments_are_balanced_and_better"):
-        test_scope.shuffled_assignments_are_balanced_and_better([found for *_, found in decided])
+        test_scope.shuffled_assignments_are_balanced_and_better([found for *_, found, _ in decided])
+    with subtests.test(msg="shuffled_tokens_have_the_same_assignment"):
+        test_scope.shuffled_tokens_have_the_same_assignment([found for *_, found in decided])
     with subtests.test(msg="placed_experts_compute_the_same"):
         test_placement.placed_experts_compute_the_same(placed)
     for check in test_checkpoint.CHECKS:

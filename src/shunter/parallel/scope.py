@@ -1,19 +1,22 @@
 """Decisions over all ranks' tokens: their logits gathered, assigned alike on every rank, each keeping its own rows.
 
-Or, of one assignment for all: logits shuffled between the ranks, assigned where they come to, experts sent back.
+Or, of one assignment for all: logits, or the tokens themselves, shuffled between the ranks, assigned where they come
+to, and experts, or outputs, sent back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import context as contexts
 from ..context import KNOWN, NO_CONTEXT, Context
 from ..errors import UserError
 from ..moe import moe_layers
@@ -64,49 +67,80 @@ def decide_globally(model: nn.Module, group: dist.ProcessGroup | None = None, *,
     return model
 
 
-def shuffle_assignments(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+def shuffle_assignments(
+    model: nn.Module, group: dist.ProcessGroup | None = None, *, rows: Literal["logits", "tokens"] = "logits"
+) -> nn.Module:
     """Have the routers of one assignment for all (BASE, Sinkhorn) assign tokens that come from all ranks, in place.
 
     Each rank sends a random share of its tokens' logits to every other, assigns those that come to it, and sends their
     experts back: nearly the assignment of `decide_globally`, where each rank solves a problem of its own batch's size.
-    The paper shuffles the tokens themselves, so that a layer has 4 + 4 exchanges of rows in place of 2 + 2; here rows
-    go to their experts as ever, and two small exchanges without a gradient are added.
+    The paper shuffles the tokens themselves: `rows="tokens"`. A layer then has 4 + 4 exchanges of hidden states in
+    place of 2 + 2, and its routing is that of the tokens that came, padding not among them. By logits a layer's rows go
+    to their experts as ever, and two small exchanges without a gradient are added, to the same assignment.
 
     Args:
         model: before or after it is sharded.
         group: the ranks whose tokens are others than this one's; None for all.
+        rows: what is shuffled.
 
     Returns:
         The same model.
 
     Raises:
         UserError: where no router assigns all tokens together, or one decides over all ranks already.
+        ValueError: for other rows.
 
     Source: Lewis et al. 2021 (BASE), section 3.2, sharding.
     """
-    routers = [layer.decider for layer in moe_layers(model).values() if hasattr(layer.decider, "solve")]
-    if not routers:
+    if rows not in ("logits", "tokens"):
+        raise ValueError(f'shuffle_assignments: rows={rows!r} is unknown; choose "logits" or "tokens"')
+    layers = [layer for layer in moe_layers(model).values() if hasattr(layer.decider, "solve")]
+    if not layers:
         raise UserError(f"{type(model).__name__}: no router assigns all tokens together, as base and sinkhorn do")
-    for router in routers:
-        _must_be_new(router)
-    for router in routers:
-        vars(router).update(solve=partial(_solve, router, group))
+    for layer in layers:
+        _must_be_new(layer.decider)
+    for layer in layers:
+        router: Any = layer.decider
+        if rows == "tokens":
+            vars(layer).update(forward=partial(_forward_elsewhere, layer, group))
+            vars(router).update(solve=partial(type(router).solve, router))  # by which it is known
+        else:
+            vars(router).update(solve=partial(_solve, router, group))
     return model
 
 
 def _solve(router: Any, group: dist.ProcessGroup | None, logits: Tensor) -> Tensor:
     """As the router's own `solve`, of tokens from all ranks."""
+    return _elsewhere(logits, partial(type(router).solve, router), group, router.kind.__name__)
+
+
+def _forward_elsewhere(layer: Any, group: dist.ProcessGroup | None, x: Tensor, **told: Tensor | None) -> Tensor:
+    """As the layer's own `forward`, in training of tokens from all ranks; zeros at padding."""
+    own = partial(type(layer).forward, layer)
+    if not layer.training:
+        out: Tensor = own(x, **told)
+        return out
+    around, by_scope = contexts.known_in(layer)
+    context = contexts.of_tokens(x, {**by_scope, **told}, around, ())
+    tokens = x.reshape(-1, x.shape[-1])
+    real = torch.arange(len(tokens), device=x.device) if context.mask is None else context.mask.nonzero()[:, 0]
+    # What is known of this rank's tokens says nothing of those that come.
+    with contexts.within(contexts.Scope(NO_CONTEXT, dict.fromkeys(KNOWN))):
+        y = _elsewhere(tokens[real], own, group, layer.decider.kind.__name__)
+    return y.new_zeros(tokens.shape).index_copy(0, real, y).reshape(x.shape)
+
+
+def _elsewhere(rows: Tensor, compute: Callable[[Tensor], Tensor], group: dist.ProcessGroup | None, name: str) -> Tensor:
+    """What is computed of rows (T, …), each on a rank of chance, from as many of every rank: (T, …); differentiable."""
     group = group or dist.group.WORLD
     assert group is not None
-    size, rank, tokens = dist.get_world_size(group), dist.get_rank(group), len(logits)
-    place = f"a shuffled assignment of {router.kind.__name__}"
-    order = torch.randperm(tokens).to(logits.device)
+    size, rank, tokens = dist.get_world_size(group), dist.get_rank(group), len(rows)
+    place = f"a shuffled assignment of {name}"
+    order = torch.randperm(tokens).to(rows.device)
     send = [tokens // size + ((to - rank) % size < tokens % size) for to in range(size)]
-    recv = exchange_numbers(torch.tensor(send, device=logits.device)[:, None], group, place)[:, 0].tolist()
-    index: Tensor = type(router).solve(router, exchange(logits[order], send, recv, group, place))
-    out = index.new_empty(tokens, index.shape[1])
-    out[order] = exchange(index, recv, send, group, place)
-    return out
+    recv = exchange_numbers(torch.tensor(send, device=rows.device)[:, None], group, place)[:, 0].tolist()
+    found = compute(exchange(rows[order], send, recv, group, place))
+    return exchange(found, recv, send, group, place)[order.argsort()]
 
 
 def _must_be_new(router: Router) -> None:
