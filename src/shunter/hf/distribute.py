@@ -59,8 +59,9 @@ def distribute(
         )
     dtype = torch.bfloat16 if config.fsdp_mixed_precision else None
     parallel.shard_model(model, mesh, dtype=dtype, overlap_degree=overlap_degree)
-    # It calls an encoder by itself, whose embedding is gathered before a forward of the whole alone.
-    register_fsdp_forward_method(model, "generate")
+    if hasattr(model, "generate"):
+        # It calls an encoder by itself, whose embedding is gathered before a forward of the whole alone.
+        register_fsdp_forward_method(model, "generate")
     # What Trainer, generate and save_pretrained ask of a model that transformers itself has sharded.
     model.config.distributed_config = config
     vars(model).update(_is_distributed_loading_by_transformers=True, _is_fsdp_managed_module=True)
