@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import shunter
 from shunter import moe_layers, parallel, routers
 from shunter.errors import LostRank, UserError
+from shunter.moe import expect_steps
 from shunter.parallel import dispatch, exchange, experts
 from tests.conftest import SEED
 from tests.helpers import TIME_LIMIT, on_ranks
@@ -221,7 +222,8 @@ def no_tokens(mesh, names):
     """Ranks without tokens, with padding alone, and whose experts nobody wants."""
     found = {}
     rank, size = dist.get_rank(), dist.get_world_size()
-    for backend, form in [*((name, "choices") for name in names), *((names[0], form) for form in FORMS)]:
+    cases = [(name, "choices", 1) for name in names] + [(names[0], form, 1) for form in FORMS]
+    for backend, form, degree in [*cases, (names[0], "choices", 3), (names[0], "ranks", 3)]:
         for case in ("all to one rank", "a rank without tokens", "a rank of padding", "no tokens anywhere"):
             moe = layer("forced" if case == "all to one rank" else "topk", torch.float32, backend)
             tokens = 0 if case == "no tokens anywhere" or (case == "a rank without tokens" and rank == 1) else 6
@@ -230,7 +232,7 @@ def no_tokens(mesh, names):
             if case == "a rank of padding" and rank == size - 1:
                 known["mask"] = torch.zeros(tokens, dtype=torch.bool)
             moe, copied = twins(moe.eval())
-            parallel.shard_experts(moe, mesh, dispatch=form)
+            parallel.shard_experts(moe, mesh, dispatch=form, overlap_degree=degree)
             results = []
             for one in (moe, copied):
                 given = x.clone().requires_grad_()
@@ -240,7 +242,7 @@ def no_tokens(mesh, names):
             missing = [name for name, p in moe.experts.named_parameters() if p.grad is None]
             parallel.average_gradients(moe, mesh)
             gap = max(difference(*results), difference(gradients(moe), gradients(copied, averaged=True)))
-            found[f"{backend}, {form}, {case}"] = (gap, missing)
+            found[f"{backend}, {form} in {degree}, {case}"] = (gap, missing)
     return found
 
 
@@ -262,12 +264,12 @@ def _trained(model, batches, accumulate, optimizer, clip):
 
 
 def layouts(mesh, accumulations=(1, 3)):
-    """FSDP2 for everything else, with and without accumulation."""
+    """FSDP2 for everything else, with and without accumulation, without in pieces."""
     found = {}
     for accumulate in accumulations:
         model, copied = twins(Model(NAMES).train())
         batches = _of_this_rank(lambda a=accumulate: torch.randn(2, a, 2, 7, DIM, dtype=torch.float64))
-        parallel.shard_model(model, mesh)
+        parallel.shard_model(model, mesh, overlap_degree=2 if accumulate == 1 else 1)
         optimizer = torch.optim.AdamW(parallel.parameter_groups(model), lr=1e-2, eps=1e-3)
         plain = torch.optim.AdamW(copied.parameters(), lr=1e-2, eps=1e-3)
 
@@ -294,6 +296,32 @@ def layouts(mesh, accumulations=(1, 3)):
 
 def _biased(layer):
     return getattr(layer.decider, "selection_bias", None) is not None
+
+
+def states(mesh):
+    """What no gradient moves, after five steps with evaluation between: of this rank, and of data parallelism's."""
+    found = {}
+    for name in routers.names():
+        moe = layer(name).train()
+        if not moe.decider.advances:
+            continue
+        moe, copied = twins(moe)
+        parallel.shard_experts(moe, mesh)
+        expect_steps(moe, 5)
+        expect_steps(copied, 5)
+        for step in range(5):
+            x, known = _of_this_rank(lambda n=name: (torch.randn(2, 9, DIM, dtype=torch.float64), told(n, (2, 9))))
+            x = x + step
+            for one in (moe, copied):
+                _run(one.train(), x, known)
+                shunter.update_routers(one)
+                one.eval()(
+                    x[:, : 3 + dist.get_rank()], **{key: v[:, : 3 + dist.get_rank()] for key, v in known.items()}
+                )
+        buffers = [{key: value.tolist() for key, value in one.decider.named_buffers()} for one in (moe, copied)]
+        start = {key: value.tolist() for key, value in layer(name).decider.named_buffers()}
+        found[name] = *buffers, {key for key in start if start[key] != buffers[0][key]}
+    return found
 
 
 def mutants(mesh):
@@ -332,12 +360,13 @@ def checkpointing(mesh):
     x = _of_this_rank(lambda: torch.randn(2, 5, DIM, dtype=torch.float64))
     kept = functools.partial(checkpoint, use_reentrant=False, context_fn=parallel.checkpoint_policy)
     modes = {"none": None, "whole": functools.partial(checkpoint, use_reentrant=False), "kept": kept, "recompute": None}
+    modes |= {"kept, in pieces": kept, "recompute, in pieces": None}
     gathered = {}
     for mode, around in modes.items():
         model = copy.deepcopy(base)
-        parallel.shard_experts(model, mesh)
+        parallel.shard_experts(model, mesh, overlap_degree=2 if "in pieces" in mode else 1)
         for block in model.blocks:
-            block.moe.experts.recompute = mode == "recompute"
+            block.moe.experts.recompute = mode.startswith("recompute")
             if around is not None:
                 block.forward = functools.partial(around, block.forward)
         torch.manual_seed(SEED)
@@ -487,6 +516,7 @@ def _cases(expert_parallel, names, size=2):
 QUICK = dict.fromkeys(
     (
         "checkpointing", "second_derivatives", "precision", "autocast", "inference", "refusals", "overlap", "pieces",
+        "states",
     ),
     (),
 ) | {
@@ -517,15 +547,17 @@ def _holds(results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size, expert_parallel", [(2, 1), (4, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize("size, expert_parallel", [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
 def test_four_ranks_in_every_layout(size, expert_parallel):
-    cases = dict.fromkeys(("every_router", "forms", "layouts", "checkpointing", "second_derivatives", "pieces"), ())
+    cases = dict.fromkeys(
+        ("every_router", "forms", "layouts", "checkpointing", "second_derivatives", "pieces", "states"), ()
+    )
     found = _cases(expert_parallel, cases | {"backends": (QUICK_BACKENDS,), "no_tokens": (QUICK_BACKENDS,)}, size)
     _holds(found)
     experts_compute_one_piece_while_others_travel(found)
+    routers_states_are_of_all_ranks(found)
     for one in found:
-        assert one["checkpointing"]["kept"][:2] == (6, 4)
-        assert max(gap for *_, gap in one["checkpointing"].values()) == 0
+        exchanges_are_as_counted([one])
         assert one["second_derivatives"] < 1e-12
 
 
@@ -593,8 +625,21 @@ def exchanges_are_as_counted(results):
             "whole": (6, 10),
             "kept": (6, 4),
             "recompute": (6, 4),
+            "kept, in pieces": (10, 8),
+            "recompute, in pieces": (10, 8),
         }
-        assert max(gap for *_, gap in modes.values()) == 0
+        assert max(gap for mode, (*_, gap) in modes.items() if "pieces" not in mode) == 0
+        assert max(gap for *_, gap in modes.values()) < 1e-12
+
+
+def routers_states_are_of_all_ranks(results):
+    moved = set()
+    for name, (first, *_) in results[0]["states"].items():
+        for found in results:
+            own, whole, keys = found["states"][name]
+            assert own == whole == first, f"{name}: bit-equal on all ranks, and as without expert parallelism"
+            moved |= {(name, key) for key in keys}
+    assert {"deepseek", "dense_to_sparse"} <= {name for name, _ in moved}, moved
 
 
 def penalties_on_gradients_are_right(results):
@@ -671,7 +716,8 @@ CHECKS = (
     _holds, exchanges_are_as_counted, penalties_on_gradients_are_right,
     routers_decide_in_float32_under_mixed_precision, autocast_rounds_no_more_than_elsewhere,
     inference_takes_batches_of_any_size, mistakes_are_one_line_with_names,
-    shared_experts_run_while_rows_are_under_way, experts_compute_one_piece_while_others_travel,
+    routers_states_are_of_all_ranks, shared_experts_run_while_rows_are_under_way,
+    experts_compute_one_piece_while_others_travel,
 )  # fmt: skip
 
 
