@@ -110,7 +110,7 @@ def test_holes_are_filled_and_counted(tmp_path):
     [
         ({}, [], "say which columns are asked for, as in data.targets=[a,b]; it has size, colour"),
         ({}, ["cost"], "has no column 'cost'; it has size, colour"),
-        ({}, ["colour"], "record 1: column 'colour' is"),
+        ({}, ["colour"], "column 'colour' is"),
         ({"price": 7.0}, ["price"], "column 'price' has not two values among the rows to train on"),
         ({"price": math.nan}, ["price"], "column 'price' has not two values among the rows to train on"),
         ({"price": [math.inf] + [1.0, 2.0, 3.0] * 13}, ["price"], "record 1: column 'price' is inf, and targets are"),

@@ -1,6 +1,7 @@
 """A recipe that is no text: another input, model and metric, through the same engine, page and commands."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from shunter import MoE, aux_loss, recipes
 from shunter.analysis.ledger import Ledger
 from shunter.analysis.runs import Words, read_run
 from shunter.cli import main
+from shunter.data.files import LeftOut
 from shunter.errors import UserError
 from shunter.recipes import registry
 from shunter.recipes.recipe import Recipe
@@ -66,6 +68,7 @@ class SumsRecipe(Recipe):
     words = Words("sums", "Two models add up numbers.", "squared error", shown={"off": "of 100 more than 1 off"})
 
     def prepare(self, config):
+        warnings.warn("numbers: left out 3", LeftOut, stacklevel=2)
         train = Vectors(config.training.steps * self.items_per_step(config), config.seed)
         record = {"name": "numbers", "license": "none", "source": "drawn", "train_bytes": 16, "eval_bytes": 16}
         record |= {"train_tokens": len(train), "eval_tokens": 32}
@@ -125,6 +128,7 @@ def test_another_recipe_trains_resumes_evaluates_compares_and_reports(sums, tmp_
     found = read_run(folder)
     assert found.words.recipe == "sums" and set(found.summary.dense.shown) == {"off"}
     page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "numbers: left out 3." in page, "what the data warn of is in the report"
     assert "Two models add up numbers." in page and "of 100 more than 1 off" in page
     assert "nats" not in page and "bits per byte" not in page and "next token" not in page
     assert main(["eval", str(folder), "--json"]) == 0

@@ -10,6 +10,7 @@ import json
 import lzma
 import sysconfig
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file, parse_json
-from .files import files_in, say_left_out
+from .files import LeftOut, files_in, say_left_out
 
 __all__ = ["Domain", "built_in_domains", "read_domains"]
 
@@ -35,6 +36,8 @@ SUFFIXES = TEXT_SUFFIXES | {".json", ".jsonl", ".ndjson", ".parquet"}
 MAX_LINE = 2**26  # bytes of a record
 
 MAX_DOMAINS = 1000
+
+_NAMED = 5  # of the domains that are cut
 
 
 @dataclass(frozen=True)
@@ -121,17 +124,20 @@ class _Texts:
     """Texts of a domain with the language of each, as many as fit into its bytes.
 
     Args:
-        max_bytes: in UTF-8; the text that passes it is cut, and what comes then is not kept.
+        max_bytes: in UTF-8; the text that passes it is cut, and what comes then is not kept; `cut` says whether any is.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.documents: list[str] = []
         self.languages: list[str | None] = []
         self.left = max_bytes
+        self.cut = False
 
     def add(self, text: str, language: str | None = None) -> None:
         # A character has a byte at least.
+        whole = len(text)
         text = text[: self.left].encode()[: self.left].decode(errors="ignore")
+        self.cut |= len(text) < whole
         if text:
             self.documents.append(text)
             self.languages.append(language)
@@ -163,6 +169,13 @@ def read_domains(sources: Sequence[str], max_bytes: int = MAX_BYTES) -> list[Dom
         else:
             _read_dataset(source, found, max_bytes)
     source = ", ".join(sources)
+    if cut := [name for name, texts in sorted(found.items()) if texts.cut]:
+        warnings.warn(
+            f"{escaped(source)}: left out what is behind the first {max_bytes:,} bytes of the domain "
+            f"{', '.join(cut[:_NAMED])}{f' and of {len(cut) - _NAMED:,} more' * (len(cut) > _NAMED)} (data.max_bytes)",
+            LeftOut,
+            stacklevel=2,
+        )
     return [
         Domain(name, texts.documents, "the user's own", source, texts.languages)
         for name, texts in sorted(found.items())
@@ -311,6 +324,7 @@ def _read_dataset(name: str, found: Found, max_bytes: int) -> None:
 
 
 def _collect(records: Iterable[Any], source: str, domain: str, found: Found, max_bytes: int) -> None:
+    empty: list[int] = []
     for number, record in enumerate(records, 1):
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
@@ -321,7 +335,9 @@ def _collect(records: Iterable[Any], source: str, domain: str, found: Found, max
             raise UserError(f"{source}, record {number}: 'domain' must be a name, not {repr(label)[:80]}")
         if language is not None and not _is_name(language):
             raise UserError(f"{source}, record {number}: 'language' must be a name, not {repr(language)[:80]}")
-        if text:
+        if not text:
+            empty.append(number)
+        else:
             try:
                 found.setdefault(label, _Texts(max_bytes)).add(text, language)
             except UnicodeEncodeError:
@@ -335,6 +351,9 @@ def _collect(records: Iterable[Any], source: str, domain: str, found: Found, max
             )
     if not found:
         raise UserError(f"{source}: holds no text")
+    if empty:
+        which = f" {len(empty):,} of {number:,} records, the first in record {empty[0]}" if number > 1 else ""
+        warnings.warn(f"{escaped(source)}: left out{which}: empty", LeftOut, stacklevel=2)
 
 
 def _is_name(label: Any) -> bool:

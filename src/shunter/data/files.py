@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError, escaped
 
-__all__ = ["files_in", "say_left_out"]
+__all__ = ["LeftOut", "files_in", "say_left_out", "sentences"]
 
 _NAMED = 5  # of the files left out
 _MOST = 100_000  # files of a folder
+
+
+class LeftOut(UserWarning):
+    """What of a source is not read, and why."""
+
+
+@contextmanager
+def sentences() -> Iterator[list[str]]:
+    """The warnings of what is left out within the block, as sentences; they are given behind it, like all others."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LeftOut)
+        yield said
+    for one in caught:
+        if issubclass(one.category, LeftOut):
+            said.append(f"{one.message}.")
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def files_in(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
@@ -45,5 +63,5 @@ def say_left_out(folder: Path, left_out: list[Path], why: str) -> None:
     """Warn of the paths that were left out, naming the first of them."""
     if left_out:
         names = ", ".join(escaped(str(path.relative_to(folder))) for path in left_out[:_NAMED])
-        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
-        warnings.warn(f"{escaped(str(folder))}: left out {names}{more}: {why}", stacklevel=3)
+        more = f" and {len(left_out) - _NAMED:,} more" if len(left_out) > _NAMED else ""
+        warnings.warn(f"{escaped(str(folder))}: left out {names}{more}: {why}", LeftOut, stacklevel=3)

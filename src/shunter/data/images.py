@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def open_image(file: Path | BinaryIO) -> Image.Image:
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are readers
         name = f"{file}: " if isinstance(file, Path) else ""
-        raise UserError(f"{name}not an image that can be read ({one_line(error)})") from None
+        reason = re.sub(r" <[^>]*>$", " of any known kind", one_line(error))
+        raise UserError(f"{name}not an image that can be read ({reason})") from None
 
 
 def pixels_of(image: Image.Image, size: int, channels: int) -> Tensor:

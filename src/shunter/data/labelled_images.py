@@ -7,6 +7,7 @@ import hashlib
 import math
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from PIL import Image
 
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
-from .files import files_in, say_left_out
+from .files import LeftOut, files_in, say_left_out
 from .images import SUFFIXES, open_image
 from .sifting import at_most, left_out, sift
 
@@ -143,6 +144,8 @@ def _folder(folder: Path) -> Labelled:
     first = {names[0] for names in parts}
     official = "train" in first and bool(first & set(HELD_OUT)) and all(len(names) > 2 for names in parts)
     kept = [i for i, names in enumerate(parts) if not official or names[0] in ("train", *HELD_OUT)]
+    beside = [files[i] for i in sorted(set(range(len(files))) - set(kept))]
+    say_left_out(folder, beside, f"beside the folders train and {', '.join(sorted(first & set(HELD_OUT)))}")
     files = [files[i] for i in kept]
     return Labelled(
         [escaped(str(file)) for file in files],
@@ -261,6 +264,8 @@ def _dataset(name: str) -> Labelled:
         raise UserError(f"{name}: needs a column of images and one of classes ('label'); it has {', '.join(features)}")
     rows = [(part, i) for part, some in parts.items() for i in range(len(some))]
     names = getattr(features[label], "names", None)
+    if others := [str(part) for part in found if part not in parts]:
+        warnings.warn(f"{name}: left out the split{'s' * (len(others) > 1)} {', '.join(others)}", LeftOut, stacklevel=2)
     labels: list[str] = []
     for part, some in parts.items():
         for number, value in enumerate(some[label], 1):
@@ -348,6 +353,8 @@ def split(images: Labelled, *, share: float, most: int, most_held_out: int) -> S
     _check(images, classes, train, held_out)
     number = {name: n for n, name in enumerate(classes)}
     said = left_out(bad, len(every), "images")
+    for name in sorted({images.labels[i] for i in every} - set(classes), key=_natural):
+        said += f" Of the class {name!r} none can be read, so it is no class here."
     targets = [number.get(label, -1) for label in images.labels]
     return Split(images, classes, train, held_out, targets, colours, said, digest.hexdigest())
 
@@ -381,7 +388,7 @@ def _choose(images: Labelled, share: float, most: int, most_held_out: int) -> tu
             told, free = free[:cut], free[cut:]
         train.append(free)
         held_out.append(told)
-    return at_most(train, most), at_most(held_out, most_held_out)
+    return at_most(train, most, "data.train_images"), at_most(held_out, most_held_out, "data.eval_images")
 
 
 def _check(images: Labelled, classes: list[str], train: list[int], held_out: list[int]) -> None:

@@ -22,7 +22,7 @@ from ..untrusted import open_file
 from .files import files_in, say_left_out
 from .images import SUFFIXES, open_image
 from .labelled_images import HELD_OUT, Labelled, file_bytes, in_memory, look
-from .sifting import left_out, sift
+from .sifting import left_out, say_beyond, sift
 from .tables import read_frame
 
 __all__ = ["BUILT_IN_HELD_OUT", "PairSplit", "Pairs", "built_in_pairs", "read_pairs", "split_pairs"]
@@ -88,6 +88,8 @@ def _folder(folder: Path) -> Pairs:
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     if not images:
         raise UserError(f"{escaped(str(folder))}: no file in this folder ends in {', '.join(sorted(SUFFIXES))}")
+    alone = [text for stem, text in texts.items() if stem not in {file.with_suffix("") for file in images}]
+    say_left_out(folder, alone, "captions with no image beside them")
     captions, bad = [], {}
     for i, file in enumerate(images):
         text, wrong = texts.get(file.with_suffix("")), ""
@@ -344,8 +346,8 @@ def split_pairs(
         fresh = (images.labels[i] not in learned, pairs.styles[i] not in drawn)
         parts.setdefault(_PARTS[fresh], []).append(i)
     chosen = [
-        _some(order, train, most),
-        *(_some(order, parts[n], most_held_out) for n in _PARTS.values() if n in parts),
+        _some(order, train, most, "data.train_pairs"),
+        *(_some(order, parts[n], most_held_out, "data.eval_pairs") for n in _PARTS.values() if n in parts),
     ]
     digest, colours = hashlib.sha256(), images.trusted
 
@@ -375,7 +377,8 @@ _PARTS = {
 """Parts by whether the concept is new, and the style."""
 
 
-def _some(order: random.Random, numbers: list[int], most: int) -> list[int]:
+def _some(order: random.Random, numbers: list[int], most: int, setting: str) -> list[int]:
+    say_beyond(max(0, len(numbers) - most), len(numbers), most, setting)
     return numbers if len(numbers) <= most else sorted(order.sample(numbers, most))
 
 

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
 from ..errors import UserError, one_line
+from .files import LeftOut
 
-__all__ = ["at_most", "left_out", "sift"]
+__all__ = ["at_most", "left_out", "say_beyond", "sift"]
 
 _NAMED = 5  # of the records that are left out
 _SHOW_PROGRESS = 2000  # records, whose decoding takes seconds
 
 
-def at_most(groups: list[list[int]], most: int) -> list[int]:
-    """The records of all groups; where they are too many, the same part of each, one at least."""
+def at_most(groups: list[list[int]], most: int, setting: str) -> list[int]:
+    """The records of all groups; where they are too many, the same part of each, one at least, and a warning.
+
+    Args:
+        groups: their numbers.
+        most: how many in all.
+        setting: what that is called.
+    """
     total = sum(map(len, groups))
     part = min(1.0, most / max(total, 1))
-    return [i for group in groups for i in group[: max(1, int(part * len(group)))]]
+    found = [i for group in groups for i in group[: max(1, int(part * len(group)))]]
+    say_beyond(total - len(found), total, most, setting)
+    return found
+
+
+def say_beyond(beyond: int, total: int, most: int, setting: str) -> None:
+    """Warn of so many records of all that are left out because a setting takes no more."""
+    if beyond:
+        warnings.warn(f"Left out {beyond:,} of {total:,} records, more than {setting}={most:,}", LeftOut, stacklevel=3)
 
 
 def sift(records: Sequence[int], read: Callable[[int], None], where: Callable[[int], str], what: str) -> dict[int, str]:

@@ -197,6 +197,9 @@ def _folder(folder: Path) -> list[Clip]:
     sounds = [file for file in files if file not in written]
     if not sounds:
         raise UserError(f"{folder}: no file in this folder ends in {', '.join(sorted(SUFFIXES))}")
+    stems = {file.with_suffix("") for file in sounds}
+    alone = [file for file in sorted(written) if file.with_suffix("") not in stems]
+    say_left_out(folder, alone, "texts with no sound beside them")
     parts = [file.relative_to(folder).parts for file in sounds]
     first = {names[0] for names in parts}
     official = "train" in first and bool(first & set(HELD_OUT))
@@ -239,6 +242,8 @@ def _table(file: Path) -> list[Clip]:
             value = {what: str(row.get(name) or "").strip() for what, name in columns.items()}
             part = value.get("split", "").lower()
             wrong = "" if value["path"] else "names no file"
+            if None in row:  # of csv, what is behind the last column
+                wrong = f"has {len(row[None]):,} cells more than there are columns"  # type: ignore[index]
             if "split" in value and part not in ("train", "dev", *HELD_OUT):
                 wrong = f"its split is {part!r}; known: train, dev, {', '.join(HELD_OUT)}"
             clip = _of_file(
@@ -366,7 +371,8 @@ def split(
     """
     chosen, note = _choose(clips, share)
     by_language = [_by_language(clips, part) for part in chosen]
-    train, held_out = at_most(by_language[0], most), at_most(by_language[1], most_held_out)
+    train = at_most(by_language[0], most, "data.train_clips")
+    held_out = at_most(by_language[1], most_held_out, "data.eval_clips")
     digest, rates = hashlib.sha256(), Counter[int]()
     texts = [words_of(clip.text) for clip in clips]
 

@@ -216,10 +216,14 @@ def _target(file: str, name: str, column: Any) -> Tensor:
     if words:
         values = sorted(column.dropna().astype(str).unique())
         if len(values) != 2:
-            record = int((numbers.isna() & column.notna()).to_numpy().argmax()) + 1
+            numeric = numbers.notna().sum() > len(column) / 2  # then what is a word is the stranger
+            strange = numbers.isna() & column.notna()
+            if not numeric and len(values) > 2:
+                strange = ~column.isna() & ~column.astype(str).isin(list(column.dropna().astype(str).unique()[:2]))
+            record = int(strange.to_numpy().argmax()) + 1
             raise UserError(
-                f"{file}, record {record}: column {name!r} is {words[0]!r}, and targets are numbers, or words of which "
-                f"there are two; it has {len(values)}"
+                f"{file}, record {record}: column {name!r} is {str(column.iloc[record - 1])[:80]!r}, and targets are "
+                f"numbers, or words of which there are two; it has {len(values):,}"
             )
         numbers = column.map(lambda value: float(str(value) == values[1]), na_action="ignore")
     found = torch.tensor(numbers.to_numpy(dtype="float64", na_value=math.nan))
@@ -237,7 +241,7 @@ def _features(file: str, frame: Any, train: Tensor) -> tuple[Tensor, list[str]]:
 
     columns: list[Tensor] = []
     left_out: list[str] = []
-    holes = 0
+    holes = too_large = 0
     for name in frame.columns:
         column = frame[name]
         numbers = pandas.to_numeric(column, errors="coerce")
@@ -249,6 +253,7 @@ def _features(file: str, frame: Any, train: Tensor) -> tuple[Tensor, list[str]]:
             columns += [torch.tensor((column.astype(str) == value).to_numpy(dtype="float64")) for value in values]
             continue
         found = torch.tensor(numbers.to_numpy(dtype="float64", na_value=math.nan))
+        too_large += int((found.abs() > LARGEST).sum())
         found[found.abs() > LARGEST] = math.nan
         gone = found.isnan()
         if bool(gone.all()):
@@ -260,7 +265,8 @@ def _features(file: str, frame: Any, train: Tensor) -> tuple[Tensor, list[str]]:
         columns.append(found)
     if not columns:
         raise UserError(f"{file}: has no column beside the targets that can be read")
-    notes = [f"{holes:,} holes among the features are filled with the mean."] if holes else []
+    larger = f" (of them {too_large:,} numbers above {LARGEST:g} in size)" if too_large else ""
+    notes = [f"{holes:,} holes among the features{larger} are filled with the mean."] if holes else []
     if left_out:
         notes.append(f"Left out the columns {', '.join(left_out)}: no numbers, or more than {MAX_VALUES} words.")
     return _standardised(torch.stack(columns, 1), train).nan_to_num(0.0).clamp(-FAR, FAR), notes

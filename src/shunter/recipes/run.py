@@ -27,6 +27,7 @@ from ..analysis.exhibits import save_exhibits
 from ..analysis.ledger import TRAINING_FLOPS, Ledger
 from ..analysis.pages.run_page import write_picture, write_report
 from ..analysis.runs import MODELS, Metrics, ModelSummary
+from ..data.files import sentences
 from ..durable import MANIFEST, make_folder, naming, only_process, seal, sealed, verify, write
 from ..environment import run_versions
 from ..errors import Diverged, UserError, one_line
@@ -248,13 +249,15 @@ def begin(
         if not resume:
             _decide(recipe, config, run, texts)
         facts = _decided(run, texts)
-        data: Prepared = recipe.prepare(config)
+        with sentences() as left_out:
+            data: Prepared = recipe.prepare(config)
         fingerprint = facts.get("data", data.fingerprint)
         _check_data(recipe, data, fingerprint)
         for name, own in configs.items():
             rehearse(recipe, name, own, recipe.data_of(data, name))
         if "data" not in facts:
-            write(run / "data.json", json.dumps(data.describe(), indent=2))
+            record = data.describe()
+            write(run / "data.json", json.dumps(record | {"notes": [*record.get("notes", []), *left_out]}, indent=2))
             with naming(run / recipe.reader):
                 data.save_pretrained(run / recipe.reader)
             reader = [path.relative_to(run).as_posix() for path in (run / recipe.reader).glob("*")]

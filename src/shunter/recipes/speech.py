@@ -405,7 +405,11 @@ class SpeechRecipe(Recipe[SpeechConfig, SpeechData]):
             most=d.train_clips,
             most_held_out=d.eval_clips,
         )
-        return SpeechData(corpus, config, config.training.steps * self.items_per_step(config))
+        found = SpeechData(corpus, config, config.training.steps * self.items_per_step(config))
+        if len(found.vocabulary) < 4:  # two of these stand for nothing that is said
+            heard = ", ".join(map(repr, found.vocabulary.known))
+            raise UserError(f"of what is said to train on, {heard} is all that is told apart; it takes two {d.units}")
+        return found
 
     def build(self, config: SpeechConfig, data: SpeechData, sparse: bool) -> PreTrainedModel:
         """A Conformer of the data's labels."""
