@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ pytest.importorskip("pydantic")
 pytest.importorskip("scipy")
 pytest.importorskip("transformers")
 
+from matplotlib.figure import Figure
+
 from shunter.cli import main
 from shunter.reproduce import headline, routings, scaling, sweep
 from shunter.reproduce.page import write_pages
-from shunter.reproduce.registry import ALL
+from shunter.reproduce.registry import ALL, find
 from shunter.reproduce.results import DIRECTION, NOT, REPRODUCED, Result, Row, read
 
 from ..pages import ROOT
@@ -142,7 +145,7 @@ def test_the_command_lists_runs_and_keeps(tmp_path, capsys):
     "what, said",
     [
         (["figure-22"], "did you mean figure-2?"),
-        (["figure-8"], "no command computes it yet"),
+        (["table-1"], "no command computes it yet"),
         (["all", "figure-1"], "name nothing besides"),
         (["released-law"], "SHUNTER_ROUTING_CURVES"),
     ],
@@ -152,6 +155,25 @@ def test_what_cannot_be_run_is_one_line(what, said, tmp_path, capsys, monkeypatc
     assert main(["reproduce", *what, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()
     assert said in error[-1] and "Traceback" not in "".join(error)
+
+
+def test_all_goes_on_without_what_lacks_a_package(tmp_path, capsys, monkeypatch):
+    def lacking(runs):
+        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+    few = [replace(find("retrieval"), minutes=0.01), find("figure-2")]
+    monkeypatch.setattr("shunter.reproduce.registry.ALL", few)
+    monkeypatch.setattr("shunter.reproduce.registry._function", lambda where: lacking if "retr" in where else _two)
+    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "retrieval was not run: this needs the package peft: pip install 'shunter[lora]'" in said.err
+    assert read(tmp_path, "figure-2") is not None and read(tmp_path, "retrieval") is None
+    assert main(["reproduce", "retrieval", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("shunter reproduce: this needs the package peft")
+
+
+def _two(data=None):
+    return Result("figure-2", [Row("a", "b", "c", REPRODUCED)], {}) if data is None else Figure()
 
 
 def test_damaged_results_are_named(tmp_path, capsys):

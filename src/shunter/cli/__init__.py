@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import metadata
 from typing import Any
 
 from ..durable import NO_ROOM, why_not_written
 from ..errors import Diverged, Elsewhere, Interrupted, LostRank, NotWritten, escaped, one_line, said
 from . import bench, convert, domains, law, look, plan, reproduce, train
+from .packages import not_installed
 
 __all__ = ["main"]
-
-DISTRIBUTIONS = {"PIL": "pillow", "espeakng_loader": "espeakng-loader", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-"""Packages to install, by the module that is imported, where the names differ."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             print("Stopped.", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if not (needed := _not_installed(error.name or "")):
+        if not (needed := not_installed(error.name or "")):
             raise
         print(f"shunter {args.name}: {needed}", file=sys.stderr)
         return 2
@@ -81,18 +77,6 @@ def _speaks() -> bool:
 def _said(error: Exception, verb: str) -> str:
     """What an error says, without the name of the verb where it begins with that."""
     return escaped(said(error)).removeprefix(f"{verb}: ")
-
-
-def _not_installed(module: str) -> str:
-    """What to install for a module of another package, by this package's metadata; empty for any other module."""
-    package = DISTRIBUTIONS.get(module.split(".")[0], module.split(".")[0])
-    extras = [
-        extra
-        for line in metadata.requires("shunter") or []
-        for name, extra in re.findall(r"^([\w.-]+).*extra == ['\"]([\w-]+)['\"]$", line)
-        if name.lower() == package.lower() != "shunter"
-    ]
-    return f"this needs the package {package}: pip install 'shunter[{extras[0]}]'" if extras else ""
 
 
 def _silence() -> None:

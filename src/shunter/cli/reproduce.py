@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .packages import not_installed
 
 __all__ = ["add_verbs"]
 
@@ -53,10 +54,11 @@ def _reproduce(args: argparse.Namespace) -> int:
         print(f"{one.title}, about {one.minutes:g} min", file=sys.stderr)
         try:
             result = reproduce(one, args.out, args.runs)
-        except UserError as error:
-            if args.what != ["all"]:
+        except (UserError, ModuleNotFoundError) as error:
+            why = not_installed(error.name or "") if isinstance(error, ModuleNotFoundError) else str(error)
+            if args.what != ["all"] or not why:
                 raise
-            print(f"shunter reproduce: {one.name} was not run: {error}", file=sys.stderr)
+            print(f"shunter reproduce: {one.name} was not run: {why}", file=sys.stderr)
             failed += 1
             continue
         write_pages(args.out, ALL)

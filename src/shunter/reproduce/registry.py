@@ -225,6 +225,10 @@ ALL = (
         "9 Future directions",
         "section 9, Khandelwal et al. 2020",
         "A language model with a store of its own states, and experts, at equal bytes and at equal computing.",
+        minutes=10,
+        run="retrieval:retrieval",
+        draw="retrieval:draw_retrieval",
+        trains=True,
     ),
     Reproduction(
         "headline",
