@@ -197,6 +197,10 @@ ALL = (
         "8 Interpretability",
         "figure 8",
         "Image patches that each expert of a vision model takes.",
+        minutes=2,
+        run="patches:figure_8",
+        draw="patches:draw_figure_8",
+        trains=True,
     ),
     Reproduction(
         "memorisation",
