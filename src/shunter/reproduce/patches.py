@@ -146,7 +146,7 @@ def figure_8(runs: Path, config: ImagesConfig | None = None) -> Result:
         f"steps on digits of MNIST in patches of {size} by {size}; {found.shown['accuracy']:.1f} % of held-out digits "
         f"are right. The picture has for each expert the patches of {len(images)} held-out images that its router "
         "weighs most, up to sixteen.",
-        "A kind is the direction of the strokes of a patch (structure tensor), rising as in “/”. The lift is that of the "
+        "A kind is the direction of the strokes of a patch (structure tensor), rising as in “/”. The lift is of the "
         f"expert where it is largest, and by chance the largest of {SHUFFLES} shuffles of the kinds.",
     ]
     shares = {kind: float((kinds == i).double().mean()) for i, kind in enumerate(KINDS)}
