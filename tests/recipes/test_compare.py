@@ -9,7 +9,7 @@ from shunter import MoE, routers
 from shunter.analysis.runs import TEXT, Metrics
 from shunter.cli import main
 from shunter.errors import UserError
-from shunter.recipes.compare import compare, parse_routers, resumed, table, with_router
+from shunter.recipes.compare import compare, folder_of, parse_routers, resumed, table, with_router
 from shunter.recipes.run import configuration_of, load_model
 from shunter.recipes.seeds import parse_seeds
 from shunter.recipes.text import RECIPE
@@ -62,6 +62,20 @@ def varying(done, tmp_path_factory):
     args = [*SMALL, "training.steps=6", "sparse.num_experts=8", "model.hidden=48", f"data.source=['{corpus}']"]
     assert main(["compare", "text", "--routers", ",".join(VARYING), "--run", str(run), "--json", *args]) == 0
     return run, json.loads((run / "compare.json").read_text())
+
+
+def test_all_models_of_a_comparison_are_evaluated_and_calibrated(done, tmp_path, capsys):
+    run, result = done
+    losses = {folder_of(row["router"]): row["eval_loss"] for row in result["models"]}
+    assert main(["eval", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found)[0] == "dense" and {name: one["loss"] for name, one in found.items()} == pytest.approx(losses)
+    assert main(["eval", str(run), "--calibration", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in losses)
+    calibrated = json.loads((tmp_path / "calibration.json").read_text(encoding="utf-8"))["models"]
+    assert set(calibrated) == set(losses)
+    assert len({one["predictions"] for one in calibrated.values()}) == 1, "all of the same held-out tokens"
 
 
 def test_costs_are_those_of_the_experts_that_were_taken(varying):
@@ -338,3 +352,12 @@ def test_every_router_that_text_can_serve_trains(small, tmp_path):
     assert len(specs) >= 20
     result = compare(RECIPE, config, specs, tmp_path / "run", as_json=True)
     assert all(torch.tensor(row["eval_loss"]).isfinite() for row in result["models"])
+
+
+def test_a_comparison_over_seeds_says_what_to_evaluate(done, tmp_path, capsys):
+    for name in ("config.yaml", "recipe.json", "routers.json"):
+        (tmp_path / name).write_bytes((done[0] / name).read_bytes())
+    (tmp_path / "seeds.json").write_text("[0, 1]", encoding="utf-8")
+    for more in ([], ["--calibration"]):
+        assert main(["eval", str(tmp_path), *more]) == 2
+        assert "give the folder of one, as" in (said := capsys.readouterr().err) and said.count("\n") == 1

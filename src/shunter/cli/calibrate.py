@@ -50,11 +50,16 @@ def calibrate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, allow_nan=False))
         return 0
-    print(f"{'':14} {'error':>8} {'by chance':>10} {'confidence':>11} {'accuracy':>9} {'predictions':>12}")
-    for name, one in found["models"].items():
-        for row, value in {name: one, **{f"  {group}": part for group, part in one["domains"].items()}}.items():
+    rows = {
+        name: {name: one, **{f"  {group}": part for group, part in one["domains"].items()}}
+        for name, one in found["models"].items()
+    }
+    width = max(14, *(len(escaped(row)) for group in rows.values() for row in group))
+    print(f"{'':{width}} {'error':>8} {'by chance':>10} {'confidence':>11} {'accuracy':>9} {'predictions':>12}")
+    for group in rows.values():
+        for row, value in group.items():
             print(
-                f"{escaped(row):14} {value['error']:8.2%} {value['noise']:10.2%} {value['confidence']:11.2%} "
+                f"{escaped(row):{width}} {value['error']:8.2%} {value['noise']:10.2%} {value['confidence']:11.2%} "
                 f"{value['accuracy']:9.2%} {value['predictions']:12,}"
             )
     print(f"All of it: {out / 'calibration.json'}\nPicture: {out / 'calibration.png'}")

@@ -264,11 +264,12 @@ def _eval(args: argparse.Namespace) -> int:
         return 0
     recipe, config = configuration_of(args.run)
     shown = recipe.words_of(config).shown
-    print(f"{'':10} {'loss':>8}" + "".join(f" {unit.replace(' per ', '/'):>10}" for unit in shown.values()))
+    width = max(10, *map(len, found))
+    print(f"{'':{width}} {'loss':>8}" + "".join(f" {unit.replace(' per ', '/'):>10}" for unit in shown.values()))
     for which, result in found.items():
         rows = {which: result, **{f"  {name}": value for name, value in result["domains"].items()}}
         for name, value in rows.items():
-            print(f"{name:10} {value['loss']:8.4f}" + "".join(f" {value[key]:10.4f}" for key in shown))
+            print(f"{name:{width}} {value['loss']:8.4f}" + "".join(f" {value[key]:10.4f}" for key in shown))
     return 0
 
 

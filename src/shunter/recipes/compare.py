@@ -24,7 +24,7 @@ from .recipe import Recipe
 from .run import account, begin, check_router, configuration_of, train_one
 from .sections import ANY_LABELS, RunConfig, SparseConfig
 
-__all__ = ["compare", "draw", "parse_routers", "resumed", "table", "with_router"]
+__all__ = ["compare", "draw", "folder_of", "parse_routers", "resumed", "table", "with_router"]
 
 LAST = 0.1
 """The balance of a router is that of this last part of its training."""

@@ -527,12 +527,12 @@ def load_model(run: Path, which: str, memory: str | None = None) -> PreTrainedMo
 
 
 def evaluate_run(run: Path, *, without_drops: bool = False, memory: str | None = None) -> dict[str, Any]:
-    """Evaluate both models of a run folder again, on the run's own held-out data.
+    """Evaluate both models of a run folder again, or all of a comparison, on the run's own held-out data.
 
     Args:
         run: the folder.
         memory: what the sparse model's experts may take of it, as in `load_model`.
-        without_drops: evaluate the sparse model by `shunter.dropless`, whatever capacity it was trained with.
+        without_drops: evaluate a sparse model by `shunter.dropless`, whatever capacity it was trained with.
 
     Raises:
         UserError: where the folder holds no finished run, or its data have changed.
@@ -543,7 +543,7 @@ def evaluate_run(run: Path, *, without_drops: bool = False, memory: str | None =
 
 
 def calibrate_run(run: Path, *, without_drops: bool = False) -> dict[str, dict[str, Calibration]]:
-    """How far the confidence of both models of a run folder is their accuracy, by model and by domain.
+    """How far the confidence of the models of a run folder is their accuracy, by model and by domain.
 
     Args and errors are those of `evaluate_run`.
 
@@ -557,12 +557,27 @@ def calibrate_run(run: Path, *, without_drops: bool = False) -> dict[str, dict[s
 def _trained_run(
     run: Path, without_drops: bool, memory: str | None = None
 ) -> tuple[Recipe[Any, Any], dict[str, PreTrainedModel], Any]:
-    """The recipe, both models and the data of a finished run."""
+    """The recipe, the models and the data of a finished run, or of what is finished of a comparison."""
     recipe, _ = configuration_of(run)
-    models = {which: load_model(run, which, memory) for which in MODELS}
-    if without_drops:
-        dropless(models["sparse"])
+    models = {which: load_model(run, which, memory) for which in _models_of(run)}
+    for model in models.values():
+        if without_drops and moe_layers(model):
+            dropless(model)
     return recipe, models, data_of(run)
+
+
+def _models_of(run: Path) -> tuple[str, ...]:
+    """The names of both models; of a comparison those of all that are trained, the dense one first.
+
+    Raises:
+        UserError: for a comparison over several seeds, which has no models of its own.
+    """
+    if (run / "seeds.json").exists():
+        raise UserError(f"{run} is a comparison over several seeds; give the folder of one, as {run / 'seed-0'}")
+    if not (run / "routers.json").exists():
+        return MODELS
+    found = {folder.parent.name for folder in run.glob("*/training.json")}
+    return ("dense", *sorted(found - {"dense"}))
 
 
 def data_of(run: Path) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from .style import PAPER, shorten
+from .style import COLOUR_MAP, PAPER, shorten
 
 __all__ = ["reliability_diagram"]
 
@@ -25,7 +26,9 @@ def reliability_diagram(models: dict[str, dict[str, Any]]) -> Figure:
     for number, (name, found) in enumerate(models.items()):
         bins = [each for each in found["bins"] if each["predictions"]]
         x, y, n = (np.array([each[key] for each in bins]) for key in ("confidence", "accuracy", "predictions"))
-        colour = PAPER.dense if name == "dense" else PAPER.sparse
+        colour = PAPER.of(name)
+        if len(models) > 2 and name != "dense":
+            colour = colormaps[COLOUR_MAP](number / len(models))
         label = f"{shorten(name)}: error {100 * found['error']:.2f} %"
         error = 2 * np.sqrt(y * (1 - y) / n)
         curve.errorbar(
