@@ -62,7 +62,8 @@ def test_it_runs_and_draws_what_experts_take(tmp_path):
     [(name, sheets)] = found.data["sheets"].items()
     assert len(sheets) == 4 and len(found.rows) == len(KINDS) + 3
     assert sum(found.data["shares"].values()) == pytest.approx(1)
-    assert len(draw_figure_8(found.data).axes) == 4
+    titled = [axes.get_title() for axes in draw_figure_8(found.data).axes]
+    assert [title[:17] for title in titled] == [f"block 1, expert {e}" for e in range(4)]
     draw_figure_8({"sheets": {"a.0.mlp": [sheets[0], ""], "b.1.mlp": sheets[:1]}})
     kept = (tmp_path / "patches" / "sparse" / "model.safetensors").stat().st_ino
     assert figure_8(tmp_path, config).rows == found.rows

@@ -134,6 +134,7 @@ def figure_8(runs: Path, config: ImagesConfig | None = None) -> Result:
                 f"those of {closer} of {shown} experts are closer to one another than the closest of {SHUFFLES} "
                 "random sheets",
                 judge(closer == shown, direction=closer > shown / 2),
+                "" if closer == shown else "most patches are blank, and none are as alike as these",
             )
         )
         sheets[name] = [patch_sheet(patches, images, size) if patches else "" for patches in served]
@@ -157,22 +158,28 @@ _WORDS = {kind: f"{kind} patches" if kind == "blank" else kind for kind in ("bla
 
 
 def draw_figure_8(data: dict[str, Any]) -> Figure:
-    """A row of sheets for each layer, a sheet of patches for each expert."""
-    sheets = data["sheets"]
-    across = max(len(row) for row in sheets.values())
-    figure = Figure(figsize=(1.5 * across, 0.75 * len(sheets) + 0.3), layout="constrained")
-    panels = figure.subplots(len(sheets), across, squeeze=False)
-    for row, (name, experts) in zip(panels, sheets.items(), strict=True):
-        for number, axes in enumerate(row):
-            axes.axis("off")
-            if number < len(experts) and experts[number]:
-                with Image.open(io.BytesIO(base64.b64decode(experts[number].partition(",")[2]))) as sheet:
-                    axes.imshow(np.asarray(sheet), interpolation="nearest")
-            if number < len(experts):
-                axes.set_title(f"expert {number}" if experts[number] else f"expert {number}: none", fontsize=8)
-        row[0].text(-0.04, 0.5, _layer(name), transform=row[0].transAxes, rotation=90, ha="right", va="center")
+    """A sheet of patches for each expert, four in a row, layer by layer."""
+    sheets = [
+        (f"{_layer(name)}, expert {number}", sheet)
+        for name, experts in data["sheets"].items()
+        for number, sheet in enumerate(experts)
+    ]
+    rows = -(-len(sheets) // _ACROSS)
+    figure = Figure(figsize=(2.0 * _ACROSS, 0.8 * rows), layout="constrained")
+    for place, axes in enumerate(figure.subplots(rows, _ACROSS, squeeze=False).flat):
+        axes.axis("off")
+        if place >= len(sheets):
+            continue
+        title, sheet = sheets[place]
+        axes.set_title(title if sheet else f"{title}: none", fontsize=8)
+        if sheet:
+            with Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))) as image:
+                axes.imshow(np.asarray(image), interpolation="nearest")
     return figure
 
 
+_ACROSS = 4
+
+
 def _layer(name: str) -> str:
-    return "layer " + next((part for part in name.split(".") if part.isdigit()), name)
+    return "block " + next((part for part in name.split(".") if part.isdigit()), name)

@@ -13,7 +13,7 @@ import numpy as np
 from ..analysis.calibration import calibrations
 from ..analysis.dense_equivalent import dense_equivalent
 from ..analysis.run_table import read_groups
-from ..analysis.scaling_law import COEFFICIENTS, Runs, account
+from ..analysis.scaling_law import COEFFICIENTS, Runs, account, fit
 from ..errors import UserError
 from ..recipes.run import configuration_of, load_model
 from .results import DIRECTION, IMPOSSIBLE, NOT, Result, Row, judge
@@ -183,6 +183,16 @@ PUBLISHED = {
 }
 
 
+_HELD = {
+    "those of the paper": {"k": "1", "routing_frequency": "0.5", "flop_increase": "1"},
+    "of one seed": {"k": "1", "routing_frequency": "0.5", "flop_increase": "1", "seed": "42"},
+    "any number of experts a token": {"routing_frequency": "0.5", "flop_increase": "1"},
+    "any number of sparse layers": {"k": "1", "flop_increase": "1"},
+    "all": {},
+}
+"""Which of the released runs are kept: values by heading."""
+
+
 def released_law() -> Result:
     """The unified law through the released runs of its paper."""
     path = os.environ.get(CURVES)
@@ -191,8 +201,10 @@ def released_law() -> Result:
             f"set {CURVES} to the file data/curves.csv.gz of github.com/deepmind/scaling_laws_for_routing (CC BY 4.0)"
         )
     columns = {"parameters": "dense_parameter_count", "experts": "num_experts", "loss": "loss_validation"}
-    hold = {"k": "1", "routing_frequency": "0.5", "flop_increase": "1"}
-    groups, _ = read_groups(Path(path), columns, "router_type", hold, run="hyper_id")
+    groups, _ = read_groups(Path(path), columns, "router_type", _HELD["those of the paper"], run="hyper_id")
+    others = {
+        which: read_groups(Path(path), columns, "router_type", hold, run="hyper_id")[0] for which, hold in _HELD.items()
+    }
     claims, data = [], {}
     for router, (published, cutoff) in PUBLISHED.items():
         if router not in groups:
@@ -216,7 +228,20 @@ def released_law() -> Result:
                 judge(separable > 1.5 * residual, direction=separable > residual),
             )
         )
-        data[router] = {
+        low, high = found["intervals"]["log10_cutoff"]
+        cutoffs = {which: fit(runs[router]).log10_cutoff for which, runs in others.items()}
+        shown = ", ".join(
+            f"{value:.2f} ({which}, {len(others[which][router])} runs)" for which, value in cutoffs.items()
+        )
+        claims.append(
+            Row(
+                f"{router}: log10_cutoff whichever runs are kept",
+                "those with one expert a token in every second layer",
+                shown,
+                judge(all(low <= value and (high is None or value <= high) for value in cutoffs.values())),
+            )
+        )
+        data[router] = {"cutoffs": cutoffs} | {
             key: found[key] for key in ("law", "log10_cutoff", "intervals", "separable_residual", "left_out")
         }
     notes = [
