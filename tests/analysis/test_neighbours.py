@@ -106,3 +106,22 @@ def test_the_limits(seed):
 def test_what_cannot_be_stored_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         Datastore(**{"keys": torch.randn(300, 6), "tokens": torch.zeros(300, dtype=torch.int64)} | options)
+
+
+def test_what_cannot_be_asked_is_refused():
+    store = Datastore(torch.randn(30, 6).bfloat16().requires_grad_(), torch.zeros(30, dtype=torch.int32))
+    distances, tokens = store.search(torch.randn(0, 6), 4)
+    assert distances.shape == tokens.shape == (0, 4)
+    assert (store.search(torch.randn(2, 6).double(), 40)[1][:, 30:] == -1).all(), "there are thirty"
+    for queries, count in ((torch.randn(2, 5), 4), (torch.randn(6), 4), (torch.randn(2, 6), 0)):
+        with pytest.raises(ValueError, match="queries must be"):
+            store.search(queries, count)
+    with pytest.raises(ValueError, match="a query is not finite"):
+        store.search(torch.full((1, 6), math.nan), 4)
+    one = torch.ones(1)
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="above 0"):
+            neighbour_probability(one[None], one[None].long(), one.long(), temperature)
+    for share in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            mixed_loss(one, one, share)

@@ -161,13 +161,21 @@ def test_all_goes_on_without_what_lacks_a_package(tmp_path, capsys, monkeypatch)
     def lacking(runs):
         raise ModuleNotFoundError("No module named 'peft'", name="peft")
 
-    few = [replace(find("retrieval"), minutes=0.01), find("figure-2")]
+    made = {"a:b": lambda: Result("figure-1", [Row("a", "b", "c", REPRODUCED)], {})}
+    cheap = replace(find("figure-1"), minutes=0.001, run="a:b", draw=None)
+    few = [replace(find("retrieval"), minutes=0.01), find("figure-2"), cheap]
     monkeypatch.setattr("shunter.reproduce.registry.ALL", few)
-    monkeypatch.setattr("shunter.reproduce.registry._function", lambda where: lacking if "retr" in where else _two)
+    monkeypatch.setattr(
+        "shunter.reproduce.registry._function", lambda where: made.get(where, lacking if "retr" in where else _two)
+    )
     assert main(["reproduce", "all", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr()
+    begun = [line for line in said.err.splitlines() if "about" in line]
+    assert [line.split(":")[0].split(" against")[0] for line in begun] == ["Figure 1", "Retrieval", "Figure 2"]
     assert "retrieval was not run: this needs the package peft: pip install 'shunter[lora]'" in said.err
     assert read(tmp_path, "figure-2") is not None and read(tmp_path, "retrieval") is None
+    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("about") == 1, "what has a result is not run again"
     assert main(["reproduce", "retrieval", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("shunter reproduce: this needs the package peft")
 

@@ -71,7 +71,9 @@ class Datastore:
         rows = _rows(keys)
         if cells is not None:
             self.index.train(rows)
-        self.index.add_with_ids(rows, tokens.numpy().astype(np.int64))  # the token is all that is kept of an entry
+        self.index.add_with_ids(
+            rows, tokens.cpu().numpy().astype(np.int64)
+        )  # the token is all that is kept of an entry
 
     def search(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Squared distances (Q, count) float32 of the nearest keys, the nearest first, and their tokens (Q, count).
@@ -79,7 +81,17 @@ class Datastore:
         Args:
             queries: (Q, d).
             count: k. Where fewer are found the rest have the token -1.
+
+        Raises:
+            ValueError: for queries of another width, or not finite, and a count below 1.
         """
+        if queries.dim() != 2 or queries.shape[1] != self.dim or count < 1:
+            raise ValueError(
+                f"Datastore.search: queries must be (Q, {self.dim}) and count at least 1, not {tuple(queries.shape)} "
+                f"and {count}"
+            )
+        if not bool(queries.isfinite().all()):
+            raise ValueError("Datastore.search: a query is not finite")
         distances, tokens = self.index.search(_rows(queries), count)
         return torch.from_numpy(distances), torch.from_numpy(tokens)
 
@@ -113,13 +125,18 @@ def neighbour_probability(distances: Tensor, tokens: Tensor, targets: Tensor, te
         distances: (Q, k) squared.
         tokens: (Q, k) int64, -1 for none.
         targets: (Q,) int64.
-        temperature: that distances are divided by.
+        temperature: that distances are divided by, above 0.
 
     Returns:
         (Q,) float64; 0 where there is no neighbour.
 
+    Raises:
+        ValueError: for a temperature that is not above 0.
+
     Source: Khandelwal et al. 2020, equation 2.
     """
+    if not temperature > 0:
+        raise ValueError(f"neighbour_probability: the temperature must be above 0, not {temperature}")
     scores = (-distances.double() / temperature).masked_fill(tokens < 0, -math.inf)
     weights = scores.softmax(1).nan_to_num(0.0)
     return (weights * (tokens == targets[:, None])).sum(1)
@@ -131,10 +148,15 @@ def mixed_loss(model: Tensor, neighbours: Tensor, share: float) -> Tensor:
     Args:
         model: by the language model.
         neighbours: by `neighbour_probability`.
-        share: the weight of the neighbours, λ.
+        share: the weight of the neighbours, λ, from 0 to 1.
+
+    Raises:
+        ValueError: for another share.
 
     Source: Khandelwal et al. 2020, equation 3.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"mixed_loss: the share must be from 0 to 1, not {share}")
     return -(share * neighbours + (1 - share) * model).log()
 
 
