@@ -22,6 +22,7 @@ from shunter.reproduce import headline, routings, scaling, sweep
 from shunter.reproduce.page import write_pages
 from shunter.reproduce.registry import ALL, find
 from shunter.reproduce.results import DIRECTION, NOT, REPRODUCED, Result, Row, read
+from shunter.reproduce.scaling_figures import draw_domains
 
 from ..pages import ROOT
 
@@ -99,6 +100,40 @@ def test_verdicts_follow_the_losses(monkeypatch, tmp_path):
     found = verdicts(scaling.figure_3(tmp_path))
     assert found["Switch: the loss falls with every doubling of the experts"] == DIRECTION
     assert found["Switch: gains diminish"] == REPRODUCED
+
+
+def test_domains_of_text_are_worth_the_compute_that_was_planted(monkeypatch, tmp_path):
+    """Experts are worth four times the dense compute in the domain of training, and twice out of it."""
+
+    def loss(worth, size):
+        return 30 * (2000.0 * size**2 * worth) ** -0.1
+
+    def run(self, folder, routers, sizes=None, counts=sweep.COUNTS):
+        for size in self.sizes:
+            for router, count in [("dense", 1), *((router, count) for count in counts for router in routers)]:
+                row = {"router": router, "size": size, "experts": count, "loss": loss(1 if count == 1 else 4, size)}
+                yield row | {"parameters": 1000.0 * size**2, "flops_per_token": 2000.0 * size**2, "seconds": 1.0}
+
+    monkeypatch.setattr(sweep.Sweep, "run", run)
+    monkeypatch.setattr(scaling, "configuration_of", lambda run: (None, sweep._text_of_domains(16, {"hidden": 64})))
+    monkeypatch.setattr(scaling.TEXT, "windows", lambda config, tokenizer=None: _Read(config.data.domains))
+    monkeypatch.setattr(scaling, "load_model", lambda run, name: (int(run.name[1:]), 1 if name == "dense" else 2))
+
+    def evaluated(model, read):
+        assert read == [sweep.OUTSIDE]
+        return {"loss": loss(model[1], model[0])}
+
+    monkeypatch.setattr(scaling, "evaluate", evaluated)
+    found = scaling.text_domains(tmp_path)
+    assert {row.verdict for row in found.rows} == {REPRODUCED} and len(found.rows) == 2
+    for gains in found.data["gains"].values():
+        assert gains["inside"] == pytest.approx([4, 4, 4, None]) and gains["outside"] == pytest.approx([2, 2, 2, None])
+    draw_domains(found.data)
+
+
+class _Read:
+    def __init__(self, domains):
+        self.tokenizer, self.eval = "known", domains
 
 
 def test_a_sweep_goes_on_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):

@@ -125,6 +125,17 @@ ALL = (
         trains=True,
     ),
     Reproduction(
+        "domains-text",
+        "In the domain of training and out of it, on text",
+        "3 Scaling",
+        "section 3.1, Artetxe et al. 2021",
+        "The same on text: two domains that are read in training, and a third.",
+        minutes=6,
+        run="scaling:text_domains",
+        draw="scaling_figures:draw_domains",
+        trains=True,
+    ),
+    Reproduction(
         "figure-4",
         "Figure 4: quality by scale",
         "3 Scaling",

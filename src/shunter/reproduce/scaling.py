@@ -16,8 +16,10 @@ from ..analysis.run_table import read_groups
 from ..analysis.scaling_law import COEFFICIENTS, Runs, account, fit
 from ..errors import UserError
 from ..recipes.run import configuration_of, load_model
+from ..recipes.text import RECIPE as TEXT
+from ..recipes.text import evaluate
 from .results import DIRECTION, IMPOSSIBLE, NOT, Result, Row, judge
-from .sweep import COUNTS, FACT_SWEEP, ROUTERS, TEXT_SWEEP, Sweep
+from .sweep import COUNTS, DOMAIN_SWEEP, FACT_SWEEP, INSIDE, OUTSIDE, ROUTERS, TEXT_SWEEP, Sweep
 
 __all__ = ["domains", "figure_3", "figure_4", "figure_5", "law", "released_law", "text_law"]
 
@@ -48,7 +50,17 @@ def _seconds(rows: Iterable[dict[str, Any]]) -> float:
 
 
 def _short(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    keys = ("router", "size", "parameters", "experts", "loss", "recalled", "even_loss", "flops_per_token")
+    keys = (
+        "router",
+        "size",
+        "parameters",
+        "experts",
+        "loss",
+        "recalled",
+        "even_loss",
+        "outside_loss",
+        "flops_per_token",
+    )
     return [{key: row[key] for key in keys if key in row} for row in rows]
 
 
@@ -370,21 +382,55 @@ _MORE = 1.05  # times: what is no difference
 
 def domains(runs: Path) -> Result:
     """What experts are worth in dense compute, on draws as in training and on draws that are not."""
-    rows, count, claims, data = _facts(runs), 16, [], dict[str, Any]()
+    rows = _facts(runs)
+    notes = [
+        _TASK,
+        "In the domain are held-out draws by the law of training; out of it draws of all keys alike, which are "
+        "mostly rare.",
+    ]
+    return _domains("domains", rows, "even_loss", notes)
+
+
+def text_domains(runs: Path) -> Result:
+    """The same on text: what was held out of the two domains of training, and a third one."""
+    rows = []
+    data: dict[int, Any] = {}
+    for row in DOMAIN_SWEEP.run(runs, LAW_ROUTERS, counts=(_FEW,)):
+        run, size = DOMAIN_SWEEP.place(runs, row["size"]), row["size"]
+        if size not in data:
+            _, config = configuration_of(run)
+            known = TEXT.windows(config)
+            other = config.model_copy(update={"data": config.data.model_copy(update={"domains": [OUTSIDE]})})
+            data[size] = TEXT.windows(other, known.tokenizer).eval
+        name = row["router"] if row["router"] == "dense" else f"{row['router']}-{row['experts']}"
+        rows.append(row | {"outside_loss": evaluate(load_model(run, name), data[size])["loss"]})
+    notes = [
+        f"The runs read half a million tokens of {' and '.join(INSIDE)} (`shunter train text`), with two layers of "
+        "width 16 to 64; an expert is as wide as the dense block and a token takes one. In the domain is what was held "
+        f"out of these, out of it text of the domain “{OUTSIDE}”, of which training and tokenizer saw nothing.",
+    ]
+    return _domains("domains-text", rows, "outside_loss", notes)
+
+
+_FEW = 16
+
+
+def _domains(name: str, rows: list[dict[str, Any]], outside_key: str, notes: list[str]) -> Result:
+    count, claims, data = _FEW, [], dict[str, Any]()
     for router in LAW_ROUTERS:
         try:
             inside = _against_dense(rows, "loss", [router], count)[router]
-            outside = _against_dense(rows, "even_loss", [router], count)[router]
+            outside = _against_dense(rows, outside_key, [router], count)[router]
         except ValueError:
-            gain = {key: _mean_gain(rows, router, count, key) for key in ("loss", "even_loss")}
+            gain = {key: _mean_gain(rows, router, count, key) for key in ("loss", outside_key)}
             data[router] = gain
             claims.append(
                 Row(
                     f"{_NAMES[router]}: the gain is larger in the domain of training than out of it",
                     "much larger",
-                    f"the loss is {gain['loss']:.2f} times the dense one's in it, {gain['even_loss']:.2f} out of it "
+                    f"the loss is {gain['loss']:.2f} times the dense one's in it, {gain[outside_key]:.2f} out of it "
                     f"(means over the sizes, geometric)",
-                    judge(_MORE * gain["loss"] < gain["even_loss"]),
+                    judge(_MORE * gain["loss"] < gain[outside_key]),
                     "the dense losses out of the domain do not fall all the way, so that losses are compared, not "
                     "computing",
                 )
@@ -402,12 +448,7 @@ def domains(runs: Path) -> Result:
                 "" if pairs else "no size has both",
             )
         )
-    notes = [
-        _TASK,
-        "In the domain are held-out draws by the law of training; out of it draws of all keys alike, which are "
-        "mostly rare.",
-    ]
-    return Result("domains", claims, {"gains": data, "runs": _short(rows), "experts": count}, _seconds(rows), notes)
+    return Result(name, claims, {"gains": data, "runs": _short(rows), "experts": count}, _seconds(rows), notes)
 
 
 def _mean_gain(rows: list[dict[str, Any]], router: str, count: int, key: str) -> float:

@@ -72,7 +72,7 @@ def draw_released_law(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def _by_compute(axes: Any, data: dict[str, Any], value: Any) -> None:
+def _by_compute(axes: Any, data: dict[str, Any], value: Any, item: str = "fact") -> None:
     for router in ("dense", *LAW_ROUTERS):
         count = 1 if router == "dense" else data["experts"]
         mine = sorted(
@@ -84,11 +84,11 @@ def _by_compute(axes: Any, data: dict[str, Any], value: Any) -> None:
         axes.plot(*zip(*mine, strict=True), marker=MARKERS[router], color=COLOURS[router], label=label)
     axes.set_xscale("log")
     costs = [run["flops_per_token"] for run in data["runs"]]
-    ticks = [tick for tick in (2e3, 5e3, 1e4, 2e4, 5e4) if 0.8 * min(costs) < tick < 1.2 * max(costs)]
+    ticks = [tick for tick in (2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5) if 0.8 * min(costs) < tick < 1.2 * max(costs)]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_xlabel("FLOPs of a fact, forward")
+    axes.set_xlabel(f"FLOPs of a {item}, forward")
 
 
 def draw_figure_4(data: dict[str, Any]) -> Figure:
@@ -115,14 +115,15 @@ def draw_figure_5(data: dict[str, Any]) -> Figure:
 def draw_domains(data: dict[str, Any]) -> Figure:
     """Loss against compute, in the domain of training and out of it."""
     figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+    outside, item = ("outside_loss", "token") if "outside_loss" in data["runs"][0] else ("even_loss", "fact")
     for axes, key, title in zip(
         np.atleast_1d(figure.subplots(1, 2)),
-        ("loss", "even_loss"),
+        ("loss", outside),
         ("in the domain of training", "out of it"),
         strict=True,
     ):
-        _by_compute(axes, data, lambda run, key=key: run[key])
+        _by_compute(axes, data, lambda run, key=key: run[key], item)
         axes.set_title(title)
-        axes.set_ylabel("loss (nats/fact)")
+        axes.set_ylabel(f"loss (nats/{item})")
         axes.legend()
     return figure

@@ -16,7 +16,7 @@ from ..recipes.run import account, begin, train_one
 from ..recipes.text import RECIPE as TEXT
 from ..recipes.text import TextConfig
 
-__all__ = ["COUNTS", "FACT_SWEEP", "ROUTERS", "TEXT_SWEEP", "Sweep"]
+__all__ = ["COUNTS", "DOMAIN_SWEEP", "FACT_SWEEP", "INSIDE", "OUTSIDE", "ROUTERS", "TEXT_SWEEP", "Sweep"]
 
 COUNTS = (2, 4, 8, 16, 32, 64)
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -137,6 +137,14 @@ def _text(size: int, sparse: dict[str, Any]) -> TextConfig:
     )
 
 
+def _text_of_domains(size: int, sparse: dict[str, Any]) -> TextConfig:
+    config = _text(size, sparse)
+    return config.model_copy(update={"data": config.data.model_copy(update={"domains": list(INSIDE)})})
+
+
 _VOCABULARY = 1024
+INSIDE, OUTSIDE = ("english", "languages"), "code"
+"""Domains of the built-in text: those that `DOMAIN_SWEEP` reads, and one that it does not."""
 FACT_SWEEP = Sweep("facts", FACTS, (8, 12, 16, 24, 32), _facts, lambda size: 0)
 TEXT_SWEEP = Sweep("text", TEXT, (16, 24, 32, 48, 64), _text, lambda size: _VOCABULARY * size)
+DOMAIN_SWEEP = Sweep("text-domains", TEXT, (16, 24, 32, 64), _text_of_domains, lambda size: _VOCABULARY * size)
