@@ -1,6 +1,7 @@
 """Retrieval against experts: states against a forward written out, losses against brute force, bytes and computing."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import shunter
 from shunter.analysis.ledger import ledger
 from shunter.analysis.neighbours import Datastore
+from shunter.errors import UserError
 from shunter.recipes.text import RECIPE, TextConfig
 from shunter.reproduce import retrieval
 
@@ -139,3 +141,16 @@ def test_it_runs_and_trains_nothing_twice(tmp_path, monkeypatch):
     again = retrieval.retrieval(tmp_path, config)
     assert [path.stat().st_ino for path in sorted(tmp_path.rglob("model.safetensors"))] == kept and len(kept) == 4
     assert again.data["models"]["dense"][0] == dense[0]
+
+
+def test_training_that_is_too_short_for_a_store_is_refused(monkeypatch, tmp_path):
+    few = torch.zeros(3, 9, dtype=torch.int64)
+    monkeypatch.setattr(retrieval, "_trained", lambda folder, config: ({}, SimpleNamespace(eval=[_Held(few)])))
+    monkeypatch.setattr(retrieval, "_read_in_training", lambda data: few)
+    with pytest.raises(UserError, match="at least 1,024 states, and training reads 24"):
+        retrieval.retrieval(tmp_path)
+
+
+class _Held:
+    def __init__(self, windows):
+        self.input_ids = windows

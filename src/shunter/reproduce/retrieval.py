@@ -19,6 +19,7 @@ from ..analysis.neighbours import Datastore, best_mixture, mixed_loss, neighbour
 from ..analysis.pages.style import PAPER
 from ..data.windows import TextData
 from ..durable import sealed
+from ..errors import UserError
 from ..recipes.run import account, begin, load_model, train_one
 from ..recipes.text import EVAL_BATCH, RECIPE, TextConfig
 from .results import Result, Row, judge
@@ -168,6 +169,9 @@ def retrieval(runs: Path, config: TextConfig | None = None) -> Result:
     Args:
         runs: the folder of training runs.
         config: of the models; None for that of `shunter train text`.
+
+    Raises:
+        UserError: where training reads fewer tokens than the store has cells.
     """
     config = config or TextConfig()
     folder = runs / "retrieval"
@@ -177,13 +181,13 @@ def retrieval(runs: Path, config: TextConfig | None = None) -> Result:
     place = torch.cat([torch.arange(len(domain.input_ids)) >= len(domain.input_ids) // 2 for domain in data.eval])
     windows = _read_in_training(data)
     total = windows.numel() - len(windows)
+    if total < CELLS:
+        raise UserError(f"retrieval: a store has at least {CELLS:,} states, and training reads {total:,}; train longer")
     models = {name: load_model(folder / "as-trained", name) for name in trained}
     size = {name: _size(model) for name, model in models.items()}
     extra, dim = size["sparse"] - size["dense"], config.model.dim
-    same = min(total, _entries(extra, dim))  # the dense model with these takes what the sparse one does
-    fewer = max(
-        0, total - -(-extra // (CODE_BYTES + 8))
-    )  # the sparse one with these takes what the dense does with all
+    # Entries with which the dense model takes what the sparse one does, and the sparse one what the dense does with all.
+    same, fewer = min(total, _entries(extra, dim)), max(0, total - -(-extra // (CODE_BYTES + 8)))
     sizes = {"dense": {total // SMALL, same, total}, "sparse": {total // SMALL, fewer, total}}
     measured = dict[str, dict[int, _Measured]]()
     for name, model in models.items():
