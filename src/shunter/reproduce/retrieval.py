@@ -186,7 +186,7 @@ def retrieval(runs: Path, config: TextConfig | None = None) -> Result:
     models = {name: load_model(folder / "as-trained", name) for name in trained}
     size = {name: _size(model) for name, model in models.items()}
     extra, dim = size["sparse"] - size["dense"], config.model.dim
-    # Entries with which the dense model takes what the sparse one does, and the sparse one what the dense does with all.
+    # Entries with which the dense model takes what the sparse does, and the sparse one what the dense does with all.
     same, fewer = min(total, _entries(extra, dim)), max(0, total - -(-extra // (CODE_BYTES + 8)))
     sizes = {"dense": {total // SMALL, same, total}, "sparse": {total // SMALL, fewer, total}}
     measured = dict[str, dict[int, _Measured]]()
