@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-LIMIT = 300.0  # seconds; a process that takes longer hangs
+LIMIT = 300.0  # seconds; a process hangs that has used more of the processor, or none for so long
 BROKEN = 70  # the exit code of a traceback
 
 
@@ -50,6 +50,7 @@ def in_child(work, *, kill_after=None, limit=LIMIT):
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
         start, status = time.monotonic(), None
+        looked, moved, spent = start, start, 0.0
         while status is None:
             ended, value = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -57,14 +58,23 @@ def in_child(work, *, kill_after=None, limit=LIMIT):
             elif kill_after is not None and time.monotonic() - start >= kill_after:
                 os.kill(pid, signal.SIGKILL)
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            elif time.monotonic() - start > limit:
+            elif spent > limit or time.monotonic() - moved > limit:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 break
             else:
                 time.sleep(0.002)
+                if (now := time.monotonic()) - looked > 1:
+                    looked, before, spent = now, spent, _spent(pid)
+                    moved = now if spent > before else moved
         said.seek(0)
         return Ended(status, said.read().decode(errors="replace"))
+
+
+def _spent(pid):
+    """The seconds of the processor that a process has used: on a busy machine others pass meanwhile."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class Points:
