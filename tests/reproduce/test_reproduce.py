@@ -1,5 +1,6 @@
 """The review's figures and numbers: real decisions, verdicts that follow the numbers, and pages that are the JSON."""
 
+import dataclasses
 import json
 import math
 import random
@@ -15,7 +16,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("transformers")
 
 from shunter.cli import main
-from shunter.reproduce import headline, routings, scaling, sweep
+from shunter.reproduce import figures_3_to_5, headline, routings, scaling, sweep
 from shunter.reproduce.page import write_pages
 from shunter.reproduce.registry import ALL
 from shunter.reproduce.results import DIRECTION, NOT, REPRODUCED, Result, Row, read
@@ -67,8 +68,51 @@ def planted(loss, monkeypatch):
                     "domains": {"even": {"loss": value**0.5}},
                 }
 
+    def measured(study, runs):
+        rows = study.sweep.run(runs, scaling.LAW_ROUTERS, None, (study.experts,))
+        return [row | {"right": row["recalled"], "error": row["loss"] / 100, "noise": 0.001} for row in rows]
+
     monkeypatch.setattr(sweep.Sweep, "run", run)
+    monkeypatch.setattr(figures_3_to_5, "_measured", measured)
     monkeypatch.setattr(headline, "_speed_up", lambda run, name: 5.0)
+
+
+@pytest.mark.parametrize("facts", ["", "facts_"])
+def test_verdicts_of_figures_3_to_5_follow_the_runs(facts, monkeypatch, tmp_path):
+    figure_3, figure_4, figure_5 = (getattr(figures_3_to_5, f"{facts}figure_{n}") for n in (3, 4, 5))
+    more, fewer = "the loss falls with more experts, each time", "gains diminish"
+
+    def diminishing(router, parameters, experts):
+        return 30 * parameters**-0.1 * (0.5 + 0.5 / experts)
+
+    planted(diminishing, monkeypatch)
+    assert set(verdicts(figure_3(tmp_path)).values()) == {REPRODUCED}
+    assert set(verdicts(figure_4(tmp_path)).values()) == {REPRODUCED}
+    assert set(verdicts(figure_5(tmp_path)).values()) == {REPRODUCED}
+
+    planted(lambda router, parameters, experts: 30 * parameters**-0.1 * (1 + 0.01 * experts), monkeypatch)
+    found = figure_3(tmp_path)
+    assert all(row.verdict == NOT for row in found.rows if row.paper != "it is"), "experts that harm"
+    assert all("above dense" in row.ours for row in found.rows if more in row.what)
+    assert set(verdicts(figure_4(tmp_path)).values()) == {NOT}
+    assert [row.verdict for row in figure_5(tmp_path).rows] == [REPRODUCED, NOT, NOT]
+
+    planted(lambda router, parameters, experts: 30 * parameters**-0.1 / min(experts, 8), monkeypatch)
+    found = verdicts(figure_3(tmp_path))
+    assert found[f"Switch: {more}"] == DIRECTION and found[f"Switch: {fewer}"] == REPRODUCED
+
+    planted(lambda router, parameters, experts: 30 * parameters**-0.1 * (1.5 - 0.001 * experts**1.5), monkeypatch)
+    assert verdicts(figure_3(tmp_path))[f"Switch: {fewer}"] == NOT, "gains that grow"
+
+    planted(lambda router, parameters, experts: 5 + math.sin(parameters) - (experts > 1), monkeypatch)
+    found = figure_4(tmp_path)
+    assert [row.verdict for row in found.rows] == [REPRODUCED, NOT] * 2 and not found.rows[1].ours
+
+
+def test_what_leaks_is_said(monkeypatch, tmp_path):
+    planted(lambda router, parameters, experts: 30 / experts, monkeypatch)
+    why = {row.what.split(":")[0]: row.why for row in figures_3_to_5.figure_3(tmp_path).rows if "falls" in row.what}
+    assert "later tokens" in why["expert choice"] and not any(why[name] for name in why if name != "expert choice")
 
 
 def test_verdicts_follow_the_losses(monkeypatch, tmp_path):
@@ -79,23 +123,10 @@ def test_verdicts_follow_the_losses(monkeypatch, tmp_path):
 
     planted(saturating, monkeypatch)
     assert set(verdicts(scaling.law(tmp_path)).values()) == {REPRODUCED}
-    found = verdicts(scaling.figure_3(tmp_path))
+    found = verdicts(figures_3_to_5.facts_figure_3(tmp_path))
     assert all(verdict == REPRODUCED for what, verdict in found.items() if "falls" in what or "two experts" in what)
     assert set(verdicts(scaling.domains(tmp_path)).values()) == {NOT}, "the root of a power law gains as much compute"
     assert verdicts(headline.headline(tmp_path))["as few as two experts help"] == REPRODUCED
-
-    planted(lambda router, parameters, experts: 30 * parameters**-0.1 * (1 + 0.01 * experts), monkeypatch)
-    found = verdicts(scaling.figure_3(tmp_path))
-    assert all(verdict == NOT for what, verdict in found.items() if "falls" in what or "two experts" in what)
-    assert set(verdicts(scaling.figure_4(tmp_path)).values()) == {NOT}
-
-    def early(router, parameters, experts):
-        return 30 * parameters**-0.1 / min(experts, 8)
-
-    planted(early, monkeypatch)
-    found = verdicts(scaling.figure_3(tmp_path))
-    assert found["Switch: the loss falls with every doubling of the experts"] == DIRECTION
-    assert found["Switch: gains diminish"] == REPRODUCED
 
 
 def test_a_sweep_goes_on_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
@@ -107,6 +138,12 @@ def test_a_sweep_goes_on_and_trains_nothing_twice(tmp_path, monkeypatch, capsys)
     again = list(small.run(tmp_path, ("switch", "hash"), counts=(2, 4)))
     assert [row["loss"] for row in again[:3]] == [row["loss"] for row in first] and len(again) == 5
     assert (tmp_path / "small" / "d4" / "switch-2").stat().st_ino == kept
+    measured = figures_3_to_5._measured(
+        dataclasses.replace(figures_3_to_5.FACTS_STUDY, sweep=small, experts=2), tmp_path
+    )
+    assert [row["loss"] for row in measured] == [row["loss"] for row in first]
+    for row in measured:
+        assert row["right"] == pytest.approx(row["recalled"]) and 0 <= row["error"] <= 1 and row["noise"] > 0
 
 
 def _small(size, sparse):

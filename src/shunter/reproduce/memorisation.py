@@ -15,7 +15,7 @@ from ..analysis.memorisation import CHANCE, exposure
 from ..analysis.pages.style import COLOUR_MAP, PAPER
 from ..recipes.run import configuration_of, load_model
 from .results import Result, Row, judge
-from .scaling import _NAMES, LAW_ROUTERS
+from .scaling import LAW_ROUTERS, NAMES
 from .sweep import COUNTS, FACT_SWEEP
 
 __all__ = ["draw_memorisation", "memorisation", "times_seen"]
@@ -64,7 +64,7 @@ def memorisation(runs: Path) -> Result:
             last = models[f"{router}-{COUNTS[-1]}"][band]["extracted"]
             claims.append(
                 Row(
-                    f"{_NAMES[router]}: facts seen {band} are exposed the more, the more experts there are",
+                    f"{NAMES[router]}: facts seen {band} are exposed the more, the more experts there are",
                     "an open question",
                     f"{curve[0]:.2f} bits dense, {curve[-1]:.2f} with {COUNTS[-1]} experts; extracted "
                     f"{100 * models['dense'][band]['extracted']:.0f} and {100 * last:.0f} %",
@@ -75,7 +75,7 @@ def memorisation(runs: Path) -> Result:
         off = 4 * math.log2(math.e) / math.sqrt(len(keys["never"]))  # four standard deviations of a mean
         claims.append(
             Row(
-                f"{_NAMES[router]}: facts never seen are not exposed",
+                f"{NAMES[router]}: facts never seen are not exposed",
                 f"{CHANCE:.2f} bits by chance",
                 f"{min(never):.2f} to {max(never):.2f} bits, over {len(keys['never'])} facts",
                 judge(all(abs(value - CHANCE) < off for value in never)),
@@ -109,7 +109,7 @@ def draw_memorisation(data: dict[str, Any]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel("experts (1: dense)")
-        axes.set_title(_NAMES[router])
+        axes.set_title(NAMES[router])
     panels[0].set_ylabel("exposure (bits)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="seen in training")
     return figure

@@ -1,4 +1,4 @@
-"""Section 3: losses of small runs by experts and size, the law through them, quality, calibration, and domains."""
+"""Section 3: the law through losses of small runs and through the released ones, and in and out of the domain."""
 
 from __future__ import annotations
 
@@ -10,20 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.calibration import calibrations
 from ..analysis.dense_equivalent import dense_equivalent
 from ..analysis.run_table import read_groups
 from ..analysis.scaling_law import COEFFICIENTS, Runs, account
 from ..errors import UserError
-from ..recipes.run import configuration_of, load_model
-from .results import DIRECTION, IMPOSSIBLE, NOT, Result, Row, judge
-from .sweep import COUNTS, FACT_SWEEP, ROUTERS, TEXT_SWEEP, Sweep
+from .results import IMPOSSIBLE, Result, Row, judge
+from .sweep import FACT_SWEEP, TEXT_SWEEP, Sweep
 
-__all__ = ["domains", "figure_3", "figure_4", "figure_5", "law", "released_law", "text_law"]
+__all__ = [
+    "LAW_ROUTERS",
+    "NAMES",
+    "TASK",
+    "TEXT",
+    "against_dense",
+    "domains",
+    "law",
+    "released_law",
+    "seconds_of",
+    "short",
+    "text_law",
+    "times",
+]
 
 LAW_ROUTERS = ("switch", "hash")
-FIGURE_SIZES = (8, 16, 32)
-_NAMES = {
+NAMES = {
     "switch": "Switch",
     "hash": "Hash",
     "sinkhorn": "S-BASE",
@@ -31,11 +41,11 @@ _NAMES = {
     "expert_choice": "expert choice",
     "dense": "dense",
 }
-_TASK = (
+TASK = (
     "The runs learn facts (`shunter train facts`): 32,768 keys by Zipf's law, 64 values, a million draws, one block; "
     "an expert is as wide as the dense block and a token takes one, so that all compute the same but for the router."
 )
-_TEXT = (
+TEXT = (
     "The runs read half a million tokens of the built-in text (`shunter train text`), with two layers of width 16 to "
     "64; an expert is as wide as the dense block and a token takes one."
 )
@@ -43,12 +53,14 @@ CURVES = "SHUNTER_ROUTING_CURVES"
 """The environment variable that names the released runs of Clark et al. 2022."""
 
 
-def _seconds(rows: Iterable[dict[str, Any]]) -> float:
+def seconds_of(rows: Iterable[dict[str, Any]]) -> float:
+    """What the runs took, in all."""
     return math.fsum(row["seconds"] for row in rows)
 
 
-def _short(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    keys = ("router", "size", "parameters", "experts", "loss", "recalled", "even_loss", "flops_per_token")
+def short(rows: Iterable[dict[str, Any]], more: tuple[str, ...] = ("recalled", "even_loss")) -> list[dict[str, Any]]:
+    """Of each run which it is, its loss and cost, and what else is there of `more`."""
+    keys = ("router", "size", "parameters", "experts", "loss", "flops_per_token", *more)
     return [{key: row[key] for key in keys if key in row} for row in rows]
 
 
@@ -57,79 +69,18 @@ def _facts(runs: Path) -> list[dict[str, Any]]:
     return [row | {"even_loss": row["domains"]["even"]["loss"]} for row in FACT_SWEEP.run(runs, LAW_ROUTERS)]
 
 
-def figure_3(runs: Path) -> Result:
-    """Loss against experts at three sizes, for five routers."""
-    rows = list(FACT_SWEEP.run(runs, tuple(ROUTERS), FIGURE_SIZES))
-    loss = {(row["router"], row["size"], row["experts"]): row["loss"] for row in rows}
-    claims = []
-    for router in ROUTERS:
-        curves = [[loss["dense", size, 1], *(loss[router, size, e] for e in COUNTS)] for size in FIGURE_SIZES]
-        gains = [(curve[0] - min(curve)) / curve[0] for curve in curves]
-        falling = [all(b < a for a, b in zip(curve, curve[1:], strict=False)) for curve in curves]
-        best = [(1, *COUNTS)[int(np.argmin(curve))] for curve in curves]
-        claims.append(
-            Row(
-                f"{_NAMES[router]}: the loss falls with every doubling of the experts",
-                "it does" if router != "expert_choice" else "not in the figure",
-                f"{100 * min(gains):.0f} to {100 * max(gains):.0f} % below dense at best; lowest at "
-                f"{', '.join(map(str, best))} experts, by size",
-                judge(all(falling), direction=all(gain > 0 for gain in gains)),
-            )
-        )
-        early = [math.log(curve[0] / curve[3]) for curve in curves]
-        late = [math.log(curve[3] / curve[6]) for curve in curves]
-        shrinking = [b < a for a, b in zip(early, late, strict=True)]
-        claims.append(
-            Row(
-                f"{_NAMES[router]}: gains diminish",
-                "they do",
-                "from 8 to 64 experts "
-                + ", ".join(f"{b / a:.2f}" for a, b in zip(early, late, strict=True))
-                + " times the gain from 1 to 8 (in the logarithm), by size",
-                judge(all(shrinking) and min(late) >= 0, direction=all(shrinking)),
-            )
-        )
-    two = [loss[router, size, 2] / loss["dense", size, 1] for router in ROUTERS for size in FIGURE_SIZES]
-    claims.append(
-        Row(
-            "as few as two experts help (section 6)",
-            "they do",
-            f"{sum(ratio < 1 for ratio in two)} of {len(two)} pairs of router and size; loss {min(two):.2f} to "
-            f"{max(two):.2f} times the dense one",
-            judge(all(ratio < 1 for ratio in two), direction=sum(ratio < 1 for ratio in two) > len(two) / 2),
-        )
-    )
-    cost = {(row["router"], row["size"], row["experts"]): row["flops_per_token"] for row in rows}
-    matched = [cost[router, s, 2] / cost["dense", s, 1] for router in ROUTERS for s in FIGURE_SIZES]
-    claims.append(
-        Row(
-            "the first point is the dense model of the same compute",
-            "it is",
-            f"two experts compute {min(matched):.3f} to {max(matched):.3f} times as much, by the router",
-            judge(max(matched) < 1.05),
-        )
-    )
-    notes = [
-        _TASK,
-        "A hash of the key is the best router of such a task, whose token is all that there is to know. Sinkhorn "
-        "balances a batch in training and not in evaluation: keys that come many times in a batch are spread over "
-        "experts, of which one is asked in evaluation.",
-    ]
-    return Result("figure-3", claims, {"runs": _short(rows)}, _seconds(rows), notes)
-
-
 def law(runs: Path) -> Result:
     """The unified law through our own runs of two routers, on facts."""
     note = (
         "A loss that falls to nothing, as that of facts which are all known, is no power law: the law has no floor. "
         "And the larger model gains more here, since what it lacks is room: no size is near its cut-off."
     )
-    return _law("scaling-law", FACT_SWEEP, runs, [_TASK, note])
+    return _law("scaling-law", FACT_SWEEP, runs, [TASK, note])
 
 
 def text_law(runs: Path) -> Result:
     """The same on text."""
-    return _law("scaling-law-text", TEXT_SWEEP, runs, [_TEXT])
+    return _law("scaling-law-text", TEXT_SWEEP, runs, [TEXT])
 
 
 def _law(name: str, runs_of: Sweep, runs: Path, notes: list[str]) -> Result:
@@ -139,28 +90,28 @@ def _law(name: str, runs_of: Sweep, runs: Path, notes: list[str]) -> Result:
         mine = [row for row in rows if row["router"] in (router, "dense")]
         columns = ("parameters", "experts", "loss")
         found = account(Runs(*(np.array([row[key] for row in mine], dtype=np.float64) for key in columns)))
-        groups[_NAMES[router]] = found
+        groups[NAMES[router]] = found
         residual, separable = found["law"]["residual"], found["separable_residual"]
         dense = {row["size"]: row["loss"] for row in rows if row["router"] == "dense"}
         better = [row["loss"] < dense[row["size"]] for row in mine if row["router"] == router]
         claims += [
             Row(
-                f"{_NAMES[router]}: experts lower the loss",
+                f"{NAMES[router]}: experts lower the loss",
                 "they do",
                 f"{sum(better)} of {len(better)} runs are below the dense model of their size",
                 judge(all(better), direction=sum(better) > len(better) / 2),
             ),
             Row(
-                f"{_NAMES[router]}: the law fits, and better than one without the product of size and experts",
+                f"{NAMES[router]}: the law fits, and better than one without the product of size and experts",
                 "residual 0.0030 to 0.0034 in log10 of the loss, 0.0056 to 0.0061 without the product",
                 f"{residual:.4f}, and {separable:.4f} without, over {len(mine)} runs",
                 judge(residual < 0.0061 and separable > 1.5 * residual, direction=separable > 1.5 * residual),
                 f"at the edge of the search is {found['edge']}" if found["edge"] else "",
             ),
-            _sign(_NAMES[router], found),
+            _sign(NAMES[router], found),
         ]
     notes = [*notes, "The coefficients are of this task and this size, and not to be compared with those of the paper."]
-    return Result(name, claims, {"groups": groups, "runs": _short(rows)}, _seconds(rows), notes)
+    return Result(name, claims, {"groups": groups, "runs": short(rows)}, seconds_of(rows), notes)
 
 
 def _sign(name: str, found: dict[str, Any]) -> Row:
@@ -227,7 +178,7 @@ def released_law() -> Result:
     return Result("released-law", claims, {"groups": data}, notes=notes)
 
 
-def _against_dense(rows: list[dict[str, Any]], key: str, routers: Iterable[str], count: int) -> dict[str, list[Any]]:
+def against_dense(rows: list[dict[str, Any]], key: str, routers: Iterable[str], count: int) -> dict[str, list[Any]]:
     """By router, for each size: the dense compute of the same score over the compute of the sparse model, or None."""
     dense = sorted((row for row in rows if row["router"] == "dense"), key=lambda row: float(row["flops_per_token"]))
     cost, score = [row["flops_per_token"] for row in dense], [row[key] for row in dense]
@@ -244,100 +195,9 @@ def _against_dense(rows: list[dict[str, Any]], key: str, routers: Iterable[str],
     return found
 
 
-def _times(values: list[Any]) -> str:
+def times(values: list[Any]) -> str:
+    """Factors of `against_dense` for people."""
     return ", ".join("beyond the largest dense model" if value is None else f"{value:.2f}" for value in values)
-
-
-def figure_4(runs: Path) -> Result:
-    """Recall against compute, dense and sparse."""
-    rows, count = [row | {"forgotten": 100 - row["recalled"]} for row in _facts(runs)], 16
-    claims = []
-    for router, factors in _against_dense(rows, "forgotten", LAW_ROUTERS, count).items():
-        by_size = {row["size"]: row for row in rows if row["router"] == "dense"}
-        mine = [row for row in rows if row["router"] == router and row["experts"] == count]
-        better = [row["recalled"] > by_size[row["size"]]["recalled"] for row in mine]
-        claims.append(
-            Row(
-                f"{_NAMES[router]}, {count} experts: better than dense of the same size at every scale",
-                "GLaM above dense (TriviaQA), and above GPT-3 with 49 % less computing for a token",
-                f"{sum(better)} of {len(better)} sizes; {mine[0]['recalled']:.0f} % against "
-                f"{by_size[mine[0]['size']]['recalled']:.0f} % at the smallest, {mine[-1]['recalled']:.0f} % against "
-                f"{by_size[mine[-1]['size']]['recalled']:.0f} % at the largest",
-                judge(all(better), direction=sum(better) > len(better) / 2),
-            )
-        )
-        known = [factor for factor in factors if factor is not None]
-        claims.append(
-            Row(
-                f"{_NAMES[router]}: dense computing for the same recall, over its own",
-                "about 2 (BIG-bench)",
-                _times(factors) + ", by size",
-                judge(bool(known) and min(known) >= 2, direction=bool(known) and min(known) > 1),
-            )
-        )
-    notes = [_TASK, "What is recalled of held-out draws stands for TriviaQA, a test of knowledge."]
-    return Result("figure-4", claims, {"runs": _short(rows), "experts": count}, _seconds(rows), notes)
-
-
-def figure_5(runs: Path) -> Result:
-    """Calibration error against compute, dense and sparse."""
-    rows, count = _facts(runs), 16
-    kept = []
-    for size in FACT_SWEEP.sizes:
-        run = FACT_SWEEP.place(runs, size)
-        recipe, config = configuration_of(run)
-        data = recipe.prepare(config)
-        for row in rows:
-            if row["size"] == size and row["experts"] in (1, count):
-                name = "dense" if row["router"] == "dense" else f"{row['router']}-{count}"
-                found = calibrations(recipe.predictions(load_model(run, name), data))["drawn"]
-                kept.append(row | {"error": found.error, "noise": found.noise})
-    by_size = {row["size"]: row for row in kept if row["router"] == "dense"}
-    dense = list(by_size.values())
-    claims = []
-    falls = all(b["error"] < a["error"] for a, b in zip(dense, dense[1:], strict=False))
-    claims.append(
-        Row(
-            "dense models are calibrated better the larger they are",
-            "they are",
-            ", ".join(f"{100 * row['error']:.1f} %" for row in dense) + ", by size",
-            judge(falls, direction=dense[-1]["error"] < dense[0]["error"]),
-        )
-    )
-    for router in LAW_ROUTERS:
-        mine = [row for row in kept if row["router"] == router]
-        better = [row["error"] < by_size[row["size"]]["error"] for row in mine]
-        said = ", ".join(f"{100 * row['error']:.1f} %" for row in mine)
-        if falls:
-            factors = _against_dense(kept, "error", [router], count)[router]
-            far = [factor is None or factor >= 10 for factor in factors]
-            claims.append(
-                Row(
-                    f"{_NAMES[router]}, {count} experts: calibrated as a dense model of ten times the computing",
-                    "about 10",
-                    f"errors {said}; {_times(factors)} times the computing, by size",
-                    judge(all(far), direction=all(better)),
-                )
-            )
-        else:
-            claims.append(
-                Row(
-                    f"{_NAMES[router]}, {count} experts: calibrated as a dense model of ten times the computing",
-                    "about 10",
-                    f"errors {said}, by size: below the dense one in {sum(better)} of {len(better)}",
-                    DIRECTION if all(better) else NOT,
-                    "the dense errors do not fall all the way, so that no dense model of the same error can be named",
-                )
-            )
-    keys = ("router", "size", "experts", "flops_per_token", "error", "noise")
-    data = {"runs": [{key: row[key] for key in keys} for row in kept], "experts": count}
-    return Result(
-        "figure-5",
-        claims,
-        data,
-        _seconds(rows),
-        [_TASK, "Expected calibration error, fifteen bins (Naeini et al. 2015)."],
-    )
 
 
 _MORE = 1.05  # times: what is no difference
@@ -348,14 +208,14 @@ def domains(runs: Path) -> Result:
     rows, count, claims, data = _facts(runs), 16, [], dict[str, Any]()
     for router in LAW_ROUTERS:
         try:
-            inside = _against_dense(rows, "loss", [router], count)[router]
-            outside = _against_dense(rows, "even_loss", [router], count)[router]
+            inside = against_dense(rows, "loss", [router], count)[router]
+            outside = against_dense(rows, "even_loss", [router], count)[router]
         except ValueError:
             gain = {key: _mean_gain(rows, router, count, key) for key in ("loss", "even_loss")}
             data[router] = gain
             claims.append(
                 Row(
-                    f"{_NAMES[router]}: the gain is larger in the domain of training than out of it",
+                    f"{NAMES[router]}: the gain is larger in the domain of training than out of it",
                     "much larger",
                     f"the loss is {gain['loss']:.2f} times the dense one's in it, {gain['even_loss']:.2f} out of it "
                     f"(means over the sizes, geometric)",
@@ -369,20 +229,20 @@ def domains(runs: Path) -> Result:
         pairs = [(a, b) for a, b in zip(inside, outside, strict=True) if a is not None and b is not None]
         claims.append(
             Row(
-                f"{_NAMES[router]}: dense computing for the same loss, over its own, is larger in the domain of "
+                f"{NAMES[router]}: dense computing for the same loss, over its own, is larger in the domain of "
                 f"training",
                 "much larger",
-                f"{_times(inside)} in it, {_times(outside)} out of it, by size",
+                f"{times(inside)} in it, {times(outside)} out of it, by size",
                 judge(all(a > _MORE * b for a, b in pairs)) if pairs else IMPOSSIBLE,
                 "" if pairs else "no size has both",
             )
         )
     notes = [
-        _TASK,
+        TASK,
         "In the domain are held-out draws by the law of training; out of it draws of all keys alike, which are "
         "mostly rare.",
     ]
-    return Result("domains", claims, {"gains": data, "runs": _short(rows), "experts": count}, _seconds(rows), notes)
+    return Result("domains", claims, {"gains": data, "runs": short(rows), "experts": count}, seconds_of(rows), notes)
 
 
 def _mean_gain(rows: list[dict[str, Any]], router: str, count: int, key: str) -> float:

@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLoc
 
 from ..analysis.pages.law_figures import law_figure, shown_count
 from ..analysis.pages.style import PAPER
-from .scaling import _NAMES, LAW_ROUTERS
+from .scaling import LAW_ROUTERS, NAMES
 
 __all__ = ["draw_domains", "draw_figure_3", "draw_figure_4", "draw_figure_5", "draw_law", "draw_released_law"]
 
@@ -38,9 +38,9 @@ def draw_figure_3(data: dict[str, Any]) -> Figure:
             axes.plot(*mine[0], "s", color=PAPER.dense, alpha=shade)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_title(_NAMES[router])
+        axes.set_title(NAMES[router])
         axes.set_xlabel("experts")
-    panels[0].set_ylabel("held-out loss (nats/fact)")
+    panels[0].set_ylabel(f"held-out loss ({data['unit']})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="dense\nparameters")
     return figure
 
@@ -72,7 +72,7 @@ def draw_released_law(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def _by_compute(axes: Any, data: dict[str, Any], value: Any) -> None:
+def _by_compute(axes: Any, data: dict[str, Any], value: Any, compute: str) -> None:
     for router in ("dense", *LAW_ROUTERS):
         count = 1 if router == "dense" else data["experts"]
         mine = sorted(
@@ -80,23 +80,24 @@ def _by_compute(axes: Any, data: dict[str, Any], value: Any) -> None:
             for run in data["runs"]
             if run["router"] == router and run["experts"] == count
         )
-        label = "dense" if router == "dense" else f"{_NAMES[router]}, {count} experts"
+        label = "dense" if router == "dense" else f"{NAMES[router]}, {count} experts"
         axes.plot(*zip(*mine, strict=True), marker=MARKERS[router], color=COLOURS[router], label=label)
     axes.set_xscale("log")
     costs = [run["flops_per_token"] for run in data["runs"]]
-    ticks = [tick for tick in (2e3, 5e3, 1e4, 2e4, 5e4) if 0.8 * min(costs) < tick < 1.2 * max(costs)]
+    marks = [digit * 10**power for power in range(3, 9) for digit in (1, 2, 5)]
+    ticks = [tick for tick in marks if 0.8 * min(costs) < tick < 1.2 * max(costs)]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_xlabel("FLOPs of a fact, forward")
+    axes.set_xlabel(f"FLOPs of {compute}, forward")
 
 
 def draw_figure_4(data: dict[str, Any]) -> Figure:
-    """Recall of held-out draws against compute."""
+    """Share of right predictions against compute."""
     figure = Figure(figsize=(5.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    _by_compute(axes, data, lambda run: run["recalled"])
-    axes.set_ylabel("facts recalled (%)")
+    _by_compute(axes, data, lambda run: run["right"], data["compute"])
+    axes.set_ylabel(f"{data['quality']} (%)")
     axes.legend()
     return figure
 
@@ -105,7 +106,7 @@ def draw_figure_5(data: dict[str, Any]) -> Figure:
     """Calibration error against compute."""
     figure = Figure(figsize=(5.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    _by_compute(axes, data, lambda run: 100 * run["error"])
+    _by_compute(axes, data, lambda run: 100 * run["error"], data["compute"])
     axes.set_ylim(bottom=0)
     axes.set_ylabel("expected calibration error (%)")
     axes.legend()
@@ -121,7 +122,7 @@ def draw_domains(data: dict[str, Any]) -> Figure:
         ("in the domain of training", "out of it"),
         strict=True,
     ):
-        _by_compute(axes, data, lambda run, key=key: run[key])
+        _by_compute(axes, data, lambda run, key=key: run[key], "a fact")
         axes.set_title(title)
         axes.set_ylabel("loss (nats/fact)")
         axes.legend()
