@@ -179,7 +179,6 @@ def test_the_command_lists_runs_and_keeps(tmp_path, capsys):
     "what, said",
     [
         (["figure-22"], "did you mean figure-2?"),
-        (["figure-8"], "no command computes it yet"),
         (["all", "figure-1"], "name nothing besides"),
         (["released-law"], "SHUNTER_ROUTING_CURVES"),
     ],

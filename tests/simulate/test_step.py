@@ -30,6 +30,9 @@ def test_published_measurements_are_predicted():
     assert all(abs(row.error) < 1e-6 for row in rows if row.fitted)
 
 
+KEPT = ROOT / "docs" / "results" / "bench-parallel.json"
+
+
 def some_cluster():
     return load_cluster(random.choice([name for name in names("clusters") if name != "tpu-v3"]))
 
@@ -204,7 +207,9 @@ def test_the_page_says_what_the_check_says():
         f"of {len(predictions)} that no figure was fitted to, {sum(row.within for row in predictions)} come out" in page
     )
     kept = json.loads((ROOT / "docs" / "results" / "simulate-published.json").read_text(encoding="utf-8"))
-    assert [row["predicted"] for row in kept] == pytest.approx([row.predicted for row in check()], rel=1e-6)
+    bench = json.loads(KEPT.read_text(encoding="utf-8"))
+    rows = [*check(), *layers_of_bench(bench)]
+    assert [row["predicted"] for row in kept] == pytest.approx([row.predicted for row in rows], rel=1e-6)
 
 
 def bench_of(ranks, latency, bandwidth):
@@ -220,13 +225,27 @@ def bench_of(ranks, latency, bandwidth):
     return {"processes": ranks, "cases": cases}
 
 
+def test_the_check_prints_the_error_of_a_bench(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(bench_of(2, 0.5, 1.0)), encoding="utf-8")
+    assert main(["simulate", "--check", "--bench", str(path)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "shunter bench parallel |" in line]
+    assert len(said) == 4 and all("0.0%" in line for line in said)
+    for content in (
+        "[]",
+        "{",
+        json.dumps({"processes": 2, "cases": []} | {"cases": bench_of(2, 0.5, 1.0)["cases"][:1]}),
+    ):
+        path.write_text(content, encoding="utf-8")
+        assert main(["simulate", "--check", "--bench", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert "shunter bench parallel" in error and error.count("\n") == 1
+
+
 def test_layers_of_a_planted_bench_are_predicted_exactly():
     for latency in (0.0, random.uniform(0.1, 2)):
         for row in layers_of_bench(bench_of(random.choice([2, 4]), latency, random.uniform(0.1, 2))):
             assert row.predicted == pytest.approx(row.measured, rel=1e-6)
-
-
-KEPT = ROOT / "docs" / "results" / "bench-parallel.json"
 
 
 @pytest.mark.skipif(not KEPT.exists(), reason="no run of shunter bench parallel is kept")

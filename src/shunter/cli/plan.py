@@ -9,10 +9,13 @@ import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..durable import make_folder, write, writing
 from ..errors import UserError, escaped
+
+if TYPE_CHECKING:
+    from ..simulate.published import Row
 
 __all__ = ["add_verbs"]
 
@@ -50,6 +53,9 @@ def add_verbs(verbs: Any) -> None:
     )
     simulate.add_argument("--fp8", action="store_true", help="dispatch in one byte a number")
     simulate.add_argument("--check", action="store_true", help="published measurements next to what is predicted")
+    simulate.add_argument(
+        "--bench", type=Path, metavar="FILE", help="with --check: bench-parallel.json, whose layers are predicted too"
+    )
     simulate.add_argument("--ledger", action="store_true", help="parameters and FLOPs of published models, counted")
     simulate.add_argument("--list", action="store_true", help="the models and clusters that are described here")
     simulate.add_argument("--out", type=Path, help="the folder (default: runs/simulate-NAME)")
@@ -195,7 +201,6 @@ def _check(args: argparse.Namespace) -> int:
     from ..simulate.published import TOLERANCE, check
 
     rows = check()
-    found = [asdict(row) | {"error": row.error, "within": row.within} for row in rows]
     predictions = [row for row in rows if not row.fitted]
     right = sum(row.within for row in predictions)
     page = [
@@ -204,15 +209,19 @@ def _check(args: argparse.Namespace) -> int:
         "Written by `shunter simulate --check`. A row that a figure of the simulator was fitted to is marked and says "
         f"nothing; of the {len(predictions)} others {right} are within {TOLERANCE:.0%}.",
         "",
-        "| source | what | measured | predicted | error | |",
-        "|---|---|---:|---:|---:|---|",
+        *_rows(rows),
     ]
-    for row in rows:
-        verdict = "fitted" if row.fitted else ("" if row.within else f"not right: {row.note}")
-        page.append(
-            f"| {row.source} | {row.what} | {row.measured:,.4g} {row.unit} | {row.predicted:,.4g} | {row.error:+.1%} | "
-            f"{verdict} |"
-        )
+    if args.bench:
+        layers = _layers(args.bench)
+        page += [
+            "",
+            "Layers of a run of `shunter bench parallel` (`--bench`), each predicted from the others and from what it "
+            "computes without expert parallelism:",
+            "",
+            *_rows(layers),
+        ]
+        rows += layers
+    found = [asdict(row) | {"error": row.error, "within": row.within} for row in rows]
     text = "\n".join(page) + "\n"
     if args.out:
         make_folder(args.out)
@@ -220,6 +229,30 @@ def _check(args: argparse.Namespace) -> int:
         write(args.out / "simulate-published.md", text)
     sys.stdout.write(json.dumps(found) + "\n" if args.json else text)
     return 0
+
+
+def _rows(rows: list[Row]) -> list[str]:
+    lines = ["| source | what | measured | predicted | error | |", "|---|---|---:|---:|---:|---|"]
+    for row in rows:
+        note = f": {row.note}" if row.note else ""
+        verdict = "fitted" if row.fitted else ("" if row.within else f"not right{note}")
+        lines.append(
+            f"| {row.source} | {row.what} | {row.measured:,.4g} {row.unit} | {row.predicted:,.4g} | {row.error:+.1%} | "
+            f"{verdict} |"
+        )
+    return lines
+
+
+def _layers(path: Path) -> list[Row]:
+    from ..simulate.published import layers_of_bench
+    from ..untrusted import parse_json, read_file
+
+    try:
+        return layers_of_bench(parse_json(read_file(path)))
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise UserError(
+            f"--bench {path}: is no run of shunter bench parallel of three shapes or more ({error!r})"
+        ) from None
 
 
 def _ledger(args: argparse.Namespace) -> int:

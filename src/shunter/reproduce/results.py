@@ -37,6 +37,8 @@ class Row:
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
             raise ValueError(f"verdict {self.verdict!r} is none of {', '.join(VERDICTS)}")
+        if self.verdict == NOT_RUN and self.ours:
+            raise ValueError(f"{self.what}: what was not run has nothing of ours, not {self.ours!r}")
 
 
 def judge(reproduced: bool, direction: bool = False) -> str:

@@ -15,11 +15,12 @@ from ..analysis.inspect.recording import Recording, record
 from ..analysis.inspect.stacks import clearer, stack_information
 from ..analysis.specialisation import label_counts
 from ..durable import sealed
+from ..recipes.recipe import Recipe
 from ..recipes.run import account, begin, load_model, train_one
 from ..recipes.text import RECIPE, TextConfig
 from .results import NOT_RUN, Result, Row, judge
 
-__all__ = ["kind_lifts", "table_2", "table_3"]
+__all__ = ["kind_lifts", "recorded", "spans", "table_2", "table_3"]
 
 EXPERTS = 16
 SHUFFLES = 20
@@ -42,18 +43,36 @@ def _config(name: str, kind: str, router: str, options: dict[str, Any]) -> TextC
     )
 
 
-def _recorded(runs: Path, config: TextConfig) -> tuple[Recording, Material, float, float]:
-    """What a trained model decides on the held-out text, what is known of its tokens, its loss, and the seconds."""
+def recorded(
+    recipe: Recipe[Any, Any], runs: Path, config: Any, tokens: int = 1 << 20
+) -> tuple[Recording, Material, float, float]:
+    """What a trained sparse model decides on held-out data, what is known of their tokens, its loss, and the seconds.
+
+    Args:
+        recipe: of the run.
+        runs: the folder of training runs, where a model that is there is not trained again.
+        config: of the run.
+        tokens: held-out ones that are looked at, at most.
+
+    Raises:
+        Interrupted, KeyboardInterrupt: after Ctrl-C.
+    """
     run = runs / "tables" / config.name
-    with begin(RECIPE, config, run, {"sparse": config}, resume=sealed(run), as_json=False) as begun:
+    with begin(recipe, config, run, {"sparse": config}, resume=sealed(run), as_json=False) as begun:
         found = account(begun, "sparse", train_one(begun, "sparse"))
         data = begun.data
     model = load_model(run, "sparse")
-    material = RECIPE.material(model, data)
+    material = recipe.material(model, data, tokens)
+    assert material is not None
     recording = record(model, material, lambda steps, what, total: steps)
     if recording.batches < len(material.batches):
         raise KeyboardInterrupt
     return recording, material, found.eval_loss, found.seconds
+
+
+def spans() -> TextConfig:
+    """The encoder-decoder of table 3, and of text in table 1."""
+    return _config("spans", "encoder-decoder", "topk", {"top_k": 2, "load_balancing_loss": 0.01})
 
 
 def _listed(rows: list[list[Any]]) -> str:
@@ -62,7 +81,7 @@ def _listed(rows: list[list[Any]]) -> str:
 
 def table_2(runs: Path) -> Result:
     """The tokens before those that experts of BASE take."""
-    recording, material, loss, seconds = _recorded(runs, _config("base", "decoder", "base", {}))
+    recording, material, loss, seconds = recorded(RECIPE, runs, _config("base", "decoder", "base", {}))
     [stream] = material.streams.values()
     claims, notes, layers = [], [_ABOUT], dict[str, Any]()
     for name, layer in recording.layers.items():
@@ -126,8 +145,7 @@ _KINDS = {
 
 def table_3(runs: Path) -> Result:
     """The kinds of tokens that experts of an encoder take, and of the decoder behind it."""
-    config = _config("spans", "encoder-decoder", "topk", {"top_k": 2, "load_balancing_loss": 0.01})
-    recording, material, loss, seconds = _recorded(runs, config)
+    recording, material, loss, seconds = recorded(RECIPE, runs, spans())
     claims, layers = [], dict[str, Any]()
     for name, layer in recording.layers.items():
         stream = material.stream(name, len(layer.index), recording.batches)

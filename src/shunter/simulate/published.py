@@ -202,10 +202,15 @@ def layers_of_bench(found: dict[str, Any]) -> list[Row]:
 
     Args:
         found: what bench-parallel.json holds, of three shapes or more.
+
+    Raises:
+        ValueError: for fewer.
     """
     import numpy as np
 
     ranks, cases = found["processes"], found["cases"]
+    if len(cases) < 3:
+        raise ValueError(f"{len(cases)} shapes; a latency and a bandwidth are fitted to two others")
     count = sum(exchanges())
     sent = [case["bytes_sent"] / 2**20 for case in cases]
     plain = [case["results"]["data parallel"]["ms"] for case in cases]
