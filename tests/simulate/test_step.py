@@ -9,11 +9,13 @@ import pytest
 
 from shunter.cli import main
 from shunter.errors import UserError
+from shunter.ranks import rows_to_ranks
 from shunter.simulate.clusters import load_cluster
 from shunter.simulate.files import names
 from shunter.simulate.published import check, layers_of_bench
 from shunter.simulate.shapes import load_model
 from shunter.simulate.step import Job, Layout, best, imbalance, layer_seconds, layouts, predict, sweep
+from shunter.simulate.volumes import exchanges, rows_leaving
 
 from ..pages import ROOT
 
@@ -253,3 +255,16 @@ def test_layers_of_the_kept_bench_are_predicted_within_a_quarter():
     found = json.loads(KEPT.read_text(encoding="utf-8"))
     for row in layers_of_bench(found):
         assert abs(row.error) <= 0.25, f"{row.what}: {row.measured:.1f} ms, predicted {row.predicted:.1f}"
+
+
+@pytest.mark.skipif(not KEPT.exists(), reason="no run of shunter bench parallel is kept")
+def test_the_kept_bench_sent_what_the_closed_form_says():
+    """Two exchanges forward and two backward, of float32 rows: one for each choice, or one for each rank of a token."""
+    found = json.loads(KEPT.read_text(encoding="utf-8"))
+    ranks = found["processes"]
+    for case in found["cases"]:
+        tokens, k = case["tokens"] / ranks, case["top_k"]
+        rows = rows_leaving(tokens, k, ranks)
+        if case["dispatch"] == "ranks":
+            rows = tokens * rows_to_ranks(k, case["experts"], ranks) * (1 - 1 / ranks)
+        assert case["bytes_sent"] == pytest.approx(sum(exchanges()) * rows * case["dim"] * 4, rel=0.01), case["name"]

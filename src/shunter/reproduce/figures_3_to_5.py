@@ -72,7 +72,8 @@ TEXT_STUDY = Study(
     compute="a token",
     notes=(
         TEXT,
-        "Every router has seen the same tokens in the same order, 250 steps of them, and has its own defaults.",
+        "Every router has its own defaults and sees the same tokens in the same order, 250 steps of them, at one "
+        "learning rate for all widths.",
     ),
     leaks={"expert_choice": "no language model's: its experts choose among later tokens too, in evaluation as well"},
 )
