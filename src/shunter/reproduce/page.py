@@ -14,35 +14,34 @@ __all__ = ["SECTIONS", "entry", "write_pages"]
 
 
 SECTIONS = {
-    "1 Introduction": "What a layer is: [a tutorial](../tutorials/layer.md).",
+    "1 Introduction": "What a layer is: the tutorial `docs/tutorials/layer.md`.",
     "2 Sparse expert models": (
-        "2.1, in deep learning: `shunter routers` lists what chooses experts, [layers](../layers.md) and "
-        "[networks](../networks.md) the kinds of experts. 2.2, hardware: [several devices](../parallel.md), "
-        "[experts larger than memory](../offload.md), `shunter bench parallel`, `shunter bench experts`."
+        "2.1, in deep learning: `shunter routers` lists what chooses experts, `docs/layers.md` and "
+        "`docs/networks.md` the kinds of experts. 2.2, hardware: several devices (`docs/parallel.md`), "
+        "experts larger than memory (`docs/offload.md`), `shunter bench parallel`, `shunter bench experts`."
     ),
     "3 Scaling": (
-        "3.1, upstream: `shunter law fit` on any table of runs ([scaling](../scaling.md)). 3.2, downstream: "
+        "3.1, upstream: `shunter law fit` on any table of runs (`docs/scaling.md`). 3.2, downstream: "
         "`shunter finetune`, and `shunter eval --calibration` for any run or model. 3.3, number, size and frequency of "
-        "experts: `shunter simulate` and `shunter advise` ([machines that are not here](../simulate.md))."
+        "experts: `shunter simulate` and `shunter advise` (`docs/simulate.md`)."
     ),
     "4 Routing": (
-        "4.1, the taxonomy: `shunter routers`, each explained in [routers](../routers.md); `shunter compare text` "
-        "trains one after another. 4.2, load balancing: [balance](../balance.md)."
+        "4.1, the taxonomy: `shunter routers`, each explained in `docs/routers.md`; `shunter compare text` "
+        "trains one after another. 4.2, load balancing: `docs/balance.md`."
     ),
     "5 Domains": (
         "5.1, language: `shunter train text` and `shunter train translation`. 5.2, vision: `shunter train images`. "
         "5.3, speech: `shunter train speech`. 5.4, several at once: `shunter train multimodal`. All in "
-        "[recipes](../recipes/index.md); `shunter simulate --ledger` counts the models that the review names."
+        "`docs/recipes/index.md`; `shunter simulate --ledger` counts the models that the review names."
     ),
-    "6 When to use sparse and dense models": "For a budget of your own: `shunter advise` ([page](../simulate.md)).",
+    "6 When to use sparse and dense models": "For a budget of your own: `shunter advise` (`docs/simulate.md`).",
     "7 Training": (
-        "7.1, instability, and 7.2, transfer: guards, losses, roles and fine-tuning in [training](../training.md), "
+        "7.1, instability, and 7.2, transfer: guards, losses, roles and fine-tuning in `docs/training.md`, "
         "`shunter finetune`. 7.3, inference: `shunter prune`, `shunter distill`, `shunter extract`, `shunter quantize`."
     ),
-    "8 Interpretability": "Of any model: `shunter inspect` ([page](../inspect.md)).",
+    "8 Interpretability": "Of any model: `shunter inspect` (`docs/inspect.md`).",
     "9 Future directions": (
-        "Experts that differ in width, depth and kind: [layers](../layers.md); tokens that leave early: "
-        "[networks](../networks.md)."
+        "Experts that differ in width, depth and kind: `docs/layers.md`; tokens that leave early: `docs/networks.md`."
     ),
     "Numbers that the review quotes": "",
 }
