@@ -58,7 +58,7 @@ MUSEUM = [
     ),
     Bug(
         "one layer without a bias keeps the others from theirs (torchtitan #3686)",
-        "moe.py",
+        "moe/whole_model.py",
         "        layer.decider.update()\n",
         '        if getattr(layer.decider, "observed", None) is None:\n            return\n'
         "        layer.decider.update()\n",

@@ -7,7 +7,7 @@ import torch
 
 from shunter import MoE, Routing, aux_loss, give_reward, moe_layers, update_routers
 from shunter.context import Context
-from shunter.moe import _Call
+from shunter.moe.calls import Call
 from shunter.routers.policy_gradient import Decision
 from shunter.routers.registry import create
 
@@ -80,7 +80,7 @@ def test_the_estimator_is_unbiased_by_enumeration(policy):
         model = torch.nn.ModuleList(MoE(5, 4, 3, router=router) for router in layers)
         for moe, index in zip(model, taken, strict=True):
             routing = Routing.from_topk(index[:, None], torch.ones(2, 1, dtype=torch.float64), 3)
-            moe._last = _Call({}, Decision(x, moe.router.score(x, context), routing, context))
+            moe._last = Call({}, Decision(x, moe.router.score(x, context), routing, context))
         chance = torch.stack([p.detach().gather(1, a[:, None]) for p, a in zip(probs, taken, strict=True)]).prod()
         give_reward(model, final[torch.arange(2), taken[0], taken[1]])
         for total, grad in zip(mean, torch.autograd.grad(aux_loss(model), leaves), strict=True):

@@ -31,7 +31,7 @@ from ..hf.checkpoints.reading import Checkpoint
 from ..hf.checkpoints.shrinking import Shrinking
 from ..hf.observe.listening import Observation, listening
 from ..hf.observe.taps import Tap
-from ..moe import recomputing
+from ..recomputation import recomputing
 from ..routing import Routing
 
 __all__ = ["METHODS", "Doing", "Method", "choose", "describe", "look", "merge", "prune"]
