@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -107,16 +107,12 @@ class ImagesTraining(TrainingConfig):
 class ImagesConfig(RunConfig):
     """The configuration of `shunter train images`."""
 
+    causal: ClassVar[bool] = False
     name: str = Field("images", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: ImagesSparse = ImagesSparse()
     training: ImagesTraining = ImagesTraining()
-
-    @property
-    def causal(self) -> bool:
-        """Not so."""
-        return False
 
     @model_validator(mode="after")
     def _fits(self) -> ImagesConfig:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -103,6 +103,7 @@ class MultimodalTraining(TrainingConfig):
 class MultimodalConfig(RunConfig):
     """The configuration of `shunter train multimodal`."""
 
+    causal: ClassVar[bool] = False
     name: str = Field("multimodal", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -129,11 +130,6 @@ class MultimodalConfig(RunConfig):
                 f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
             )
         return self
-
-    @property
-    def causal(self) -> bool:
-        """No patch or word is later than another."""
-        return False
 
     @property
     def patches(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -101,6 +101,7 @@ class SpeechTraining(TrainingConfig):
 class SpeechConfig(RunConfig):
     """The configuration of `shunter train speech`."""
 
+    causal: ClassVar[bool] = False
     name: str = Field("speech", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -128,11 +129,6 @@ class SpeechConfig(RunConfig):
                 f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
             )
         return self
-
-    @property
-    def causal(self) -> bool:
-        """Not so."""
-        return False
 
     @property
     def frames(self) -> int:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import safetensors.torch
 import torch
@@ -77,16 +77,12 @@ class TasksTraining(TrainingConfig):
 class TasksConfig(RunConfig):
     """The configuration of `shunter train tasks`."""
 
+    causal: ClassVar[bool] = False
     name: str = Field("tasks", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: TasksSparse = TasksSparse()
     training: TasksTraining = TasksTraining()
-
-    @property
-    def causal(self) -> bool:
-        """Not so."""
-        return False
 
     @model_validator(mode="after")
     def _fits(self) -> TasksConfig:
