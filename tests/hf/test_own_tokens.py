@@ -8,12 +8,18 @@ from transformers import (
     BertForMaskedLM,
     BigBirdConfig,
     BigBirdForMaskedLM,
+    BridgeTowerConfig,
+    BridgeTowerModel,
     CanineConfig,
     CanineForTokenClassification,
+    FlavaConfig,
+    FlavaModel,
     FSMTConfig,
     FSMTForConditionalGeneration,
     FunnelConfig,
     FunnelForMaskedLM,
+    GitConfig,
+    GitModel,
     LayoutLMv3Config,
     LayoutLMv3Model,
     LEDConfig,
@@ -28,6 +34,10 @@ from transformers import (
     ProphetNetForConditionalGeneration,
     ReformerConfig,
     ReformerForMaskedLM,
+    UdopConfig,
+    UdopEncoderModel,
+    ViltConfig,
+    ViltModel,
     VisualBertConfig,
     VisualBertModel,
     XLNetConfig,
@@ -35,6 +45,7 @@ from transformers import (
 )
 
 import shunter
+from shunter.errors import UserError
 
 _TWO = {"num_attention_heads": 2, "hidden_size": 16}
 _BERT = {"num_hidden_layers": 2, "intermediate_size": 24, "pad_token_id": 0, **_TWO}
@@ -262,6 +273,82 @@ def test_what_stands_behind_the_words_has_its_own_padding(build_one, router):
         )
 
 
+_VISION = {"image_size": 8, "patch_size": 4}
+
+
+def _vilt():
+    return ViltModel(ViltConfig(vocab_size=20, **_VISION, **_BERT))
+
+
+def _git():
+    vision = {"num_hidden_layers": 1, "intermediate_size": 24, **_VISION, **_TWO}
+    return GitModel(GitConfig(vocab_size=20, vision_config=vision, **_BERT))
+
+
+def _udop():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, **_VISION}
+    return UdopEncoderModel(UdopConfig(vocab_size=20, pad_token_id=0, **sizes))
+
+
+def _flava():
+    parts = ("image", "text", "multimodal")
+    sizes = {f"{part}_config": _BERT | (_VISION if part == "image" else {}) for part in parts}
+    sizes["text_config"] = sizes["text_config"] | {"vocab_size": 20}
+    return FlavaModel(FlavaConfig(hidden_size=16, projection_dim=16, **sizes))
+
+
+@pytest.mark.parametrize(
+    "build_one, before, behind",
+    [(_vilt, 0, 5), (_git, 5, 0), (_udop, 0, 4), (_flava, 6, 0)],
+)
+def test_words_among_patches_keep_their_padding(build_one, before, behind):
+    """In the layers for both, found by their number of tokens, and nothing of it reaches the patches."""
+    model = shunter.sparsify(build_one(), 4, "sentence", allow_leak=True).eval()
+    real = torch.ones(2, 7, dtype=torch.bool)
+    real[1, 4:] = False
+    batch = {"input_ids": torch.randint(4, 20, (2, 7)), "attention_mask": real.long()}
+    batch["pixel_values"] = torch.randn(2, 3, 8, 8)
+    if build_one is _udop:
+        batch["bbox"] = torch.full((2, 7, 4), 0.1)
+    wanted = F.pad(real, (before, behind), value=True)
+    if build_one is _udop:
+        wanted[:, -1] = False  # the patch in which the words are, whose place is padding
+    both = 0
+    for name, (context,) in _heard(model, **batch).items():
+        if context.shape[1] == wanted.shape[1]:
+            both += 1
+            assert torch.equal(context.mask.reshape(context.shape), wanted), name
+        else:
+            assert context.mask is None or torch.equal(context.mask.reshape(context.shape), real), name
+    assert both == 2
+
+
+def test_as_many_other_tokens_as_words_do_not_get_their_padding():
+    """BridgeTower's layers for patches are told so; for some of LXMERT's regions nothing tells, which is an error."""
+    vision = {"hidden_size": 64, "num_hidden_layers": 1, **_VISION}
+    text = {"vocab_size": 20, **_BERT}
+    sizes = {"share_link_tower_layers": False, "num_hidden_layers": 1, "intermediate_size": 24, **_TWO}
+    config = BridgeTowerConfig(text_config=text | {"num_hidden_layers": 1}, vision_config=vision, **sizes)
+    model = shunter.sparsify(BridgeTowerModel(config), 4, "topk", top_k=2).eval()
+    real = torch.ones(2, 5, dtype=torch.bool)
+    real[1, 3:] = False
+    batch = {"input_ids": torch.randint(4, 20, (2, 5)), "attention_mask": real.long()}
+    heard = _heard(model, pixel_values=torch.randn(2, 3, 8, 8), **batch)
+    for name, (context,) in heard.items():
+        if "text" in name:
+            assert torch.equal(context.mask.reshape(2, 5), real), name
+        else:
+            assert context.mask is None, name
+    assert any("cross_modal_image" in name for name in heard) and any("cross_modal_text" in name for name in heard)
+    sizes = {"intermediate_size": 24, "l_layers": 1, "r_layers": 1, "x_layers": 1, **_TWO}
+    model = shunter.sparsify(LxmertModel(LxmertConfig(vocab_size=20, visual_feat_dim=8, **sizes)), 4, "topk").eval()
+    batch |= {"visual_feats": torch.randn(2, 5, 8), "visual_pos": torch.rand(2, 5, 4)}
+    with pytest.raises(UserError, match="nothing tells whether the tokens"):
+        model(**batch)
+    with shunter.tell(model, mask=torch.ones(2, 5)):
+        model(**batch)
+
+
 def test_what_stands_beside_the_words_does_not_get_their_padding():
     """LXMERT has layers for its pictures' regions alone, of which there may be more than words."""
     sizes = {"num_attention_heads": 2, "intermediate_size": 24, "l_layers": 1, "r_layers": 1, "x_layers": 1}
@@ -272,5 +359,5 @@ def test_what_stands_beside_the_words_does_not_get_their_padding():
     batch = {"input_ids": torch.randint(4, 20, (2, 8)), "visual_feats": torch.randn(2, 11, 8)}
     batch["visual_pos"] = torch.rand(2, 11, 4)
     _heard(model, **batch)
-    with pytest.raises(ValueError, match="knows it of other tokens than this layer's"):
+    with pytest.raises(UserError, match="nothing tells whether the tokens"):
         model(attention_mask=mask, **batch)

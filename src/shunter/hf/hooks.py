@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..moe import RoutedLayer, aux_loss, give_reward, mark, moe_layers
 from ..recomputation import recomputing
 from .probing import shapes_given
-from .tokens import arguments, decoder_padding, fitted, hands_on_others, has_tokens, padding_behind, tokens_of
+from .tokens import among_others, arguments, decoder_padding, fitted, hands_on_others, has_others, has_tokens, tokens_of
 
 __all__ = ["check_batch", "install"]
 
@@ -49,9 +49,17 @@ def install(model: PreTrainedModel, batch: Mapping[str, str] | None = None) -> N
         layer.register_forward_pre_hook(_sequences_first)
         layer.register_forward_hook(_places_first_again)
     for module in filter(hands_on_others, scopes):
-        for layer in moe_layers(module).values():
-            layer.register_forward_pre_hook(partial(forwards.fit, module))
-            layer.register_forward_hook(forwards.leave, always_call=True)
+        others = {
+            inner for scope in scopes if scope is not module and scope in module.modules() for inner in scope.modules()
+        }
+        for inside in set(module.modules()) - others - {module}:
+            if isinstance(inside, RoutedLayer):
+                inside.register_forward_pre_hook(partial(forwards.fit, module))
+            elif "attention_mask" in inspect.signature(inside.forward).parameters and moe_layers(inside):
+                inside.register_forward_pre_hook(forwards.attend, with_kwargs=True)
+            else:
+                continue
+            inside.register_forward_hook(forwards.leave, always_call=True)
     for module in scopes:
         module.register_forward_hook(forwards.leave, always_call=True)
     model.register_forward_hook(forwards.end, with_kwargs=True, always_call=True)
@@ -116,10 +124,21 @@ class _OfTokens(Scope):
     """The scope of a model's forward within it.
 
     Args:
-        behind: (B, n) bool, which are real of the tokens that the model puts behind those of its context.
+        others: whether it has other tokens besides, or instead of, those of its context.
     """
 
-    behind: Tensor | None = None
+    others: bool = False
+
+
+@dataclass(frozen=True)
+class _OfBlock(Scope):
+    """The scope of a block within a model's forward.
+
+    Args:
+        attention: the mask for the attention of its tokens.
+    """
+
+    attention: Any = None
 
 
 class _Forwards:
@@ -192,14 +211,26 @@ class _Forwards:
         batch = next((scope for scope in reversed(contexts.present()) if isinstance(scope, _OfBatch)), _OfBatch())
         if module in batch.decoder:
             known = replace(known, mask=batch.padding)
-        contexts.enter(_OfTokens(replace(known, **batch.values), behind=padding_behind(module, args, kwargs)))
+        contexts.enter(_OfTokens(replace(known, **batch.values), others=has_others(module, args, kwargs)))
+
+    def attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what a block is told of the padding of its tokens."""
+        contexts.enter(_OfBlock(attention=arguments(module, args, kwargs).get("attention_mask")))
 
     def fit(self, model: nn.Module, layer: nn.Module, args: tuple[Any, ...]) -> None:
         """Tell a layer of the tokens that the model around makes of its own."""
-        scope = next(scope for scope in reversed(contexts.present()) if scope.context is not None)
-        behind = scope.behind if isinstance(scope, _OfTokens) else None
+        blocks = []
+        for scope in reversed(contexts.present()):
+            if scope.context is not None:
+                break
+            blocks += [(scope.attention,)] if isinstance(scope, _OfBlock) else []
         assert scope.context is not None
-        contexts.enter(Scope(fitted(model, scope.context, args[0].shape[:-1], behind)))
+        shape = args[0].shape[:-1]
+        if isinstance(scope, _OfTokens) and scope.others:
+            known = among_others(model, scope.context, blocks[0] if blocks else None, shape)
+        else:
+            known = fitted(model, scope.context, shape)
+        contexts.enter(Scope(known))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the scope that the module entered."""

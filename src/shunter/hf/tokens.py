@@ -17,12 +17,13 @@ from ..errors import UserError
 from ..moe import moe_layers
 
 __all__ = [
+    "among_others",
     "arguments",
     "decoder_padding",
     "fitted",
     "has_tokens",
     "hands_on_others",
-    "padding_behind",
+    "has_others",
     "takes_tokens",
     "tokens_of",
 ]
@@ -30,15 +31,8 @@ __all__ = [
 # Masks that are True, or 1, at padding: of XLNet, of FSMT's decoder.
 _INVERTED = ("input_mask", "decoder_padding_mask")
 _MASKS = ("pixel_attention_mask", "pixel_mask", "attention_mask", "padding_mask")
-# Masks of what LUKE and VisualBERT put behind the words.
-_BEHIND = ("entity_attention_mask", "visual_attention_mask")
-# What LUKE, VisualBERT, LayoutLMv2 and LayoutLMv3 are given to put there.
-_APPENDING = (
-    {"entity_ids", "entity_attention_mask"},
-    {"visual_embeds", "visual_attention_mask"},
-    {"bbox", "image"},
-    {"bbox", "pixel_values"},
-)
+# What models of words are given to make more tokens of: patches, regions, entities, queries.
+_OTHERS = ("pixel_values", "image", "image_embeds", "visual_feats", "visual_embeds", "entity_ids", "query_embeds")
 # What is added to scores to forbid them is below this, whatever it is: -inf, the least of a dtype, -1e9, -1e4.
 _FORBIDDEN = -1e3
 # A model that takes these has a grid of tokens of its own: patches of images, frames of sound.
@@ -129,28 +123,64 @@ def decoder_padding(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def hands_on_others(module: Any) -> bool:
-    """Whether a model makes other tokens of those that it is given, as `fitted` knows."""
+    """Whether a model makes other tokens of those that it is given, as `fitted` and `among_others` know."""
     return bool(
         _pads(module)
         or _downsamples(module)
-        or _appends(module)
         or getattr(module, "ngram", None)
         or hasattr(_encoder(module), _STRUCTURE)
+        or not _parameters(module) & {"input_ids", "inputs_embeds", *_GRIDS}
+        or ("input_ids" in _parameters(module) and _parameters(module) & set(_OTHERS))
     )
 
 
-def padding_behind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Where the tokens are real that a model puts behind its words, (B, n) bool; None where nothing says it."""
+def has_others(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a forward's tokens are not, or not all, words or a grid that it is given."""
     given = arguments(module, args, kwargs)
-    return next((given[name] != 0 for name in _BEHIND if _tensor(given, name) is not None), None)
+    if not _parameters(module) & {"input_ids", "inputs_embeds", *_GRIDS}:
+        return True
+    return "input_ids" in _parameters(module) and any(given.get(name) is not None for name in _OTHERS)
 
 
-def fitted(module: Any, known: Context, shape: torch.Size, behind: Tensor | None = None) -> Context:
+def among_others(module: nn.Module, known: Context, attention: tuple[Any] | None, shape: torch.Size) -> Context:
+    """What is known of the tokens (B, S') of a layer in a model of words and others, by the attention mask around it.
+
+    LUKE, VisualBERT, LayoutLM, ViLT, GIT, UDOP and FLAVA put others behind or before the words; LXMERT, BridgeTower and
+    the Q-Former have layers for the others alone. Ids are those of no others, and so are refused where they are needed.
+
+    Args:
+        module: the model.
+        known: of the words (B, S).
+        attention: the mask that the block around the layer is given; None where it takes none.
+        shape: of the layer's tokens.
+
+    Raises:
+        UserError: where the words have padding, and it cannot be told whether the layer's tokens are they.
+    """
+    if len(shape) != 2:
+        return known
+    batch, length = shape
+    mask = None if attention is None else attention[0]
+    bare = replace(known, token_ids=None, position=None, sequence=_unless_rows(known.sequence))
+    if attention is not None and (not isinstance(mask, Tensor) or mask.shape[-1] == length):
+        return replace(bare, mask=_unless_all(_read_mask(module, mask, batch, length, 0)[0]))
+    words = next((value for value in (known.mask, known.token_ids) if value is not None), None)
+    if words is None or words.shape != shape or (isinstance(mask, Tensor) and mask.shape[-1] != 2 * length):
+        return known  # of other tokens; or of words, behind a known number of others, as in the Q-Former
+    if known.mask is not None and not _is_told(module):
+        raise UserError(
+            f"{type(module).__name__}: its words have padding, and nothing tells whether the tokens of one of its "
+            "sparse layers are they, or others; give words without padding, or say which are real by "
+            "shunter.tell(model, mask=…)"
+        )
+    return bare
+
+
+def fitted(module: Any, known: Context, shape: torch.Size) -> Context:
     """What is known of a model's tokens (B, S), of those (B, S') that it makes of them for a layer inside.
 
     Longformer, LED, BigBird and Reformer pad the end of each row; CANINE makes a token of several, real where one of
     them is; Funnel of two, real where both are; ProphetNet's decoder has the same tokens once more for each n-gram.
-    LUKE, VisualBERT and LayoutLM put entities or patches behind the words, of which those in `behind` (B, n) are real.
     Ids, and sequences packed in a row, are not those of other tokens, and so are refused where they are needed.
     """
     given = next((value for value in (known.mask, known.token_ids, known.sequence) if value is not None), None)
@@ -170,19 +200,12 @@ def fitted(module: Any, known: Context, shape: torch.Size, behind: Tensor | None
             sequence=None if sequence is None else torch.cat((sequence, sequence[:, -1:].expand(-1, more)), 1),
             position=None if position is None else F.pad(position, (0, more)),
         )
-    sequence, position = known.sequence, known.position
-    if sequence is not None and not torch.compiler.is_compiling() and bool((sequence == sequence[:, :1]).all()):
-        sequence = None  # a row is one sequence, of these tokens as of those
+    sequence, position = _unless_rows(known.sequence), known.position
     if getattr(module, "ngram", None):
         if position is None:
             position = (torch.ones_like(given) if mask is None else mask).cumsum(1) - 1
         position = position.repeat(1, 1 + module.ngram)
-    if _appends(module):
-        if more < 0 or (behind is not None and behind.shape[1] != more):
-            return known
-        real = torch.ones_like(given, dtype=torch.bool) if mask is None else mask
-        mask = torch.cat((real, real.new_ones(len(real), more) if behind is None else behind.to(real.device)), 1)
-    elif mask is None:
+    if mask is None:
         pass
     elif _downsamples(module):
         mask = module._downsample_attention_mask(mask.to(torch.int64), module.config.downsampling_rate) != 0
@@ -203,9 +226,15 @@ def _pads(module: Any) -> bool:
     return any(hasattr(module, name) for name in _PADDING)
 
 
-def _appends(module: Any) -> bool:
-    names = set(inspect.signature(module.forward).parameters)
-    return any(names >= some for some in _APPENDING) and "visual_bbox" not in names  # UDOP puts patches among the words
+def _parameters(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
+def _unless_rows(sequence: Tensor | None) -> Tensor | None:
+    """None where a row (S,) of (B, S) is one sequence, of whatever tokens; a compiled graph does not ask."""
+    if sequence is None or torch.compiler.is_compiling() or not bool((sequence == sequence[:, :1]).all()):
+        return sequence
+    return None
 
 
 def _downsamples(module: Any) -> bool:
@@ -290,14 +319,19 @@ def _read_mask(
 
 def _unreadable(module: nn.Module, mask: Any) -> tuple[None, None]:
     """Nothing, where the layers inside are told of their padding otherwise."""
-    layers = set(moe_layers(module).values())
-    if any("mask" in scope.told and (scope.layers is None or layers <= scope.layers) for scope in present()):
+    if _is_told(module):
         return None, None
     raise UserError(
         f"{type(module).__name__}: padding cannot be read of an attention_mask that is "
         f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}; give one of tokens, (B, S), or say "
         "which are real by shunter.tell(model, mask=…)"
     )
+
+
+def _is_told(module: nn.Module) -> bool:
+    """Whether the layers inside are told of their padding by `shunter.tell`."""
+    layers = set(moe_layers(module).values())
+    return any("mask" in scope.told and (scope.layers is None or layers <= scope.layers) for scope in present())
 
 
 def _until_padding(ids: Tensor, module: Any) -> Tensor | None:
