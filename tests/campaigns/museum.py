@@ -101,14 +101,14 @@ MUSEUM = [
     ),
     Bug(
         "a recomputation counts a second time for the selection bias (torchtitan #1593)",
-        "moe.py",
+        "moe/routed_layer.py",
         "            if not recomputing():\n                with _outside",
         "            if True:\n                with _outside",
         ("tests/test_moe.py", "-k", "counts_a_forward_once"),
     ),
     Bug(
         "an evaluation counts for the selection bias (torchtitan #4148)",
-        "moe.py",
+        "moe/routed_layer.py",
         "        if self.training:\n            losses = self.decider.losses(",
         "        if True:\n            losses = self.decider.losses(",
         ("tests/test_moe.py", "-k", "counts_a_forward_once"),
