@@ -42,7 +42,7 @@ def test_files_and_overrides_combine(tmp_path):
 
 
 def test_options_that_are_lists(tmp_path):
-    config = load_config(TextConfig, None, ["sparse={router: hme, options: {branching: [4, 6]}}"])
+    config = load_config(TextConfig, None, ["sparse={num_experts: 24, router: hme, options: {branching: [4, 6]}}"])
     assert config.sparse.build_router(8).widths == [4, 24]
     (tmp_path / "c.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(TextConfig, tmp_path / "c.yaml", []) == config
@@ -86,16 +86,16 @@ def test_every_option_of_every_router_has_a_type(name):
         ("sparse.router=swich", ["sparse.router='swich'", "did you mean switch?"]),
         ("sparse.backend=fast", ["sparse.backend='fast'", "known: auto"]),
         ("sparse.options={jiter: 1}", ["no option 'jiter'", "did you mean jitter?"]),
-        ("sparse.top_k=100", ["top_k 100 must be between 1 and num_experts, 24"]),
-        ("sparse.options={capacity_factor: -1}", ["capacity_factor -1", "must be a positive number"]),
+        ("sparse={router: topk, top_k: 100}", ["top_k 100 must be between 1 and num_experts, 64"]),
+        ("sparse={router: topk, options: {capacity_factor: .inf}}", ["capacity_factor", "=inf"]),
         ("sparse.options={capacity_factor: 1}", ["later tokens", "sparse.allow_leak=true"]),
-        ("sparse.options={capacity_factor: many}", ["router 'topk'", "an option cannot be used"]),
+        ("sparse={router: topk, options: {capacity_factor: many}}", ["router 'topk'", "an option cannot be used"]),
         ("sparse.options={jitter: true}", ["jitter=True", "should be a valid number"]),
         ("sparse.options={z_loss: '1e-3'}", ["z_loss='1e-3'", "should be a valid number"]),
         ("sparse.options={selection_bias: 1}", ["selection_bias=1", "should be a valid boolean"]),
         ("sparse.options={jitter: null}", ["jitter=None", "should be a valid number"]),
         ("sparse.options={jitter: .nan}", ["sparse.options.jitter", "=nan"]),
-        ("sparse.options={jitter: nan}", ["router 'topk'", "an option cannot be used"]),
+        ("sparse={router: topk, options: {jitter: nan}}", ["router 'topk'", "an option cannot be used"]),
         ("sparse.router=expert_choice", ["later tokens", "sparse.allow_leak=true"]),
         ("model.dim=30", ["model.dim 30 must be a multiple"]),
         ("training.batch_tokens=100", ["training.batch_tokens 100", "data.sequence_length 128"]),

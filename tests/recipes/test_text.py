@@ -293,3 +293,30 @@ def test_a_run_is_resumed_by_its_own_recipe(run, capsys, monkeypatch):
     monkeypatch.setattr(registry, "_RECIPES", {**registry._RECIPES, "other": RECIPE})
     assert main(["train", "other", "--resume", "--run", str(folder)]) == 2
     assert f"{folder} is a run of text, not of other" in capsys.readouterr().err
+
+
+def test_routers_in_turn_are_configured_and_cost_what_the_dense_model_does():
+    config = load_config(
+        TextConfig, None, ["sparse.router=[bigram_hash,{hash: {num_hashes: 4}},topk]", "sparse.options={num_hashes: 2}"]
+    )
+    assert [(one.router, one.options) for one in config.sparse.in_turn()] == [
+        ("bigram_hash", {"num_hashes": 2}), ("hash", {"num_hashes": 4}), ("topk", {}),
+    ]  # fmt: skip
+    with torch.device("meta"):
+        dense, sparse = (RECIPE.build_model(config, 300, which) for which in (False, True))
+    costs = [RECIPE.ledger(model, config).flops_per_token for model in (dense, sparse)]
+    assert abs(costs[1] / costs[0] - 1) < 0.005
+    one = load_config(TextConfig, None, ["sparse.router=switch"]).sparse
+    assert one.in_turn() == [one]
+    both = load_config(TextConfig, None, ["sparse.router=[domain,hash,topk]", "sparse.top_k=4"]).sparse
+    assert [each.build_router(8, {"token_ids": 9}).top_k for each in both.in_turn()[1:]] == [4, 4]
+    for wrong, said in {
+        "sparse.router=[hash,swich]": "did you mean switch",
+        "sparse.router=[]": "at least one",
+        "sparse.router=[{}]": "a router and its options",
+        "sparse.router=[{hash: {top: 1}}]": "has no option 'top'",
+        "sparse.options={z: 1}": "has no option 'z'",
+        "sparse.router=[{hash: {num_hashes: no}}]": "num_hashes",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            load_config(TextConfig, None, [wrong])

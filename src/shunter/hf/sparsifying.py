@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,14 +41,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def sparsify(
     model: Model,
     num_experts: int,
-    router: str | type[Router] = "switch",
+    router: str | type[Router] | Sequence[str | type[Router]] = "switch",
     *,
     where: str = "feed_forward",
     every: int = 1,
     layers: Sequence[int] | None = None,
     within: str = "",
     placement: str = "",
-    hidden: int | None = None,
+    hidden: int | Sequence[int] | None = None,
     init: str = "scratch",
     backend: str = "auto",
     num_shared_experts: int = 0,
@@ -58,7 +59,8 @@ def sparsify(
     cost_loss: float = 0.0,
     allow_leak: bool = False,
     batch: Mapping[str, str] | None = None,
-    **options: Any,
+    options: Sequence[Mapping[str, Any]] | None = None,
+    **of_all: Any,
 ) -> Model:
     """Replace the feed-forward blocks of a dense Hugging Face model by `MoE` layers, in place.
 
@@ -73,7 +75,8 @@ def sparsify(
             `shunter.hf.blocks` finds by what the model computes, be they modules or spread over a layer (docs:
             architectures). Dropout between the maps is not kept; at the block's end it is.
         num_experts: E.
-        router: a registered name, or a registered class.
+        router: a registered name, or a registered class; or several, which the sparse blocks take in turn, as
+            ["bigram_hash", "hash", "topk"].
         where: what becomes sparse: "feed_forward", the blocks; "attention", the maps to queries, and by one layer to
             keys and values, of self-attention (Fedus et al. 2021, Switch, appendix A); "heads", a mixture of attention
             heads in its place, of which a token takes top_k (Zhang et al. 2022), where heads may share keys, as in
@@ -86,7 +89,7 @@ def sparsify(
             2021, section 2.3), and "pyramid": the last two of these in each stack, or the last of two or three, have
             twice as many experts (Rajbhandari et al. 2022, DeepSpeed-MoE, section 4.1: PR-MoE-32/64 is "every 2,
             pyramid" of 24 blocks with 32).
-        hidden: f of one expert; default: the dense block's.
+        hidden: f of one expert, or of each of several routers'; default: the dense block's.
         init: "scratch" draws each expert from a normal distribution with the dense weights' standard deviation; "copy"
             makes each expert a copy of the dense block; "paper" begins as scratch, and goes on as the router's paper
             does (switch: its scale; vmoe: all experts equal; base: the block is zero). Of residual experts it is the
@@ -98,7 +101,8 @@ def sparsify(
         allow_leak: insist on a router that lets later tokens change earlier ones, in a causal model.
         batch: what a batch knows of its tokens besides, by which the routers may go: {"task": "task_ids"} takes the
             keyword `task_ids` of the model's forward, (B,) or (B, S), for the `task` of `shunter.routers.Context`.
-        **options: of the router. A hash router's vocab_size is the model's unless given.
+        options: of each of several routers, what it has besides `of_all`.
+        **of_all: options of the router, or of all routers. A hash router's vocab_size is the model's unless given.
 
     Returns:
         The same model.
@@ -117,7 +121,7 @@ def sparsify(
         raise UserError(
             f"sparsify: {type(model).__name__} is no model of transformers; put shunter.MoE into it yourself"
         )
-    name, told = router if isinstance(router, str) else router_name(router), check_batch(batch)
+    told = check_batch(batch)
     if init not in ("scratch", "copy", "paper"):
         raise UserError(f"sparsify: init {init!r} is unknown; choose scratch, copy or paper")
     if init == "copy" and ((num_shared_experts and not residual) or num_shared_experts > 1):
@@ -126,11 +130,7 @@ def sparsify(
         raise UserError("sparsify: with operations= or extra_mlp= copies would not compute what the dense block does")
     if init == "paper" and operations is not None:
         raise UserError("sparsify: no paper of a router begins experts of other operations; choose init='scratch'")
-    known = routers.options(name)
-    if "vocab_size" in known and options.get("vocab_size") is None:
-        options["vocab_size"] = getattr(model.config.get_text_config(), "vocab_size", None)
-        if options["vocab_size"] is None:
-            raise UserError(f"sparsify: {type(model).__name__} has no token ids, by which router {name!r} goes")
+    turns = _turns(model, router, of_all, options, hidden)
     kinds = _kinds(where)
     if "feed_forward" not in kinds:
         for option, value in {
@@ -157,10 +157,10 @@ def sparsify(
     place = Placement.parse(placement, every, layers)
     if place.pyramid and operations is not None:
         raise UserError("sparsify: a pyramid has more experts in later blocks; operations= names a fixed number")
-    for block, times in place.choose(stacks) if stacks else ():
+    for (block, times), (name, own, f) in zip(place.choose(stacks) if stacks else (), cycle(turns), strict=False):
         _must_be_here(block)
         _must_call_none(model, block)
-        width = block.hidden if hidden is None else hidden
+        width = block.hidden if f is None else f
         if init == "copy" and width != block.hidden:
             raise UserError(f"sparsify: init='copy' keeps the dense width {block.hidden}; leave hidden out")
         moe = _make(
@@ -179,7 +179,7 @@ def sparsify(
             extra_mlp=extra_mlp,
             operations=operations,
             cost_loss=cost_loss,
-            options=options,
+            options=own,
         )
         _initialise(moe, block, init)
         made.append((block, moe))
@@ -191,13 +191,41 @@ def sparsify(
         if kind == "heads" and attention.head is None:
             put(attention, kind, {}, None, False)  # says why not
         _must_call_none(model, attention)
-    for attention, times in chosen:
+    for (attention, times), (name, own, _) in zip(chosen, cycle(turns), strict=False):
         matrix, bias = attention.matrix, attention.bias
-        one = {"num_experts": times * num_experts, "router": name, "options": options}
+        one = {"num_experts": times * num_experts, "router": name, "options": own}
         put(attention, kind, one, one, _is_causal(model, attention) and not allow_leak)
         initialise(attention.module, matrix, bias, attention.widths, init)
     _put(model, made, told)
     return model
+
+
+def _turns(
+    model: PreTrainedModel,
+    router: str | type[Router] | Sequence[str | type[Router]],
+    of_all: Mapping[str, Any],
+    options: Sequence[Mapping[str, Any]] | None,
+    hidden: int | Sequence[int] | None,
+) -> list[tuple[str, dict[str, Any], int | None]]:
+    """The name, the options and the experts' width of each router that the blocks take in turn."""
+    routed = [router] if isinstance(router, str | type) else list(router)
+    widths = [hidden] * len(routed) if hidden is None or isinstance(hidden, int) else list(hidden)
+    more = [{}] * len(routed) if options is None else list(options)
+    if not routed or len(widths) != len(routed) or len(more) != len(routed):
+        raise UserError(
+            f"sparsify: {len(routed)} routers, {len(widths)} widths in hidden= and {len(more)} entries in options=; "
+            "give one router or several, and as many of the others"
+        )
+    turns = []
+    for one, extra, width in zip(routed, more, widths, strict=True):
+        name = one if isinstance(one, str) else router_name(one)
+        own = {**of_all, **extra}
+        if "vocab_size" in routers.options(name) and own.get("vocab_size") is None:
+            own["vocab_size"] = getattr(model.config.get_text_config(), "vocab_size", None)
+            if own["vocab_size"] is None:
+                raise UserError(f"sparsify: {type(model).__name__} has no token ids, by which router {name!r} goes")
+        turns.append((name, own, width))
+    return turns
 
 
 def _kinds(where: str) -> list[str]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..context import Context, places_in, present
 from ..errors import UserError
 from ..moe import moe_layers
+from ..routers.hash import PreviousTokenHash
 
 __all__ = [
     "among_others",
@@ -24,6 +25,7 @@ __all__ = [
     "has_tokens",
     "hands_on_others",
     "has_others",
+    "takes_cache",
     "takes_tokens",
     "tokens_of",
 ]
@@ -414,3 +416,8 @@ def _of_frames(module: Any, mask: Tensor) -> Tensor:
     real = lengths(mask.sum(-1), **rest).to(mask.device)
     longest = int(lengths(torch.tensor(mask.shape[1]), **rest))
     return torch.arange(longest, device=mask.device) < real[:, None]
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether a model may generate with a cache: not where a layer goes by the token before, which a cache hides."""
+    return not any(isinstance(layer.decider.innermost, PreviousTokenHash) for layer in moe_layers(model).values())

@@ -113,7 +113,8 @@ def train(
         raise UserError(f"{run} holds a comparison; go on with shunter compare {recipe.name} --resume --run {run}")
     if (run / BRANCH).exists():
         raise UserError(f"{run} holds a branch; train it, or go on: shunter train text --resume --run {run}")
-    check_router(recipe, config, config.sparse.router)
+    for one in config.sparse.in_turn():
+        check_router(recipe, config, one.router)
     others = recipe.others_of(config)
     names = (*MODELS, *others)
     configs = dict.fromkeys(MODELS, config) | {name: recipe.config_of(config, name) for name in others}

@@ -108,16 +108,37 @@ class SparseConfig(Section):
 
     @field_validator("router")
     @classmethod
-    def _known_router(cls, name: str) -> str:
-        return _one_of(name, routers.names())
+    def _known_router(cls, name: Any) -> Any:
+        if name == []:
+            raise ValueError("name at least one")
+        for each in name if isinstance(name, list) else [name]:
+            if isinstance(each, dict) and len(each) != 1:
+                raise ValueError(f"{each} must be a router and its options, as in {{topk: {{top_k: 1}}}}")
+            _one_of(each if isinstance(each, str) else next(iter(each)), routers.names())
+        return name
 
     @field_validator("backend")
     @classmethod
     def _known_backend(cls, name: str) -> str:
         return _one_of(name, ["auto", *experts.backend_names()])
 
+    def in_turn(self) -> list[SparseConfig]:
+        """The settings with one router each, which the sparse blocks take in turn."""
+        return [self]
+
     @model_validator(mode="after")
     def _fits(self) -> SparseConfig:
+        turns = self.in_turn()
+        for key in self.options:
+            if not any(key in option_types(one.router) for one in turns):
+                known = {name for one in turns for name in option_types(one.router)}
+                names = " nor ".join(repr(one.router) for one in turns)
+                raise ValueError(f"router {names} has no option {key!r}; {nearest(key, known)}")
+        for one in turns:
+            one._options_fit()
+        return self
+
+    def _options_fit(self) -> None:
         known = option_types(self.router)
         for key in self.options:
             if key not in known:
@@ -132,11 +153,11 @@ class SparseConfig(Section):
             self.build_router(8, ANY_LABELS)
         except TypeError as error:  # an option of another type
             raise ValueError(f"router {self.router!r}: an option cannot be used: {error}") from None
-        return self
 
     def leak(self, evaluation: bool = False) -> str | None:
-        """How the router lets later tokens change earlier ones, in training or evaluation; None where not."""
-        return self.build_router(8, ANY_LABELS).train(not evaluation).leak
+        """How a router lets later tokens change earlier ones, in training or evaluation; None where none does."""
+        built = (one.build_router(8, ANY_LABELS).train(not evaluation) for one in self.in_turn())
+        return next((router.leak for router in built if router.leak), None)
 
     def blocks(self, layers: int) -> list[int]:
         """Which of so many feed-forward blocks are sparse, from 0: every n-th, and of these the last.
@@ -157,9 +178,9 @@ class SparseConfig(Section):
         Where there are more values than experts, these take turns.
         """
         options: dict[str, Any] = dict(self.options)
-        if self.top_k is not None:
-            options["top_k"] = self.top_k
         known = routers.options(self.router)
+        if self.top_k is not None:
+            options["num_hashes" if "num_hashes" in known else "top_k"] = self.top_k
         if "vocab_size" in known:
             options["vocab_size"] = labels.get("token_ids")
         if "num_tasks" in known:

@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+from .. import routers
 from ..analysis.exhibits import Exhibit, Table
 from ..analysis.inspect.inspecting import specialisation
 from ..analysis.inspect.material import Material, Window, window_material
@@ -36,11 +37,12 @@ from ..errors import UserError
 from ..hf import sparsify
 from ..hf.checkpoints.folders import load_tokenizer
 from ..hf.checkpoints.reading import read_json
+from ..hf.tokens import takes_cache
 from ..layers.domain_mixture import DomainMixture, by_domain
 from ..moe import moe_layers, tell
 from . import mixing, run
 from .recipe import Recipe
-from .sections import LayerConfig, RunConfig, Section, SparseConfig
+from .sections import LayerConfig, RunConfig, Section, SparseConfig, Value
 
 __all__ = [
     "RECIPE",
@@ -124,10 +126,31 @@ class ModelConfig(Section):
         return self.architecture != "bert"
 
 
-class TextSparse(SparseConfig):
-    """Experts in any kind of layer."""
+_Routers = str | list[str | dict[str, dict[str, Value | list[Value]]]]
 
+
+class TextSparse(SparseConfig):
+    """Experts in any kind of layer, and another router in each block."""
+
+    num_experts: int = Field(64, ge=1, le=4096)
+    router: _Routers = Field(  # type: ignore[assignment]  # wider, and read by `in_turn` alone
+        [{"bigram_hash": {"num_hashes": 2}}, {"hash": {"num_hashes": 2}}, "topk"],
+        description="of all sparse blocks; or several, with options of their own, which the blocks take in turn",
+    )
     layer: LayerConfig = LayerConfig()
+
+    def in_turn(self) -> list[SparseConfig]:
+        """Each router's settings, with those of the options that it knows."""
+        if isinstance(self.router, str):
+            return [self]
+        turns: list[SparseConfig] = []
+        for one in self.router:
+            name, of_its_own = (one, {}) if isinstance(one, str) else next(iter(one.items()))
+            known = routers.options(name)
+            own = {key: value for key, value in self.options.items() if key in known} | of_its_own
+            top_k = self.top_k if {"top_k", "num_hashes"} & set(known) else None
+            turns.append(self.model_copy(update={"router": name, "options": own, "top_k": top_k}))
+        return turns
 
     @model_validator(mode="after")
     def _has_width(self) -> TextSparse:
@@ -246,26 +269,30 @@ class TextRecipe(Recipe[TextConfig, TextData]):
         m, s = config.model, config.sparse
         shape = _shape(config, vocab_size)
         labels = {"token_ids": vocab_size, **labels}
-        hidden = s.hidden
+        hidden: int | list[int] | None = s.hidden
         if sparse and hidden is None and s.layer.has_width:
-            hidden = self._width(config, vocab_size, labels)
+            hidden = self._widths(config, vocab_size, labels)
         set_seed(config.seed)
         model = _AUTO[m.kind].from_config(shape)
         if not sparse:
             return model
-        options: dict[str, Any] = s.router_options(labels) | s.layer.options(s.num_experts)
+        turns = s.in_turn()
+        options: dict[str, Any] = s.layer.options(s.num_experts)
         options |= {
+            "options": [one.router_options(labels) for one in turns],
             "allow_leak": s.allow_leak,
             "backend": s.backend,
             "within": "" if m.sparse_stacks == "both" else m.sparse_stacks,
         }
-        return sparsify(model, s.num_experts, s.router, layers=s.blocks(m.layers), hidden=hidden, **options)
+        names = [one.router for one in turns]
+        return sparsify(model, s.num_experts, names, layers=s.blocks(m.layers), hidden=hidden, **options)
 
-    def _width(self, config: TextConfig, vocab_size: int, labels: Mapping[str, int]) -> int | None:
-        """The width of an expert at which both twins cost the same."""
+    def _widths(self, config: TextConfig, vocab_size: int, labels: Mapping[str, int]) -> int | list[int] | None:
+        """The width of an expert at which both twins cost the same; of each router, where the layers are plain."""
         m, s = config.model, config.sparse
         if s.layer == LayerConfig():
-            return run.expert_width(m.hidden, s.build_router(m.dim, labels), config.lengths[0], gated=m.gated)
+            made = [one.build_router(m.dim, labels) for one in s.in_turn()]
+            return [run.expert_width(m.hidden, router, config.lengths[0], gated=m.gated) for router in made]
 
         def flops(hidden: int, sparse: bool = True) -> float:
             own = config.model_copy(update={"sparse": s.model_copy(update={"hidden": hidden})})
@@ -554,5 +581,6 @@ def encode(tokenizer: Any, prompt: str, model: Any, folder: Path) -> Tensor:
 def continued(model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int, temperature: float) -> str:
     """The text of token ids (1, L) and of those by which a model continues them."""
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling["use_cache"] = takes_cache(model)
     out = model.generate(ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

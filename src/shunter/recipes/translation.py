@@ -27,8 +27,8 @@ from ..data.windows import train_tokenizer
 from ..errors import UserError
 from ..hf import sparsify
 from ..hf.checkpoints.folders import load_tokenizer
-from ..moe import moe_layers, tell
-from ..routers.hash import PreviousTokenHash
+from ..hf.tokens import takes_cache
+from ..moe import tell
 from . import run
 from .recipe import Recipe
 from .sections import RunConfig, Section, SparseConfig, TrainingConfig, Value
@@ -529,14 +529,13 @@ def _written(
     most: int,
     beams: int,
 ) -> list[str]:
-    deciders = [layer.decider for layer in moe_layers(model).values()]
     with tell(model, **{name: value.to(model.device) for name, value in told.items()}):
         out = model.generate(
             **{name: value.to(model.device) for name, value in given.items()},
             max_new_tokens=most,
             num_beams=beams,
             do_sample=False,
-            use_cache=not any(isinstance(decider, PreviousTokenHash) for decider in deciders),  # it hides that token
+            use_cache=takes_cache(model),
         )
     return [str(text) for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 

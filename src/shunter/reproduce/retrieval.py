@@ -21,7 +21,7 @@ from ..data.windows import TextData
 from ..durable import sealed
 from ..errors import UserError
 from ..recipes.run import account, begin, load_model, train_one
-from ..recipes.text import EVAL_BATCH, RECIPE, TextConfig
+from ..recipes.text import EVAL_BATCH, RECIPE, TextConfig, TextSparse
 from .results import Result, Row, judge
 
 __all__ = ["States", "draw_retrieval", "measure", "retrieval", "states", "wider"]
@@ -173,7 +173,7 @@ def retrieval(runs: Path, config: TextConfig | None = None) -> Result:
     Raises:
         UserError: where training reads fewer tokens than the store has cells.
     """
-    config = config or TextConfig()
+    config = config or TextConfig(sparse=TextSparse(num_experts=24, router="topk"))
     folder = runs / "retrieval"
     trained, data = _trained(folder / "as-trained", config)
     began = time.monotonic()

@@ -26,7 +26,7 @@ def reliability_diagram(models: dict[str, dict[str, Any]]) -> Figure:
     for number, (name, found) in enumerate(models.items()):
         bins = [each for each in found["bins"] if each["predictions"]]
         x, y, n = (np.array([each[key] for each in bins]) for key in ("confidence", "accuracy", "predictions"))
-        colour = PAPER.of(name)
+        colour: Any = PAPER.of(name)
         if len(models) > 2 and name != "dense":
             colour = colormaps[COLOUR_MAP](number / len(models))
         label = f"{shorten(name)}: error {100 * found['error']:.2f} %"
