@@ -42,12 +42,12 @@ def test_layers_are_where_they_were_asked_for_and_padding_says_nothing(mixing):
     encoder = mixer(mixing, router="topk", top_k=2).eval()
     kinds = [type(m).__name__ for m in encoder.mixers]
     assert kinds == [{"fourier": "FourierMixing", "linear": "LinearMixing"}[mixing]] * 3 + ["MultiheadAttention"]
-    assert [isinstance(block, MoE) for block in encoder.blocks] == [False, True, True, False]
+    assert [isinstance(block, MoE) for block in encoder.feed_forward] == [False, True, True, False]
     ids, mask = torch.randint(20, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
     mask[1, 6:] = False
     other = torch.where(mask, ids, torch.randint(20, (2, 9)))
     torch.testing.assert_close(encoder(ids, mask)[mask], encoder(other, mask)[mask])
-    assert encoder.blocks[1].routing.counts.sum() == 2 * mask.sum()
+    assert encoder.feed_forward[1].routing.counts.sum() == 2 * mask.sum()
     twin = mixer(mixing, router="topk", top_k=2).eval()
     twin.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(twin(ids, mask), encoder(ids, mask))

@@ -22,6 +22,7 @@ from shunter.errors import UserError
 from shunter.hf.checkpoints.layouts import Sizes
 from shunter.training import growing
 from shunter.training.growing import GrowOnPlateau, UpcycleAt, losses_by_expert, split_expert, upcycle_in_training
+from shunter.training.pruning import prune
 from shunter.training.roles import accumulate, parameter_groups
 from tests.helpers import random_routing
 
@@ -289,6 +290,8 @@ def test_a_split_model_is_saved_and_loaded(make, tmp_path):
             one.train(train)
         torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
     torch.testing.assert_close(aux_loss(again), aux_loss(model), rtol=0, atol=0)
+    with pytest.raises(UserError, match="split experts, which nothing but training can change"):
+        prune(tmp_path, tmp_path / "pruned", 2, "random", check=False)
     half = shunter.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert shunter.moe_layers(half)[list(shunter.moe_layers(model))[1]].router.weight.dtype == torch.float32
     shunter.dropless(again.eval())

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -24,6 +27,8 @@ from transformers import (
 
 from shunter import MoE, sparsify
 from shunter.errors import UserError
+from shunter.layers.recurrent import ExpertLSTM
+from shunter.layers.sparse_mixer import SparseMixer
 from shunter.training.roles import GROUPS, ROLES, accumulate, parameter_groups, roles, select, table, train_only
 from tests.hf.families import FAMILIES, build
 
@@ -83,6 +88,26 @@ def test_dense_models_and_their_sparse_forms():
     assert {"router", "expert", "feed_forward"} <= set(
         must_fit(SwitchTransformersForConditionalGeneration(config)).values()
     )
+
+
+def test_recurrences_mixers_and_layer_groups():
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 32}
+    recurrent = AutoModelForCausalLM.from_config(AutoConfig.for_model("recurrent_gemma", num_hidden_layers=3, **sizes))
+    albert = AutoModelForMaskedLM.from_config(AutoConfig.for_model("albert", embedding_size=8, **sizes))
+    mixer = SparseMixer(32, 16, 24, 3, 8, attention=[2], experts=[1], mixing="linear", num_heads=2, num_experts=4)
+    lstm = ExpertLSTM(32, 16, 16, 8, num_groups=2)
+    wanted = {
+        "temporal_block": "attention", "mlp_block": "feed_forward", "ffn": "feed_forward", "mixers.": "attention",
+        "feed_forward.1.router": "router", "feed_forward.1.experts": "expert", "feed_forward.0": "feed_forward",
+        "lower.": "attention", "upper.": "attention", "experts.router": "router", "experts.experts": "expert",
+    }  # fmt: skip
+    seen = set()
+    for model in (recurrent, albert, mixer, lstm):
+        for name, role in must_fit(model).items():
+            if role != "norm" and (word := next((word for word in wanted if word in name), None)):
+                assert role == wanted[word], name
+                seen.add(word)
+    assert seen == set(wanted)
 
 
 def test_groups_are_made_of_roles():

@@ -450,6 +450,8 @@ def router_name(router: type) -> str:
         wrappers = {prefix + base.__name__ for base in kind.__bases__ for prefix in ("FSDP", "Parametrized")}
         if issubclass(kind, Router) and kind.__name__ not in wrappers:
             break
+    if issubclass(router, Split):
+        raise UserError("the model has split experts, which nothing but training can change; keep it as it is")
     raise UserError(f"sparsify: register {router!r} with shunter.routers.register first, so that it can be loaded")
 
 

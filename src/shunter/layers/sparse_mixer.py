@@ -117,7 +117,7 @@ class SparseMixer(nn.Module):
             return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
         self.mixers = nn.ModuleList(mixer(number) for number in range(num_layers))
-        self.blocks = nn.ModuleList(block(number) for number in range(num_layers))
+        self.feed_forward = nn.ModuleList(block(number) for number in range(num_layers))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2 * num_layers))
         self.dropout = nn.Dropout(dropout)
 
@@ -134,7 +134,7 @@ class SparseMixer(nn.Module):
             )
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(torch.bool)
         x = self.norm(self.tokens(ids) + self.positions.weight[: ids.shape[1]])
-        for number, (mixer, block) in enumerate(zip(self.mixers, self.blocks, strict=True)):
+        for number, (mixer, block) in enumerate(zip(self.mixers, self.feed_forward, strict=True)):
             x = x * real[..., None]
             if isinstance(mixer, nn.MultiheadAttention):
                 mixed, _ = mixer(x, x, x, key_padding_mask=~real, need_weights=False)

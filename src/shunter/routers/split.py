@@ -43,7 +43,7 @@ class Split(Router):
         if inner.learns_by_reward or inner.passes > 1 or inner.kind.compute is not Router.compute:
             raise ValueError(f"{inner.kind.__name__} cannot be split: choose a router that gives weights to experts")
         for i, parent in enumerate(parents):
-            if not 0 <= parent < inner.num_experts + i:
+            if not isinstance(parent, int) or not 0 <= parent < inner.num_experts + i:
                 raise ValueError(f"there is no expert {parent}: they are 0 to {inner.num_experts + i - 1}")
         super().__init__(inner.dim, inner.num_experts + len(parents))
         self.inner, self.parents = inner, list(parents)

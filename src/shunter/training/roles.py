@@ -48,16 +48,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
 # Of modules around a parameter, the outermost that tells decides.
 _KINDS = {
     "embedding": r"Embed",
-    "attention": r"Attention|Attn|Mamba|Mixer|DeltaNet|Conv|Recurrent|Indexer|Compressor|SSM|RWKV|KDA|MLA",
+    "attention": r"Attention|Attn|Mamba|Mixer|DeltaNet|Conv|Recurrent(?!Gemma)|Indexer|Compressor|SSM|RWKV|KDA|MLA"
+    r"|^(LSTM|GRU|RNN)$",
     "feed_forward": r"MLP|Mlp|FeedForward|FFN|FF$|MoE|MOE|Moe\w*Block|Intermediate|DenseAct|Output$",
 }
 _NAMES = {
     "head": r"lm_head|embed_out|classifier|score|qa_outputs|pooler|cls|\w*predictions?|proj_out|head",
     "embedding": r"\w*embed\w*|wte|wpe|\w*_token",
-    "attention": r"\w*(attn|attention)\w*|[qkvo]_proj|\w*conv\w*|mamba|linear_attn",
-    "feed_forward": r"mlp\w*|ffn?|feed_forward\w*|fc\d|lin\d|wi|wo|w\d",
+    "attention": r"\w*(attn|attention)\w*|[qkvo]_proj|\w*conv\w*|mamba|linear_attn|mixers",
+    "feed_forward": r"mlp\w*|ff|ffn\w*|feed_forward\w*|fc\d|lin\d|wi|wo|w\d",
 }
-_STACK = re.compile(r"(Layer|Block|Model|Encoder|Decoder|Stack|Stage|LM|PreTrainedModel)$|For[A-Z]\w+$")
+_STACK = re.compile(r"(Layer|(?<!Recurrent)Block|Model|Encoder|Decoder|Stack|Stage|LM|PreTrainedModel)$|For[A-Z]\w+$")
 _SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _WRAPPED = {"base_layer", "original_module", "_orig_mod"}
 """What adapters and compiled modules call the module that they wrap."""
