@@ -21,6 +21,8 @@ from .. import context as contexts
 from ..context import KNOWN, Context, Scope
 from ..errors import UserError
 from ..moe import RoutedLayer, aux_loss, give_reward, mark, moe_layers
+from ..parallel.scope import ranks_of
+from ..ranks import sum_over_ranks
 from ..recomputation import recomputing
 from .probing import shapes_given
 from .tokens import arguments, decoder_padding, fitted, hands_on_others, has_tokens, padding_behind, tokens_of
@@ -226,7 +228,10 @@ class _Forwards:
         given = arguments(module, args, kwargs)
         labels = given.get("labels")
         _give_rewards(module, labels, output)
-        extra = aux_loss(module, since=since) * _share_of_batch(module, labels, given.get("num_items_in_batch"))
+        share, of_ranks = _shares_of_batch(module, labels, given.get("num_items_in_batch"))
+        extra = aux_loss(module, since=since) * of_ranks
+        if takes_a_mean(module):
+            loss = loss * share
         if isinstance(output, tuple):
             return (loss + extra, *output[1:])
         if isinstance(output, Tensor):
@@ -254,17 +259,25 @@ def _say_that_losses_are_lost(model: str) -> None:
     )
 
 
-def _share_of_batch(model: Any, labels: Any, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """This micro-batch's share of an accumulated batch's labels: 1 unless the Trainer says how many there are in all.
+def _shares_of_batch(
+    model: Any, labels: Any, num_items_in_batch: Tensor | int | None
+) -> tuple[Tensor | float, Tensor | float]:
+    """This micro-batch's share of an accumulated batch's labels, and the weight of its auxiliary losses.
 
-    The Trainer divides a micro-batch's summed loss by the labels of the whole accumulated batch, so the micro-batches'
-    losses add up to one mean; the auxiliary losses, means themselves, need the same weights.
+    Both are 1 unless the Trainer says how many labels there are in all. It divides a micro-batch's summed loss by
+    these, on all ranks, so that the losses add up to one mean; the auxiliary losses, means themselves, need the same
+    weights. Where they are of all ranks' tokens, each rank adds as much of them, however many labels it has.
     """
-    if num_items_in_batch is None or not isinstance(labels, Tensor) or takes_a_mean(model):
-        return 1.0
+    if num_items_in_batch is None or not isinstance(labels, Tensor):
+        return 1.0, 1.0
     if _predicts_the_next(model):
         labels = labels[..., 1:]
-    return (labels != -100).sum() / num_items_in_batch
+    count = (labels != -100).sum()
+    ranks = max((ranks_of(layer.decider) for layer in moe_layers(model).values()), default=1)
+    every = count.clone()
+    if ranks > 1:
+        sum_over_ranks(every)
+    return count / num_items_in_batch, every / (num_items_in_batch * ranks)
 
 
 def takes_a_mean(model: Any) -> bool:

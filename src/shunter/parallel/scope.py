@@ -25,7 +25,7 @@ from ..routing import Routing
 from .exchange import exchange, exchange_numbers
 from .watch import at, named_errors
 
-__all__ = ["LIMIT", "decide_globally", "shuffle_assignments", "why_local"]
+__all__ = ["LIMIT", "decide_globally", "ranks_of", "shuffle_assignments", "why_local"]
 
 LIMIT = 2**30
 """Bytes of gathered logits of a layer above which a global decision is refused."""
@@ -146,6 +146,14 @@ def _elsewhere(rows: Tensor, compute: Callable[[Tensor], Tensor], group: dist.Pr
 def _must_be_new(router: Router) -> None:
     if {"forward", "solve"} & vars(router).keys():
         raise UserError(f"{router.kind.__name__} decides over all ranks already")
+
+
+def ranks_of(router: Router) -> int:
+    """Over how many ranks' tokens a router decides, and has its losses: of `decide_globally`, or its own alone."""
+    forward = vars(router).get("forward")
+    if not (isinstance(forward, partial) and forward.func is _forward):
+        return 1
+    return dist.get_world_size(forward.args[1].group)
 
 
 def why_local(router: Router) -> str:

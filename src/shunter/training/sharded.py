@@ -71,17 +71,12 @@ class ShardedTrainer(Trainer):
 
         transformers' own is then too large by the number of ranks and of micro-batches, and weighs each alike.
         """
-        if num_items_in_batch is None or not takes_a_mean(self.model):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        share = (inputs["labels"] != -100).sum() / num_items_in_batch
-        if self.args.average_tokens_across_devices:
-            share = share * self.accelerator.num_processes
-        self.model_accepts_loss_kwargs = False
-        try:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        finally:
-            self.model_accepts_loss_kwargs = True
-        return (loss * share, outputs) if return_outputs else loss * share
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        own = self.label_smoother is None and self.compute_loss_func is None and labels is not None
+        if own and num_items_in_batch is not None and takes_a_mean(self.model) and not moe_layers(self.model):
+            loss = loss * ((labels != -100).sum() / num_items_in_batch)  # a sparse model's hook does so itself
+        return (loss, outputs) if return_outputs else loss
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_distributed_loading_by_transformers:
