@@ -89,6 +89,9 @@ def test_a_run_from_end_to_end(pictures, tmp_path, capsys):  # noqa: F811
     shown = {one["title"]: one for one in json.loads((run / "exhibits.json").read_text())}
     assert set(shown["The patches of each expert"]["groups"]) == {"blocks.1.channels"}
     assert "the class has a token" not in json.dumps(json.loads((run / "data.json").read_text()))
+    assert main(["inspect", str(run), "--out", str(tmp_path / "seen"), "--ablate", "1"]) == 0
+    seen = json.loads((tmp_path / "seen/inspect.json").read_text())
+    assert set(seen["models"][0]["layers"]) == {"blocks.1.tokens", "blocks.1.channels"}
     capsys.readouterr()
     for settings, message in (
         ([*MIXER, "sparse.router=hash"], "needs token_ids of each patch"),

@@ -40,6 +40,14 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
         expected = [[p, summary[which]["domains"][f"correlation {p:g}"]["loss"]] for p in (0.0, 1.0)]
         assert lines[NAMES[which]] == expected
     assert (run / "single/model.safetensors").is_file() and len(lines) == 3
+    assert main(["inspect", str(run), "--out", str(tmp_path / "seen"), "--ablate", "1"]) == 0
+    seen = json.loads((tmp_path / "seen/inspect.json").read_text())
+    asked = 2 * int(RECIPE.prepare(made()[0]).tables[0].held_out.sum())
+    layers = seen["models"][0]["layers"]
+    assert {name: layer["tokens"] for name, layer in layers.items()} == dict.fromkeys(
+        ("networks.0.moe", "networks.1.moe"), asked
+    )
+    assert set(layers["networks.0.moe"]["serves"]["domain"]) == {"task 1", "task 2"}
 
 
 def test_planted_gates_are_shown():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from ..durable import make_folder, write
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..analysis.inspect.inspecting import Inspected
     from ..analysis.inspect.material import Material
 
@@ -102,7 +104,7 @@ def _inspect_models(
     for name, value, least in (("--tokens", tokens, 2), ("--length", length, 4), ("--ablate", ablations, 0)):
         if value < least:
             raise UserError(f"{name} {value} must be at least {least}")
-    *before, subject = [load(path) for path in models]
+    *before, subject = [load(path, by=_reader(path)) for path in models]
     held_out = _held_out(subject, tokens) if data is None else None
     material = held_out or material_for(subject, data, tokens, length)
     out = out or Path("runs") / f"inspect-{subject.name}"
@@ -130,6 +132,19 @@ def _roles(args: argparse.Namespace) -> int:
         train_only(model, args.train)
     print(table(model))
     return 0
+
+
+def _reader(path: str) -> Callable[..., PreTrainedModel]:
+    """What loads a model: the recipe of its run, or `load_folder` for a model of none."""
+    from ..hf.checkpoints.folders import local_folder
+    from ..hf.checkpoints.loading import load_folder
+
+    run = local_folder(path).parent
+    if not (run / "recipe.json").is_file():
+        return load_folder
+    from ..recipes.run import recipe_of
+
+    return recipe_of(run).load
 
 
 def _held_out(subject: Inspected, tokens: int) -> Material | None:

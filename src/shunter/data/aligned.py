@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import UserError, escaped
 from .documents import _package_folder
-from .tables import read_frame
+from .hub import is_dataset, training_split
+from .tables import SUFFIXES, read_frame
 
 __all__ = ["LANGUAGES", "Aligned", "Pair", "built_in_pairs", "read_pairs", "split_pairs"]
 
@@ -67,19 +68,23 @@ def built_in_pairs(languages: Sequence[str] = ()) -> Aligned:
     return Aligned(pairs, "BSD-3-Clause", "message catalogues of Django, from English", [])
 
 
-def read_pairs(file: Path, source_language: str, languages: Sequence[str] = ()) -> Aligned:
+def read_pairs(source: str | Path, source_language: str, languages: Sequence[str] = ()) -> Aligned:
     """A user's own aligned sentences.
 
     Args:
-        file: .csv, .tsv, .parquet or .jsonl; with columns `source`, `target` and `language` (of the target; without it
-            all are of one, "target"), or with a column for each language, a sentence a row.
+        source: .csv, .tsv, .parquet or .jsonl, or the split "train" of a data set (a name of the `datasets` library, or
+            a folder that its `save_to_disk` wrote); with a column `translation` of such a data set; with columns
+            `source`, `target` and `language` (of the target; without it all are of one, "target"); or with a column for
+            each language, a sentence a row.
         source_language: the column of those that is translated from.
         languages: those to take; none: all.
 
     Raises:
         UserError: naming the file, and the record or the column.
     """
-    shown, frame = escaped(str(file)), read_frame(file, texts=True)
+    file, shown = Path(source), escaped(str(source))
+    named = is_dataset(str(source), SUFFIXES)
+    frame = _dataset_frame(str(source)) if named else read_frame(file, texts=True)
     columns = list(frame.columns)
     if {"source", "target"} <= set(columns):
         spoken = frame["language"] if "language" in columns else ["target"] * len(frame)
@@ -121,6 +126,16 @@ def read_pairs(file: Path, source_language: str, languages: Sequence[str] = ()) 
             f"missing: the first in record {missing[0]}."
         )
     return Aligned(kept, "the user's own", shown, notes)
+
+
+def _dataset_frame(source: str) -> Any:
+    """The rows of a data set as a frame of pandas; of its column `translation`, a column for each language."""
+    import pandas
+
+    frame: Any = training_split(source).to_pandas()
+    if "translation" not in frame.columns:
+        return frame
+    return pandas.DataFrame([row or {} for row in frame["translation"]], dtype=object)
 
 
 def _text(where: str, cell: Any) -> str:

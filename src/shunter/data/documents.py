@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file, parse_json
 from .files import LeftOut, files_in, say_left_out
+from .hub import is_dataset, training_split
 
 __all__ = ["Domain", "built_in_domains", "read_domains"]
 
@@ -149,9 +150,10 @@ def read_domains(sources: Sequence[str], max_bytes: int = MAX_BYTES) -> list[Dom
 
     Args:
         sources: files (plain text; .jsonl, .json and .parquet with a field `text` and optionally `domain` and
-            `language`; .gz, .bz2 and .xz of these but the last), folders (each sub-folder a domain) or names of the
-            `datasets` library (its split "train", column `text`). What a folder holds besides is left out, and a
-            warning names it. Text is in UTF-8, or in UTF-16 with a byte order mark.
+            `language`; .gz, .bz2 and .xz of these but the last), folders (each sub-folder a domain), names of the
+            `datasets` library, or folders that its `save_to_disk` wrote (the split "train", column `text`). What a
+            folder holds besides is left out, and a warning names it. Text is in UTF-8, or in UTF-16 with a byte order
+            mark.
         max_bytes: of each domain; of a file of plain text no more is read.
 
     Raises:
@@ -160,7 +162,9 @@ def read_domains(sources: Sequence[str], max_bytes: int = MAX_BYTES) -> list[Dom
     found: Found = {}
     for source in sources:
         path = Path(source)
-        if path.is_dir():
+        if path.is_dir() and is_dataset(source):
+            _read_dataset(source, found, max_bytes)
+        elif path.is_dir():
             _read_folder(path, found, max_bytes)
         elif path.exists() or path.is_symlink():
             _read_file(path, escaped(_name_of(path)), found, max_bytes)
@@ -311,16 +315,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_dataset(name: str, found: Found, max_bytes: int) -> None:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{name}: no such file or folder (for a datasets name: pip install datasets)") from None
-    try:
-        records = datasets.load_dataset(name, split="train")
-    except Exception as error:
-        reason = one_line(error)
-        raise UserError(f"{name}: no such file or folder, and not a dataset that can be loaded: {reason}") from None
-    _collect(records, name, name.split("/")[-1], found, max_bytes)
+    _collect(training_split(name), name, escaped(Path(name).name), found, max_bytes)
 
 
 def _collect(records: Iterable[Any], source: str, domain: str, found: Found, max_bytes: int) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
 from .files import LeftOut, files_in, say_left_out
+from .hub import is_dataset, load_splits
 from .images import SUFFIXES, open_image
 from .sifting import at_most, left_out, sift
 
@@ -91,21 +92,19 @@ def read_labelled(source: str) -> Labelled:
     Args:
         source: a folder of images, each in a folder named as its class (folders `train` and `test` or `validation`
             around these say what is held out); a folder with IDX files as MNIST's (`train-images-idx3-ubyte`,
-            `t10k-…`, `…-labels-idx1-ubyte`, packed by gzip or not); or a name of the `datasets` library with a column
-            of images and one of classes.
+            `t10k-…`, `…-labels-idx1-ubyte`, packed by gzip or not); or a name of the `datasets` library, or a folder
+            that its `save_to_disk` wrote, with a column of images and one of classes.
 
     Raises:
         UserError: naming the file and the record.
     """
     path = Path(source)
+    if is_dataset(source):
+        return _dataset(source)
     if path.is_dir():
         return _idx(path) or _folder(path)
-    if path.exists() or path.is_absolute() or source.startswith("."):
-        found = "is a file" if path.exists() else "no such folder"
-        raise UserError(
-            f"{source}: {found}; give a folder of images in folders named as their classes, or of IDX files"
-        )
-    return _dataset(source)
+    found = "is a file" if path.exists() else "no such folder"
+    raise UserError(f"{source}: {found}; give a folder of images in folders named as their classes, or of IDX files")
 
 
 def in_memory(
@@ -242,15 +241,9 @@ def _read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
 
 
 def _dataset(name: str) -> Labelled:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{name}: no such folder (for a datasets name: pip install datasets)") from None
-    try:
-        found = datasets.load_dataset(name)
-    except Exception as error:
-        reason = one_line(error)
-        raise UserError(f"{name}: no such folder, and not a dataset that can be loaded: {reason}") from None
+    found = load_splits(name)
+    import datasets
+
     parts: dict[str, Any] = {part: rows for part, rows in found.items() if part == "train" or part in HELD_OUT}
     if "train" not in parts:
         raise UserError(f"{name}: has no split 'train', only {', '.join(map(str, found))}")

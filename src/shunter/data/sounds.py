@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from pathlib import Path
@@ -32,11 +33,12 @@ class Sound(NamedTuple):
     rate: int
 
 
-def read_sound(file: Path, seconds: float) -> Sound:
+def read_sound(file: Path, seconds: float, raw: bytes | None = None) -> Sound:
     """A file of whatever libsndfile reads, its channels averaged; nothing behind the longest duration is decoded.
 
     Args:
         file: one sound.
+        raw: what the file holds, where it is none on the disk.
         seconds: the longest that is wanted.
 
     Raises:
@@ -45,7 +47,7 @@ def read_sound(file: Path, seconds: float) -> Sound:
     import soundfile
 
     try:
-        with open_file(file) as stream, soundfile.SoundFile(stream) as sound:
+        with open_file(file) if raw is None else io.BytesIO(raw) as stream, soundfile.SoundFile(stream) as sound:
             rate, frames, said = int(sound.samplerate), int(sound.frames), str(sound.extra_info)
             if not _RATES[0] <= rate <= _RATES[1]:
                 raise UserError(f"has {rate} samples a second; {_RATES[0]} to {_RATES[1]} can be resampled")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ import numpy as np
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
 from . import espeak
-from .files import files_in, say_left_out
-from .labelled_images import HELD_OUT
+from .files import LeftOut, files_in, say_left_out
+from .hub import is_dataset, load_splits
+from .labelled_images import HELD_OUT, file_bytes
 from .sifting import at_most, left_out, sift
 from .sounds import RATE, SUFFIXES, Sound, read_sound, resampled
 
@@ -173,12 +175,15 @@ def read_clips(source: str) -> list[Clip]:
         source: a table (csv, tsv, jsonl) with a column of files, beside it or by their full names, and one of what is
             said, and, if they are known, `language`, `speaker` and `split`; a folder with a table named metadata; or a
             folder of sounds, each with a .txt of its name beside it or in a folder that is named as what is said
-            (folders `train` and `test` or `validation` around these say what is held out).
+            (folders `train` and `test` or `validation` around these say what is held out); or a name of the `datasets`
+            library, or a folder that its `save_to_disk` wrote, with such columns, of sounds or of their files.
 
     Raises:
         UserError: naming the file and the record.
     """
     path = Path(source)
+    if is_dataset(source, _TABLES):
+        return _dataset(source)
     if path.is_dir():
         tables = [path / f"metadata{suffix}" for suffix in sorted(_TABLES)]
         table = next((file for file in tables if file.exists()), None)
@@ -219,6 +224,81 @@ def _folder(folder: Path) -> list[Clip]:
         speaker = file.stem.partition("_nohash_")[0] if "_nohash_" in file.stem else ""
         clips.append(_of_file(file, text, UNKNOWN, speaker, held_out, folder))
     return clips
+
+
+def _dataset(source: str) -> list[Clip]:
+    """The sounds of a data set, all of its splits that say what is trained on and held out."""
+    parts = load_splits(source)
+    import datasets
+
+    kept = {part: rows for part, rows in parts.items() if part in ("train", "dev", *HELD_OUT)}
+    if not kept:
+        raise UserError(f"{escaped(source)}: has no split 'train', only {escaped(', '.join(map(str, parts)))}")
+    if others := [str(part) for part in parts if part not in kept]:
+        more = "s" * (len(others) > 1)
+        warnings.warn(
+            f"{escaped(source)}: left out the split{more} {escaped(', '.join(others))}", LeftOut, stacklevel=2
+        )
+    clips = []
+    for part, rows in kept.items():
+        kinds = rows.features
+        names = _columns(Path(source), list(kinds))
+        for column in names.values():
+            if isinstance(kinds[column], datasets.Audio):
+                rows = rows.cast_column(column, datasets.Audio(decode=False))
+        for number, row in enumerate(rows.select_columns([n for n in names.values() if n != names["path"]]), 1):
+            value = {what: _said(row[name], kinds[name]) for what, name in names.items() if what != "path"}
+            clips.append(
+                _of_row(
+                    lambda rows=rows, number=number, name=names["path"]: rows[number - 1][name],  # type: ignore[misc]
+                    value,
+                    None if len(kept) == 1 else part != "train",
+                    source,
+                    f"{escaped(source)}, {part}, record {number}",
+                )
+            )
+    return clips
+
+
+def _said(value: Any, kind: Any) -> str:
+    """A cell as a text; that of a class is its name."""
+    names = getattr(kind, "names", None)
+    if names is not None and isinstance(value, int):
+        return str(names[value]).replace("_", " ") if 0 <= value < len(names) else ""
+    return "" if value is None else str(value).strip()
+
+
+def _of_row(cell: Callable[[], Any], value: dict[str, str], held_out: bool | None, source: str, where: str) -> Clip:
+    """A clip of a row, whose sound is the name of a file, or bytes and their name as the library keeps them."""
+
+    def held() -> tuple[Path, bytes | None]:
+        found = cell()
+        found = found if isinstance(found, dict) else {"path": found}
+        if not found.get("bytes") and not found.get("path"):
+            raise UserError(f"{where}: has no sound")
+        file = Path(str(found.get("path") or "sound"))
+        return file, found.get("bytes") or None
+
+    def read(seconds: float) -> Sound:
+        file, raw = held()
+        return read_sound(file, seconds, raw)
+
+    def raw() -> Iterator[bytes]:
+        file, content = held()
+        yield file_bytes(file) if content is None else content
+
+    return Clip(
+        where,
+        value["text"],
+        escaped(value.get("language", "")) or UNKNOWN,
+        escaped(value.get("speaker", "")),
+        held_out,
+        read,
+        raw,
+        escaped(Path(source).name),
+        "the data set's own",
+        f"datasets: {escaped(source)}",
+    )
 
 
 def _text(file: Path) -> str:

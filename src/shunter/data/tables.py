@@ -15,13 +15,13 @@ from torch import Tensor
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
 
-__all__ = ["Table", "digits", "read_frame", "read_table", "related_tasks"]
+__all__ = ["SUFFIXES", "Table", "digits", "read_frame", "read_table", "related_tasks"]
 
 FREQUENCY = 4.0  # standard deviation of the sinusoids', which the paper leaves open
 FAR = 5.0  # standard deviations
 MAX_VALUES = 50  # of a column of words, each a feature
 LARGEST = 1e150  # in size; its square is still a float64
-_SUFFIXES = {".csv", ".tsv", ".parquet", ".jsonl"}
+SUFFIXES = {".csv", ".tsv", ".parquet", ".jsonl"}
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def read_frame(file: Path, *, texts: bool = False) -> Any:
     shown = escaped(str(file))
     if not file.exists():
         raise UserError(f"{shown}: no such file")
-    if file.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"{shown}: must end in {', '.join(sorted(_SUFFIXES))}")
+    if file.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{shown}: must end in {', '.join(sorted(SUFFIXES))}")
     plain: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]} if texts else {}
     unquoted: dict[str, Any] = plain | ({"quoting": csv.QUOTE_NONE} if texts else {})
     as_they_are: dict[str, Any] = {"dtype": False} if texts else {}

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..analysis.exhibits import Curves, Exhibit, HeatMap
 from ..analysis.exhibits import Table as TableExhibit
+from ..analysis.inspect.material import Batch, Material, Stream
 from ..analysis.ledger import Ledger
 from ..analysis.runs import Words
 from ..data.tables import Table, digits, read_table, related_tasks
@@ -378,6 +379,23 @@ class TasksRecipe(Recipe[TasksConfig, TasksData]):
         d = config.data
         problems = 1 if d.source is not None else len(d.correlations) + d.digits
         return self.items_per_step(config) * self._tasks(config) * problems
+
+    def material(self, model: PreTrainedModel, data: TasksData, tokens: int) -> Material:
+        """Held-out rows of each problem with so many questions at most; the domain of a question is its task."""
+        tasks = max(len(table.tasks) for table in data.tables)
+        held_out = [table.features[table.held_out] for table in data.tables]
+        count = max(1, min(tokens // tasks, *(len(x) for x in held_out)))
+        width = max(x.shape[1] for x in held_out)
+        rows = torch.stack([nn.functional.pad(x[:count], (0, width - x.shape[1])) for x in held_out], 1)
+        batches = [
+            Batch({"features": some}, torch.full((len(some), len(held_out), tasks), -100), {}, len(some) * tasks)
+            for some in rows.split(EVAL_BATCH)
+        ]
+        names = data.tables[0].tasks if len(data.tables) == 1 else [f"task {k + 1}" for k in range(tasks)]
+        asked = torch.arange(tasks).repeat(count)
+        stream = Stream({"domain": asked}, {"domain": names})
+        groups = torch.full((count * len(held_out) * tasks,), -1)
+        return Material(batches, {"": stream}, groups, names, count * tasks, tasks)
 
     def exhibits(self, models: dict[str, PreTrainedModel], config: TasksConfig, data: TasksData) -> list[Exhibit]:
         """The three models by correlation and by task, and the gates of each task."""

@@ -47,7 +47,10 @@ class DataConfig(Section):
     """Which sentences, and how long they may be."""
 
     source: list[Annotated[str, Field(min_length=1)]] | None = Field(
-        None, min_length=1, max_length=1, description="a table (csv, tsv, parquet, jsonl); none: Django's messages"
+        None,
+        min_length=1,
+        max_length=1,
+        description="a table (csv, tsv, parquet, jsonl) or a datasets name; none: Django's messages",
     )
     source_language: str = Field("en", description="of your table with a column for each language")
     languages: list[str] = Field([], description="to translate into; none: all of your table, or eleven of Django's")
@@ -316,7 +319,7 @@ class TranslationRecipe(Recipe[TranslationConfig, TranslationData]):
         if d.source is None:
             aligned = built_in_pairs(d.languages)
         else:
-            aligned = read_pairs(Path(d.source[0]), d.source_language, d.languages)
+            aligned = read_pairs(d.source[0], d.source_language, d.languages)
         split = split_pairs(aligned, d.eval_share)
         notes = list(aligned.notes)
         special = {"pad_token": PAD} | {_mark(language): _mark(language) for language in split}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,7 +82,9 @@ def material_for(subject: Inspected, data: Sequence[str] | None, tokens: int = 1
     return text_material(subject.model, subject.tokenizer(), domains, tokens=tokens, length=length)
 
 
-def load(path: str, *, experts: bool = True, **options: Any) -> Inspected:
+def load(
+    path: str, *, experts: bool = True, by: Callable[..., PreTrainedModel] = load_folder, **options: Any
+) -> Inspected:
     """Load a model of Hugging Face or of Shunter, or of a run of `shunter train`, whose sparse model it takes.
 
     Weights are read from safetensors alone, and no code of the folder is run.
@@ -90,7 +92,8 @@ def load(path: str, *, experts: bool = True, **options: Any) -> Inspected:
     Args:
         path: a folder, or a name on the Hugging Face Hub.
         experts: refuse a model without any.
-        **options: of `load_folder`.
+        by: what reads the folder; a recipe’s own `load` knows models that transformers does not.
+        **options: of `by`.
 
     Raises:
         UserError: where there is no such model, or it cannot be loaded whole.
@@ -105,7 +108,7 @@ def load(path: str, *, experts: bool = True, **options: Any) -> Inspected:
         raise UserError(f"{path}: holds no config.json; give the folder that save_pretrained wrote")
     hf_logging.disable_progress_bar()
     try:
-        model = load_folder(folder, **options)
+        model = by(folder, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
     plain_experts(model)
