@@ -9,10 +9,13 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("transformers")
 
+from shunter.analysis.information import mutual_information
 from shunter.analysis.inspect.material import Material, Stream
+from shunter.analysis.specialisation import label_counts
 from shunter.errors import UserError
 from shunter.reproduce import table_1
 from shunter.reproduce.results import DIRECTION, NOT, NOT_RUN, REPRODUCED
+from shunter.reproduce.tables import shuffles
 
 EXPERTS = 8
 
@@ -22,8 +25,8 @@ def layer(index):
 
 
 def sentences(count=100):
-    """Positions of sentences of 1 to 9 tokens, the number of each token's sentence, and a label of each sentence."""
-    lengths = [random.randint(1, 9) for _ in range(count)]
+    """Positions of sentences of 2 to 9 tokens, the number of each token's sentence, and a label of each sentence."""
+    lengths = [random.randint(2, 9) for _ in range(count)]
     position = torch.tensor([i for length in lengths for i in range(length)])
     number = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)])
     return position, number, torch.randint(4, (count,))[number]
@@ -43,8 +46,7 @@ def test_sentences_that_go_as_one_are_told_from_those_that_do_not():
     together[turned] = together[turned].flip(1)  # which of two experts is the first does not matter
     stream = Stream({"position": position}, {})
     assert table_1.as_one(layer(together), stream) == 1
-    longer = random.choice([n for n in range(100) if int((number == n).sum()) > 1])
-    together[(number == longer).nonzero()[-1, 0]] = -1
+    together[(number == random.randrange(100)).nonzero()[-1, 0]] = -1
     assert table_1.as_one(layer(together), stream) == pytest.approx(0.99)
 
 
@@ -81,6 +83,31 @@ def test_planted_experts_are_said_and_others_are_not(monkeypatch, tmp_path):
     assert divides["natural language, subword"].verdict == REPRODUCED
     assert divides["vision, patch"].verdict == DIRECTION and "1 of 2 layers" in divides["vision, patch"].ours
     assert "speech, spectrogram" not in divides
+
+
+def test_whole_items_are_shuffled_where_they_have_one_label():
+    """Experts by item and labels by item that know nothing of each other: over tokens chance looks too small."""
+    _, number, label = sentences(60)
+    index = torch.randint(EXPERTS, (60, 1))[number]
+    stream = Stream({"position": sentences_positions(number)}, {})
+    assert torch.equal(table_1.items(stream), number)
+    known = torch.where((torch.rand(len(label)) < 0.1) & (stream.labels["position"] > 0), -1, label)
+    for one in shuffles(known, number):
+        assert torch.equal(one < 0, known < 0)
+        of = [one[(number == n) & (one >= 0)].unique() for n in range(60)]
+        assert all(len(values) <= 1 for values in of)
+
+    def bits(labels):
+        return mutual_information(label_counts(index, labels, EXPERTS, 4))
+
+    by_item, by_token = (sum(map(bits, shuffles(label, item))) for item in (number, None))
+    assert by_item > 2 * by_token
+
+
+def sentences_positions(number):
+    first = torch.cat([torch.tensor([True]), number[1:] != number[:-1]])
+    begin = first.nonzero()[:, 0]
+    return torch.arange(len(number)) - begin[number]
 
 
 def test_every_configuration_is_one_of_its_recipe():

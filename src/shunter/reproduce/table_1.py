@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..analysis.information import information
+import torch
+from torch import Tensor
+
+from ..analysis.information import entropy, mutual_information
 from ..analysis.inspect.material import Material, Stream
 from ..analysis.inspect.recording import Recording
+from ..analysis.specialisation import label_counts
 from ..errors import UserError, one_line
 from ..hf.observe.listening import Decisions
+from ..metrics import expert_load
 from ..recipes.registry import find
 from .results import NOT, NOT_RUN, REPRODUCED, Result, Row, judge
-from .tables import kind_lifts, recorded, spans
+from .tables import kind_lifts, recorded, shuffles, spans
 
-__all__ = ["INPUTS", "Input", "as_one", "table_1"]
+__all__ = ["INPUTS", "Input", "as_one", "items", "table_1"]
 
 TOKENS = 16384
 """Held-out tokens that are looked at, at most."""
@@ -35,6 +41,7 @@ class Input:
         label: of the tokens, by which experts may divide them; and what it is for people.
         settings: of the recipe's configuration, a short run.
         config: instead of settings.
+        item: what has one label, all tokens of it alike; empty where tokens have their own.
         whole: whether all tokens of an item go the same way.
     """
 
@@ -45,6 +52,7 @@ class Input:
     label: tuple[str, str]
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     config: Callable[[], Any] | None = None
+    item: str = ""
     whole: bool = False
 
     @property
@@ -79,6 +87,7 @@ INPUTS = (
             "sparse": {"router": "sentence", "options": {}},
             "training": _training(150, learning_rate=5e-3),
         },
+        item="sentence",
         whole=True,
     ),
     Input(
@@ -88,6 +97,7 @@ INPUTS = (
         "images",
         ("domain", "what is in the image"),
         {"name": "patches", "model": {"dim": 48, "layers": 2, "hidden": 96}, "training": _training(200)},
+        item="image",
     ),
     Input(
         "speech",
@@ -101,6 +111,7 @@ INPUTS = (
             "model": {"dim": 48, "layers": 1, "hidden": 96},
             "training": _training(100),
         },
+        item="sound",
     ),
     Input(
         "multimodal",
@@ -134,7 +145,8 @@ def table_1(runs: Path) -> Result:
 _ABOUT = (
     "Each is a run of minutes or less of the recipe named after the domain, on its built-in data; what experts take is "
     "read off held-out data. “Times as often” is the largest lift of a value over the experts, against the largest of "
-    "twenty shuffles of the values over the tokens."
+    "twenty shuffles of the values over the tokens, or over sentences, images and sounds where all tokens of one have "
+    "the same. Routers that were not trained divide their input too, wherever it differs."
 )
 _NO_WORDS = Row(
     "natural language: what comes to a sparse layer", "word", "", NOT_RUN, "the recipes cut words into pieces"
@@ -149,14 +161,18 @@ def _layers(one: Input, recording: Recording, material: Material) -> dict[str, A
         if stream is None:
             continue
         label, names = stream.labels[one.label[0]], stream.names[one.label[0]]
-        told = information(layer.index, label, layer.num_experts)
-        lifts, chance = kind_lifts(layer.index, label, layer.num_experts, len(names))
+        item = items(stream) if one.item else None
+        bits, *null = (
+            mutual_information(label_counts(layer.index, each, layer.num_experts, len(names)))
+            for each in (label, *shuffles(label, item))
+        )
+        lifts, chance = kind_lifts(layer.index, label, layer.num_experts, len(names), item)
         found[name] = {
             "tokens": int((label >= 0).sum()),
-            "bits": told.bits,
-            "entropy": told.entropy,
-            "shuffled": told.null,
-            "shuffled_most": told.null_max,
+            "bits": bits,
+            "entropy": entropy(expert_load(layer.index, layer.num_experts)),
+            "shuffled": math.fsum(null) / len(null),
+            "shuffled_most": max(null),
             "lifts": {
                 text: {"lift": float(lifts[i]), "shuffled": float(chance[i])}
                 for i, text in enumerate(names)
@@ -168,12 +184,19 @@ def _layers(one: Input, recording: Recording, material: Material) -> dict[str, A
     return found
 
 
+def items(stream: Stream) -> Tensor:
+    """The number (T,) of the sequence, image or sound of each token, which begins where the position is 0 again."""
+    first = stream.labels["position"] == 0
+    begins = first & ~torch.cat([first.new_zeros(1), first[:-1]])
+    return (begins.cumsum(0) - 1).clamp_min(0)
+
+
 def as_one(layer: Decisions, stream: Stream) -> float:
-    """Of the sequences of a layer the share whose tokens all have the same experts; each begins at position 0."""
-    begins, index = stream.labels["position"] == 0, layer.index.sort(1).values
-    number = begins.cumsum(0) - 1
-    differs = (index != index[begins][number]).any(1)
-    return 1 - len(number[differs].unique()) / int(begins.sum())
+    """Of the sequences of a layer the share whose tokens all have the same experts."""
+    number, index = items(stream), layer.index.sort(1).values
+    first = torch.cat([number.new_full((1,), -1), number[:-1]]) != number
+    differs = (index != index[first][number]).any(1)
+    return 1 - len(number[differs].unique()) / int(first.sum())
 
 
 def _items(material: Material) -> int:

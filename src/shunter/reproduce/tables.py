@@ -20,7 +20,7 @@ from ..recipes.run import account, begin, load_model, train_one
 from ..recipes.text import RECIPE, TextConfig
 from .results import NOT_RUN, Result, Row, judge
 
-__all__ = ["kind_lifts", "recorded", "spans", "table_2", "table_3"]
+__all__ = ["kind_lifts", "recorded", "shuffles", "spans", "table_2", "table_3"]
 
 EXPERTS = 16
 SHUFFLES = 20
@@ -105,7 +105,23 @@ def table_2(runs: Path) -> Result:
     return Result("table-2", claims, {"loss": loss, "layers": layers}, seconds, notes)
 
 
-def kind_lifts(index: Tensor, label: Tensor, experts: int, kinds: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def shuffles(label: Tensor, item: Tensor | None = None, seed: int = 0) -> list[Tensor]:
+    """Labels (T,) over other tokens, `SHUFFLES` times; with the item (T,) of each token, those of whole items.
+
+    Tokens of an item that have its label are no draws of their own: shuffled one by one they would make chance look
+    smaller than it is. An item's label is the largest of its tokens'.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if item is None:
+        return [label[torch.randperm(len(label), generator=generator)] for _ in range(SHUFFLES)]
+    whole = label.new_full((int(item.max()) + 1,), -1).scatter_reduce(0, item, label, "amax")
+    found = [whole[torch.randperm(len(whole), generator=generator)][item] for _ in range(SHUFFLES)]
+    return [torch.where(label < 0, label, one) for one in found]
+
+
+def kind_lifts(
+    index: Tensor, label: Tensor, experts: int, kinds: int, item: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """How much more often than in the text each kind is among an expert's tokens, at most over the experts.
 
     Args:
@@ -113,7 +129,7 @@ def kind_lifts(index: Tensor, label: Tensor, experts: int, kinds: int, seed: int
         label: (T,) the kind of each, -1 where it is not known.
         experts: E.
         kinds: K.
-        seed: of the shuffles.
+        item: of `shuffles`.
 
     Returns:
         The largest lift of each kind (K,), and the largest of `SHUFFLES` shuffles of the labels (K,). Experts with less
@@ -128,9 +144,7 @@ def kind_lifts(index: Tensor, label: Tensor, experts: int, kinds: int, seed: int
         lift = share / text.clamp_min(1e-12)[:, None]
         return lift.masked_fill((total < total.sum() / experts / 4)[None], 0).max(1).values
 
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = [largest(label[torch.randperm(len(label), generator=generator)]) for _ in range(SHUFFLES)]
-    return largest(label), torch.stack(shuffled).max(0).values
+    return largest(label), torch.stack([largest(one) for one in shuffles(label, item)]).max(0).values
 
 
 _KINDS = {
