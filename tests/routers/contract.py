@@ -213,6 +213,7 @@ class Around(torch.nn.Module):
 def modules_around_it_change_nothing(name, options, context):
     """A module around the router, and weights that are there only while it is called."""
     moe = MoE(DIM, 4, EXPERTS, router=make(name, options)).train()
+    assert all(p.dim() for p in moe.router.parameters()), "fully_shard takes no parameter without sizes"
     known = {key: value for key, value in vars(context(10)).items() if key in KNOWN and value is not None}
     x = torch.randn(10, DIM)
 

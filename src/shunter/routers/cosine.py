@@ -58,7 +58,7 @@ class Cosine(TopK):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_experts, self.projection_dim, **place))
         self.projection = nn.Parameter(torch.empty(self.projection_dim, dim, **place))
-        self.log_temperature = nn.Parameter(torch.full((), math.log(temperature), **place))
+        self.log_temperature = nn.Parameter(torch.full((1,), math.log(temperature), **place))
         self.min_temperature = min_temperature
         self.reset_parameters()
 

@@ -202,7 +202,7 @@ def _config(file: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> PreT
         "head_dim": width,
         "max_position_embeddings": context,
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon", None, float),
-        "rope_parameters": _rope(file, fields, architecture, number, tensors.get(_ROPE_FREQS), width, context),
+        "rope_parameters": _rope(file, fields, architecture, number, tensors.get(_ROPE_FREQS), width),
         "tie_word_embeddings": "output.weight" not in tensors,
         "dtype": "float32",
         "bos_token_id": None if begin == -1 else begin,
@@ -227,9 +227,7 @@ def _config(file: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> PreT
         raise UserError(f"{file}: does not describe a model: {one_line(error)}") from None
 
 
-def _rope(
-    file: Path, fields: dict[str, Any], architecture: str, number: Any, freqs: Any, width: int, context: int
-) -> dict[str, Any]:
+def _rope(file: Path, fields: dict[str, Any], architecture: str, number: Any, freqs: Any, width: int) -> dict[str, Any]:
     """The rotary embeddings as llama.cpp reads them: a factor without a type, or by its old name, is linear."""
     kind = fields.get(f"{architecture}.rope.scaling.type", "linear")
     factor = number("rope.scaling.factor", 0.0, float) or number("rope.scale_linear", 0.0, float) or 1.0
@@ -241,7 +239,7 @@ def _rope(
     linear = kind == "linear" and factor != 1
     if freqs is None:
         return {"rope_type": "linear", "factor": factor, **base} if linear else {"rope_type": "default", **base}
-    found = _llama3(np.asarray(freqs.data, dtype=np.float64).reshape(-1), base["rope_theta"], width, context)
+    found = _llama3(np.asarray(freqs.data, dtype=np.float64).reshape(-1), base["rope_theta"], width)
     if found is None or linear:
         raise UserError(
             f"{file}: has the tensor {_ROPE_FREQS!r}, which a Llama model has no place for: it scales the rotary "
@@ -250,7 +248,7 @@ def _rope(
     return found | base
 
 
-def _llama3(given: Any, theta: float, width: int, context: int) -> dict[str, Any] | None:
+def _llama3(given: Any, theta: float, width: int) -> dict[str, Any] | None:
     """Llama 3's scaling that has these factors (width / 2,) by which frequencies are divided; None where none has."""
     if given.shape != (width // 2,) or not np.isfinite(given).all() or given.max() < 1:
         return None
