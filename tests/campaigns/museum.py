@@ -250,13 +250,6 @@ MUSEUM = [
         (RANKS,),
     ),
     Bug(
-        "a rank that used no parameter stays out of the sum over the ranks (LLaMA-Factory #2315)",
-        "parallel/fsdp.py",
-        "            parameter.grad = torch.zeros_like(parameter)\n",
-        "            continue\n",
-        (RANKS,),
-    ),
-    Bug(
         "a random order of capacity is another under checkpointing (NeMo Automodel #3325)",
         "capacity.py",
         "torch.randperm(routing.num_tokens, device=routing.token.device)",
