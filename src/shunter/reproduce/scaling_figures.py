@@ -125,5 +125,5 @@ def draw_domains(data: dict[str, Any]) -> Figure:
         _by_compute(axes, data, lambda run, key=key: run[key], item)
         axes.set_title(title)
         axes.set_ylabel(f"loss (nats/{item})")
-        axes.legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
