@@ -63,3 +63,7 @@ def test_the_seventeen_numbers_have_a_row_each():
     assert len(rows) == 17 == len({row.what for row in rows})
     assert all(bool(row.ours) == (row.verdict in ("reproduced", "same direction", "not reproduced")) for row in rows)
     assert all(row.why for row in rows if not row.ours)
+
+
+def test_every_entry_is_in_a_section_of_the_page():
+    assert not {one.name: one.section for one in ALL if one.section not in SECTIONS}

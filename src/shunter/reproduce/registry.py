@@ -295,7 +295,7 @@ ALL = (
     Reproduction(
         "guards",
         "Updates that are left out or undone",
-        "7 Training and inference",
+        "7 Training",
         "section 7.1, Du et al. 2022",
         "A training with planted trouble, as it comes, with updates skipped, and with rewinding too.",
         minutes=2,
