@@ -9,7 +9,9 @@ from shunter import MoE, routers
 from shunter.analysis.runs import TEXT, Metrics
 from shunter.cli import main
 from shunter.errors import UserError
+from shunter.recipes import registry
 from shunter.recipes.compare import compare, folder_of, parse_routers, resumed, table, with_router
+from shunter.recipes.config import load_config
 from shunter.recipes.run import configuration_of, load_model
 from shunter.recipes.seeds import parse_seeds
 from shunter.recipes.text import RECIPE
@@ -423,3 +425,21 @@ def test_a_comparison_over_seeds_says_what_to_evaluate(done, tmp_path, capsys):
     for more in ([], ["--calibration"]):
         assert main(["eval", str(tmp_path), *more]) == 2
         assert "give the folder of one, as" in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_routers_with_a_plus_between_are_taken_in_turn():
+    recipe, config = RECIPE, load_config(RECIPE.config, None, SMALL)
+    own = with_router(recipe, config, "bigram_hash:num_hashes=2+topk:top_k=1")
+    assert [(one.router, one.router_options({"token_ids": 9})) for one in own.sparse.in_turn()] == [
+        ("bigram_hash", {"num_hashes": 2, "vocab_size": 9}),
+        ("topk", {"top_k": 1}),
+    ]
+    for wrong, said in {
+        "hash+swich": "did you mean switch",
+        "hash+topk:jiter=1": "jitter",
+        "hash+topk:2": "option=",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            with_router(recipe, config, wrong)
+    with pytest.raises(UserError):
+        with_router(registry.find("images"), load_config(registry.find("images").config, None, []), "vmoe+soft_moe")

@@ -60,9 +60,10 @@ def folder_of(spec: str) -> str:
 
 
 def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
-    """The configuration with a router `name:option=value:…` in place of its own.
+    """The configuration with a router `name:option=value:…` in place of its own, or several with a + between.
 
-    Options are of the router, or, where the recipe has several kinds of layers, of the layer (`LayerConfig`).
+    Options are of the router, or, where the recipe has several kinds of layers, of the layer (`LayerConfig`). Of several
+    routers, which the sparse blocks take in turn, each has its own.
 
     Options that the configuration sets for its own router are left out, but for those that every router of the
     comparison shares: experts, width, backend. A router that leaks in training alone is let through, because its
@@ -72,21 +73,18 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
         UserError: for an unknown router or option, for one that needs what the recipe's data do not have, and for one
             whose evaluation leaks where the configuration does not insist (sparse.allow_leak).
     """
-    name, *settings = spec.split(":")
-    options: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"router {spec!r}: {setting!r} must be option=value, as in topk:top_k=1")
-        try:
-            options[key] = parse_value(value)
-        except (ValueError, yaml.YAMLError) as error:
-            raise UserError(f"router {spec!r}: {setting} is not a YAML value ({one_line(error)})") from None
-    if name in routers.names():
-        check_router(recipe, config, name)
-    sparse = config.sparse.model_dump() | {"router": name, "options": options, "top_k": options.pop("top_k", None)}
-    if "layer" in sparse:
-        sparse["layer"] |= {key: options.pop(key) for key in LayerConfig.model_fields if key in options}
+    turns = [_named(part, spec) for part in spec.split("+")]
+    for name, _ in turns:
+        if name in routers.names():
+            check_router(recipe, config, name)
+    name, options = turns[0]
+    sparse = config.sparse.model_dump() | {"router": name, "options": options, "top_k": None}
+    if turns[1:]:
+        sparse |= {"router": [dict([turn]) for turn in turns], "options": {}}
+    else:
+        sparse["top_k"] = options.pop("top_k", None)
+        if "layer" in sparse:
+            sparse["layer"] |= {key: options.pop(key) for key in LayerConfig.model_fields if key in options}
     try:
         insisting = type(config).model_validate(config.model_dump() | {"sparse": sparse | {"allow_leak": True}})
     except ValueError as error:
@@ -106,13 +104,31 @@ def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
     return insisting
 
 
+def _named(part: str, spec: str) -> tuple[str, dict[str, Any]]:
+    """The router's name and the options of `name:option=value:…`."""
+    name, *settings = part.split(":")
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"router {spec!r}: {setting!r} must be option=value, as in topk:top_k=1")
+        try:
+            options[key] = parse_value(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"router {spec!r}: {setting} is not a YAML value ({one_line(error)})") from None
+    return name, options
+
+
 def _leaks_by_capacity(sparse: SparseConfig) -> bool:
     """Whether the router's evaluation is causal once it drops nothing."""
-    options = sparse.router_options(ANY_LABELS) | {"eval_capacity_factor": "dropless"}
     try:
-        return routers.create(sparse.router, 8, sparse.num_experts, **options).eval().leak is None
+        for one in sparse.in_turn():
+            options = one.router_options(ANY_LABELS) | {"eval_capacity_factor": "dropless"}
+            if routers.create(one.router, 8, one.num_experts, **options).eval().leak is not None:
+                return False
     except ValueError:  # experts that choose have to have a capacity
         return False
+    return True
 
 
 def compare(
