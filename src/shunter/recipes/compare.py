@@ -62,8 +62,8 @@ def folder_of(spec: str) -> str:
 def with_router(recipe: Recipe[Any, Any], config: RunConfig, spec: str) -> Any:
     """The configuration with a router `name:option=value:…` in place of its own, or several with a + between.
 
-    Options are of the router, or, where the recipe has several kinds of layers, of the layer (`LayerConfig`). Of several
-    routers, which the sparse blocks take in turn, each has its own.
+    Options are of the router, or, where the recipe has several kinds of layers, of the layer (`LayerConfig`). Of
+    several routers, which the sparse blocks take in turn, each has its own.
 
     Options that the configuration sets for its own router are left out, but for those that every router of the
     comparison shares: experts, width, backend. A router that leaks in training alone is let through, because its
