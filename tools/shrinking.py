@@ -1,6 +1,7 @@
 """A trained sparse model pruned in every way and distilled, in one table: docs/results/shrinking.{json,md}.
 
-shunter train text training.steps=150 sparse.router=topk sparse.num_experts=24 && python tools/shrinking.py runs/text --out docs/results
+shunter train text training.steps=150 sparse.router=topk sparse.num_experts=24 &&
+python tools/shrinking.py runs/text --out docs/results
 """
 
 from __future__ import annotations

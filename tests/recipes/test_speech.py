@@ -227,7 +227,7 @@ def test_labels_are_texts_again(units):
         ("data.mask_bands=40", "data.mask_bands 40 must be less than data.mels 40"),
         ("sparse.num_experts=400", "the router alone costs more than the dense block"),
         ("data.languages=[de]", "data.languages"),
-        ("data.source=[nowhere]", "nowhere: no such file or folder"),
+        ("data.source=[nowhere]", "nowhere: no such folder"),
         ("sparse.router=hash", "router 'hash' needs token_ids of each frame"),
     ],
 )

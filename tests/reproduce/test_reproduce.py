@@ -147,7 +147,7 @@ def test_domains_of_text_are_worth_the_compute_that_was_planted(monkeypatch, tmp
 
     monkeypatch.setattr(sweep.Sweep, "run", run)
     monkeypatch.setattr(scaling, "configuration_of", lambda run: (None, sweep._text_of_domains(16, {"hidden": 64})))
-    monkeypatch.setattr(scaling.TEXT, "windows", lambda config, tokenizer=None: _Read(config.data.domains))
+    monkeypatch.setattr(scaling.RECIPE, "windows", lambda config, tokenizer=None: _Read(config.data.domains))
     monkeypatch.setattr(scaling, "load_model", lambda run, name: (int(run.name[1:]), 1 if name == "dense" else 2))
 
     def evaluated(model, read):

@@ -1,5 +1,7 @@
 """Routers: what each promises, whatever the scores."""
 
+import math
+
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -301,7 +303,7 @@ def test_leak_says_whether_the_future_matters(name, options, leaks):
         (lambda: create("topk", 6, 4, score_function="tanh"), "choose softmax or sigmoid"),
         (lambda: create("topk", 6, 4, renormalize="yes"), "choose from no, before_drop, after_drop"),
         (lambda: create("topk", 6, 4, capacity_order="first"), "choose from position, random, batch"),
-        (lambda: create("topk", 6, 4, capacity_factor=-1), "positive number"),
+        (lambda: create("topk", 6, 4, capacity_factor=math.nan), "positive number"),
         (lambda: create("topk", 6, 4, balance_choices="second"), "choose from first, all, mean"),
         (lambda: create("expert_choice", 6, 4, capacity_factor=None), "needs a capacity_factor"),
         (lambda: create("hash", 6, 4), "needs vocab_size"),

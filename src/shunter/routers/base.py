@@ -96,7 +96,8 @@ class Router(nn.Module):
             raise ValueError(f"{type(self).__name__}: dim {dim} and num_experts {num_experts} must be at least 1")
         for factor in (capacity_factor, None if eval_capacity_factor == "dropless" else eval_capacity_factor):
             if factor is not None:
-                capacity.capacity(1, 1, 1, abs(factor) if factor else 1.0, capacity_formula)
+                by_the_fullest = factor <= 0 and self.chooses not in ("experts", "both")
+                capacity.capacity(1, 1, 1, abs(factor) or 1.0 if by_the_fullest else factor, capacity_formula)
         if capacity_order not in capacity.ORDERS:
             raise ValueError(f"capacity_order {capacity_order!r} is unknown; choose from {', '.join(capacity.ORDERS)}")
         if balance_choices not in ("first", "all", "mean"):
