@@ -27,6 +27,15 @@ def add_verbs(verbs: Any) -> None:
     experts.set_defaults(rounds=11, measure=_bench_experts)
     finetune = benches.add_parser("finetune", help="steps of Trainer on a Qwen3-MoE, by experts_implementation")
     finetune.set_defaults(rounds=3, measure=_bench_finetune)
+    generate = benches.add_parser(
+        "generate", help="prefill and decoding of whole models by transformers, with Shunter, by llama.cpp"
+    )
+    generate.add_argument("--models", nargs="+", help="of smollm2-8, smollm2-32 and qwen3-moe (default: all)")
+    generate.add_argument("--precisions", nargs="+", help='of float32, bfloat16 and "8 bits" (default: all)')
+    generate.add_argument("--contestants", nargs="+", help="of eager, grouped_mm, shunter, llama.cpp (default: all)")
+    generate.add_argument("--layers", type=int, help="fewer than the models have, for a look")
+    generate.add_argument("--minutes", type=float, default=8.0, help="in which all should end (default: 8)")
+    generate.set_defaults(rounds=5, measure=_bench_generate)
     gpu = benches.add_parser(
         "gpu", help="the Triton backend next to torch's grouped product and a dense layer, on a GPU"
     )
@@ -61,7 +70,7 @@ def add_verbs(verbs: Any) -> None:
     offload = benches.add_parser("offload", help="decoding with experts on disk, next to all in memory and to a map")
     offload.add_argument("--folder", type=Path, help="where the model's file is made (default: with temporary files)")
     offload.set_defaults(rounds=5, measure=_bench_offload)
-    for each in (experts, finetune, gpu, deciding, layer, lora, offload, quantised, several):
+    for each in (experts, finetune, generate, gpu, deciding, layer, lora, offload, quantised, several):
         each.add_argument("--rounds", type=int, help=f"of the interleaved run (default: {each.get_default('rounds')})")
         each.add_argument("--out", type=Path, help="a folder for bench-WHAT.json and bench-WHAT.md")
         each.add_argument("--json", action="store_true", help="JSON to standard output instead of the tables")
@@ -90,6 +99,19 @@ def _bench_experts(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]
     backends, peers = args.backends or backend_names(), args.peers or PEERS
     found = bench(shapes, args.dtype, backends, peers, rounds=args.rounds, say=_progress)
     return found, markdown(found), True
+
+
+def _bench_generate(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    from transformers.utils import logging
+
+    from ..benchmarks.generate import CONTESTANTS, MODELS, PRECISIONS, bench, markdown, right
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    models, precisions = args.models or list(MODELS), args.precisions or list(PRECISIONS)
+    contestants = args.contestants or list(CONTESTANTS)
+    found = bench(models, precisions, contestants, args.layers, args.minutes, args.rounds, say=_progress)
+    return found, markdown(found), right(found)
 
 
 def _bench_gpu(args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
