@@ -51,5 +51,6 @@ def test_contestants_agree_before_they_are_timed(monkeypatch):
     page = markdown(found)
     assert page.count("## ") == 6 and "times the best of transformers (goal 2.0)" in page
     assert ("| llama.cpp |" in page) == (importlib.util.find_spec("llama_cpp") is not None)
+    assert ("| torchao |" in page) == (importlib.util.find_spec("torchao") is not None)
     found["cases"][0]["results"]["shunter"]["error"] = 0.1
     assert not right(found)

@@ -7,6 +7,7 @@ part of a forward takes what share of it, is measured by itself.
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 import inspect
@@ -45,7 +46,8 @@ from .llama_cpp import LlamaCpp
 
 __all__ = ["CONTESTANTS", "GOALS", "MODELS", "PRECISIONS", "bench", "markdown", "right"]
 
-CONTESTANTS = ("eager", "grouped_mm", "shunter", "llama.cpp")
+CONTESTANTS = ("eager", "grouped_mm", "torchao", "shunter", "llama.cpp")
+_OPTIONAL = {"llama.cpp": "llama_cpp", "torchao": "torchao"}
 PRECISIONS = ("float32", "bfloat16", "8 bits")
 PHASES = {"prefill": "prefill", "decode 1": "decoding, batch 1", "decode 8": "decoding, batch 8"}
 
@@ -88,7 +90,7 @@ class _Torch:
         self.experts = experts
         self.name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def start(self, ids: Tensor, everywhere: bool = False) -> Tensor:
         """The logits behind the last token of prompts (B, n), or behind all."""
         if self.experts is not None:
@@ -96,7 +98,7 @@ class _Torch:
         self.cache = DynamicCache(config=self.model.config)
         return self.step(ids, 0 if everywhere else 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, ids: Tensor, keep: int = 1) -> Tensor:
         """The same of the tokens (B, n) that come next."""
         given = {self.name: self.cache, "use_cache": True, "logits_to_keep": keep}
@@ -204,7 +206,7 @@ def bench(
         models: of `MODELS`.
         precisions: of `PRECISIONS`; in 8 bits are the experts, all else is in bfloat16 (in float32 where the processor
             does not multiply that).
-        contestants: of `CONTESTANTS`; llama.cpp is left out where `llama-cpp-python` is not installed, which is said.
+        contestants: of `CONTESTANTS`; llama.cpp and torchao are left out where they are not installed.
         layers: fewer than the models have, for a look.
         minutes: in which all should end; a case takes as many rounds as its share allows, at least one.
         rounds: at most.
@@ -225,12 +227,10 @@ def bench(
     if minutes <= 0 or (layers is not None and layers < 1):
         raise UserError(f"bench: minutes {minutes} and layers {layers} must be above 0")
     ends = time.monotonic() + 60 * minutes
-    has_llama = importlib.util.find_spec("llama_cpp") is not None
-    if not has_llama:
-        contestants = [name for name in contestants if name != "llama.cpp"]
+    contestants = [n for n in contestants if n not in _OPTIONAL or importlib.util.find_spec(_OPTIONAL[n]) is not None]
     torch.manual_seed(0)
     found: dict[str, Any] = {
-        "machine": machine(), "versions": versions("transformers", "numba", "gguf", "llama-cpp-python"),
+        "machine": machine(), "versions": versions("transformers", "numba", "torchao", "gguf", "llama-cpp-python"),
         "llama_cpp": "not installed", "prompt": PROMPT, "batch": BATCH, "steps": STEPS,
         "copy_gb_per_s": _copy_bandwidth() / 1e9, "matmul_gflops": {}, "cases": [],
     }  # fmt: skip
@@ -246,9 +246,9 @@ def bench(
                 say(f"{name}, {precision} …")
                 case: dict[str, Any] = {"model": name, "weights": weights, "sizes": sizes, "precision": precision}
                 until = time.monotonic() + (ends - time.monotonic()) / len(left)
-                model = _in_precision(model, precision)
+                model, by_torchao = _in_precision(model, precision, "torchao" in contestants)
                 file = Path(room) / "model.gguf"
-                with _entered(model, precision, contestants, file) as entered:
+                with _entered(model, by_torchao, precision, contestants, file) as entered:
                     if isinstance(other := entered.get("llama.cpp"), _Llama):
                         found["llama_cpp"] = other.model.features()
                     case["results"] = _compared(entered, compared, expected)
@@ -274,25 +274,42 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.vocab_size)
 
 
-def _in_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+def _in_precision(model: PreTrainedModel, precision: str, twin: bool) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The model in a precision, in place; in 8 bits, where a twin is wanted, also torchao's codes of its experts."""
     if precision == "float32":
-        return model
+        return model, None
     rest = torch.bfloat16
     if precision == "8 bits":
         rest = product_dtype(torch.empty(0, dtype=torch.bfloat16))
     model = model.to(rest)  # type: ignore[arg-type]
-    if precision == "8 bits":
-        quantize(model, bits=8)
-    return model
+    if precision != "8 bits":
+        return model, None
+    other = _by_torchao(copy.deepcopy(model)) if twin else None
+    quantize(model, bits=8)
+    return model, other
+
+
+def _by_torchao(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with its experts in torchao's codes of 8 bits by row, of stacked matrices the only ones that it has.
+
+    They are read by `eager` alone: torch's grouped product does not take them.
+    """
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+    experts = r"re:.*\.experts\.(gate_up_proj|down_proj)"
+    quantize_(model, FqnToConfig({experts: Int8WeightOnlyConfig()}), filter_fn=None)
+    return model.requires_grad_(False)
 
 
 @contextmanager
 def _entered(
-    model: PreTrainedModel, precision: str, contestants: list[str], file: Path
+    model: PreTrainedModel, by_torchao: PreTrainedModel | None, precision: str, contestants: list[str], file: Path
 ) -> Iterator[dict[str, _Torch | _Llama]]:
-    """The contestants that there are in a precision: transformers has no experts in 8 bits on a CPU."""
-    ways = {"shunter": None} if precision == "8 bits" else {n: n for n in contestants if n != "llama.cpp"}
+    """The contestants that there are in a precision: in 8 bits transformers has torchao's."""
+    ways = {"shunter": None} if precision == "8 bits" else {n: n for n in contestants if n not in _OPTIONAL}
     entered: dict[str, _Torch | _Llama] = {n: _Torch(model, way) for n, way in ways.items() if n in contestants}
+    if by_torchao is not None:
+        entered["torchao"] = _Torch(by_torchao, "eager")
     if "llama.cpp" not in contestants:
         yield entered
         return
@@ -450,7 +467,7 @@ def _ratios(case: dict[str, Any]) -> dict[tuple[str, str], float]:
         return {}
     found = {}
     for phase in PHASES:
-        theirs = [results[name]["ms"][phase] for name in ("eager", "grouped_mm") if name in results]
+        theirs = [results[name]["ms"][phase] for name in ("eager", "grouped_mm", "torchao") if name in results]
         ours = results["shunter"]["ms"][phase]
         if theirs:
             found[phase, "transformers"] = min(theirs) / ours

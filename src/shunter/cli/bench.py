@@ -32,7 +32,9 @@ def add_verbs(verbs: Any) -> None:
     )
     generate.add_argument("--models", nargs="+", help="of smollm2-8, smollm2-32 and qwen3-moe (default: all)")
     generate.add_argument("--precisions", nargs="+", help='of float32, bfloat16 and "8 bits" (default: all)')
-    generate.add_argument("--contestants", nargs="+", help="of eager, grouped_mm, shunter, llama.cpp (default: all)")
+    generate.add_argument(
+        "--contestants", nargs="+", help="of eager, grouped_mm, torchao, shunter, llama.cpp (default: all)"
+    )
     generate.add_argument("--layers", type=int, help="fewer than the models have, for a look")
     generate.add_argument("--minutes", type=float, default=8.0, help="in which all should end (default: 8)")
     generate.set_defaults(rounds=5, measure=_bench_generate)
