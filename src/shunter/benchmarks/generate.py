@@ -234,39 +234,53 @@ def bench(
         "llama_cpp": "not installed", "prompt": PROMPT, "batch": BATCH, "steps": STEPS,
         "copy_gb_per_s": _copy_bandwidth() / 1e9, "matmul_gflops": {}, "cases": [],
     }  # fmt: skip
-    left = [(name, precision) for name in models for precision in PRECISIONS if precision in precisions]
-    for name in models:
-        with tempfile.TemporaryDirectory() as room:
-            say(f"{name}: weights …")
-            model, weights = _made(name, layers, Path(room))
-            sizes = _sizes(model)
-            compared = torch.randint(_vocabulary(model), (1, _SHORT))
-            expected = _Torch(model, "eager").start(compared, everywhere=True)[0].float()
-            for precision in [p for n, p in left if n == name]:
-                say(f"{name}, {precision} …")
-                case: dict[str, Any] = {"model": name, "weights": weights, "sizes": sizes, "precision": precision}
-                until = time.monotonic() + (ends - time.monotonic()) / len(left)
-                model, by_torchao = _in_precision(model, precision, "torchao" in contestants)
-                file = Path(room) / "model.gguf"
-                with _entered(model, by_torchao, precision, contestants, file) as entered:
-                    if isinstance(other := entered.get("llama.cpp"), _Llama):
-                        found["llama_cpp"] = other.model.features()
-                    case["results"] = _compared(entered, compared, expected)
-                    case["rounds"], times = _timed(entered, _vocabulary(model), rounds, until)
-                    for contestant, seconds in times.items():
-                        case["results"][contestant]["ms"] = {p: 1e3 * s for p, s in seconds.items()}
-                    if isinstance(ours := entered.get("shunter"), _Torch):
-                        case["parts"] = parts(ours, compared)
-                kind = torch.float32 if precision == "float32" else torch.bfloat16
-                if str(kind) not in found["matmul_gflops"]:
-                    found["matmul_gflops"][str(kind)] = _matmul_peak(kind) / 1e9
-                peak, bandwidth = 1e9 * found["matmul_gflops"][str(kind)], 1e9 * found["copy_gb_per_s"]
-                case["floor_ms"] = {p: 1e3 * s for p, s in _floor(sizes, precision, peak, bandwidth).items()}
-                found["cases"].append(case)
-                left.remove((name, precision))
-            del model
-            gc.collect()
+    precisions = [precision for precision in PRECISIONS if precision in precisions]
+    for done, name in enumerate(models):
+        # A function of its own: what it returns from, no later model has to share the memory with.
+        _bench_model(found, name, precisions, contestants, layers, (ends, len(models) - done), rounds, say)
+        gc.collect()
     return found
+
+
+def _bench_model(
+    found: dict[str, Any],
+    name: str,
+    precisions: list[str],
+    contestants: list[str],
+    layers: int | None,
+    time_left: tuple[float, int],
+    rounds: int,
+    say: Callable[[str], None],
+) -> None:
+    """Add a model's cases to what was found; the time left is until when, and how many models share it."""
+    ends, models = time_left
+    left = models * len(precisions)
+    with tempfile.TemporaryDirectory() as room:
+        say(f"{name}: weights …")
+        model, weights = _made(name, layers, Path(room))
+        sizes = _sizes(model)
+        compared = torch.randint(_vocabulary(model), (1, _SHORT))
+        expected = _Torch(model, "eager").start(compared, everywhere=True)[0].float()
+        for done, precision in enumerate(precisions):
+            say(f"{name}, {precision} …")
+            case: dict[str, Any] = {"model": name, "weights": weights, "sizes": sizes, "precision": precision}
+            until = time.monotonic() + (ends - time.monotonic()) / (left - done)
+            model, by_torchao = _in_precision(model, precision, "torchao" in contestants)
+            with _entered(model, by_torchao, precision, contestants, Path(room) / "model.gguf") as entered:
+                if isinstance(other := entered.get("llama.cpp"), _Llama):
+                    found["llama_cpp"] = other.model.features()
+                case["results"] = _compared(entered, compared, expected)
+                case["rounds"], times = _timed(entered, _vocabulary(model), rounds, until)
+                for contestant, seconds in times.items():
+                    case["results"][contestant]["ms"] = {p: 1e3 * s for p, s in seconds.items()}
+                if isinstance(ours := entered.get("shunter"), _Torch):
+                    case["parts"] = parts(ours, compared)
+            kind = torch.float32 if precision == "float32" else torch.bfloat16
+            if str(kind) not in found["matmul_gflops"]:
+                found["matmul_gflops"][str(kind)] = _matmul_peak(kind) / 1e9
+            peak, bandwidth = 1e9 * found["matmul_gflops"][str(kind)], 1e9 * found["copy_gb_per_s"]
+            case["floor_ms"] = {p: 1e3 * s for p, s in _floor(sizes, precision, peak, bandwidth).items()}
+            found["cases"].append(case)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
