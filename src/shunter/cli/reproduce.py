@@ -38,13 +38,13 @@ def _reproduce(args: argparse.Namespace) -> int:
         for one in ALL:
             result = read(args.out, one.name)
             verdict = "not run" if result is None else summary(result.rows)
-            minutes = f"{one.minutes:g} min" if one.run else "no command yet"
+            minutes = f"{one.minutes:g} min"
             print(f"{one.name:16} {one.title:46} {one.source:34} {minutes:14} {verdict}")
         return 0
     if "all" in args.what:
         if args.what != ["all"]:
             raise UserError("all is everything; name nothing besides")
-        chosen = sorted((one for one in ALL if one.run), key=lambda one: one.minutes)
+        chosen = sorted(ALL, key=lambda one: one.minutes)
         chosen = [one for one in chosen if read(args.out, one.name) is None]
     else:
         chosen = [find(name) for name in dict.fromkeys(args.what)]

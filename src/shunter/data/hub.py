@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError, escaped, one_line
 from .files import LeftOut
 
-__all__ = ["is_dataset", "load_splits", "training_split"]
+__all__ = ["is_dataset", "load_splits", "say_other_splits", "training_split"]
 
 
 def is_dataset(source: str, suffixes: Collection[str] = ()) -> bool:
@@ -63,8 +63,13 @@ def training_split(source: str) -> Any:
     name = next(iter(parts)) if len(parts) == 1 else "train"
     if name not in parts:
         raise UserError(f"{escaped(source)}: has no split 'train', only {', '.join(map(str, parts))}")
-    if others := [str(part) for part in parts if part != name]:
-        warnings.warn(
-            f"{escaped(source)}: left out the split{'s' * (len(others) > 1)} {', '.join(others)}", LeftOut, stacklevel=2
-        )
+    say_other_splits(source, parts, (name,))
     return parts[name]
+
+
+def say_other_splits(source: str, parts: Collection[str], read: Collection[str]) -> None:
+    """Warn of the splits that are not read."""
+    if others := [str(part) for part in parts if part not in read]:
+        warnings.warn(
+            f"{escaped(source)}: left out the split{'s' * (len(others) > 1)} {', '.join(others)}", LeftOut, stacklevel=3
+        )

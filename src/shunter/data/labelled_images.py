@@ -7,7 +7,6 @@ import hashlib
 import math
 import random
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from PIL import Image
 
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
-from .files import LeftOut, files_in, say_left_out
-from .hub import is_dataset, load_splits
+from .files import files_in, say_left_out
+from .hub import is_dataset, load_splits, say_other_splits
 from .images import SUFFIXES, open_image
 from .sifting import at_most, left_out, sift
 
@@ -257,8 +256,7 @@ def _dataset(name: str) -> Labelled:
         raise UserError(f"{name}: needs a column of images and one of classes ('label'); it has {', '.join(features)}")
     rows = [(part, i) for part, some in parts.items() for i in range(len(some))]
     names = getattr(features[label], "names", None)
-    if others := [str(part) for part in found if part not in parts]:
-        warnings.warn(f"{name}: left out the split{'s' * (len(others) > 1)} {', '.join(others)}", LeftOut, stacklevel=2)
+    say_other_splits(name, found, parts)
     labels: list[str] = []
     for part, some in parts.items():
         for number, value in enumerate(some[label], 1):

@@ -42,7 +42,7 @@ from ..layers.domain_mixture import DomainMixture, by_domain
 from ..moe import moe_layers, tell
 from . import mixing, run
 from .recipe import Recipe
-from .sections import LayerConfig, RunConfig, Section, SparseConfig, Value
+from .sections import LayerConfig, RunConfig, Section, SparseConfig, Value, nearest
 
 __all__ = [
     "RECIPE",
@@ -151,6 +151,15 @@ class TextSparse(SparseConfig):
             top_k = self.top_k if {"top_k", "num_hashes"} & set(known) else None
             turns.append(self.model_copy(update={"router": name, "options": own, "top_k": top_k}))
         return turns
+
+    @model_validator(mode="after")
+    def _some_router_knows(self) -> TextSparse:
+        turns = self.in_turn()
+        known = {key for one in turns for key in routers.options(one.router)}
+        if unknown := [key for key in self.options if key not in known]:
+            names = " nor ".join(repr(one.router) for one in turns)
+            raise ValueError(f"router {names} has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
+        return self
 
     @model_validator(mode="after")
     def _has_width(self) -> TextSparse:

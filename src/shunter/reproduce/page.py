@@ -80,8 +80,7 @@ def entry(one: Reproduction, result: Result | None, picture: bool) -> str:
     """What a page says of a reproduction: its claims as a table, the picture, the notes, where it ran."""
     lines = [f"{one.about} Source: {one.source}.", ""]
     if result is None:
-        command = f"`shunter reproduce {one.name}` runs it" if one.run else "no command computes it yet"
-        return "\n".join([*lines, f"**{NOT_RUN}**: {command}.", ""])
+        return "\n".join([*lines, f"**{NOT_RUN}**: `shunter reproduce {one.name}` runs it.", ""])
     lines += [f"`shunter reproduce {one.name}`: {summary(result.rows)}.", ""]
     if picture:
         lines += [f"![{one.title}]({one.name}.png)", ""]

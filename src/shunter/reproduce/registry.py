@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ class Reproduction:
         source: what is reproduced.
         about: what is done, a sentence or two.
         minutes: that it takes on two CPU cores, roughly.
-        run: "module:function" of this room, which takes the folder of training runs where `trains` is set; None where
-            no command computes it yet.
+        run: "module:function" of this room, which takes the folder of training runs where `trains` is set.
         draw: "module:function", from the data of the result to a figure; None without a picture.
         trains: whether it trains models, or reads what others trained.
     """
@@ -40,7 +39,7 @@ class Reproduction:
     source: str
     about: str
     minutes: float = 0.1
-    run: str | None = None
+    run: str = field(kw_only=True)
     draw: str | None = None
     trains: bool = False
 
@@ -392,12 +391,10 @@ def find(name: str) -> Reproduction:
     """The reproduction of a name.
 
     Raises:
-        UserError: for an unknown name, and one that no command computes yet.
+        UserError: for an unknown name.
     """
     for one in ALL:
         if one.name == name:
-            if one.run is None:
-                raise UserError(f"{name}: no command computes it yet; shunter reproduce lists what can be run")
             return one
     near = difflib.get_close_matches(name, [one.name for one in ALL] + ["all"], n=1)
     hint = f"did you mean {near[0]}?" if near else "shunter reproduce lists what there is"
@@ -416,7 +413,6 @@ def reproduce(one: Reproduction, out: Path, runs: Path) -> Result:
         UserError: where something that it needs is missing.
         Interrupted: after Ctrl-C; the same command goes on.
     """
-    assert one.run is not None
     from ..analysis.pages.style import PAPER, style
 
     make_folder(out)
