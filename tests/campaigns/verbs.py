@@ -48,6 +48,7 @@ QUICK = {
     "upcycle": ["--experts", "2"],
     "law fit": ["--resamples", "0"],
     "bench experts": ["--shapes", TINY, "--dtype", "float32", "--backends", "reference", "--peers", "eager"],
+    "bench generate": ["--models", "qwen3-moe", "--precisions", "float32", "--layers", "1", "--minutes", "0.01"],
     "bench gpu": ["--shapes", TINY],
     "bench layer": ["--experts", "2", "--tokens", "8", "--dim", "8", "--width", "8", "--top-k", "1"],
     "bench quantised": ["--windows", "1"],
@@ -169,7 +170,7 @@ def _forest(work):
 
 def _without_timing():
     """A benchmark of minutes is over at once; a report's pictures, which no fault is in, are left out."""
-    from shunter.benchmarks import finetune, lora
+    from shunter.benchmarks import finetune, generate, lora
     from shunter.recipes import run as engine
 
     finetune.finetune = lambda *given, **options: {
@@ -178,6 +179,9 @@ def _without_timing():
     lora.measured = lambda name, *given: {
         "seconds": [1.0 + (name != "none")], "peak": 1e9 * (1 + (name != "none")), "losses": [1.0]
     }  # fmt: skip
+    generate._copy_bandwidth = generate._matmul_peak = lambda *given: 1e9
+    generate.QWEN3 |= {"vocab_size": 64, "hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 2}
+    generate.QWEN3 |= {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     engine.write_report = engine.write_picture = lambda *given: None
 
 

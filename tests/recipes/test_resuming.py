@@ -179,6 +179,20 @@ def test_what_was_decided_cannot_be_changed(again, capsys):
         assert "config.yaml: is damaged or changed" in capsys.readouterr().err
 
 
+def test_a_run_that_began_before_a_setting_existed_goes_on_with_its_default(stopped, tmp_path, monkeypatch, capsys):
+    root, config = stopped
+    text = engine.dump_config(config)
+    older = text[: text.index("parallel:")] + text[text.index("sparse:") :]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "dump_config", lambda config: older)
+        patch.setattr(loop.NaNGuard, "on_step_end", lambda *given, **state: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(loop.Interrupted):
+            train(config, tmp_path / "run")
+    train(config, tmp_path / "run", resume=True)
+    assert "config.yaml was written before some settings existed" in capsys.readouterr().err
+    assert outcome(tmp_path / "run") == outcome(root / "straight")
+
+
 def test_other_versions_are_said(again, capsys, monkeypatch):
     run, config, straight = again
     monkeypatch.setattr(engine, "run_versions", lambda: {"torch": "0.1"})

@@ -256,7 +256,7 @@ def begin(
         """Decide, read and try everything; the data's fingerprint, and the configuration's checksum."""
         if not resume:
             _decide(recipe, config, run, texts)
-        facts = _decided(run, texts)
+        facts = _decided(config, run, texts)
         with sentences() as left_out:
             data: Prepared = recipe.prepare(config)
         fingerprint = facts.get("data", data.fingerprint)
@@ -362,7 +362,7 @@ def _decide(recipe: Recipe[Any, Any], config: RunConfig, run: Path, texts: dict[
     seal(run, [*texts, "recipe.json"], **_facts())
 
 
-def _decided(run: Path, texts: dict[str, str]) -> dict[str, Any]:
+def _decided(config: RunConfig, run: Path, texts: dict[str, str]) -> dict[str, Any]:
     """What the manifest of a run says; says too which versions are others than those it began with.
 
     Raises:
@@ -370,8 +370,11 @@ def _decided(run: Path, texts: dict[str, str]) -> dict[str, Any]:
     """
     facts = verify(run, others=True, cure=_CURE)
     for name, text in texts.items():
-        if (run / name).read_text(encoding="utf-8") != text:
+        if (run / name).read_text(encoding="utf-8") == text:
+            continue
+        if name != "config.yaml" or load_config(type(config), run / name, []) != config:
             raise UserError(f"{run / name} says other settings than these; a run goes on with those it began with")
+        print(f"{run / name} was written before some settings existed; they have their defaults", file=sys.stderr)
     for name, now in run_versions().items():
         if (then := facts["versions"].get(name)) != now:
             print(f"{name} was {then} when this run began, and is {now}: the result may be another", file=sys.stderr)
