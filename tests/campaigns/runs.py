@@ -21,7 +21,8 @@ from tests.recipes.conftest import SMALL
 SAVE = 2  # steps between checkpoints
 STEPS = 6
 KINDS = {
-    "topk": [],
+    "both": [],  # a router that is fixed, and one that learns
+    "topk": ["sparse.router=topk"],
     "bias": ["sparse.top_k=1", "sparse.options={selection_bias: true, jitter: 0.1, capacity_factor: 1.0}"],
     "hash": ["sparse.router=hash"],
 }

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shunter import Routing
-from shunter.experts import ACTIVATIONS, Experts, Weights, choose
+from shunter.experts import ACTIVATIONS, Experts, QuantisedExperts, Weights, choose
 from shunter.experts.backends import decode
-from shunter.experts.backends.decode import FEW_TOKENS
+from shunter.experts.backends.decode import FEW_TOKENS, decode_choices
 from shunter.experts.backends.numba import bridge as numba
 from shunter.experts.choice import get
 
@@ -67,6 +67,32 @@ def test_nothing_of_other_experts_or_tokens_enters():
     x[1] = float("nan")
     found = get("decode").run(x, weights, routing)
     assert torch.equal(found[[0, 2, 3]], clean[[0, 2, 3]]) and found[1].isnan().all()
+
+
+@pytest.mark.skipif(not numba.INSTALLED, reason="its loops need numba")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, "coded"])
+@torch.no_grad()
+def test_choices_that_the_loops_sort_give_the_bits_of_a_routing(kind):
+    """Experts that a token names twice, unsorted and idle ones included; the rest is left to others."""
+    dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
+    wide = random_weights(9, 128, 96, "swiglu", bias=True, dtype=torch.float32)
+    weights = Weights(*(part.to(dtype) for part in (wide.up, wide.down, wide.up_bias, wide.down_bias)), "swiglu")
+    if kind == "coded":
+        weights = QuantisedExperts.of(wide, bits=[4, 8, 4] * 3).weights(dtype)
+    for tokens, k in ((1, 1), (1, 8), (7, 3), (FEW_TOKENS, 2)):
+        x, index = torch.randn(tokens, 128).to(dtype), torch.randint(9, (tokens, k))
+        weight = torch.rand(tokens, k).to(dtype if k == 3 else torch.float32)
+        expected = get("decode").run(x, weights, Routing.from_topk(index, weight, 9, check=False))
+        found = decode_choices(x, weights, index, weight)
+        assert torch.equal(found, expected) and found.dtype == dtype
+        for wrong in (-1, 9):
+            index[-1, 0] = wrong
+            assert decode_choices(x, weights, index, weight) is None
+    left = torch.zeros(FEW_TOKENS + 1, 1, dtype=torch.int64), torch.ones(FEW_TOKENS + 1, 1)
+    assert decode_choices(torch.randn(FEW_TOKENS + 1, 128).to(dtype), weights, *left) is None
+    assert decode_choices(x.expand(4, -1, -1)[:0, 0], weights, *(part[:0] for part in left)) is None
+    with torch.enable_grad():
+        assert decode_choices(x.requires_grad_(), weights, index.clamp(0, 8), weight) is None
 
 
 def test_auto_takes_it_for_few_tokens_without_gradients_alone():

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from ..routing import Routing
 from .weights import ExpertWeights, Weights
 
-__all__ = ["Backend", "backend_names", "choose", "get", "register"]
+__all__ = ["Backend", "backend_names", "choose", "get", "is_transformed", "register"]
 
 
 class Run(Protocol):
@@ -101,7 +101,7 @@ def choose(name: str, x: Tensor, weights: ExpertWeights, routing: Routing | None
     Raises:
         ValueError: where the named backend cannot run this input.
     """
-    transformed = not torch.compiler.is_compiling() and _is_transformed((x, *weights.learned(), *_weight_of(routing)))
+    transformed = not torch.compiler.is_compiling() and is_transformed((x, *weights.learned(), *_weight_of(routing)))
     if name != "auto":
         backend = get(name)
         refusal: str | None = 'an input is in a transform of torch.func or forward mode; take "auto" or "reference"'
@@ -127,7 +127,7 @@ def _weight_of(routing: Routing | None) -> tuple[Tensor, ...]:
     return () if routing is None else (routing.weight,)
 
 
-def _is_transformed(parts: Iterable[Tensor]) -> bool:
+def is_transformed(parts: Iterable[Tensor]) -> bool:
     """Whether one is in a transform of torch.func, or has a tangent (forward-mode differentiation)."""
     dual = forward_ad._current_level >= 0
     return any(

@@ -7,6 +7,8 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["outside_tracing"]
@@ -25,6 +27,8 @@ def outside_tracing(probe: Callable[P, Result]) -> Callable[P, Result]:
     @torch.compiler.assume_constant_result
     @wraps(probe)
     def run(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if not _len_torch_dispatch_stack() and not _len_torch_dispatch_stack_pre_dispatch():
+            return probe(*args, **kwargs)
         with _disable_current_modes():
             return probe(*args, **kwargs)
 

@@ -25,6 +25,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from ..errors import UserError
 from ..experts import QuantisedExperts, Weights, activate, choose
 from ..experts.autograd import gradients_in_graph
+from ..experts.backends.decode import decode_choices
 from ..experts.combine import plain_sum, rows_of, sum_by_token, weighted_sum
 from ..experts.quantised import without_backward
 from ..experts.tracing import outside_tracing
@@ -135,8 +136,12 @@ def experts_forward(
     kind = hidden_states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameters.up.dtype
     x, parameters = hidden_states.to(dtype), parameters.to(dtype)
-    routing = _routing(self, top_k_index, top_k_weights)
     activation = _activation(self)
+    if activation is not None and not any(low_rank):
+        found = decode_choices(x, Weights(*parameters, activation), top_k_index, top_k_weights)
+        if found is not None:
+            return found.to(hidden_states.dtype)
+    routing = _routing(self, top_k_index, top_k_weights)
     if activation is None or any(low_rank):
         between, after = partial(_between, self), self.post_expert_norm if self.has_post_expert_norm else None
         out = around(x, parameters, routing, between, after, low_rank)
@@ -338,12 +343,17 @@ def attach_coded(module: nn.Module, coded: QuantisedExperts) -> None:
 def _coded_forward(
     module: ExpertsModule, coded: QuantisedExperts, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    routing = _routing(module, top_k_index, top_k_weights)
-    if _activation(module) is not None:
-        found: Tensor = coded(x, routing)
-        return found.to(x.dtype)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    known = _activation(module) is not None
+    if known and coded.backend == "auto":
+        found = decode_choices(x.to(dtype), coded.weights(dtype), top_k_index, top_k_weights)
+        if found is not None:
+            return found.to(x.dtype)
+    routing = _routing(module, top_k_index, top_k_weights)
+    if known:
+        out: Tensor = coded(x, routing).to(x.dtype)
+        return out
     weights, bounds = coded.weights(dtype), routing.offsets.tolist()
     with torch.no_grad():
         rows = x.to(dtype).index_select(0, routing.token)

@@ -168,7 +168,9 @@ def check_processes(recipe: Recipe[Any, Any], config: RunConfig, processes: int)
 
 
 def rehearse(recipe: Recipe[Any, Any], name: str, config: RunConfig, data: Any) -> None:
-    """Build a model, train and evaluate it on one item, twice in a batch, and drop it: what cannot run fails here.
+    """Build a model, train and evaluate it on a batch of one item, and drop it: what cannot run fails here.
+
+    The batch is as large as in training, so that loops are compiled now, and in no model's seconds and memory.
 
     Raises:
         UserError: naming the model, where it cannot be built or trained.
@@ -176,7 +178,8 @@ def rehearse(recipe: Recipe[Any, Any], name: str, config: RunConfig, data: Any) 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model: Any = recipe.model(config, data, name)
-        batch = {key: value.to(device) for key, value in default_data_collator([data.train[0]] * 2).items()}
+        items = max(2, recipe.items_per_step(config) // num_ranks())
+        batch = {key: value.to(device) for key, value in default_data_collator([data.train[0]] * items).items()}
         told, given = told_and_given(batch)
         with tell(model, **told):
             model.to(device).train()(**given).loss.backward()

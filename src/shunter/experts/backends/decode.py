@@ -6,6 +6,8 @@ measured to read fastest.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,14 +15,14 @@ from torch.nn import functional as F
 from ...routing import Routing
 from ..activations import activate
 from ..autograd import Gradients, Needs, Plan, differentiable
-from ..choice import Backend, register
+from ..choice import Backend, is_transformed, register
 from ..combine import sum_by_token
 from ..cpu import SINGLE, scratch
 from ..quantised import QuantisedWeights
 from ..weights import ExpertWeights, Weights
 from .numba import bridge
 
-__all__ = ["decode"]
+__all__ = ["decode", "decode_choices"]
 
 # A matrix is read in panels of so many bytes or fewer, which the cores share.
 PANEL_BYTES = 2**20
@@ -72,43 +74,91 @@ def _one_by_one(x: Tensor, weights: ExpertWeights, routing: Routing) -> Tensor:
 
 def _in_loops(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor]:
     """The output (T, d), and in scratch memory the pre-activations (N, 2f) in float32."""
+    with bridge.ready() as loops:
+        return _stacked_in(loops, x, weights, bridge.triples(loops, routing), bridge.array(routing.weight.float()))
+
+
+def _stacked_in(loops: Any, x: Tensor, weights: Weights, triples: Any, combine_weight: Any) -> tuple[Tensor, Tensor]:
     biases = [None if bias is None else bias.contiguous() for bias in (weights.up_bias, weights.down_bias)]
-    n, (d, f) = routing.token.numel(), weights.down.shape[1:]
+    n, (d, f) = triples.token.size, weights.down.shape[1:]
     h = scratch("decode h", SINGLE, n, weights.up.shape[1])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    with bridge.ready() as loops:
-        loops.decode(
-            loops.ACTIVATIONS[weights.activation],
-            bridge.array(x.contiguous()),
-            bridge.triples(loops, routing),
-            bridge.array(routing.weight.float()),
-            bridge.matrices(loops, x.dtype, weights.up, weights.down, *biases),
-            bridge.array(scratch("decode", SINGLE, n * (2 * d + f))),
-            bridge.array(h),
-            bridge.array(out),
-        )
+    loops.decode(
+        loops.ACTIVATIONS[weights.activation],
+        bridge.array(x.contiguous()),
+        triples,
+        combine_weight,
+        bridge.matrices(loops, x.dtype, weights.up, weights.down, *biases),
+        bridge.array(scratch("decode", SINGLE, n * (2 * d + f))),
+        bridge.array(h),
+        bridge.array(out),
+    )
     return out, h
 
 
 def _coded_in_loops(x: Tensor, weights: QuantisedWeights, routing: Routing) -> Tensor:
     """The output (T, d), each matrix decoded as it is multiplied."""
-    n, d, f = routing.token.numel(), weights.dim, weights.hidden
+    with bridge.ready() as loops:
+        return _coded_in(loops, x, weights, bridge.triples(loops, routing), bridge.array(routing.weight.float()))
+
+
+def _coded_in(loops: Any, x: Tensor, weights: QuantisedWeights, triples: Any, combine_weight: Any) -> Tensor:
+    n, d, f = triples.token.size, weights.dim, weights.hidden
     width = max(weights.up.width, weights.down.width)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    with bridge.ready() as loops:
-        loops.decode_coded(
-            loops.ACTIVATIONS[weights.activation],
-            bridge.array(x.contiguous()),
-            bridge.triples(loops, routing),
-            bridge.array(routing.weight.float()),
-            bridge.coded(loops, weights.up),
-            bridge.coded(loops, weights.down),
-            *bridge.biases(x.dtype, weights.up_bias, weights.down_bias),
-            width,
-            bridge.array(scratch("decode coded", SINGLE, n * (2 * d + weights.up.rows + f + width))),
-            bridge.array(out),
-        )
+    loops.decode_coded(
+        loops.ACTIVATIONS[weights.activation],
+        bridge.array(x.contiguous()),
+        triples,
+        combine_weight,
+        bridge.coded(loops, weights.up),
+        bridge.coded(loops, weights.down),
+        *bridge.biases(x.dtype, weights.up_bias, weights.down_bias),
+        width,
+        bridge.array(scratch("decode coded", SINGLE, n * (2 * d + weights.up.rows + f + width))),
+        bridge.array(out),
+    )
     return out
+
+
+def decode_choices(
+    x: Tensor, weights: Weights | QuantisedWeights, index: Tensor, combine_weight: Tensor
+) -> Tensor | None:
+    """`decode` of choices that the loops sort themselves: making a `Routing` would take longer than the experts.
+
+    Args:
+        x: (T, d).
+        weights: of E experts.
+        index: (T, k) int64, the experts of each token.
+        combine_weight: (T, k).
+
+    Returns:
+        (T, d), the bits that `decode` returns for `Routing.from_topk`; None where it is not for the loops: many tokens,
+        something learns or is traced, another dtype or device, an index of no expert.
+    """
+    plain = (x, index, combine_weight)
+    if (
+        not 0 < x.shape[0] <= FEW_TOKENS
+        or torch.compiler.is_compiling()
+        or index.dtype != torch.int64
+        or not all(part.is_cpu for part in plain)
+        or (torch.is_grad_enabled() and any(part.requires_grad for part in (*plain, *weights.learned())))
+        or is_transformed((*plain, *weights.learned()))
+    ):
+        return None
+    if isinstance(weights, Weights):
+        if x.dtype != weights.up.dtype or not bridge.usable(weights.up, weights.down):
+            return None
+    elif not bridge.runs(x, weights):
+        return None
+    with bridge.ready() as loops:
+        choices = bridge.array(index.contiguous()), bridge.array(combine_weight.float().contiguous())
+        right, *routing = loops.sorted_choices(*choices, weights.num_experts)
+        if not right:
+            return None
+        if isinstance(weights, Weights):
+            return _stacked_in(loops, x, weights, *routing)[0]
+        return _coded_in(loops, x, weights, *routing)
 
 
 def _products(x: Tensor, index: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:

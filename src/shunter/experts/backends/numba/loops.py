@@ -358,6 +358,31 @@ class Triples(NamedTuple):
     starts: np.ndarray
 
 
+@_exact
+def sorted_choices(index, weight, num_experts):
+    """Whether choices (T, k) are all of experts that there are; their triples, sorted by expert; their weights."""
+    tokens, k = index.shape
+    offsets, starts = np.zeros(num_experts + 1, np.int64), np.arange(tokens + 1) * k
+    token, rows = np.empty(tokens * k, np.int64), np.empty(tokens * k, np.int64)
+    sorted_weight = np.empty(tokens * k, np.float32)
+    right = True
+    for t in range(tokens):
+        for j in range(k):
+            right = right and 0 <= index[t, j] < num_experts
+            if right:
+                offsets[index[t, j] + 1] += 1
+    for e in range(num_experts):
+        offsets[e + 1] += offsets[e]
+    if right:
+        free = offsets.copy()
+        for t in range(tokens):
+            for j in range(k):
+                e = index[t, j]
+                token[free[e]], rows[t * k + j], sorted_weight[free[e]] = t, free[e], weight[t, j]
+                free[e] += 1
+    return right, Triples(token, offsets, rows, starts), sorted_weight
+
+
 # ---- shares of threads
 
 
