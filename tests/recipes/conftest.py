@@ -10,8 +10,8 @@ from shunter.recipes.text import TextConfig
 SMALL = [
     "data.tokenizer=bytes", "data.sequence_length=16", "data.eval_windows=4", "data.eval_share=0.2",
     "model.dim=16", "model.layers=2", "model.heads=2", "model.hidden=24",
-    "sparse.num_experts=4", "sparse.router=[bigram_hash, topk]", "training.batch_tokens=64", "training.warmup=2", "training.threads=1",
-    "training.eval_every=4", "training.log_every=3", "training.save_every=100",
+    "sparse.num_experts=4", "sparse.router=[bigram_hash, topk]", "training.batch_tokens=64", "training.warmup=2",
+    "training.threads=1", "training.eval_every=4", "training.log_every=3", "training.save_every=100",
 ]  # fmt: skip
 
 
