@@ -1,4 +1,4 @@
-"""The recogniser: padding that nobody sees, CTC by its definition, a head that looks at no later label."""
+"""The recogniser: padding that nobody sees, CTC and transducer by definition, heads that look at no later label."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import torch
 
 import shunter
 from shunter.hf.checkpoints.loading import load_folder
-from shunter.hf.recogniser import BLANK, Recogniser, RecogniserConfig, best_path, ctc_nats
+from shunter.hf.recogniser import BLANK, Recogniser, RecogniserConfig, best_path, ctc_nats, transducer_nats
 from shunter.moe import moe_layers, tell
 from tests.conftest import SEED
 
@@ -26,9 +26,9 @@ def sizes(**options):
 
 def sparse(**options):
     model = Recogniser(sizes(embedding_dim=5, **options))
-    head, model.attention_head = model.attention_head, None
+    heads, model.heads = model.heads, torch.nn.ModuleDict()
     shunter.sparsify(model, 4, "speech", hidden=8, embedding_dim=5, num_domains=3)
-    model.attention_head = head
+    model.heads = heads
     return model.eval()
 
 
@@ -103,7 +103,7 @@ def test_ctc_is_the_sum_over_all_alignments():
 @torch.no_grad()
 def test_the_attending_head_sees_no_later_label_and_no_padding():
     model = Recogniser(sizes(decoder_layers=1)).eval()
-    head, frames, real = model.attention_head, torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
+    head, frames, real = model.heads["attending"], torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.bool)
     real[0, 5:] = False
     said = torch.randint(1, 7, (2, 6))
     other, moved = said.clone(), frames.clone()
@@ -124,12 +124,70 @@ def test_the_attending_head_sees_no_later_label_and_no_padding():
     assert float(head.loss(labels, frames, real)) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
+def _alignments(log_probs, text):
+    """The probability of each alignment of a text with the frames of log_probs (S, L + 1, V), a path at a time."""
+    frames = len(log_probs)
+    for places in itertools.combinations(range(frames - 1 + len(text)), len(text)):
+        t, u, total = 0, 0, 0.0
+        for step in range(frames + len(text)):  # the last step is the blank that ends
+            if step in places:
+                total, u = total + float(log_probs[t, u, text[u]]), u + 1
+            else:
+                total, t = total + float(log_probs[t, u, BLANK]), t + 1
+        assert (t, u) == (frames, len(text))
+        yield math.exp(total)
+
+
+def test_the_transducer_is_the_sum_over_all_alignments():
+    draw = random.Random(SEED)
+    frames, longest = 6, 4
+    texts = [[draw.randint(1, 3) for _ in range(draw.randint(0, longest))] for _ in range(5)]
+    counts = [draw.randint(1, frames) for _ in texts]
+    labels = torch.tensor([[*text, *[-100] * (longest - len(text))] for text in texts])
+    real = torch.arange(frames) < torch.tensor(counts)[:, None]
+    logits = 3 * torch.randn(len(texts), frames, longest + 1, 4, dtype=torch.float64)
+    found = transducer_nats(logits, real, labels)
+    for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
+        paths = list(_alignments(logits[row, :count].log_softmax(-1), text))
+        assert len(paths) == math.comb(count - 1 + len(text), len(text))
+        assert float(found[row]) == pytest.approx(-math.log(sum(paths)), rel=1e-9)
+    torch.testing.assert_close(transducer_nats(logits.float(), real, labels), found.float(), rtol=1e-4, atol=1e-4)
+    some = logits[:2, :4, :3].clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda logits: transducer_nats(logits, torch.ones(2, 4) > 0, torch.tensor([[1, 3], [2, -100]])), some
+    )
+
+
+@torch.no_grad()
+def test_the_transducer_says_the_likeliest_a_clip_at_a_time():
+    model = Recogniser(sizes(transducer_dim=6, most_labels=4)).eval()
+    head, frames, real = model.heads["transducer"], 3 * torch.randn(3, 9, 16), torch.ones(3, 9, dtype=torch.bool)
+    real[0, 5:], real[1, 1:] = False, False
+    head.head.bias[BLANK] += head(torch.tensor([[BLANK]]), frames[:1]).amax(-1).median()  # some blanks, some labels
+    labels, nats = torch.tensor([[3, 2, -100], [1, -100, -100], [5, 4, 6]]), 0.0
+    for row, text in enumerate(head.greedy(frames, real)):
+        said, t, mine = [], 0, frames[row : row + 1, : int(real[row].sum())]
+        while t < mine.shape[1]:
+            best = int(head(torch.tensor([[BLANK, *said]]), mine)[0, t, -1].argmax())
+            if best == BLANK or len(said) == 4:
+                t += 1
+            else:
+                said.append(best)
+        assert text == said
+        one = labels[row : row + 1, : int((labels[row] >= 0).sum())]
+        nats += float(head.loss(one, mine, real[row : row + 1, : mine.shape[1]])) * one.shape[1]
+    assert float(head.loss(labels, frames.where(real[..., None], 9.0), real)) == pytest.approx(nats / 6, rel=1e-4)
+
+
 @torch.no_grad()
 def test_a_saved_recogniser_is_loaded_to_the_same_bits(tmp_path):
     clip = torch.randn(1, 10, 6)
-    for model in (sparse(decoder_layers=1), Recogniser(sizes(decoder_layers=1)).eval()):
+    for model in (sparse(decoder_layers=1, transducer_dim=4), Recogniser(sizes(transducer_dim=4)).eval()):
         model.save_pretrained(tmp_path / "model")
         again = load_folder(tmp_path / "model")
         assert type(again) is Recogniser and len(moe_layers(again)) == len(moe_layers(model))
         with tell(model, domain=torch.tensor([1])), tell(again, domain=torch.tensor([1])):
             assert torch.equal(again(clip).logits, model(clip).logits)
+            whole, labels = torch.ones(1, 10, dtype=torch.long), torch.tensor([[3, 1]])
+            losses = [one(clip, attention_mask=whole, labels=labels).loss for one in (model, again)]
+            assert torch.equal(*losses), "of all heads"

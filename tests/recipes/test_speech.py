@@ -71,6 +71,7 @@ def made(songs, *settings):
 
 def test_a_run_from_end_to_end(songs, tmp_path, capsys, monkeypatch):
     settings = [*SMALL, f"data.source=['{songs / 'songs.tsv'}']", "sparse.domain_input=true", "model.decoder_layers=1"]
+    settings += ["model.transducer_dim=4"]
     run = whole("speech", settings, tmp_path, capsys)
     page = (run / "report.html").read_text(encoding="utf-8")
     for part in (
@@ -87,7 +88,8 @@ def test_a_run_from_end_to_end(songs, tmp_path, capsys, monkeypatch):
     words = re.sub(r"<[^>]*>", " ", body)
     assert not re.search(r"\b(tokens?|domains?|patch(es)?|images?)\b", words), "words of other recipes"
     shown = {one["title"]: one for one in json.loads((run / "exhibits.json").read_text())}
-    assert [row[0] for row in shown["Two heads"]["rows"]] == ["dense", "sparse"]
+    assert [row[0] for row in shown["Heads"]["rows"]] == ["dense", "sparse"]
+    assert [head.partition(", ")[2] for head in shown["Heads"]["heads"][1::2]] == ["CTC", "attending", "transducer"]
     voices = shown["Errors by voice"]
     assert len(voices["rows"]) == 4 and "4 of 4 voices are not heard in training" in voices["says"]
 
@@ -224,6 +226,7 @@ def test_labels_are_texts_again(units):
         ("model.heads=5", "model.dim 96 must be a multiple of twice model.heads 5"),
         ("training.batch_tokens=79", "training.batch_tokens 79 must be at least the 80 of a clip"),
         ("data.noise=[5,1]", "must be the least ratio, then the greatest"),
+        ("model={decoder_layers: 1, transducer_dim: 8, transducer_loss: 0.5}", "must leave CTC a part of 1"),
         ("data.mask_bands=40", "data.mask_bands 40 must be less than data.mels 40"),
         ("sparse.num_experts=400", "the router alone costs more than the dense block"),
         ("data.languages=[de]", "data.languages"),

@@ -75,7 +75,9 @@ class ModelConfig(Section):
     hidden: int = Field(192, ge=8, description="width of the dense feed-forward blocks")
     kernel: int = Field(15, ge=1, le=255, description="frames that a convolution sees, itself and those before")
     decoder_layers: int = Field(0, ge=0, le=64, description="of an attending head beside CTC; 0: none")
-    attention_loss: float = Field(0.5, ge=0, le=1, description="weight of the attending head's loss; CTC's is the rest")
+    attention_loss: float = Field(0.5, ge=0, le=1, description="weight of the attending head's loss")
+    transducer_dim: int = Field(0, ge=0, le=16384, description="width of a transducer head beside CTC; 0: none")
+    transducer_loss: float = Field(0.3, ge=0, le=1, description="weight of its loss; CTC's is what is left of 1")
 
 
 class SpeechSparse(SparseConfig):
@@ -113,6 +115,11 @@ class SpeechConfig(RunConfig):
         m, s = self.model, self.sparse
         if m.dim % (2 * m.heads):
             raise ValueError(f"model.dim {m.dim} must be a multiple of twice model.heads {m.heads}")
+        if m.decoder_layers and m.transducer_dim and m.attention_loss + m.transducer_loss >= 1:
+            raise ValueError(
+                f"model.attention_loss {m.attention_loss} and model.transducer_loss {m.transducer_loss} must leave CTC "
+                "a part of 1"
+            )
         if self.data.noise[0] > self.data.noise[1]:
             raise ValueError(f"data.noise {list(self.data.noise)} must be the least ratio, then the greatest")
         if self.data.mask_bands >= self.data.mels:
@@ -415,6 +422,8 @@ class SpeechRecipe(Recipe[SpeechConfig, SpeechData]):
             embedding_dim=s.embedding_dim if sparse and config.embeds else 0,
             decoder_layers=m.decoder_layers,
             attention_loss=m.attention_loss,
+            transducer_dim=m.transducer_dim,
+            transducer_loss=m.transducer_loss,
             most_labels=data.longest + 1,
             vocab_size=len(data.vocabulary),
             pad_token_id=BLANK,
@@ -445,9 +454,9 @@ class SpeechRecipe(Recipe[SpeechConfig, SpeechData]):
         room = m.hidden - network
         hidden = s.hidden or run.expert_width(room, s.build_router(m.dim, labels), config.frames, gated=False)
         options = s.router_options(labels) | {"allow_leak": s.allow_leak, "backend": s.backend}
-        head, model.attention_head = model.attention_head, None  # whose blocks stay dense
+        heads, model.heads = model.heads, nn.ModuleDict()  # whose blocks stay dense
         sparsify(model, s.num_experts, s.router, layers=blocks, hidden=hidden, **options)
-        model.attention_head = head
+        model.heads = heads
         return model
 
     def evaluate(self, model: PreTrainedModel, data: SpeechData) -> dict[str, Any]:
@@ -457,11 +466,9 @@ class SpeechRecipe(Recipe[SpeechConfig, SpeechData]):
         return _scores(data, heard, data.corpus.held_out) | {"domains": found}
 
     def ledger(self, model: PreTrainedModel, config: SpeechConfig) -> Ledger:
-        """Of a frame. An attending head, the same in both models, is left out of the operations."""
+        """Of a frame. Heads beside CTC, the same in both models, are left out of the operations."""
         found = ledger(model, config.frames)
-        head = getattr(model, "attention_head", None)
-        if head is not None:
-            found.flops["projections"] -= _flops(head)
+        found.flops["projections"] -= _flops(model.get_submodule("heads"))
         return found
 
     def items_per_step(self, config: SpeechConfig) -> int:
@@ -502,10 +509,10 @@ class SpeechRecipe(Recipe[SpeechConfig, SpeechData]):
         return specialisation(model, self.material(model, data, 256 * data.config.frames))
 
     def exhibits(self, models: dict[str, PreTrainedModel], config: SpeechConfig, data: SpeechData) -> list[Exhibit]:
-        """Error rates by voice; of both heads, where there are two; and what was heard of some clips."""
+        """Error rates by voice; of all heads, where there are several; and what was heard of some clips."""
         heard = {which: _recognise(model, data) for which, model in models.items()}
         shown: list[Exhibit] = [_by_voice(data, heard)]
-        if config.model.decoder_layers:
+        if config.model.decoder_layers or config.model.transducer_dim:
             shown.append(_by_head(data, heard))
         return [*shown, _samples(data, heard)]
 
@@ -520,11 +527,11 @@ def _flops(module: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class _Heard:
-    """What a model made of a clip: its loss in nats, its text by CTC's best path, and by the attending head."""
+    """What a model made of a clip: its loss in nats, its text by CTC's best path, and by the other heads' names."""
 
     nats: float
     text: str
-    attended: str | None
+    others: dict[str, str]
 
 
 @torch.no_grad()
@@ -540,10 +547,10 @@ def _recognise(model: PreTrainedModel, data: SpeechData) -> dict[int, _Heard]:
             output = model(input_features=batch["input_features"], attention_mask=real)
         nats = ctc_nats(output.logits, real, batch["labels"]).double().tolist()
         texts = map(data.vocabulary.text, best_path(output.logits, real))
-        head = getattr(model, "attention_head", None)
-        attended = [None] * len(numbers) if head is None else head.greedy(output.hidden_states[0], real)
-        for i, loss, text, labels in zip(numbers, nats, texts, attended, strict=True):
-            found[i] = _Heard(loss, text, None if labels is None else data.vocabulary.text(labels))
+        heads: Any = model.get_submodule("heads")
+        others = {name: head.greedy(output.hidden_states[0], real) for name, head in heads.items()}
+        for row, (i, loss, text) in enumerate(zip(numbers, nats, texts, strict=True)):
+            found[i] = _Heard(loss, text, {name: data.vocabulary.text(said[row]) for name, said in others.items()})
     model.train(was_training)
     return found
 
@@ -579,20 +586,27 @@ def _by_voice(data: SpeechData, heard: dict[str, dict[int, _Heard]]) -> Table:
     return Table("Errors by voice", says, heads, rows)
 
 
+_HEADS = {
+    "CTC": "CTC, whose best path is taken",
+    "attending": "a decoder that attends to the frames and says the likeliest label each time",
+    "transducer": "a transducer, which says the likeliest label by a frame and what it said, or goes to the next",
+}
+
+
 def _by_head(data: SpeechData, heard: dict[str, dict[int, _Heard]]) -> Table:
-    """Error rates of CTC's best path and of the attending head."""
+    """Error rates of CTC's best path and of the other heads."""
     texts, rows = data.corpus.texts, list[list[str | float]]()
+    names = ["CTC", *next(iter(heard["dense"].values())).others]
     for which in ("dense", "sparse"):
-        found = heard[which].items()
-        ctc = error_rates((texts[i], one.text) for i, one in found)
-        attended = error_rates((texts[i], one.attended or "") for i, one in found)
-        rows.append([which, *(f"{rates[key]:.1f} %" for rates in (ctc, attended) for key in ("wer", "cer"))])
+        said = {name: [(i, one.others.get(name, one.text)) for i, one in heard[which].items()] for name in names}
+        rates = [error_rates((texts[i], text) for i, text in said[name]) for name in names]
+        rows.append([which, *(f"{found[key]:.1f} %" for found in rates for key in ("wer", "cer"))])
     says = (
-        "The same encoder is read by two heads that are trained together: CTC, whose best path is taken, and a decoder "
-        "that attends to the frames and says the likeliest label each time. All other numbers are CTC’s."
+        f"The same encoder is read by heads that are trained together: {'; '.join(_HEADS[name] for name in names)}. "
+        "All other numbers are CTC’s."
     )
-    heads = ["model", "words, CTC", "characters, CTC", "words, attending", "characters, attending"]
-    return Table("Two heads", says, heads, rows)
+    columns = [f"{what}, {name}" for name in names for what in ("words", "characters")]
+    return Table("Heads", says, ["model", *columns], rows)
 
 
 def _samples(data: SpeechData, heard: dict[str, dict[int, _Heard]]) -> Table:
