@@ -5,14 +5,17 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import shunter
 from shunter.analysis.runs import read_run
 from shunter.cli import main
 from shunter.hf.checkpoints.folders import load_tokenizer
+from shunter.layers.domain_mixture import DomainMixture, by_domain
 from shunter.recipes import mixing
 from shunter.recipes.run import configuration_of, load_model
 
+from ..conftest import SEED
 from .browser import complaints
 from .conftest import SMALL, write_corpus
 
@@ -105,6 +108,48 @@ def test_text_is_continued_by_a_domain_or_by_all(demix, capsys):
         with shunter.tell(model, domain=torch.tensor(0)), torch.no_grad():
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert said[0].rstrip("\n") == tokenizer.decode(ids[0], skip_special_tokens=True).rstrip("\n")
+
+
+def _decoder():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes)).double().eval()
+    model.lm_head.weight.data *= 30  # sure of itself, so that beliefs move
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, options", [("experts", {}), ("models", {"window": 2}), ("models", {"top_k": 2, "prior": "cached"})]
+)
+def test_a_cache_continues_to_the_same_tokens(kind, options):
+    """In float64, so that no order of sums decides between two tokens."""
+    if kind == "experts":
+        model = shunter.sparsify(_decoder(), 3, "domain").double().eval()
+        models, predict = [model] * 3, by_domain(model)
+    else:
+        models = [_decoder() for _ in range(3)]
+
+        def predict(domain, **inputs):
+            return models[domain](**inputs).logits
+
+    lengths = []
+
+    def counted(domain, **inputs):
+        lengths.append((domain, inputs["input_ids"].shape[1]))
+        return predict(domain, **inputs)
+
+    for prompt, temperature in ((1, 0), (7, 0), (5, 0.8)):
+        ids = torch.randint(30, (1, prompt))
+        found = []
+        for kept in (None, mixing.caches(models)):
+            lengths.clear()
+            torch.manual_seed(SEED)
+            mixture = DomainMixture(counted, 3, **options)
+            mixture.prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+            found.append(mixing.continue_ids(mixture, ids, 12, temperature, kept))
+        assert torch.equal(*found) and found[0].shape == (1, prompt + 12)
+        assert lengths == [(domain, prompt if place == 0 else 1) for place in range(12) for domain in range(3)]
+    hashed = shunter.sparsify(_decoder(), 4, "bigram_hash")
+    assert mixing.caches([hashed, *models]) is None, "what goes by the token before sees all of them"
 
 
 def test_losses_of_planted_domains():

@@ -7,7 +7,7 @@ prior by Bayes' rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from ..moe import moe_layers, tell
 
-__all__ = ["DomainMixture", "Mixture", "Predict", "Prior", "by_domain", "posterior", "token_log_likelihoods"]
+__all__ = [
+    "DomainMixture",
+    "Mixture",
+    "Predict",
+    "Prior",
+    "by_domain",
+    "log_probs_by_domain",
+    "posterior",
+    "token_log_likelihoods",
+]
 
 Predict = Callable[..., Tensor]
 """predict(domain, input_ids=(B, L), …) -> (B, L, V): the logits of the token after each, by the experts of a domain."""
@@ -122,7 +131,7 @@ class DomainMixture:
         """
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        each = torch.stack([_log_probs(self.predict, i, input_ids, inputs) for i in range(self.num_domains)], -2)
+        each = log_probs_by_domain(self.predict, input_ids, [inputs] * self.num_domains)
         following = input_ids[:, 1:, None, None].expand(-1, -1, self.num_domains, 1)
         likelihood = each[:, :-1].gather(-1, following)[..., 0]
         if attention_mask is not None:
@@ -191,6 +200,17 @@ def token_log_likelihoods(predict: Predict, num_domains: int, input_ids: Tensor)
     return torch.cat(
         [_log_probs(predict, i, input_ids, {})[:, :-1].gather(-1, following) for i in range(num_domains)], -1
     )
+
+
+def log_probs_by_domain(predict: Predict, input_ids: Tensor, inputs: Sequence[dict[str, Any]]) -> Tensor:
+    """log p of what follows on each token (B, L) by each domain's experts, (B, L, D, V), float32 or more.
+
+    Args:
+        predict: the logits by the experts of one domain.
+        input_ids: (B, L) int64.
+        inputs: of each domain, what else `predict` takes.
+    """
+    return torch.stack([_log_probs(predict, i, input_ids, more) for i, more in enumerate(inputs)], -2)
 
 
 def _log_probs(predict: Predict, domain: int, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:

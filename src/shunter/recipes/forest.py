@@ -596,11 +596,9 @@ def generate(folder: Path, which: str | None, prompt: str, max_new_tokens: int, 
     ids = encode(tokenizer, prompt, models[0], folder)
     if len(models) == 1:
         return continued(models[0], tokenizer, ids, max_new_tokens, temperature)
-    mixture = DomainMixture(
-        lambda domain, input_ids: models[domain](input_ids=input_ids).logits, len(models), "cached", **options
-    )
+    mixture = DomainMixture(lambda domain, **inputs: models[domain](**inputs).logits, len(models), "cached", **options)
     mixture.prior = torch.tensor(weights, dtype=torch.float64)
-    found = mixing.continue_ids(mixture, ids, max_new_tokens, temperature)
+    found = mixing.continue_ids(mixture, ids, max_new_tokens, temperature, mixing.caches(models))
     return str(tokenizer.decode(found[0], skip_special_tokens=True))
 
 

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from ..data.windows import EvalDomain, TextData
-from ..layers.domain_mixture import DomainMixture, Predict, token_log_likelihoods
+from ..hf.tokens import takes_cache
+from ..layers.domain_mixture import DomainMixture, Predict, log_probs_by_domain, token_log_likelihoods
 
-__all__ = ["CACHED", "OWN", "WAYS", "cached_prior", "continue_ids", "likelihoods", "losses", "mixed", "set_apart"]
+__all__ = [
+    "CACHED",
+    "OWN",
+    "WAYS",
+    "cached_prior",
+    "caches",
+    "continue_ids",
+    "likelihoods",
+    "losses",
+    "mixed",
+    "set_apart",
+]
 
 CACHED = 100
 """Windows of a domain that a cached prior is made of; the paper's number."""
@@ -97,11 +111,48 @@ def losses(
     return {way: by_domain for way, by_domain in found.items() if len(by_domain) == len(each)}
 
 
+def caches(models: Sequence[PreTrainedModel]) -> list[dict[str, Any]] | None:
+    """Empty keys and values for the model of each domain, as it is given them; None where one may not have them.
+
+    Which may not, says `shunter.hf.tokens.takes_cache`.
+    """
+    if not all(map(takes_cache, models)):
+        return None
+    names = ["cache" if "cache" in signature(model.forward).parameters else "past_key_values" for model in models]
+    return [
+        {name: DynamicCache(config=model.config), "use_cache": True} for name, model in zip(names, models, strict=True)
+    ]
+
+
 @torch.no_grad()
-def continue_ids(mixture: DomainMixture, ids: Tensor, new_tokens: int, temperature: float) -> Tensor:
-    """Token ids (1, L) continued by so many tokens, all predicted anew for each; temperature 0 takes the likeliest."""
+def continue_ids(
+    mixture: DomainMixture,
+    ids: Tensor,
+    new_tokens: int,
+    temperature: float,
+    kept: Sequence[dict[str, Any]] | None = None,
+) -> Tensor:
+    """Token ids (1, L) continued by so many tokens; temperature 0 takes the likeliest.
+
+    Args:
+        mixture: of the experts of all domains.
+        ids: to go on from.
+        new_tokens: how many more.
+        temperature: of the sampling.
+        kept: of each domain its empty cache (`caches`), so that it sees a token once; None predicts all anew for each.
+    """
+    likelihood = seen = None
     for _ in range(new_tokens):
-        log_probs = mixture(ids).log_probs[:, -1]
+        if kept is None:
+            log_probs = mixture(ids).log_probs[:, -1]
+        else:
+            given = ids if seen is None else ids[:, -1:]
+            each = log_probs_by_domain(mixture.predict, given, kept)
+            seen = each if seen is None else torch.cat([seen[:, -1:], each], 1)
+            told = ids[:, ids.shape[1] - seen.shape[1] + 1 :, None, None].expand(-1, -1, mixture.num_domains, 1)
+            newest = seen[:, :-1].gather(-1, told)[..., 0]
+            likelihood = newest if likelihood is None else torch.cat([likelihood, newest], 1)
+            log_probs = (seen[:, -1] + mixture.believe(likelihood)[:, -1].log()[..., None]).logsumexp(-2)
         if temperature:
             following = torch.multinomial((log_probs / temperature).softmax(-1), 1)
         else:

@@ -553,7 +553,8 @@ def generate(
         if not labelled:
             raise UserError(f"{folder / which}: its experts are not of domains; leave --domain out")
         if domain is None:
-            found = mixing.continue_ids(DomainMixture(by_domain(model), len(names)), ids, max_new_tokens, temperature)
+            mixture, caches = DomainMixture(by_domain(model), len(names)), mixing.caches([model] * len(names))
+            found = mixing.continue_ids(mixture, ids, max_new_tokens, temperature, caches)
             return str(tokenizer.decode(found[0], skip_special_tokens=True))
         if domain not in names:
             raise UserError(f"{folder} has no domain {domain!r}; it has {', '.join(names)}")
