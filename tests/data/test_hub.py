@@ -13,6 +13,8 @@ from shunter.data.documents import read_domains
 from shunter.data.files import sentences
 from shunter.data.hub import is_dataset
 from shunter.data.labelled_images import read_labelled
+from shunter.data.pairs import read_pairs as image_pairs
+from shunter.data.pairs import split_pairs
 from shunter.errors import UserError
 from tests.conftest import SEED
 
@@ -106,10 +108,62 @@ def test_text_and_images(tmp_path):
         assert np.array_equal(np.asarray(found.open(i)), array)
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_images_with_captions(split, tmp_path):
+    """Several captions of an image, a class as concept, holes and what does not decode, with splits and without."""
+    draw = np.random.default_rng(SEED)
+    pixels = [draw.integers(0, 256, (6, 5, 3), dtype=np.uint8) for _ in range(13)]
+    kinds = datasets.Features(
+        {
+            "picture": datasets.Image(),
+            "captions": datasets.Sequence(datasets.Value("string")),
+            "concept": datasets.ClassLabel(names=list("abcdef")),
+            "style": datasets.Value("string"),
+        }
+    )
+    cells = [Image.fromarray(array) for array in pixels[:10]]
+    cells += [{"bytes": b"no image", "path": None}, None, Image.fromarray(pixels[12])]
+    rows = {
+        "picture": cells,
+        "captions": [[f"a  thing {i}", f"it {i}"] for i in range(12)] + [[" ", None]],
+        "concept": [i % 6 for i in range(13)],
+        "style": ["plain", None] * 6 + ["plain"],
+    }
+    if split:
+        held = {name: values[:4] for name, values in rows.items()}
+        source = save(tmp_path / "saved", train=({n: v[4:] for n, v in rows.items()}, kinds), test=(held, kinds))
+    else:
+        source = str(tmp_path / "saved")
+        datasets.Dataset.from_dict(rows, kinds).save_to_disk(source)
+    pairs = image_pairs(source)
+    order = [*range(4, 13), *range(4)] if split else list(range(13))
+    for place, i in enumerate(order):
+        assert pairs.images.where[place] == (
+            f"{source}, {'test' if split and i < 4 else 'train'}, record {i + 1 - 4 * (split and i > 3)}"
+        )
+        if i < 12:
+            assert (
+                pairs.captions[place] == [f"a thing {i}", f"it {i}"] and pairs.images.labels[place] == "abcdef"[i % 6]
+            )
+        if i < 10:
+            assert np.array_equal(np.asarray(pairs.images.open(place)), pixels[i])
+        assert pairs.styles[place] == ("" if i % 2 else "plain")
+    found = split_pairs(pairs, share=0.3)
+    assert found.left_out.startswith("Left out 3 of 13 pairs: ") and found.left_out.count("has no image") == 1
+    assert "has no caption" in found.left_out and "not an image that can be read" in found.left_out
+    assert split_pairs(image_pairs(source), share=0.3).fingerprint == found.fingerprint
+    held_out = {order[i] for part in found.parts.values() for i in part}
+    assert not split or held_out == {0, 1, 2, 3}
+
+
 def test_what_is_no_data_set_is_one_line(tmp_path):
     assert not is_dataset(str(tmp_path)) and not is_dataset("none.tsv", {".tsv"}) and is_dataset("someone/sounds")
     (tmp_path / "dataset_dict.json").write_text("{")
-    for read in (lambda: read_pairs(str(tmp_path), "en"), lambda: read_domains([str(tmp_path)])):
+    for read in (
+        lambda: read_pairs(str(tmp_path), "en"),
+        lambda: read_domains([str(tmp_path)]),
+        lambda: image_pairs(str(tmp_path)),
+    ):
         with pytest.raises(UserError, match="a data set that cannot be loaded") as error:
             read()
         assert "\n" not in str(error.value)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "Labelled",
     "Split",
     "built_in_images",
+    "dataset_images",
     "file_bytes",
     "in_memory",
     "look",
@@ -240,57 +242,63 @@ def _read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
 
 
 def _dataset(name: str) -> Labelled:
+    parts, images = dataset_images(name)
+    import datasets
+
+    features = next(iter(parts.values())).features
+    classes = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    label = next((key for key in (*classes, "label") if key in features), None)
+    if label is None:
+        raise UserError(f"{name}: needs a column of classes ('label'); it has {', '.join(features)}")
+    names = getattr(features[label], "names", None)
+    labels: list[str] = []
+    for value in (value for some in parts.values() for value in some[label]):
+        if value is None or value != value or (names and not 0 <= int(value) < len(names)):
+            raise UserError(f"{images.where[len(labels)]}: {label} is {value!r}, which is no class")
+        labels.append(escaped(str(names[int(value)] if names else value)))
+    return replace(images, labels=labels)
+
+
+def dataset_images(name: str) -> tuple[dict[str, Any], Labelled]:
+    """The splits of a data set that are trained on and held out, and their images, whose labels nobody has read.
+
+    Raises:
+        UserError: where it cannot be loaded, and for other splits and columns.
+    """
     found = load_splits(name)
     import datasets
 
-    parts: dict[str, Any] = {part: rows for part, rows in found.items() if part == "train" or part in HELD_OUT}
-    if "train" not in parts:
+    held = next((part for part in HELD_OUT if part in found), None)
+    train = next(iter(found)) if len(found) == 1 else "train"
+    if train not in found:
         raise UserError(f"{name}: has no split 'train', only {', '.join(map(str, found))}")
-    held = next((part for part in HELD_OUT if part in parts), None)
-    parts = {part: parts[part] for part in ("train", held) if part is not None}
-    features = parts["train"].features
-    image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
-    classes = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    label = next((key for key in (*classes, "label") if key in features), None)
-    if image is None or label is None:
-        raise UserError(f"{name}: needs a column of images and one of classes ('label'); it has {', '.join(features)}")
-    rows = [(part, i) for part, some in parts.items() for i in range(len(some))]
-    names = getattr(features[label], "names", None)
+    held = None if held == train else held
+    parts: dict[str, Any] = {part: found[part] for part in (train, held) if part is not None}
     say_other_splits(name, found, parts)
-    labels: list[str] = []
-    for part, some in parts.items():
-        for number, value in enumerate(some[label], 1):
-            if value is None or (names and not 0 <= int(value) < len(names)):
-                raise UserError(f"{name}, {part}, record {number}: {label} is {value!r}, which is no class")
-            labels.append(escaped(str(names[int(value)] if names else value)))
+    features = parts[train].features
+    image = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
+        raise UserError(f"{name}: needs a column of images; it has {', '.join(features)}")
     stored = {part: some.cast_column(image, datasets.Image(decode=False)) for part, some in parts.items()}
+    rows = [(part, i) for part, some in parts.items() for i in range(len(some))]
+    where = [f"{name}, {part}, record {row + 1}" for part, row in rows]
 
     def raw(i: int) -> bytes:
         part, row = rows[i]
         cell = stored[part][row][image] or {}
-        return cell.get("bytes") or (file_bytes(Path(cell["path"])) if cell.get("path") else b"")
+        if not cell.get("bytes") and not cell.get("path"):
+            raise UserError(f"{where[i]}: has no image")
+        return cell.get("bytes") or file_bytes(Path(cell["path"]))
 
     def opened(i: int) -> Image.Image:
-        part, row = rows[i]
+        content = raw(i)
         try:
-            found = parts[part][row][image]
-        except Exception as error:
-            raise UserError(
-                f"{name}, {part}, record {row + 1}: not an image that can be read ({one_line(error)})"
-            ) from None
-        if not isinstance(found, Image.Image):
-            raise UserError(f"{name}, {part}, record {row + 1}: has no image")
-        return found
+            return open_image(io.BytesIO(content))
+        except UserError as error:
+            raise UserError(f"{where[i]}: {one_line(error)}") from None
 
-    return Labelled(
-        [f"{name}, {part}, record {row + 1}" for part, row in rows],
-        labels,
-        [part != "train" if held else None for part, _ in rows],
-        opened,
-        raw,
-        "the dataset's own",
-        f"datasets: {name}",
-    )
+    told = [part != train if held else None for part, _ in rows]
+    return stored, Labelled(where, [""] * len(rows), told, opened, raw, "the dataset's own", f"datasets: {name}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Images with a caption each: of a folder, a table, or built in, emoji of four drawing styles with their names."""
+"""Images with captions: of a folder, a table, a data set, or built in, emoji of four styles with their names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
 from .files import files_in, say_left_out
+from .hub import is_dataset
 from .images import SUFFIXES, open_image
-from .labelled_images import HELD_OUT, Labelled, file_bytes, in_memory, look
+from .labelled_images import HELD_OUT, Labelled, dataset_images, file_bytes, in_memory, look
 from .sifting import left_out, say_beyond, sift
 from .tables import read_frame
 
@@ -66,12 +67,16 @@ def read_pairs(source: str) -> Pairs:
         source: a folder with NAME.png and NAME.txt (or another suffix of an image), the caption in the first line, as
             tuxpaint-stamps-default has them; or a table (csv, tsv, jsonl, parquet) with columns image (a path from the
             table's folder, or in parquet the bytes) and caption, and perhaps style, concept (what is held out together;
-            else the caption) and split (train, or test or validation).
+            else the caption) and split (train, or test or validation); or a name of the `datasets` library, or a folder
+            that its `save_to_disk` wrote, with a column of images, one of captions (caption, captions or text; a text,
+            or a list of them) and perhaps style and concept.
 
     Raises:
         UserError: naming the file and the record.
     """
     path = Path(source)
+    if is_dataset(source, _TABLES):
+        return _dataset(source)
     if path.is_dir():
         return _folder(path)
     if not path.exists():
@@ -172,6 +177,35 @@ def _table(file: Path) -> Pairs:
 
 
 _COLUMNS = ("image", "caption", "style", "concept", "split")
+
+
+def _dataset(source: str) -> Pairs:
+    parts, images = dataset_images(source)
+    names = next(iter(parts.values())).features
+    caption = next((name for name in ("caption", "captions", "text") if name in names), None)
+    if caption is None:
+        raise UserError(f"{escaped(source)}: needs a column of captions ('caption'); it has {', '.join(names)}")
+
+    def column(name: str) -> list[Any]:
+        called = getattr(names[name], "names", None)  # of a class
+        cells = [cell for some in parts.values() for cell in some[name]]
+        return [called[cell] if called and cell is not None and 0 <= cell < len(called) else cell for cell in cells]
+
+    captions, bad = [], dict[int, str]()
+    for i, cell in enumerate(column(caption)):
+        texts = [_clean(one) for one in (cell if isinstance(cell, list) else [cell]) if isinstance(one, str)]
+        captions.append([text for text in texts if text] or [""])
+        if not captions[i][0]:
+            bad[i] = f"{images.where[i]}: has no caption"
+    known = {
+        name: ["" if cell is None else _clean(str(cell)) for cell in column(name)]
+        for name in ("style", "concept")
+        if name in names
+    }
+    styles = known.get("style", [""] * len(captions))
+    concepts = known.get("concept", [""] * len(captions))
+    concepts = [concept or some[0] for concept, some in zip(concepts, captions, strict=True)]
+    return Pairs(replace(images, labels=concepts), captions, styles, bad)
 
 
 def _cell(value: Any) -> Any:
