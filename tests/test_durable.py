@@ -164,10 +164,10 @@ def test_missing_swapped_and_further_files_are_found(folder, tmp_path):
     one.unlink()
     refused("config.json: No such file")
     os.mkfifo(one)
-    refused("config.json: is no file")
+    refused("config.json: is a FIFO")
     one.unlink()
     one.symlink_to("/dev/zero")
-    refused("config.json: is no file")
+    refused("config.json: leads to /dev/zero, outside")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"sha256": 1}', '{"sha256": ""}', "[" * 10000])
@@ -181,11 +181,51 @@ def test_a_manifest_that_is_none_is_one_line(folder, content):
         verify(folder)
 
 
-def test_another_format_is_named(folder):
-    content = json.loads((folder / MANIFEST).read_text())
+def forge(folder, **changes):
+    content = json.loads((folder / MANIFEST).read_text()) | changes
     content.pop("sha256")
-    content["format"] = 2
     (folder / MANIFEST).write_text(json.dumps(content | {"sha256": durable._digest(content)}))
+
+
+LIES = [[], "config.json", {"config.json": None}, {"config.json": []}, {"config.json": {"bytes": "1"}}]
+OUTSIDE = ["../secret", "inner/../../secret", "inner", "", "a\0", "\ud800"]
+LIES += [{name: {"bytes": 5, "sha256": ""}} for name in OUTSIDE]
+LIES += [{"out/secret": {}}, {"model.safetensors/x": {}}, {"/dev/zero": {}}, {"a" * 300: {}}]
+
+
+@pytest.mark.parametrize("files", LIES, ids=repr)
+def test_a_manifest_that_lies_is_one_line_and_nothing_outside_of_the_folder_is_read(files, folder, monkeypatch):
+    (folder.parent / "secret").write_text("12345")
+    (folder / "out").symlink_to(folder.parent)
+    forge(folder, files=files)
+    opened = []
+    inner = durable._entry
+    monkeypatch.setattr(durable, "_entry", lambda file, **how: opened.append(file) or inner(file, **how))
+    with pytest.raises(UserError) as error:
+        verify(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert all(file.resolve().is_relative_to(folder) for file in opened)
+
+
+@pytest.mark.parametrize("how", ["link", "FIFO", "folder", "values"])
+def test_what_is_no_manifest_does_not_count_as_none(how, folder):
+    path = folder / MANIFEST
+    content = path.read_text()
+    path.unlink()
+    if how == "link":
+        (folder.parent / "manifest").write_text(content)
+        path.symlink_to(folder.parent / "manifest")
+    elif how == "values":
+        path.write_text(f'{{"files": {"[" * 2_000_001}')
+    else:
+        os.mkfifo(path) if how == "FIFO" else path.mkdir()
+    assert durable.sealed(folder)
+    with pytest.raises(UserError, match=str(path)):
+        verify(folder)
+
+
+def test_another_format_is_named(folder):
+    forge(folder, format=2)
     with pytest.raises(UserError, match="has the format 2, and this version reads 1"):
         verify(folder)
 
@@ -204,6 +244,15 @@ def test_some_files_of_a_folder_are_sealed(tmp_path):
     seal(tmp_path, ["a.json"])
     (tmp_path / "b.json").write_text("2")
     verify(tmp_path, others=True)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(NotWritten, match="run/.lock cannot be written"), only_process(tmp_path / "run"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_one_process_at_a_time(tmp_path):

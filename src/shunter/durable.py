@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 import socket
-import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NotWritten, UserError, one_line
+from .untrusted import inside, open_file, parse_json, read_file
 
 fcntl: Any
 try:
@@ -180,8 +180,8 @@ def seal(folder: Path, files: Iterable[str] | None = None, **facts: Any) -> None
 
 
 def sealed(folder: Path) -> bool:
-    """Whether a folder has a manifest."""
-    return (folder / MANIFEST).is_file()
+    """Whether a folder has a manifest, or something in its place."""
+    return os.path.lexists(folder / MANIFEST)
 
 
 def verify(folder: Path, *, others: bool = False, cure: str = _CURE) -> dict[str, Any]:
@@ -197,23 +197,21 @@ def verify(folder: Path, *, others: bool = False, cure: str = _CURE) -> dict[str
     """
     path = folder / MANIFEST
     try:
-        if not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > _LARGEST:
-            raise ValueError("it is no file of a sensible size")
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_file(inside(path), _LARGEST))
         said = content.pop("sha256")
         if said != _digest(content):
             raise ValueError("it has been changed")
         if content["format"] != FORMAT:
             raise UserError(f"{path}: has the format {content['format']!r}, and this version reads {FORMAT}")
-        entries: dict[str, dict[str, Any]] = content["files"]
+        entries = {name: (inside(folder / name, folder), entry) for name, entry in content["files"].items()}
     except FileNotFoundError:
         raise UserError(f"{folder}: has no {MANIFEST}; it was not written to its end") from None
     except UserError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be used: {one_line(error)}") from None
-    for name, entry in entries.items():
-        _compare(folder, name, entry, cure)
+    for file, entry in entries.values():
+        _compare(file, entry, cure)
     if not others:
         for file in folder.rglob("*"):
             name = file.relative_to(folder).as_posix()
@@ -222,13 +220,11 @@ def verify(folder: Path, *, others: bool = False, cure: str = _CURE) -> dict[str
     return dict(content)
 
 
-def _compare(folder: Path, name: str, entry: dict[str, Any], cure: str) -> None:
-    file = folder / name
+def _compare(file: Path, entry: Any, cure: str) -> None:
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{file}: is no file")
-        changed = status.st_size != entry["bytes"] or _entry(file, sync=False) != entry
+        open_file(file).close()
+        said = entry.get("bytes") if isinstance(entry, dict) else None
+        changed = file.stat().st_size != said or _entry(file, sync=False) != entry
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}, and {MANIFEST} names it") from None
     if changed:
@@ -257,7 +253,7 @@ def only_process(folder: Path) -> Iterator[None]:
     """
     path = folder / _LOCK
     with naming(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         if (locked := _lock(descriptor)) is None:
             warnings.warn(f"{folder}: has no file locks; see yourself that no other process works there", stacklevel=3)
@@ -342,7 +338,8 @@ def _sync(path: Path) -> None:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_NO_PLACE = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_REFUSED = (errno.EACCES, errno.EPERM, *_NO_PLACE)
 
 
 @contextmanager

@@ -10,12 +10,30 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 
-__all__ = ["MAX_VALUES", "open_file", "parse_json", "read_file"]
+__all__ = ["MAX_VALUES", "inside", "open_file", "parse_json", "read_file"]
 
 MAX_VALUES = 2_000_000
 """Of a JSON text: a value takes up to some hundred bytes of memory, however short it is written."""
 
 _MAX_FILE = 100_000_000
+
+
+def inside(file: Path, folder: Path | None = None) -> Path:
+    """The file, where it lies in its folder, links followed (or among the blobs of the Hub's cache).
+
+    Args:
+        file: may be missing.
+        folder: that it must lie in, or below; None for its parent.
+
+    Raises:
+        UserError: where it does not.
+    """
+    folder = (folder or file.parent).resolve()
+    real = file.resolve()
+    cached = folder.parent.name == "snapshots" and folder.parents[1] / "blobs" == real.parent
+    if not real.is_relative_to(folder) and not cached:
+        raise UserError(f"{file}: leads to {real}, outside {folder}; put the file itself there")
+    return file
 
 
 def open_file(file: Path) -> BinaryIO:

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from .. import metrics
 from ..durable import write
 from ..errors import NotWritten, UserError
+from ..untrusted import inside, parse_json, read_file
 from .exhibits import EXHIBITS, Exhibit, read_exhibits
 from .ledger import TRAINING_FLOPS
 
 __all__ = ["Metrics"]
 
 MODELS = ("dense", "sparse")
+_LARGEST = 2**32  # bytes of the metrics
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,13 @@ def read_words(run: Path) -> Words:
     if content is None:
         return TEXT
     with _schema(path):
-        return Words(**content)
+        words = Words(**content)
+        for name, known in vars(TEXT).items():
+            if not isinstance(given := getattr(words, name), type(known)):
+                raise TypeError(f"{name} is {given!r:.60}")
+        if not all(isinstance(text, str) for text in (*words.shown, *words.shown.values(), *words.higher)):
+            raise TypeError("shown and higher must hold texts")
+        return words
 
 
 @dataclass(frozen=True)
@@ -240,7 +248,7 @@ def read_run(path: Path) -> Run:
     run.data = _read_data(path / "data.json")
     run.exhibits = _read_exhibits(path / EXHIBITS)
     config = path / "config.yaml"
-    run.config = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    run.config = _text(config) if config.exists() else ""
     return run
 
 
@@ -255,14 +263,19 @@ def _schema(path: Path, where: str = "") -> Iterator[None]:
 
 
 def _load_json(path: Path) -> Any:
-    if not path.is_file():
+    if not path.exists():
         return None
+    raw = read_file(inside(path))
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(raw)
     except ValueError as error:
         raise UserError(
             f"{path} is not complete JSON ({error}). Write it again, or remove it to report without it."
         ) from error
+
+
+def _text(path: Path) -> str:
+    return read_file(inside(path), _LARGEST).decode(errors="replace")
 
 
 def _number(value: object) -> float:
@@ -283,16 +296,16 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _read_metrics(run: Run) -> None:
     path = run.path / "metrics.jsonl"
-    if not path.is_file():
+    if not path.exists():
         run.notices.append("metrics.jsonl is missing: there are no curves to draw.")
         return
     series: dict[tuple[str, str], list[dict[str, Any]]] = {}
     unreadable = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             unreadable.append(number)
             continue
@@ -500,10 +513,10 @@ class Metrics:
         if not self.path.exists():
             return []
         found = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        for text in _text(self.path).split("\n"):
             try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
+                line = parse_json(text)
+            except ValueError:
                 continue
             if isinstance(line, dict) and (model is None or line.get("model") == model):
                 found.append(line)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import random
 import unicodedata
 import warnings
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, escaped, one_line
-from ..untrusted import open_file
+from ..untrusted import open_file, parse_json
 from . import espeak
 from .files import LeftOut, files_in, say_left_out
 from .hub import is_dataset, load_splits
@@ -355,7 +354,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             return
         for line in stream:
             if line.strip():
-                row = json.loads(line)
+                row = parse_json(line)
                 if not isinstance(row, dict):
                     raise ValueError("a line must be an object")
                 yield row

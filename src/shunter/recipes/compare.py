@@ -19,6 +19,7 @@ from ..analysis.runs import Metrics, Words
 from ..durable import write, writing
 from ..environment import run_versions
 from ..errors import UserError, one_line
+from ..untrusted import parse_json, read_file
 from .config import parse_value
 from .recipe import Recipe
 from .run import account, begin, check_router, configuration_of, train_one
@@ -197,7 +198,7 @@ def resumed(run: Path) -> tuple[Recipe[Any, Any], Any, list[str]]:
         UserError: where there is none.
     """
     try:
-        specs = json.loads((run / "routers.json").read_text(encoding="utf-8"))
+        specs = parse_json(read_file(run / "routers.json"))
     except (OSError, ValueError):
         raise UserError(f"{run} holds no comparison to resume") from None
     if not isinstance(specs, list) or not all(isinstance(spec, str) for spec in specs):

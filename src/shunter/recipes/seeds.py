@@ -11,6 +11,7 @@ from ..analysis.runs import Words
 from ..durable import make_folder, sealed, write
 from ..environment import run_versions
 from ..errors import UserError
+from ..untrusted import parse_json, read_file
 from .compare import compare, draw, table, with_router
 from .config import dump_config
 from .recipe import Recipe
@@ -45,7 +46,7 @@ def seeds_of(run: Path) -> list[int] | None:
     if not path.exists():
         return None
     try:
-        seeds = json.loads(path.read_text(encoding="utf-8"))
+        seeds = parse_json(read_file(path))
         return parse_seeds(",".join(str(int(seed)) for seed in seeds), 0)
     except (ValueError, TypeError):
         raise UserError(f"{path} must hold a list of seeds") from None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -449,6 +450,9 @@ def test_layers_in_their_natural_order(make_run: MakeRun) -> None:
     [
         ("summary.json", "{", "not complete JSON"),
         ("summary.json", "[]", "summary.json does not follow"),
+        ("summary.json", "[" * 100_000, "not complete JSON"),
+        ("recipe.json", '{"recipe": [], "intro": "", "loss": ""}', "recipe is []"),
+        ("recipe.json", '{"recipe": "text", "intro": "", "loss": "", "shown": {"a": 1}}', "must hold texts"),
         ("summary.json", '{"dense": {}}', "lacks the key 'eval_loss'"),
         ("specialisation.json", '{"domains": ["a"], "layers": {"0": {"load": [1]}}}', "lacks the key 'domains'"),
         ("specialisation.json", "null?", "not complete JSON"),
@@ -464,6 +468,20 @@ def test_a_broken_file_is_one_clear_error(make_run: MakeRun, name: str, content:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         write_report(run)
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "recipe.json", "metrics.jsonl", "config.yaml"])
+def test_what_is_no_file_or_lies_elsewhere_is_not_read(make_run: MakeRun, name: str, tmp_path: Path) -> None:
+    run = make_run(layers=1, steps=5)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(UserError, match=f"{name}: is a FIFO"):
+        write_report(run)
+    (run / name).unlink()
+    (tmp_path / "elsewhere").write_text("{}")
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}: leads to"):
+        write_report(run)
 
 
 def test_experts_that_do_not_agree_are_an_error(make_run: MakeRun) -> None:

@@ -19,7 +19,7 @@ def test_companions_that_are_links_to_elsewhere_are_not_copied(whole, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     shutil.copytree(whole["dense"], tmp_path / "dense")
     (tmp_path / "dense/vocab.txt").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(ValueError, match="outside its folder"):
+    with pytest.raises(ValueError, match="outside"):
         shunter.upcycle(tmp_path / "dense", tmp_path / "out", check=False)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["dense", "secret.txt"]
 

@@ -14,9 +14,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ...errors import UserError, one_line
-from ...untrusted import open_file, read_file
+from ...untrusted import inside, open_file, read_file
 from ..config_file import MARKS, as_dense, introduce
-from .reading import Stored, inside, read_json
+from .reading import Stored, read_json
 
 __all__ = [
     "COMPUTED",

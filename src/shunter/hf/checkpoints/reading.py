@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ...durable import sealed, verify
 from ...errors import UserError, one_line
-from ...untrusted import open_file, parse_json, read_file
+from ...untrusted import inside, open_file, parse_json, read_file
 
-__all__ = ["CODES", "INDEX", "SINGLE", "Checkpoint", "Stored", "inside", "read_json", "read_texts"]
+__all__ = ["CODES", "INDEX", "SINGLE", "Checkpoint", "Stored", "read_json", "read_texts"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -165,19 +165,6 @@ class Checkpoint:
         if stored.dtype.is_floating_point and not bool(tensor.isfinite().all()):
             raise UserError(f"{stored.file}: {name!r} holds NaN or infinity; the model is broken, take an earlier one")
         return tensor
-
-
-def inside(file: Path) -> Path:
-    """The file, where it is not a link to somewhere outside its folder (or the blobs of the Hub's cache).
-
-    Raises:
-        UserError: where it is.
-    """
-    real, folder = file.resolve(), file.parent.resolve()
-    cached = folder.parent.name == "snapshots" and folder.parents[1] / "blobs" == real.parent
-    if real.parent != folder and not cached:
-        raise UserError(f"{file}: is a link to {real}, outside its folder; put the file itself there")
-    return file
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...durable import MANIFEST
 from ...errors import UserError
-from .reading import CODES, INDEX, SINGLE, Stored, inside
+from ...untrusted import inside
+from .reading import CODES, INDEX, SINGLE, Stored
 
 __all__ = ["Writer", "copy_companions"]
 
