@@ -11,6 +11,7 @@ from shunter.analysis.runs import read_run
 from shunter.cli import main
 from shunter.hf.checkpoints.folders import load_tokenizer
 from shunter.recipes import mixing
+from shunter.recipes.lesson import lesson_of
 from shunter.recipes.run import configuration_of, load_model
 
 from .browser import complaints
@@ -121,3 +122,26 @@ def test_losses_of_planted_domains():
     assert best["uniform prior"]["b"] == pytest.approx(((n - 1) * -math.log(0.8) - math.log(0.4)) / n)
     prior, ratio = mixing.cached_prior(likelihood), 2.0**n
     assert prior.tolist() == pytest.approx([1 / (ratio + 2), ratio / (ratio + 2), 1 / (ratio + 2)])
+
+
+def test_a_student_learns_from_the_runs_own_batches_beside_its_own_dense_model(demix, tmp_path, capsys):
+    """The gain is counted by the run's held-out losses, for as many steps; with other steps a twin is trained."""
+    summary = json.loads((demix / "summary.json").read_text())
+    assert main(["distill", str(demix), "--out", str(tmp_path / "new"), "--json"]) == 0
+    receipt = json.loads(capsys.readouterr().out)
+    assert receipt["options"] | {"steps": 4, "learning_rate": 3e-3} == receipt["options"]
+    assert receipt["options"]["baseline"] == str(demix / "dense")
+    for ours, theirs in ("teacher", "sparse"), ("baseline", "dense"):
+        assert math.isclose(receipt["losses"][ours], summary[theirs]["eval_loss"], rel_tol=1e-5)
+    recipe, config = configuration_of(demix)
+    data = recipe.prepare(config)
+    lesson = lesson_of(demix)
+    rows = [row for batch in lesson.material.batches for row in batch.inputs["input_ids"]]
+    assert len(rows) == len(data.train) and all(
+        torch.equal(row, data.train[i]["input_ids"]) for i, row in enumerate(rows)
+    )
+    for batch in lesson.material.batches:
+        assert torch.equal(batch.targets[:, :-1], batch.inputs["input_ids"][:, 1:]) and "domain" in batch.told
+        assert bool((batch.targets[:, -1] == -100).all())
+    assert main(["distill", str(demix), "--out", str(tmp_path / "short"), "--json", "--steps", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"]["baseline"] is None

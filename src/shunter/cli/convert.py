@@ -81,17 +81,19 @@ def add_verbs(verbs: Any) -> None:
     distill.add_argument("--out", type=Path, required=True, help="the student's folder")
     distill.add_argument("--student", type=Path, help="a model that is to learn, such as a pruned one (default: dense)")
     distill.add_argument("--layers", type=int, help="a student of the teacher's kind with so many layers")
-    distill.add_argument("--data", nargs="+", help="text as in train, or images; none: the built-in text")
+    own = "none: what a run's models learned from, or the built-in text"
+    distill.add_argument("--data", nargs="+", help=f"text as in train, or images; {own}")
     distill.add_argument(
         "--baseline",
         type=Path,
-        help="a model to count the gain from (default: the student's twin without a teacher, which is trained)",
+        help="a model to count the gain from (default: the student's twin of as many steps without a teacher: a run's "
+        "own dense model, or one that is trained)",
     )
-    distill.add_argument("--steps", type=int, default=300)
-    distill.add_argument("--learning-rate", type=float, default=1e-3)
+    distill.add_argument("--steps", type=int, help="default: those of the run, or 300")
+    distill.add_argument("--learning-rate", type=float, help="default: that of the run, or 1e-3")
     distill.add_argument("--soft", type=float, default=0.25, help="the teacher's weight in the loss")
     distill.add_argument("--stop", type=float, default=1.0, help="the share of the steps with a teacher")
-    distill.add_argument("--tokens", type=int, default=500_000, help="how many of the data; a tenth is held out")
+    distill.add_argument("--tokens", type=int, default=500_000, help="how many of --data; a tenth is held out")
     distill.add_argument("--length", type=int, default=128, help="tokens of a window")
     distill.add_argument("--seed", type=int, default=0)
     distill.add_argument("--json", action="store_true", help="the receipt to standard output")
@@ -226,24 +228,35 @@ def _numbered(model: str, kind: str, given: str) -> int:
 def _distill(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from ..training.distilling import describe, distill
+    from ..hf.checkpoints.folders import local_folder
+    from ..training.distilling import LEARNING_RATE, STEPS, describe, distill
 
     logging.disable_progress_bar()
+    options: dict[str, Any] = {"steps": STEPS, "learning_rate": LEARNING_RATE, "baseline": args.baseline}
+    run = local_folder(args.teacher).parent
+    if args.data is None and (run / "recipe.json").is_file() and (run / "dense").is_dir():
+        from ..recipes.lesson import lesson_of
+
+        lesson = lesson_of(run)
+        options |= {"material": lesson.material, "held_out": lesson.held_out}
+        options |= {"steps": lesson.steps, "learning_rate": lesson.learning_rate}
+        twins = args.student is None and args.layers is None and args.steps in (None, lesson.steps)
+        if twins and args.baseline is None:
+            options["baseline"] = run / "dense"
+    options |= {key: value for key in ("steps", "learning_rate") if (value := getattr(args, key)) is not None}
     receipt = distill(
         args.teacher,
         args.out,
         student=args.student,
         layers=args.layers,
         data=args.data,
-        steps=args.steps,
-        learning_rate=args.learning_rate,
         soft=args.soft,
         stop=args.stop,
-        baseline=args.baseline,
         tokens=args.tokens,
         length=args.length,
         seed=args.seed,
         say=lambda line: print(line, file=sys.stderr),
+        **options,
     )
     print(json.dumps(receipt) if args.json else f"{args.out}: {describe(receipt)}")
     return 0

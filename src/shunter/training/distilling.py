@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..analysis.inspect.inspecting import Inspected, load, material_for
 from ..analysis.inspect.material import Batch, Material
-from ..analysis.inspect.recording import batch_losses
+from ..analysis.inspect.recording import batch_logits, batch_losses
 from ..durable import check_new_folder, new_folder
 from ..environment import VERSION, machine, run_versions
 from ..errors import Diverged, UserError
@@ -37,7 +37,9 @@ from ..moe import aux_loss, moe_layers, update_routers
 from .balance import Balance
 from .roles import roles
 
-__all__ = ["describe", "distill", "distillation_loss", "gain_kept", "student_of"]
+__all__ = ["LEARNING_RATE", "STEPS", "describe", "distill", "distillation_loss", "gain_kept", "student_of"]
+
+STEPS, LEARNING_RATE = 300, 1e-3  # unless a run says how long and at which rate its dense model learned
 
 
 def distill(
@@ -48,8 +50,9 @@ def distill(
     layers: int | None = None,
     data: Sequence[str] | None = None,
     material: Material | None = None,
-    steps: int = 300,
-    learning_rate: float = 1e-3,
+    held_out: Sequence[Batch] | None = None,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
     soft: float = 0.25,
     stop: float = 1.0,
     baseline: str | Path | None = None,
@@ -70,12 +73,15 @@ def distill(
         data: as `shunter.data.documents.read_domains` takes it, or images; None takes the built-in text. A tenth
             of it is held out.
         material: batches in place of data.
+        held_out: batches to measure the losses on; None takes every tenth of the material, which is then not learned.
         steps: of the optimizer.
-        learning_rate: of AdamW, after a warm-up over a twentieth of the steps, and falling to a tenth of it.
-        soft: the weight of the teacher's probabilities in the loss; the labels have the rest.
+        learning_rate: of AdamW, after a warm-up over a twentieth of the steps, and falling to 0 with a cosine.
+        soft: the weight of the teacher's probabilities in the loss; the labels have the rest. 0 shows what the
+            teacher's weights alone are good for (the last row of table 6).
         stop: after which share of the steps the labels alone teach (staged distillation).
-        baseline: the folder of the model that the gain is counted from; None trains one: the student's twin, from
-            drawn weights (those of a given student), on the same batches and the labels alone.
+        baseline: the folder of the model that the gain is counted from, which learned for as many steps; None trains
+            one: the student's twin, from drawn weights (those of a given student), on the same batches and the labels
+            alone.
         tokens: how many of the data at most.
         length: of a window of text.
         seed: of the drawn weights and the order of the batches.
@@ -90,8 +96,9 @@ def distill(
         Diverged: where a loss is not finite.
         NotWritten: where `out` cannot be made, before the training begins, or the disk is full.
 
-    Source: Fedus et al. 2021 (Switch), section 4.2 and tables 6 and 7; Rajbhandari et al. 2022 (DeepSpeed-MoE), section
-    4.2, for fewer layers and stopping early.
+    Source: Fedus et al. 2021 (Switch), section 4.2 and tables 6 and 7, which count the gain from the dense model of the
+    student's shape that was trained from scratch (T5-Base); Rajbhandari et al. 2022 (DeepSpeed-MoE), section 4.2, for
+    fewer layers and stopping early.
     """
     for name, value, low, high in (("soft", soft, 0, 1), ("stop", stop, 0, 1)):
         if not low <= value <= high:
@@ -103,8 +110,10 @@ def distill(
     subject = load(str(teacher))
     check_new_folder(Path(out))
     material = material or material_for(subject, data, tokens, length)
-    held, shown = material.batches[::10], [b for i, b in enumerate(material.batches) if i % 10]
-    if not shown:
+    held, shown = held_out, material.batches
+    if held is None:
+        held, shown = material.batches[::10], [b for i, b in enumerate(material.batches) if i % 10]
+    if not held or not shown:
         raise UserError("distill: the data are too few to hold a tenth out; give more")
     torch.manual_seed(seed)
     copied: list[str] = []
@@ -116,13 +125,15 @@ def distill(
         learner = student_of(subject, layers)
         twin = copy.deepcopy(learner)
         copied = _copy_weights(subject.model, learner, layers)
+    device = next(subject.model.parameters()).device
+    learner, twin = learner.to(device), twin.to(device)
     losses = {"teacher": _loss(subject.model, held), "student_before": _loss(learner, held)}
     options: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
     if baseline is None:
         say("baseline: learns from the labels alone")
         _train(twin, None, shown, soft=0.0, stop=0.0, say=say, **options)
     else:
-        twin = load_folder(Path(baseline))
+        twin = load_folder(Path(baseline)).to(device)  # type: ignore[arg-type]
         _must_share_words(subject.model, twin)
     losses["baseline"] = _loss(twin, held)
     del twin
@@ -153,13 +164,15 @@ def distill(
 
 def describe(receipt: dict[str, Any]) -> str:
     """A receipt of `distill` in words."""
-    losses, sizes, kept = receipt["losses"], receipt["parameters"], receipt["gain_kept"]
+    losses, sizes, kept, options = (receipt[name] for name in ("losses", "parameters", "gain_kept", "options"))
     share = "the teacher has no gain over the baseline" if kept is None else f"{kept:.0%} of the teacher's gain is kept"
+    twin = options["baseline"] or f"the student's twin after {options['steps']} steps without a teacher"
     return "\n".join(
         [
             f"{receipt['student']} with {sizes['student']:,} parameters; the teacher has {sizes['teacher']:,}.",
-            f"Held-out loss: teacher {losses['teacher']:.4f}, baseline {losses['baseline']:.4f}, student "
-            f"{losses['student']:.4f} (before: {losses['student_before']:.4f}); {share}.",
+            f"Held-out loss: teacher {losses['teacher']:.4f}, baseline ({twin}) {losses['baseline']:.4f}, student "
+            f"after {options['steps']} steps {losses['student']:.4f} (before: "
+            f"{losses['student_before']:.4f}); {share}.",
         ]
     )
 
@@ -311,10 +324,10 @@ def _train(
     say: Callable[[str], None],
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     warm = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * min(1, step / steps)))
+        optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps)))
     )
     own = bool(moe_layers(model))
     balance = Balance().attach(model) if not own and taps(model) else None
@@ -323,8 +336,10 @@ def _train(
         told = None
         if teacher is not None and step < stop * steps:
             with torch.no_grad():
-                told = teacher(**batch.inputs).logits
-        loss = distillation_loss(model(**batch.inputs).logits, batch.targets, told, soft)
+                told = batch_logits(teacher, batch)
+        logits = batch_logits(model, batch)
+        assert logits is not None  # or the losses before had not been found
+        loss = distillation_loss(logits, batch.targets.flatten().to(logits.device), told, soft)
         extra = aux_loss(model) if own else balance.loss() if balance is not None else 0.0
         total = loss + extra
         if not bool(total.isfinite()):
