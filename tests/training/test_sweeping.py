@@ -64,7 +64,25 @@ def test_cells_learn_from_the_same_weights_with_what_is_frozen_frozen():
     assert cells["sparse", "all", 5e-3]["trained"] - cells["sparse", "non_moe", 5e-3]["trained"] == experts
     page = markdown(json.loads(json.dumps(found)))
     assert page.count("| sparse |") == 4 and page.count("| dense |") == 2
-    assert len(picture(found).axes[0].lines) == 3
+    assert len(picture(found).axes[0].containers) == 3
+
+
+def test_cells_of_several_seeds_are_their_means_and_say_how_far_these_lie_apart():
+    model, data = sparsify(build("mistral", num_hidden_layers=1), 4, "switch", capacity_factor=2.0), task(20)
+    options = {"rates": [5e-3], "batches": [4], "train": ["all"], "capacities": [0.2], "examples": 12}
+    alone = [sweep({"sparse": model, "dense": model}, data, seeds=[seed], **options)["cells"][0] for seed in (0, 3)]
+    found = sweep({"sparse": model, "dense": model}, data, seeds=[0, 3], **options)
+    cell = found["cells"][0]
+    for key in ("accuracy", "loss"):
+        values = [one[key] for one in alone]
+        assert cell[key] == pytest.approx(sum(values) / 2)
+        assert cell["spread"][key] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert [one["loss"] for one in cell["by_seed"]] == [one["loss"] for one in alone]
+    assert alone[0]["loss"] != alone[1]["loss"]
+    page = markdown(json.loads(json.dumps(found)))
+    assert f"{cell['loss']:.4f} ± {cell['spread']['loss']:.4f}" in page and "+0.0000 ± 0.0000" in page
+    with pytest.raises(UserError, match="different"):
+        sweep({"sparse": model}, data, seeds=[1, 1], **options)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,9 @@ def add_verbs(verbs: Any) -> None:
     finetune.add_argument("--windows", type=int, default=200, help="of a label; a fifth is held out")
     finetune.add_argument("--out", type=Path, default=Path("runs/finetune"), help="for finetune.json, .md and .png")
     finetune.add_argument("--seed", type=int, default=0)
+    finetune.add_argument(
+        "--seeds", help="repeat each cell with so many seeds from --seed on, or with those of a list; errors are shown"
+    )
     finetune.set_defaults(verb=_finetune)
 
     evaluate = verbs.add_parser("eval", help="evaluate a run's models again")
@@ -206,8 +209,10 @@ def _finetune(args: argparse.Namespace) -> int:
     from ..data.documents import built_in_domains, read_domains
     from ..durable import make_folder, write, writing
     from ..hf.checkpoints.loading import load_folder
+    from ..recipes.seeds import parse_seeds
     from ..training.sweeping import labelled_windows, markdown, picture, sweep
 
+    seeds = [args.seed] if args.seeds is None else parse_seeds(args.seeds, args.seed)
     for name, least in (("examples", 1), ("length", 2), ("windows", 10)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
@@ -229,7 +234,7 @@ def _finetune(args: argparse.Namespace) -> int:
         capacities=args.capacities,
         dropout=args.expert_dropout,
         examples=args.examples,
-        seed=args.seed,
+        seeds=seeds,
         say=lambda line: print(line, file=sys.stderr),
     )
     write(args.out / "finetune.json", json.dumps(found, indent=1) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ def sweep(
     capacities: Sequence[float] = (),
     dropout: float = 0.0,
     examples: int = 2048,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Fine-tune each model with every rate and batch, and sparse ones with every part trained alone too.
@@ -112,12 +113,13 @@ def sweep(
             have a capacity.
         dropout: within experts.
         examples: how many are seen in all, whatever the batch.
-        seed: of the order and the head.
+        seeds: of the order of the examples; each cell is fine-tuned once with each, from the same weights.
         say: what is told of the progress, a line at a time.
 
     Returns:
         For JSON: `cells`, each with the model, rate, batch, what was trained, how many numbers that is, the held-out
-        accuracy and loss, and the accuracy at other capacities; `labels`, `machine`, `versions`.
+        accuracy and loss, and the accuracy at other capacities: means over the seeds, with the standard deviations over
+        them in `spread` and each seed's in `by_seed`; `labels`, `seeds`, `machine`, `versions`.
 
     Raises:
         UserError: for impossible numbers, or a role that no model has.
@@ -125,6 +127,8 @@ def sweep(
     for name, values in (("rates", rates), ("batches", batches)):
         if not values or min(values) <= 0:
             raise UserError(f"finetune: {name} {list(values)} must be numbers above 0")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"finetune: seeds {list(seeds)} must be one or more, and different")
     for words in train:
         for word in words.split(","):
             if word.strip().removeprefix("-") not in (*ROLES, *GROUPS):
@@ -133,9 +137,12 @@ def sweep(
     for name, model in models.items():
         sparse = bool(taps(model))
         for part, rate, batch in itertools.product(train if sparse else ["all"], rates, batches):
-            cell = {"model": name, "train": part, "rate": rate, "batch": batch}
-            cell |= _fine_tuned(copy.deepcopy(model), data, part, rate, batch, capacities, dropout, examples, seed)
-            say(f"{name}, {part}, rate {rate:g}, batch {batch}: accuracy {cell['accuracy']:.4f}")
+            found = [
+                _fine_tuned(copy.deepcopy(model), data, part, rate, batch, capacities, dropout, examples, seed)
+                for seed in seeds
+            ]
+            cell = {"model": name, "train": part, "rate": rate, "batch": batch, **_over_seeds(found)}
+            say(f"{name}, {part}, rate {rate:g}, batch {batch}: accuracy {_with_spread(cell, 'accuracy')}")
             cells.append(cell)
     return {
         "cells": cells,
@@ -143,9 +150,27 @@ def sweep(
         "examples": examples,
         "held_out": len(data.test[1]),
         "dropout": dropout,
+        "seeds": list(seeds),
         "machine": machine(),
         "versions": run_versions(),
     }
+
+
+def _over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """A cell of means, with standard deviations over the seeds where there are several."""
+    cell = dict(found[0])
+    for key in ("accuracy", "loss"):
+        cell[key] = statistics.fmean(one[key] for one in found)
+    cell["at_capacity"] = {c: statistics.fmean(one["at_capacity"][c] for one in found) for c in cell["at_capacity"]}
+    if len(found) > 1:
+        cell["spread"] = {key: statistics.stdev(one[key] for one in found) for key in ("accuracy", "loss")}
+        cell["by_seed"] = [{key: one[key] for key in ("accuracy", "loss", "at_capacity")} for one in found]
+    return cell
+
+
+def _with_spread(cell: dict[str, Any], key: str) -> str:
+    spread = cell.get("spread")
+    return f"{cell[key]:.4f}" + (f" ± {spread[key]:.4f}" if spread else "")
 
 
 def _fine_tuned(
@@ -234,27 +259,53 @@ def markdown(found: dict[str, Any]) -> str:
         others = "".join(f" {cell['at_capacity'][c]:.4f} |" if c in cell["at_capacity"] else " |" for c in capacities)
         lines.append(
             f"| {cell['model']} | {cell['train']} | {cell['trained']:,} | {cell['rate']:g} | {cell['batch']} | "
-            f"{cell['accuracy']:.4f} | {cell['loss']:.4f} |{others}"
+            f"{_with_spread(cell, 'accuracy')} | {_with_spread(cell, 'loss')} |{others}"
         )
     if capacities:
         lines += ["", "At c: the accuracy with the capacity factor c in evaluation."]
+    best = {name: next(cell for cell in cells if cell["model"] == name) for name in {c["model"] for c in cells}}
+    if len(found["seeds"]) > 1:
+        seeds = ", ".join(map(str, found["seeds"]))
+        lines += [
+            "",
+            f"Means over the seeds {seeds}; ± is the standard deviation over them. {_difference(best)}".strip(),
+        ]
+    share = max(cell["accuracy"] for cell in cells)
+    error = (share * (1 - share) / found["held_out"]) ** 0.5
+    lines += [
+        "",
+        f"An accuracy of {share:.2f} on {found['held_out']} windows has itself a standard error of {error:.3f}.",
+    ]
     return "\n".join([*lines, ""])
 
 
+def _difference(best: dict[str, dict[str, Any]]) -> str:
+    """By how much the best cell of the sparse model beats that of the dense one, over pairs of seeds, in words."""
+    if best.keys() < {"sparse", "dense"}:
+        return ""
+    pairs = zip(best["sparse"]["by_seed"], best["dense"]["by_seed"], strict=True)
+    gains = [sparse["accuracy"] - dense["accuracy"] for sparse, dense in pairs]
+    gain = f"{statistics.fmean(gains):+.4f} ± {statistics.stdev(gains):.4f}"
+    return f"The accuracy of the best sparse cell minus that of the best dense one is {gain}, over pairs of one seed."
+
+
 def picture(found: dict[str, Any]) -> Figure:
-    """Accuracy by learning rate, a line for each batch and part trained; dense models dashed."""
+    """Accuracy by learning rate, a line for each batch and part trained; dense models dashed; bars over the seeds."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    lines: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    lines: dict[tuple[str, str, int], list[tuple[float, float, float]]] = {}
     for cell in found["cells"]:
         key = (cell["model"], cell["train"], cell["batch"])
-        lines.setdefault(key, []).append((cell["rate"], cell["accuracy"]))
+        lines.setdefault(key, []).append((cell["rate"], cell["accuracy"], cell.get("spread", {}).get("accuracy", 0.0)))
     for i, ((model, part, batch), points) in enumerate(sorted(lines.items())):
-        rates, values = zip(*sorted(points), strict=True)
+        rates, values, spreads = zip(*sorted(points), strict=True)
         dense = model == "dense"
-        axes.plot(
+        axes.errorbar(
             rates,
             values,
+            spreads if any(spreads) else None,
+            capsize=2,
+            linewidth=1,
             marker="os^Dvx"[i % 6],
             markersize=5,
             color=PAPER.dense if dense else PAPER.sparse,
