@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..analysis.runs import Metrics
 from ..simulate.shapes import load_model
 from .figures_3_to_5 import facts_figure_5
 from .results import IMPOSSIBLE, NOT_RUN, Result, Row, judge
+from .scaling import seconds_of, short
 from .sweep import FACT_SWEEP
 
 __all__ = ["calibrated", "counted", "headline"]
@@ -100,6 +102,12 @@ def calibrated(figure_5: Result) -> Row:
 def headline(runs: Path) -> Result:
     """A row for each of the review's headline numbers."""
     rows = list(FACT_SWEEP.run(runs, ("switch", "hash")))
+    speed = [_speed_up(FACT_SWEEP.place(runs, size), "switch-64") for size in FACT_SWEEP.sizes]
+    return headline_of(rows, speed, facts_figure_5(runs))
+
+
+def headline_of(rows: list[dict[str, Any]], speed: list[float | None], figure_5: Result) -> Result:
+    """The same of runs that are there, how many times fewer draws Switch needs by size, and figure 5 on facts."""
     loss = {(row["router"], row["size"], row["experts"]): row["loss"] for row in rows}
     sizes = FACT_SWEEP.sizes
     switch = {
@@ -109,8 +117,7 @@ def headline(runs: Path) -> Result:
     last = {size: gains[-1] for size, gains in switch.items()}
     first = {size: gains[0] for size, gains in switch.items()}
     two = [loss[router, size, 2] < loss["dense", size, 1] for router in ("switch", "hash") for size in sizes]
-    speed = {size: _speed_up(FACT_SWEEP.place(runs, size), "switch-64") for size in sizes}
-    known = [value for value in speed.values() if value is not None]
+    known = [value for value in speed if value is not None]
     claims = [
         Row(
             "Switch's gain from doubling the experts diminishes at 256 and more",
@@ -124,7 +131,7 @@ def headline(runs: Path) -> Result:
         Row(
             "training to a dense model's loss with Switch, against that dense model",
             "4 to 7 times faster (wall-clock)",
-            ", ".join("not reached" if value is None else f"{value:.2f}" for value in speed.values())
+            ", ".join("not reached" if value is None else f"{value:.2f}" for value in speed)
             + " times fewer draws, 64 experts, by size",
             judge(
                 bool(known) and len(known) == len(sizes) and min(known) >= 4, direction=bool(known) and min(known) > 1
@@ -138,10 +145,10 @@ def headline(runs: Path) -> Result:
             judge(all(two), direction=sum(two) > len(two) / 2),
         ),
     ]
-    claims += [calibrated(facts_figure_5(runs)), *counted()]
+    claims += [calibrated(figure_5), *counted()]
     claims += [Row(what, paper, "", IMPOSSIBLE, why) for what, paper, why in _QUOTED]
     claims += [Row(what, paper, "", NOT_RUN, why) for what, paper, why in _NOT_RUN]
-    return Result("headline", claims, {}, math.fsum(row["seconds"] for row in rows))
+    return Result("headline", claims, {"runs": short(rows), "speed": speed}, seconds_of(rows))
 
 
 def _speed_up(run: Path, name: str) -> float | None:

@@ -17,19 +17,25 @@ from ..errors import UserError
 from ..recipes.run import configuration_of, load_model
 from ..recipes.text import RECIPE, evaluate
 from .results import IMPOSSIBLE, Result, Row, judge
-from .sweep import DOMAIN_SWEEP, FACT_SWEEP, INSIDE, OUTSIDE, TEXT_SWEEP, Sweep
+from .sweep import DOMAIN_SWEEP, FACT_SWEEP, INSIDE, OUTSIDE, TEXT_SWEEP
 
 __all__ = [
     "LAW_ROUTERS",
     "NAMES",
     "TASK",
     "TEXT",
+    "Factor",
     "against_dense",
+    "at_least",
     "domains",
+    "domains_of",
     "law",
+    "law_claims",
     "released_law",
     "seconds_of",
     "short",
+    "text_domains",
+    "text_domains_of",
     "text_law",
     "times",
 ]
@@ -56,8 +62,8 @@ CURVES = "SHUNTER_ROUTING_CURVES"
 
 
 def seconds_of(rows: Iterable[dict[str, Any]]) -> float:
-    """What the runs took, in all."""
-    return math.fsum(row["seconds"] for row in rows)
+    """What the runs took, in all; nothing of those of which it is not known any more."""
+    return math.fsum(row.get("seconds", 0.0) for row in rows)
 
 
 def short(
@@ -79,25 +85,35 @@ def law(runs: Path) -> Result:
         "A loss that falls to nothing, as that of facts which are all known, is no power law: the law has no floor. "
         "And the larger model gains more here, since what it lacks is room: no size is near its cut-off."
     )
-    return _law("scaling-law", FACT_SWEEP, runs, [TASK, note])
+    return _law("scaling-law", list(FACT_SWEEP.run(runs, LAW_ROUTERS)), [TASK, note])
 
 
 def text_law(runs: Path) -> Result:
     """The same on text."""
-    return _law("scaling-law-text", TEXT_SWEEP, runs, [TEXT])
+    return _law("scaling-law-text", list(TEXT_SWEEP.run(runs, LAW_ROUTERS)), [TEXT])
 
 
-def _law(name: str, runs_of: Sweep, runs: Path, notes: list[str]) -> Result:
-    rows = list(runs_of.run(runs, LAW_ROUTERS))
-    claims, groups = [], {}
+def _law(name: str, rows: list[dict[str, Any]], notes: list[str]) -> Result:
+    groups = {}
     for router in LAW_ROUTERS:
         mine = [row for row in rows if row["router"] in (router, "dense")]
         columns = ("parameters", "experts", "loss")
-        found = account(Runs(*(np.array([row[key] for row in mine], dtype=np.float64) for key in columns)))
-        groups[NAMES[router]] = found
+        groups[NAMES[router]] = account(
+            Runs(*(np.array([row[key] for row in mine], dtype=np.float64) for key in columns))
+        )
+    notes = [*notes, "The coefficients are of this task and this size, and not to be compared with those of the paper."]
+    data = {"groups": groups, "runs": short(rows)}
+    return Result(name, law_claims(data), data, seconds_of(rows), notes)
+
+
+def law_claims(data: dict[str, Any]) -> list[Row]:
+    """What the laws of runs say, of the data of the result."""
+    claims = []
+    dense = {row["size"]: row["loss"] for row in data["runs"] if row["router"] == "dense"}
+    for router in LAW_ROUTERS:
+        found = data["groups"][NAMES[router]]
         residual, separable = found["law"]["residual"], found["separable_residual"]
-        dense = {row["size"]: row["loss"] for row in rows if row["router"] == "dense"}
-        better = [row["loss"] < dense[row["size"]] for row in mine if row["router"] == router]
+        better = [row["loss"] < dense[row["size"]] for row in data["runs"] if row["router"] == router]
         claims += [
             Row(
                 f"{NAMES[router]}: experts lower the loss",
@@ -108,14 +124,13 @@ def _law(name: str, runs_of: Sweep, runs: Path, notes: list[str]) -> Result:
             Row(
                 f"{NAMES[router]}: the law fits, and better than one without the product of size and experts",
                 "residual 0.0030 to 0.0034 in log10 of the loss, 0.0056 to 0.0061 without the product",
-                f"{residual:.4f}, and {separable:.4f} without, over {len(mine)} runs",
+                f"{residual:.4f}, and {separable:.4f} without, over {len(found['runs'])} runs",
                 judge(residual < 0.0061 and separable > 1.5 * residual, direction=separable > 1.5 * residual),
                 f"at the edge of the search is {found['edge']}" if found["edge"] else "",
             ),
             _sign(NAMES[router], found),
         ]
-    notes = [*notes, "The coefficients are of this task and this size, and not to be compared with those of the paper."]
-    return Result(name, claims, {"groups": groups, "runs": short(rows)}, seconds_of(rows), notes)
+    return claims
 
 
 def _sign(name: str, found: dict[str, Any]) -> Row:
@@ -207,26 +222,44 @@ def released_law() -> Result:
     return Result("released-law", claims, {"groups": data}, notes=notes)
 
 
-def against_dense(rows: list[dict[str, Any]], key: str, routers: Iterable[str], count: int) -> dict[str, list[Any]]:
-    """By router, for each size: the dense compute of the same score over the compute of the sparse model, or None."""
-    dense = sorted((row for row in rows if row["router"] == "dense"), key=lambda row: float(row["flops_per_token"]))
-    cost, score = [row["flops_per_token"] for row in dense], [row[key] for row in dense]
-    found: dict[str, list[Any]] = {}
-    for router in routers:
-        mine = sorted(
-            (row for row in rows if row["router"] == router and row["experts"] == count),
-            key=lambda row: int(row["size"]),
-        )
-        equal = [dense_equivalent(cost, score, row[key]) for row in mine]
-        found[router] = [
-            None if at is None else at / row["flops_per_token"] for at, row in zip(equal, mine, strict=True)
-        ]
+Factor = tuple[float, float]
+"""How many times as much, from and to: twice the same where it is known."""
+
+
+def against_dense(rows: list[dict[str, Any]], key: str, router: str, count: int) -> list[Factor]:
+    """For each size the dense compute of the same loss, over that of the sparse model.
+
+    Args:
+        rows: dense and sparse runs, with `size`, `router`, `experts`, `flops_per_token`.
+        key: of the loss, or of what else is the better the less there is of it.
+        router, count: of the sparse ones.
+
+    Returns:
+        Factors in the order of sizes; bounds where dense runs have the loss not between them (`dense_equivalent`).
+    """
+    dense = [row for row in rows if row["router"] == "dense"]
+    cost, loss = [row["flops_per_token"] for row in dense], [row[key] for row in dense]
+    mine = sorted(
+        (row for row in rows if row["router"] == router and row["experts"] == count), key=lambda row: int(row["size"])
+    )
+    found = []
+    for row in mine:
+        low, high = dense_equivalent(cost, loss, row[key])
+        found.append((low / row["flops_per_token"], high / row["flops_per_token"]))
     return found
 
 
-def times(values: list[Any]) -> str:
-    """Factors of `against_dense` for people."""
-    return ", ".join("beyond the largest dense model" if value is None else f"{value:.2f}" for value in values)
+def times(factors: Iterable[Factor]) -> str:
+    """Factors for people."""
+    said = []
+    for low, high in factors:
+        said.append(f"less than {high:.2f}" if not low else f"more than {low:.2f}" if high > low else f"{low:.2f}")
+    return ", ".join(said)
+
+
+def at_least(factors: list[Factor], least: float) -> bool:
+    """Whether some factors are as large as that, and of none it is known that it is smaller."""
+    return any(low >= least for low, _ in factors) and all(high >= least for _, high in factors)
 
 
 _MORE = 1.05  # times: what is no difference
@@ -234,7 +267,11 @@ _MORE = 1.05  # times: what is no difference
 
 def domains(runs: Path) -> Result:
     """What experts are worth in dense compute, on draws as in training and on draws that are not."""
-    rows = _facts(runs)
+    return domains_of(_facts(runs))
+
+
+def domains_of(rows: list[dict[str, Any]]) -> Result:
+    """The same of runs that are there."""
     notes = [
         TASK,
         "In the domain are held-out draws by the law of training; out of it draws of all keys alike, which are "
@@ -256,6 +293,11 @@ def text_domains(runs: Path) -> Result:
             data[size] = RECIPE.windows(other, known.tokenizer).eval
         name = row["router"] if row["router"] == "dense" else f"{row['router']}-{row['experts']}"
         rows.append(row | {"outside_loss": evaluate(load_model(run, name), data[size])["loss"]})
+    return text_domains_of(rows)
+
+
+def text_domains_of(rows: list[dict[str, Any]]) -> Result:
+    """The same of runs that are there."""
     notes = [
         f"The runs read half a million tokens of {' and '.join(INSIDE)} (`shunter train text`), with two layers of "
         "width 16 to 64; an expert is as wide as the dense block and a token takes one. In the domain is what was held "
@@ -268,42 +310,39 @@ _FEW = 16
 
 
 def _domains(name: str, rows: list[dict[str, Any]], outside_key: str, notes: list[str]) -> Result:
-    count, claims, data = _FEW, [], dict[str, Any]()
+    claims, gains = [], dict[str, Any]()
+    places = (("loss", "in the domain"), (outside_key, "out of it"))
     for router in LAW_ROUTERS:
-        try:
-            inside = against_dense(rows, "loss", [router], count)[router]
-            outside = against_dense(rows, outside_key, [router], count)[router]
-        except ValueError:
-            gain = {key: _mean_gain(rows, router, count, key) for key in ("loss", outside_key)}
-            data[router] = gain
-            claims.append(
-                Row(
-                    f"{NAMES[router]}: the gain is larger in the domain of training than out of it",
-                    "much larger",
-                    f"the loss is {gain['loss']:.2f} times the dense one's in it, {gain[outside_key]:.2f} out of it "
-                    f"(means over the sizes, geometric)",
-                    judge(_MORE * gain["loss"] < gain[outside_key]),
-                    "the dense losses out of the domain do not fall all the way, so that losses are compared, not "
-                    "computing",
-                )
-            )
-            continue
-        data[router] = {"inside": inside, "outside": outside}
-        pairs = [(a, b) for a, b in zip(inside, outside, strict=True) if a is not None and b is not None]
+        inside, outside = (against_dense(rows, key, router, _FEW) for key, _ in places)
+        pairs = list(zip(inside, outside, strict=True))
+        larger = [of_in[0] > _MORE * of_out[1] for of_in, of_out in pairs]
+        smaller = [of_in[1] <= _MORE * of_out[0] for of_in, of_out in pairs]
+        told = sum(larger) + sum(smaller)
+        why = [f"which is larger is told by {told} of {len(pairs)} sizes"] if told < len(pairs) else []
+        why += [f"{where} no dense model is better than the smallest" for key, where in places if _rises(rows, key)]
         claims.append(
             Row(
                 f"{NAMES[router]}: dense computing for the same loss, over its own, is larger in the domain of "
                 f"training",
                 "much larger",
                 f"{times(inside)} in it, {times(outside)} out of it, by size",
-                judge(all(a > _MORE * b for a, b in pairs)) if pairs else IMPOSSIBLE,
-                "" if pairs else "no size has both",
+                judge(sum(larger) == told > len(pairs) / 2, direction=2 * sum(larger) > told) if told else IMPOSSIBLE,
+                "; ".join(why),
             )
         )
-    return Result(name, claims, {"gains": data, "runs": short(rows), "experts": count}, seconds_of(rows), notes)
+        gains[router] = {"inside": _ends(inside), "outside": _ends(outside)}
+    told_of = (
+        "Dense computing is read off between the dense runs of the sweep, linear in the logarithms, without those that "
+        "a cheaper one equals; “more than” is beyond the largest of them, “less than” below the smallest."
+    )
+    data = {"gains": gains, "runs": short(rows), "experts": _FEW}
+    return Result(name, claims, data, seconds_of(rows), [*notes, told_of])
 
 
-def _mean_gain(rows: list[dict[str, Any]], router: str, count: int, key: str) -> float:
-    dense = {row["size"]: row[key] for row in rows if row["router"] == "dense"}
-    ratios = [row[key] / dense[row["size"]] for row in rows if row["router"] == router and row["experts"] == count]
-    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+def _rises(rows: list[dict[str, Any]], key: str) -> bool:
+    dense = sorted((row["flops_per_token"], row[key]) for row in rows if row["router"] == "dense")
+    return dense[0][1] == min(loss for _, loss in dense)
+
+
+def _ends(factors: Iterable[Factor]) -> list[list[float | None]]:
+    return [[low, high if math.isfinite(high) else None] for low, high in factors]
