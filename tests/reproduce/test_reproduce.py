@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +21,7 @@ pytest.importorskip("transformers")
 from matplotlib.figure import Figure
 
 from shunter.cli import main
-from shunter.reproduce import figures_3_to_5, headline, routings, scaling, sweep
+from shunter.reproduce import figures_3_to_5, headline, registry, routings, scaling, sweep
 from shunter.reproduce.page import write_pages
 from shunter.reproduce.registry import ALL, find
 from shunter.reproduce.results import DIRECTION, NOT, REPRODUCED, Result, Row, read
@@ -264,12 +265,56 @@ def _two(data=None):
     return Result("figure-2", [Row("a", "b", "c", REPRODUCED)], {}) if data is None else Figure()
 
 
-def test_damaged_results_are_named(tmp_path, capsys):
-    for content in ("{", "[]", '{"name": 1}', '{"name": "figure-1", "rows": [{"verdict": "yes"}], "data": {}}'):
+@pytest.fixture
+def few(monkeypatch):
+    """Two reproductions that take no time, and how often each ran."""
+    ran = Counter()
+
+    def run(name):
+        ran[name] += 1
+        return Result(name, [Row("a", "b", "c", REPRODUCED)], {})
+
+    made = [replace(find(f"figure-{n}"), run=f"figure-{n}", draw="figure") for n in (1, 2)]
+    found = {"figure": lambda data: Figure()} | {one.run: partial(run, one.name) for one in made}
+    monkeypatch.setattr("shunter.reproduce.registry.ALL", made)
+    monkeypatch.setattr("shunter.reproduce.registry._function", found.get)
+    return ran
+
+
+def test_damaged_results_are_named_and_run_again(tmp_path, capsys, few):
+    Result("figure-1", [Row("a", "b", "c", REPRODUCED)], {}, notes=["d"]).save(tmp_path)
+    whole = (tmp_path / "figure-1.json").read_text(encoding="utf-8")
+    broken = ["{", "[]", "\0", '{"name": 1}', '{"name": "figure-1", "rows": [{"verdict": "yes"}], "data": {}}']
+    for old, new in (('"a"', "1"), ('"d"', "[]"), ("figure-1", "figure-2"), ("0.0", '"x"'), ("threads", "thread")):
+        assert whole.count(old) == 1
+        broken.append(whole.replace(old, new))
+    for content in [*broken, whole[: random.randrange(len(whole) - 1)]]:
         (tmp_path / "figure-1.json").write_text(content, encoding="utf-8")
-        assert main(["reproduce", "--out", str(tmp_path)]) == 2
-        error = capsys.readouterr().err
-        assert "figure-1.json" in error and error.count("\n") == 1
+        assert main(["reproduce", "--out", str(tmp_path)]) == 1
+        said = capsys.readouterr()
+        assert "figure-1.json" in said.err and said.err.count("\n") == 1
+        assert said.out.splitlines()[0].endswith("damaged") and len(said.out.splitlines()) == 2
+    assert main(["reproduce", "figure-2", "--out", str(tmp_path)]) == 0, "others go on beside it"
+    assert "damaged" in (tmp_path / "index.md").read_text(encoding="utf-8")
+    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 0
+    assert few == {"figure-1": 1, "figure-2": 1} and read(tmp_path, "figure-1") is not None
+
+
+def test_what_is_cut_short_is_not_taken_for_done(tmp_path, capsys, few, monkeypatch):
+    def stopped(data):
+        raise KeyboardInterrupt
+
+    function = registry._function
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_function", lambda where: stopped if where == "figure" else function(where))
+        assert main(["reproduce", "all", "--out", str(tmp_path)]) == 130
+    assert read(tmp_path, "figure-1") is None
+    for page in tmp_path.glob("*.md"):
+        page.unlink()
+    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 0 and few == {"figure-1": 2, "figure-2": 1}
+    (tmp_path / "index.md").unlink()
+    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 0 and few == {"figure-1": 2, "figure-2": 1}
+    assert "figure-2.png" in (tmp_path / "index.md").read_text(encoding="utf-8"), "the page is made of what there is"
 
 
 def test_a_verdict_is_one_of_five():

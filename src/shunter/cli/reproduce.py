@@ -6,10 +6,14 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..durable import make_folder
+from ..errors import Diverged, UserError, escaped
 from .packages import not_installed
+
+if TYPE_CHECKING:
+    from ..reproduce.results import Result
 
 __all__ = ["add_verbs"]
 
@@ -19,7 +23,8 @@ def add_verbs(verbs: Any) -> None:
     reproduce = verbs.add_parser(
         "reproduce",
         help="compute a figure, a table or the numbers of the review; without a name, the list",
-        epilog="`all` runs everything that has no result yet, the cheapest first. Stopped, the same command goes on.",
+        epilog="`all` runs everything that has no result yet, or a damaged one, the cheapest first. Stopped, the same "
+        "command goes on.",
     )
     reproduce.add_argument("what", nargs="*", metavar="NAME", help="as in figure-3; all; none: the list")
     reproduce.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="results (default: runs/reproduce)")
@@ -32,20 +37,21 @@ def add_verbs(verbs: Any) -> None:
 def _reproduce(args: argparse.Namespace) -> int:
     from ..reproduce.page import write_pages
     from ..reproduce.registry import ALL, find, reproduce
-    from ..reproduce.results import read, summary
+    from ..reproduce.results import summary
 
     if not args.what:
+        kept, damaged = _kept(args.out)
         for one in ALL:
-            result = read(args.out, one.name)
-            verdict = "not run" if result is None else summary(result.rows)
+            result = kept[one.name]
+            verdict = summary(result.rows) if result else "damaged" if one.name in damaged else "not run"
             minutes = f"{one.minutes:g} min"
-            print(f"{one.name:16} {one.title:46} {one.source:34} {minutes:14} {verdict}")
-        return 0
+            print(f"{one.name:18} {one.title:52} {one.source:38} {minutes:8} {verdict}")
+        return 1 if damaged else 0
     if "all" in args.what:
         if args.what != ["all"]:
             raise UserError("all is everything; name nothing besides")
-        chosen = sorted(ALL, key=lambda one: one.minutes)
-        chosen = [one for one in chosen if read(args.out, one.name) is None]
+        kept, _ = _kept(args.out)
+        chosen = [one for one in sorted(ALL, key=lambda one: one.minutes) if kept[one.name] is None]
     else:
         chosen = [find(name) for name in dict.fromkeys(args.what)]
     args.again = shlex.join(["reproduce", *args.what, "--out", str(args.out), "--runs", str(args.runs)])
@@ -54,16 +60,37 @@ def _reproduce(args: argparse.Namespace) -> int:
         print(f"{one.title}, about {one.minutes:g} min", file=sys.stderr)
         try:
             result = reproduce(one, args.out, args.runs)
-        except (UserError, ModuleNotFoundError) as error:
+        except (UserError, Diverged, ModuleNotFoundError) as error:
             why = not_installed(error.name or "") if isinstance(error, ModuleNotFoundError) else str(error)
             if args.what != ["all"] or not why:
                 raise
-            print(f"shunter reproduce: {one.name} was not run: {why}", file=sys.stderr)
+            print(f"shunter reproduce: {one.name} was not run: {escaped(why)}", file=sys.stderr)
             failed += 1
             continue
         write_pages(args.out, ALL)
         for row in result.rows:
             why = f" ({row.why})" if row.why else ""
             print(f"{row.what}: {row.paper or '–'} in the paper, {row.ours or '–'} here: {row.verdict}{why}")
+    if not chosen:
+        print("Everything has a result.", file=sys.stderr)
+    make_folder(args.out)
+    write_pages(args.out, ALL)
     print(f"Page: {args.out / 'index.md'}")
     return 1 if failed else 0
+
+
+def _kept(out: Path) -> tuple[dict[str, Result | None], set[str]]:
+    """The kept results by name, None for what has none, and which are damaged; these are said."""
+    from ..reproduce.registry import ALL
+    from ..reproduce.results import read
+
+    kept: dict[str, Result | None] = {}
+    damaged = set()
+    for one in ALL:
+        try:
+            kept[one.name] = read(out, one.name)
+        except UserError as error:
+            print(f"shunter reproduce: {escaped(str(error))}", file=sys.stderr)
+            kept[one.name] = None
+            damaged.add(one.name)
+    return kept, damaged

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..durable import write
 from ..environment import described
+from ..errors import UserError
 from .registry import Reproduction
 from .results import NOT_RUN, Result, read, summary
 
@@ -56,7 +57,11 @@ def write_pages(folder: Path, everything: Sequence[Reproduction]) -> None:
         for one in everything:
             if one.section != section:
                 continue
-            result = read(folder, one.name)
+            try:
+                result = read(folder, one.name)
+            except UserError:
+                parts.append(f"### {one.title}\n\n{_damaged(one)}")
+                continue
             text = entry(one, result, (folder / f"{one.name}.png").is_file())
             if result is None:
                 parts.append(f"### {one.title}\n\n{text}")
@@ -92,6 +97,12 @@ def entry(one: Reproduction, result: Result | None, picture: bool) -> str:
     where = described({"machine": result.machine, "versions": result.versions})
     lines += [f"[{one.name}.json]({one.name}.json); {result.seconds:.0f} s on {where}.", ""]
     return "\n".join(lines)
+
+
+def _damaged(one: Reproduction) -> str:
+    return (
+        f"{one.about} Source: {one.source}.\n\nIts result is damaged: `shunter reproduce {one.name}` runs it again.\n"
+    )
 
 
 def _cell(text: str) -> str:

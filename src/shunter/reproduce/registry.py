@@ -402,7 +402,7 @@ def find(name: str) -> Reproduction:
 
 
 def reproduce(one: Reproduction, out: Path, runs: Path) -> Result:
-    """Run a reproduction and leave NAME.json and NAME.png.
+    """Run a reproduction and leave NAME.png and NAME.json.
 
     Args:
         one: which.
@@ -420,8 +420,8 @@ def reproduce(one: Reproduction, out: Path, runs: Path) -> Result:
     function = _function(one.run)
     result: Result = function(runs) if one.trains else function()
     result = replace(result, seconds=result.seconds or time.monotonic() - start)
-    result.save(out)
     if one.draw:
         with style(PAPER), writing(out / f"{one.name}.png") as part:
             _function(one.draw)(result.data).savefig(part, format="png", metadata={"Software": None})
+    result.save(out)  # last: what has a result is not run again
     return result

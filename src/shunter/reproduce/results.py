@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..durable import write
-from ..environment import machine, versions
+from ..environment import described, machine, versions
 from ..errors import UserError
 from ..untrusted import parse_json, read_file
 
@@ -83,7 +83,12 @@ def read(folder: Path, name: str) -> Result | None:
         return None
     try:
         content = parse_json(read_file(path))
-        return Result(**content | {"rows": [Row(**row) for row in content["rows"]]})
+        result = Result(**content | {"rows": [Row(**row) for row in content["rows"]]})
+        described({"machine": result.machine, "versions": result.versions})
+        texts = [result.name, *result.notes, *(text for row in result.rows for text in asdict(row).values())]
+        if result.name != name or not all(isinstance(text, str) for text in texts) or not 0 <= result.seconds < 1e9:
+            raise ValueError("a value is not of its kind")
+        return result
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: is no result of shunter reproduce ({error}); remove it and run it again") from None
 
