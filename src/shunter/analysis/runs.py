@@ -50,7 +50,7 @@ class Words:
         data: what is learned from, and held out.
         domain: what kinds of data are called: domains, classes, ….
         token: what passes through the layers and is sent to experts, by which training is counted.
-        routing: what decides among the experts of a layer; empty where a router sends each token to a few of them.
+        routing: what decides among the experts of a layer, where the routers of the layers do not say it all.
     """
 
     recipe: str
@@ -143,8 +143,19 @@ class ModelSummary:
 
 
 @dataclass(frozen=True)
+class Decider:
+    """Who decides in a sparse layer: the registered name of its router, and its `Router.chooses`."""
+
+    router: str
+    chooses: str
+
+
+@dataclass(frozen=True)
 class Summary:
-    """The result of a finished run; `gain` is dense minus sparse evaluation loss in nats/token."""
+    """The result of a finished run; `gain` is dense minus sparse evaluation loss in nats/token.
+
+    `routers` are those of the sparse layers by name, none in runs from before they were recorded.
+    """
 
     dense: ModelSummary
     sparse: ModelSummary
@@ -153,6 +164,7 @@ class Summary:
     tokens: float
     seed: int | None
     versions: dict[str, Any]
+    routers: dict[str, Decider] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,8 @@ class Specialisation:
 
 @dataclass
 class Run:
-    """A run folder in memory. What the run has not written yet is empty or None; `notices` says what was mended.
+    """A run folder in memory. What the run has not written yet is empty or None; `notices` says what was mended, and
+    `alarms` what went wrong in training.
 
     `scores` by model and domain are the final ones; until these are there, those of `scored_step`, the last step at
     which both models were evaluated.
@@ -210,6 +223,7 @@ class Run:
     config: str = ""
     words: Words = TEXT
     notices: list[str] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
 
     @property
     def scored_domains(self) -> list[str]:
@@ -298,7 +312,7 @@ def _read_metrics(run: Run) -> None:
             continue
         with _schema(path, f", line {number},"):
             if row["kind"] == "alarm":
-                run.notices.append(f"{row['model']} model, step {row['step']}: {row['what']}.")
+                run.alarms.append(f"{row['model']} model, step {row['step']}: {row['what']}.")
                 continue
             rows = series.setdefault((row["kind"], row["model"]), [])
             while rows and rows[-1]["step"] >= row["step"]:
@@ -354,6 +368,7 @@ def summarise(
     steps: int,
     seed: int,
     domains: list[dict[str, Any]],
+    layers: dict[str, dict[str, str]],
     versions: dict[str, str],
 ) -> dict[str, Any]:
     """What summary.json of a finished run holds.
@@ -364,6 +379,7 @@ def summarise(
         steps: how many the run had.
         seed: its seed.
         domains: the record of its data.
+        layers: of each sparse layer what `Decider` has.
         versions: of what it ran on.
     """
     dense, sparse = models["dense"], models["sparse"]
@@ -375,6 +391,7 @@ def summarise(
         "tokens": sparse.tokens,
         "seed": seed,
         "licenses": [{key: d[key] for key in ("name", "license", "source")} for d in domains],
+        "routers": layers,
         "versions": versions,
     }
 
@@ -410,6 +427,7 @@ def _read_summary(run: Run) -> None:
             tokens=_number(content["tokens"]),
             seed=content["seed"],
             versions=dict(content["versions"]),
+            routers={layer: Decider(**who) for layer, who in content.get("routers", {}).items()},
         )
         run.scores, run.scored_step = {model: _scores(run, content[model]["domains"]) for model in MODELS}, None
 

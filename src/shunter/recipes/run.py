@@ -35,6 +35,7 @@ from ..experts import MixedExperts
 from ..hf.checkpoints.reading import read_json
 from ..hf.distribute import distribute
 from ..hf.offloading import offload
+from ..hf.sparsifying import router_name
 from ..moe import MoE, RoutedLayer, dropless, moe_layers, tell
 from ..parallel.checkpoint import first_does, together
 from ..parallel.processes import mesh
@@ -128,9 +129,11 @@ def _finish(begun: Begun, costs: dict[str, dict[str, float]]) -> dict[str, Any]:
     recipe, config, run = begun.recipe, begun.configs["sparse"], begun.folder
     accounts = {which: account(begun, which, costs[which]) for which in MODELS}
     t = config.training
-    summary = runs.summarise(accounts, begun.metrics, t.steps, config.seed, begun.data.domains, run_versions())
-    write(run / "summary.json", json.dumps(summary, indent=2))
     models = {which: load_model(run, which) for which in begun.configs}
+    deciders = {name: layer.decider for name, layer in moe_layers(models["sparse"]).items()}
+    who = {name: {"router": router_name(one.kind), "chooses": one.chooses} for name, one in deciders.items()}
+    summary = runs.summarise(accounts, begun.metrics, t.steps, config.seed, begun.data.domains, who, run_versions())
+    write(run / "summary.json", json.dumps(summary, indent=2))
     found = recipe.specialisation(models["sparse"], begun.data)
     if found is not None:
         write(run / "specialisation.json", json.dumps(found))

@@ -15,10 +15,11 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from shunter.analysis.pages.run_page import mutual_information, write_picture, write_report
+from shunter.analysis.pages.run_page import _DECIDES, mutual_information, write_picture, write_report
 from shunter.analysis.pages.style import visible
 from shunter.analysis.runs import read_run
 from shunter.errors import UserError
+from shunter.routers.taxonomy import CHOOSERS
 
 HOSTILE = [
     " the",
@@ -485,3 +486,39 @@ def test_nothing_to_report_is_an_error(make_run: MakeRun, tmp_path: Path) -> Non
         write_report(run)
     with pytest.raises(UserError, match="holds no loss yet"):
         write_picture(run, tmp_path / "x.png")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_says_who_decides_in_each_layer(make_run: MakeRun) -> None:
+    run = make_run(layers=3, steps=60)
+    path = run / "summary.json"
+    assert "A router decides which experts compute a token." in _render(run).text
+    names = [f"model.layers.{layer}.mlp" for layer in range(3)]
+    routers = [("bigram_hash", "fixed"), ("hash", "fixed"), ("topk", "tokens")]
+    said = {name: {"router": router, "chooses": who} for name, (router, who) in zip(names, routers, strict=True)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"routers": said}))
+    text = _render(run).text
+    assert "In 2 of these layers a fixed rule, which learns nothing, sends each token to a few experts" in text
+    assert (
+        "(bigram_hash, hash); in 1 of these layers a learned router sends each token to a few experts (topk)." in text
+    )
+    for name, (router, _) in zip(names, routers, strict=True):
+        assert f"{name} {router}" in text
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"routers": {names[0]: said[names[2]]}}))
+    assert "A learned router sends each token to a few experts (topk)." in _render(run).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_alarms_say_how_it_ended(make_run: MakeRun) -> None:
+    run = make_run(layers=2, steps=60)
+    with (run / "metrics.jsonl").open("a") as file:
+        alarm = {"kind": "alarm", "model": "sparse", "step": 30, "what": "model.layers.1.mlp: expert 2 is dead"}
+        file.write(json.dumps(alarm) + "\n")
+    text = _render(run).text
+    assert (
+        "Seen in training (at its end 2 experts are dead): sparse model, step 30: model.layers.1.mlp: expert 2" in text
+    )
+
+
+def test_every_kind_of_router_has_its_sentence() -> None:
+    assert set(_DECIDES) == set(CHOOSERS)

@@ -73,16 +73,45 @@ def _page(run: Run) -> dict[str, Any]:
         "costs": _costs(run.summary, run.words) if run.summary else [],
         "compute_gap": _compute_gap(run.summary) if run.summary else 0.0,
         "experts": " or ".join(map(str, sorted(experts))),
+        "routing": _routing(run),
+        "routers": run.summary.routers if run.summary else {},
         "losses": _loss_figures(run),
         "domains": _domain_rows(run),
         "domain_figure": _domain_figure(run),
         "loads": _load_figures(run),
+        "dead": sum(len(load.dead) for load in run.loads.values()),
         "specialisation": _specialisation(run),
         "exhibits": [exhibit(one, f"exhibit-{number}") for number, one in enumerate(run.exhibits)],
         "shown_layers": html.SHOWN_LAYERS,
         "dead_below": DEAD_BELOW,
         "training_flops": TRAINING_FLOPS,
     }
+
+
+_DECIDES = {
+    "tokens": "a learned router sends each {token} to a few experts",
+    "experts": "each expert takes the {tokens} to which a learned router gives it the highest scores",
+    "both": "{tokens} apply to experts by learned scores, and each expert takes the best that applied",
+    "global": "all {tokens} of a batch are assigned to experts at once, by learned scores",
+    "fixed": "a fixed rule, which learns nothing, sends each {token} to a few experts",
+    "all": "every {token} takes all experts, weighed by a learned router",
+    "slots": "each expert computes learned mixtures of all {tokens}",
+}
+
+
+def _routing(run: Run) -> str:
+    """Who decides in how many of the sparse layers, in a sentence; before that is known, that a router does."""
+    found = list(run.summary.routers.values()) if run.summary else []
+    if not found:
+        return f"A router decides which experts compute a {run.words.token}."
+    parts = []
+    for kind in dict.fromkeys(who.chooses for who in found):
+        names = [who.router for who in found if who.chooses == kind]
+        clause = _DECIDES.get(kind, "a router decides").format(token=run.words.token, tokens=run.words.tokens)
+        where = "" if len(names) == len(found) else f"in {len(names)} of these layers "
+        parts.append(f"{where}{clause} ({', '.join(dict.fromkeys(names))})")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _domain_figure(run: Run) -> str | None:
