@@ -131,7 +131,7 @@ def _finish(begun: Begun, costs: dict[str, dict[str, float]]) -> dict[str, Any]:
     t = config.training
     models = {which: load_model(run, which) for which in begun.configs}
     deciders = {name: layer.decider for name, layer in moe_layers(models["sparse"]).items()}
-    who = {name: {"router": router_name(one.kind), "chooses": one.chooses} for name, one in deciders.items()}
+    who = {name: {"router": router_name(one.innermost.kind), "chooses": one.chooses} for name, one in deciders.items()}
     summary = runs.summarise(accounts, begun.metrics, t.steps, config.seed, begun.data.domains, who, run_versions())
     write(run / "summary.json", json.dumps(summary, indent=2))
     found = recipe.specialisation(models["sparse"], begun.data)

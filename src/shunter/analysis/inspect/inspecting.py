@@ -18,8 +18,9 @@ from ...errors import UserError
 from ...hf.checkpoints.folders import load_tokenizer, local_folder
 from ...hf.checkpoints.loading import load_folder
 from ...hf.observe.taps import taps
+from ...hf.sparsifying import router_name
 from ...metrics import expert_load
-from ...moe import plain_experts
+from ...moe import moe_layers, plain_experts
 from ..expert_weights import expert_parameters, moved
 from ..specialisation import label_counts, label_shares
 from .ablation import ablate
@@ -231,7 +232,8 @@ def _stopped(findings: dict[str, Any], how_far: str) -> None:
 
 
 def _describe_model(subject: Inspected, recording: Recording) -> dict[str, Any]:
-    loss = recording.loss
+    loss, own = recording.loss, moe_layers(subject.model)
+    routers = {name: router_name(layer.decider.innermost.kind) for name, layer in own.items()}
     return {
         "name": subject.name,
         "architecture": type(subject.model).__name__,
@@ -240,7 +242,9 @@ def _describe_model(subject: Inspected, recording: Recording) -> dict[str, Any]:
         "targets": 0 if loss is None else loss.targets,
         "domain_loss": {} if loss is None else {d: nats / count for d, (nats, count) in loss.domains.items()},
         "ablated_targets": None,
-        "layers": {name: describe_usage(layer) for name, layer in recording.layers.items()},
+        "layers": {
+            name: {"router": routers.get(name)} | describe_usage(layer) for name, layer in recording.layers.items()
+        },
     }
 
 
