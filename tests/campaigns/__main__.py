@@ -89,10 +89,12 @@ def _part(name, first, size, seed, folder):
     began = time.monotonic()
     own = folder / str(os.getpid())
     own.mkdir(exist_ok=True)
+    cases = range(first, first + min(CAMPAIGNS[name].part, size))
     try:
-        result = CAMPAIGNS[name].run(name, own, range(first, first + min(CAMPAIGNS[name].part, size)), seed)
-    except Exception:
-        result = Result(name, seed, failures=[f"the campaign itself failed: {traceback.format_exc()}"])
+        result = CAMPAIGNS[name].run(name, own, cases, seed)
+    except Exception:  # the other cases are tried all the same
+        failure = f"the campaign itself failed from case {first} on: {traceback.format_exc()}"
+        result = Result(name, seed, injected=len(cases), failures=[failure])
     return result, time.monotonic() - began
 
 

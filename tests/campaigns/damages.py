@@ -21,7 +21,7 @@ def damage(result, folder, cases, seed):
             shutil.copytree(work.folder / "stopped", run)
             files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.stat().st_size]
             _damage(draw, files)
-            fault = work.finish(run)
+            fault = work.ended(run)
             refused = fault.startswith("exit code 2: shunter train: ") and str(run) in fault
             result.count(case, "" if refused else fault, detected=refused)
 

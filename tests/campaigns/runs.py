@@ -80,8 +80,12 @@ class Job:
         return in_child(self.work(run), **options)
 
     def finish(self, run):
-        """Go on with a run to its end; what is wrong then, in words, or nothing."""
+        """Go on with a run to its end; what is wrong then, in words, or nothing; no work may be lost."""
         lost = lost_work(run)
+        return self.ended(run) or (f"{lost} steps of work were lost" if lost > SAVE else "")
+
+    def ended(self, run):
+        """The same of a run whose log may be damaged, from which work that is lost cannot be told."""
         ended = self.go(run)
         if ended.code != 0:
             return f"exit code {ended.code}: {ended.line}"
@@ -90,7 +94,7 @@ class Job:
         left = [path.name for path in run.parent.rglob("*.partial")]
         if left or (run / "checkpoints").exists():
             return f"something is left over: {left}"
-        return f"{lost} steps of work were lost" if lost > SAVE else ""
+        return ""
 
     def stopped(self, run, step, model="sparse", watched=False):
         """A run that was asked to stop, like with Ctrl-C, after a step of a model; watched: its syncs are kept."""
