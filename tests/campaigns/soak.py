@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from contextlib import suppress
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,14 @@ def soak(result, folder, cases, seed):
     if cases[0]:
         return
     every = [f"training.{name}_every=50" for name in ("save", "eval", "log")]
-    settings = [*work.settings, f"training.steps={300 * seconds + 500}", *every, "model.layers=1", f"seed={seed}"]
+    settings = [*work.settings, f"training.steps={1500 * seconds + 500}", *every, "model.layers=1", f"seed={seed}"]
     with fresh(folder) as run:
         arguments = ["train", "text", "--run", str(run), *settings]
         ended = in_child(lambda: _watched(arguments, run, seconds), limit=10 * seconds + 600)
         fault = "" if ended.code == 130 else f"exit code {ended.code}: {ended.line}"
         found = np.loadtxt(run.with_name("samples"), ndmin=2)
+        if found[-1, 0] < 0.9 * seconds:
+            fault = fault or f"it was watched for {found[-1, 0]:.0f} s alone"
         late = found[found[:, 0] > WARM * seconds]
         minutes = late[-1, 0] / 60 - late[0, 0] / 60
         slope = np.polyfit(late[:, 0] / 60, late[:, 1], 1)[0]
@@ -52,8 +56,9 @@ def _watched(arguments, run, seconds):
                     out.write(" ".join(map(str, (now, *_sample(parent, run)))) + "\n")
                     out.flush()
                     time.sleep(seconds / 50)
-            os.kill(parent, signal.SIGINT)
         finally:
+            with suppress(ProcessLookupError):
+                os.kill(parent, signal.SIGINT)  # also where a sample could not be taken
             os._exit(0)
     return main(arguments)
 
@@ -62,5 +67,5 @@ def _sample(process, run):
     """Bytes in memory, open files, threads, checkpoints."""
     here = Path(f"/proc/{process}")
     pages = int((here / "statm").read_text().split()[1])
-    counts = (len(os.listdir(here / "fd")), len(os.listdir(here / "task")), len(list(run.rglob("checkpoint-*"))))
-    return pages * os.sysconf("SC_PAGE_SIZE"), *counts
+    counts = len(os.listdir(here / "fd")), len(os.listdir(here / "task"))
+    return pages * os.sysconf("SC_PAGE_SIZE"), *counts, len(glob(f"{run}/**/checkpoint-*", recursive=True))
