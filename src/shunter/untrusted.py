@@ -29,7 +29,7 @@ def inside(file: Path, folder: Path | None = None) -> Path:
         UserError: where it does not.
     """
     folder = (folder or file.parent).resolve()
-    real = file.resolve()
+    real = Path(os.path.realpath(file))  # which a loop of links does not stop
     cached = folder.parent.name == "snapshots" and folder.parents[1] / "blobs" == real.parent
     if not real.is_relative_to(folder) and not cached:
         raise UserError(f"{file}: leads to {real}, outside {folder}; put the file itself there")
