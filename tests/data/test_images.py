@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from shunter.data.images import Normalisation, find_images, read_image
+from shunter.data.images import Normalisation, find_images, open_image, read_image
 from shunter.errors import UserError
 
 TURNED = {3: lambda x: x[::-1, ::-1], 6: lambda x: np.rot90(x, -1), 8: lambda x: np.rot90(x), 2: lambda x: x[:, ::-1]}
@@ -35,6 +35,40 @@ def test_grey_of_sixteen_bits_keeps_its_values(channels, tmp_path):
     assert found.shape == (channels, 8, 8)
     expected = torch.from_numpy(values.astype(np.float32) / 65535).expand(channels, 8, 8)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    """Whatever colour lies below, of an alpha channel or of one value that stands for none."""
+    draw = np.random.default_rng(int(torch.randint(2**31, ())))
+    drawn = draw.random((8, 8)) < 0.5
+    if mode in ("RGBA", "LA"):
+        below = draw.integers(0, 256, (8, 8, len(mode) - 1), dtype=np.uint8)
+        below[drawn] = 0
+        image = Image.fromarray(np.concatenate([below, 255 * drawn[..., None]], -1).astype(np.uint8))
+        image.save(tmp_path / "a.png")
+    else:
+        image = Image.fromarray(np.where(drawn, 0, 9).astype(np.uint8))
+        if mode == "P":
+            image.putpalette([0, 0, 0] * 256)
+        image.convert(mode).save(tmp_path / "a.png", transparency=(9, 9, 9) if mode == "RGB" else 9)
+    found = read_image(tmp_path / "a.png", 8, 3)
+    assert torch.equal(found, torch.from_numpy((~drawn).astype(np.float32)).expand(3, 8, 8))
+
+
+def test_of_an_animation_the_first_picture_and_of_print_colours_the_seen(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "b.jpg", quality=100)
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 8, 8)
+    for name in ("a.gif", "b.jpg"):
+        torch.testing.assert_close(read_image(tmp_path / name, 8, 3), red, atol=0.02, rtol=0)
+
+
+def test_an_image_whose_exif_data_are_damaged_is_named(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0no such header")
+    with pytest.raises(UserError, match="a.png: not an image that can be read"):
+        open_image(tmp_path / "a.png")
 
 
 SETTINGS = [

@@ -172,6 +172,10 @@ def all_bad(root, draw):
         file.write_bytes(b"words")
 
 
+def two_of_a_name(root, draw):
+    write_folder(root, {"cat/2020": 3, "dog/2021": 3, "dog/2020": 3}, draw)
+
+
 def no_folder(root, draw):
     pass
 
@@ -191,6 +195,7 @@ def no_folder(root, draw):
         (no_idx, "is no IDX file of bytes in 3 dimensions"),
         (huge, "unpack it (gunzip)"),
         (all_bad, "4 of 4 images cannot be read, the first: "),
+        (two_of_a_name, "cat/2020 and dog/2020 have one name; put the images of a class into one folder"),
         (no_folder, "no such folder"),
     ],
 )

@@ -81,6 +81,27 @@ def test_texts_beside_which_there_is_no_image_or_sound(tmp_path):
     assert said.endswith("left out lone.txt: texts with no sound beside them.")
 
 
+def test_links_in_circles_are_left_out(tmp_path):
+    from shunter.data.speech import read_clips
+
+    for kind, suffix, read in (
+        ("pairs", ".png", read_pairs), ("images", ".png", read_labelled), ("sounds", ".wav", read_clips),
+        ("texts", ".txt", lambda folder: read_domains([folder])),
+    ):  # fmt: skip
+        here = tmp_path / kind / "thing"
+        here.mkdir(parents=True)
+        (here / f"a{suffix}").write_bytes(b"word")
+        if kind == "pairs":
+            (here / "a.txt").write_text("word")
+        (here / f"self{suffix}").symlink_to(here / f"self{suffix}")
+        (here / f"one{suffix}").symlink_to(here / f"two{suffix}")
+        (here / f"two{suffix}").symlink_to(here / f"one{suffix}")
+        (here / "up").symlink_to(tmp_path / kind)
+        [said] = said_of(lambda folder, read=read: read(str(folder)), tmp_path / kind)
+        names = [f"thing/{name}" for name in ("up", f"one{suffix}", f"self{suffix}", f"two{suffix}")]
+        assert f"left out {', '.join(names)}: " in said
+
+
 def test_a_row_of_sounds_with_more_cells_than_columns_is_wrong(tmp_path):
     from shunter.data.speech import read_clips
 

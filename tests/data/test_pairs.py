@@ -11,7 +11,7 @@ pytest.importorskip("pandas")
 
 import pandas
 
-from shunter.data.pairs import built_in_pairs, read_pairs, split_pairs
+from shunter.data.pairs import LONGEST, built_in_pairs, read_pairs, split_pairs
 from shunter.errors import UserError
 from tests.conftest import SEED
 
@@ -107,6 +107,17 @@ def test_captions_stay_as_they_are_written(tmp_path):
     file.write_text("\n".join([lines[0], *(f"images/{i}.png,{word}" for i, word in enumerate(words))]) + "\n")
     assert [caption for [caption] in read_pairs(str(file)).captions] == words
     assert not read_pairs(str(file)).bad
+
+
+def test_a_caption_of_ten_thousand_words_is_cut_between_letters(tmp_path):
+    folder = folder_of(tmp_path / "images", 6)
+    for i in range(5):  # of which one is cut within a letter of four bytes at each place
+        (folder / f"{i}.txt").write_text("x" * i + "\N{PILE OF POO}" * 10_000, encoding="utf-8")
+    (folder / "5.txt").write_bytes(b"word" + "\N{PILE OF POO}".encode()[:2])
+    pairs = read_pairs(str(folder))
+    assert sorted(len(caption) for [caption] in pairs.captions) == [0, *[LONGEST] * 5]
+    [wrong] = pairs.bad.values()
+    assert wrong.startswith(f"{folder}/5.txt: ")
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path):

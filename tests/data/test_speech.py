@@ -157,12 +157,22 @@ def test_a_table_names_files_texts_languages_voices_and_parts(suffix, tmp_path):
         assert clips[2].wrong == "names no file" and "its split is 'elsewhere'" in clips[3].wrong
 
 
+def test_quotes_hold_line_breaks_in_csv_and_are_letters_in_tsv(tmp_path):
+    mark = "\N{ZERO WIDTH NO-BREAK SPACE}"
+    (tmp_path / "t.csv").write_text(f'{mark}path,text\r\na.wav,"one\r\n""two"""\r\nb.wav,three\r\n', newline="")
+    assert [clip.text for clip in read_clips(str(tmp_path / "t.csv"))] == ['one\r\n"two"', "three"]
+    (tmp_path / "t.tsv").write_text(f'{mark}path\ttext\na.wav\t"one\nb.wav\t"two" three"\n')
+    assert [clip.text for clip in read_clips(str(tmp_path / "t.tsv"))] == ['"one', '"two" three"']
+
+
 @pytest.mark.parametrize(
     "name, content, part",
     [
         ("t.csv", b"", "holds no record"),
         ("t.csv", b"a,b\n1,2\n", "has no column path or file or file_name"),
         ("t.csv", b"path,b\n1,2\n", "has no column text or transcript"),
+        ("t.csv", b'path,text\na,b\nc,"d\ne,f\n', "cannot be read at record 2: unexpected end of data"),
+        ("t.csv", b"path,text,Text\n1,2,3\n", "has 2 columns 'text'; give each its own name"),
         ("t.jsonl", b'{"path": "a", "text": "b"}\n[1]\n', "cannot be read at record 2: a line must be an object"),
         ("t.jsonl", b'{"path": "a", "text": "b"}\n{"path"', "cannot be read at record 2"),
         ("t.tsv", b"path\ttext\n\xff\xfe\t1\n", "cannot be read at record 1"),

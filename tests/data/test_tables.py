@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shunter.data.tables import FAR, digits, read_table, related_tasks
+from shunter.data.tables import FAR, digits, read_frame, read_table, related_tasks
 from shunter.errors import UserError
 from tests.conftest import SEED
 
@@ -133,6 +133,9 @@ def test_bad_tables_are_one_line(changes, targets, said, tmp_path):
         ("t.csv", b"", "cannot be read"),
         ("t.csv", b"a,b\n1,2\n", "has 1 rows; at least 10 are needed"),
         ("t.csv", b"a,b\n1,2\n1,2,3,4\n", "cannot be read"),
+        ("t.csv", b"a,b,a\n" + b"1,2,3\n" * 20, "t.csv: has 2 columns 'a'; give each its own name"),
+        ("t.tsv", b"\xef\xbb\xbfb\ta\tb\n" + b"1\t2\t3\n" * 20, "t.tsv: has 2 columns 'b'; give each its own name"),
+        ("t.csv", b"a,b\n" + b"1,2,3\n" * 20, "its records have more cells than there are columns"),
         ("t.parquet", b"words", "cannot be read"),
         ("t.jsonl", b"{", "cannot be read"),
     ],
@@ -143,6 +146,17 @@ def test_files_that_are_no_tables_are_one_line(name, content, said, tmp_path):
     with pytest.raises(UserError) as error:
         read_table(tmp_path / name, ["a"], 0.25)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_a_byte_order_mark_is_no_name_and_a_line_break_no_record(texts, tmp_path):
+    words = [f'"two\nlines, {i}"' for i in range(12)]
+    rows = "\r\n".join(f"{word},{i}," for i, word in enumerate(words))
+    (tmp_path / "t.csv").write_bytes(f"\N{ZERO WIDTH NO-BREAK SPACE}said,a,\r\n{rows}\r\n".encode())
+    frame = read_frame(tmp_path / "t.csv", texts=texts)
+    assert list(frame.columns)[:2] == ["said", "a"] and len(frame) == 12
+    assert [str(value) for value in frame["a"]] == [str(i) for i in range(12)]
+    assert list(frame["said"]) == [word.strip('"') for word in words]
 
 
 def test_digits_ask_two_questions():

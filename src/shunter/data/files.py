@@ -51,7 +51,7 @@ def files_in(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], 
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             file = here / name
-            real = file.resolve()
+            real = Path(os.path.realpath(file))  # of a link to itself that link, where Path.resolve raises
             good = real.is_file() and real.is_relative_to(root) and not name.startswith(".") and wanted(file)
             (found if good else left_out).append(file)
         if len(found) + len(left_out) > _MOST:

@@ -27,6 +27,7 @@ __all__ = [
     "find_images",
     "image_ids",
     "moved",
+    "on_white",
     "open_image",
     "patch_ids",
     "pixels_of",
@@ -73,7 +74,7 @@ def read_image(file: Path, size: int, channels: int) -> Tensor:
     """An image, upright as its EXIF data say, as (channels, size, size) float32 from 0 (black) to 1.
 
     Args:
-        file: of 8 or 16 bits a channel, grey or in colours.
+        file: of 8 or 16 bits a channel, grey or in colours; what is transparent is white.
         size: it is scaled to this height and width.
         channels: 1 makes it grey, 3 gives it colours.
 
@@ -85,7 +86,7 @@ def read_image(file: Path, size: int, channels: int) -> Tensor:
 
 
 def open_image(file: Path | BinaryIO) -> Image.Image:
-    """An image, of a file or of bytes, decoded whole.
+    """An image, of a file or of bytes, decoded whole, upright as its EXIF data say; of an animation the first picture.
 
     Raises:
         UserError: where it cannot be read.
@@ -95,6 +96,7 @@ def open_image(file: Path | BinaryIO) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(stream)
             image.load()
+            ImageOps.exif_transpose(image, in_place=True)
             return image
     except UserError:
         raise
@@ -105,16 +107,23 @@ def open_image(file: Path | BinaryIO) -> Image.Image:
 
 
 def pixels_of(image: Image.Image, size: int, channels: int) -> Tensor:
-    """What `read_image` says, of an image that is decoded."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith(("I", "F")):  # 16 bits, which conversion would cut at 255
-        upright = upright.convert("F")
-        planes = [upright.resize((size, size), Image.Resampling.BILINEAR)] * channels
+    """What `read_image` says, of an image that is decoded and upright."""
+    if image.mode.startswith(("I", "F")):  # 16 bits, which conversion would cut at 255
+        planes = [image.convert("F").resize((size, size), Image.Resampling.BILINEAR)] * channels
         array = np.stack([np.asarray(plane, dtype=np.float32) for plane in planes], -1) / 65535
     else:
-        picture = upright.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
+        picture = on_white(image).convert("L" if channels == 1 else "RGB")
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
         array = np.asarray(picture, dtype=np.float32) / 255
     return torch.from_numpy(array.copy()).reshape(size, size, -1).permute(2, 0, 1)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An image as it looks on white: what is transparent has whatever colour its file left there, black often."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    picture = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
 
 
 def moved(pixels: Tensor, down: int, right: int) -> Tensor:

@@ -147,6 +147,15 @@ def _folder(folder: Path) -> Labelled:
     beside = [files[i] for i in sorted(set(range(len(files))) - set(kept))]
     say_left_out(folder, beside, f"beside the folders train and {', '.join(sorted(first & set(HELD_OUT)))}")
     files = [files[i] for i in kept]
+    places: dict[str, Path] = {}
+    for i in kept:
+        place = Path(*parts[i][official:-1])
+        if places.setdefault(place.name, place) != place:
+            raise UserError(
+                f"{escaped(str(folder))}: an image is of the class that its folder is named as, and "
+                f"{escaped(str(places[place.name]))} and {escaped(str(place))} have one name; put the images of a "
+                "class into one folder, or name these differently"
+            )
     return Labelled(
         [escaped(str(file)) for file in files],
         [escaped(parts[i][-2]) for i in kept],
@@ -396,7 +405,8 @@ def _check(images: Labelled, classes: list[str], train: list[int], held_out: lis
             f"{images.source}: has images of {'one class' if classes else 'no class'} to train on"
             f"{f', {classes[0]!r}' if classes else ''}; to tell classes apart takes two"
         )
-    if strange := [i for i in held_out if images.labels[i] not in classes]:
+    known = set(classes)
+    if strange := [i for i in held_out if images.labels[i] not in known]:
         first = strange[0]
         raise UserError(
             f"{images.where[first]}: its class {images.labels[first]!r} is none of those that are trained on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import random
@@ -21,7 +22,7 @@ from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
 from .files import files_in, say_left_out
 from .hub import is_dataset
-from .images import SUFFIXES, open_image
+from .images import SUFFIXES, on_white, open_image
 from .labelled_images import HELD_OUT, Labelled, dataset_images, file_bytes, in_memory, look
 from .sifting import left_out, say_beyond, sift
 from .tables import read_frame
@@ -125,7 +126,8 @@ def _folder(folder: Path) -> Pairs:
 
 def _first_line(file: Path) -> str:
     with open_file(file) as stream:
-        return stream.readline(4 * LONGEST + 1).decode("utf-8-sig")
+        line = stream.readline(4 * LONGEST + 1)
+    return codecs.getincrementaldecoder("utf-8-sig")().decode(line, final=len(line) <= 4 * LONGEST)
 
 
 def _clean(text: str) -> str:
@@ -254,7 +256,7 @@ def built_in_pairs(size: int) -> Pairs:
             "OpenMoji": _drawn(resvg_py, svg, size),
             "OpenMoji lines": _drawn(resvg_py, svg, size, _LINES),
             "Noto Emoji": _glyph(font, plain, size),
-            "Twemoji": _on_white(Image.open(png), size),
+            "Twemoji": _pixels(Image.open(png), size),
         }
         names = [_clean(re.sub(r"[_:-]", " ", name)).lower() for name in (about["en"], *about.get("alias", []))]
         for style, picture in drawn.items():
@@ -287,20 +289,18 @@ _LINES = "#color, #color-foreground, #hair, #skin, #skin-shadow { display: none 
 def _drawn(resvg: Any, svg: Path, size: int, style: str | None = None) -> NDArray[np.uint8]:
     side = 2 * size
     found = resvg.svg_to_bytes(svg_path=str(svg), width=side, height=side, skip_system_fonts=True, style_sheet=style)
-    return _on_white(Image.open(io.BytesIO(bytes(found))), size)
+    return _pixels(Image.open(io.BytesIO(bytes(found))), size)
 
 
 def _glyph(font: ImageFont.FreeTypeFont, character: str, size: int) -> NDArray[np.uint8]:
     side = 5 * size
     image = Image.new("RGBA", (side, side), "white")
     ImageDraw.Draw(image).text((side / 2, side / 2), character, font=font, fill="black", anchor="mm")
-    return _on_white(image, size)
+    return _pixels(image, size)
 
 
-def _on_white(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    picture = image.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB").resize((size, size), Image.Resampling.BOX))
+def _pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    return np.asarray(on_white(image).convert("RGB").resize((size, size), Image.Resampling.BOX))
 
 
 @dataclass(frozen=True)

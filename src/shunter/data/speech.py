@@ -24,6 +24,7 @@ from .hub import is_dataset, load_splits
 from .labelled_images import HELD_OUT, file_bytes
 from .sifting import at_most, left_out, sift
 from .sounds import RATE, SUFFIXES, Sound, read_sound, resampled
+from .tables import check_names
 
 __all__ = ["SYNTHESISED", "Clip", "Corpus", "digits", "read_clips", "split", "synthesised", "words_of"]
 
@@ -351,7 +352,15 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
     open_file(file).close()  # no FIFO, no device
     with open(file, encoding="utf-8-sig", newline="") as stream:
         if file.suffix.lower() != ".jsonl":
-            yield from csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+            tabs = file.suffix.lower() == ".tsv"
+            rows = csv.DictReader(
+                stream,
+                delimiter="\t" if tabs else ",",
+                quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+                strict=True,  # else a quote that nobody closes hides the records behind it
+            )
+            check_names(file, [name.strip().lower() for name in rows.fieldnames or ()])
+            yield from rows
             return
         for line in stream:
             if line.strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
 
-__all__ = ["SUFFIXES", "Table", "digits", "read_frame", "read_table", "related_tasks"]
+__all__ = ["SUFFIXES", "Table", "check_names", "digits", "read_frame", "read_table", "related_tasks"]
 
 FREQUENCY = 4.0  # standard deviation of the sinusoids', which the paper leaves open
 FAR = 5.0  # standard deviations
@@ -152,11 +153,23 @@ def read_frame(file: Path, *, texts: bool = False) -> Any:
     plain: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]} if texts else {}
     unquoted: dict[str, Any] = plain | ({"quoting": csv.QUOTE_NONE} if texts else {})
     as_they_are: dict[str, Any] = {"dtype": False} if texts else {}
+
+    def separated(stream: Any, **options: Any) -> Any:
+        head = pandas.read_csv(stream, **options | {"header": None, "nrows": 1, "dtype": str})
+        check_names(file, list(head.iloc[0].dropna()))  # pandas would call the second name.1
+        stream.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            try:
+                return pandas.read_csv(stream, index_col=False, **options)
+            except pandas.errors.ParserWarning:
+                raise UserError(f"{shown}: its records have more cells than there are columns") from None
+
     try:
         with open_file(file) as stream:
             readers: dict[str, Any] = {
-                ".csv": lambda s: pandas.read_csv(s, **plain),
-                ".tsv": lambda s: pandas.read_csv(s, sep="\t", **unquoted),
+                ".csv": lambda s: separated(s, **plain),
+                ".tsv": lambda s: separated(s, sep="\t", **unquoted),
                 ".parquet": pandas.read_parquet,
                 ".jsonl": lambda s: pandas.read_json(s, lines=True, **as_they_are),
             }
@@ -166,7 +179,20 @@ def read_frame(file: Path, *, texts: bool = False) -> Any:
     except Exception as error:  # a damaged file fails in as many ways as there are readers
         raise UserError(f"{shown}: cannot be read: {one_line(error)}") from None
     frame.columns = [str(name) for name in frame.columns]
+    check_names(file, list(frame.columns))
     return frame
+
+
+def check_names(file: Path, names: Sequence[str]) -> None:
+    """See that the columns of a table have names of their own.
+
+    Raises:
+        UserError: naming the file and the column.
+    """
+    if repeated := next((name for name in names if name and names.count(name) > 1), None):
+        raise UserError(
+            f"{escaped(str(file))}: has {names.count(repeated)} columns {repeated!r}; give each its own name"
+        )
 
 
 def read_table(file: Path, targets: Sequence[str], share: float) -> Table:

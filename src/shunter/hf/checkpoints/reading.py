@@ -173,7 +173,7 @@ def inside(file: Path) -> Path:
     Raises:
         UserError: where it is.
     """
-    real, folder = file.resolve(), file.parent.resolve()
+    real, folder = Path(os.path.realpath(file)), file.parent.resolve()
     cached = folder.parent.name == "snapshots" and folder.parents[1] / "blobs" == real.parent
     if real.parent != folder and not cached:
         raise UserError(f"{file}: is a link to {real}, outside its folder; put the file itself there")
