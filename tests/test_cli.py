@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from shunter.cli import look, main
 from tests.helpers import TIME_LIMIT
@@ -66,4 +67,29 @@ def test_a_module_of_our_own_that_is_missing_is_no_package_to_install(monkeypatc
 
     monkeypatch.setattr(look, "_routers", verb)
     with pytest.raises(ModuleNotFoundError):
+        main(["routers"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 2.00 GiB for an array"),
+        RuntimeError(
+            "[enforce fail at a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
+    def full(*given):
+        raise error
+
+    monkeypatch.setattr(look, "_routers", full)
+    assert main(["routers"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("shunter routers: memory does not suffice; give fewer data") and said.count("\n") == 1
+    assert str(error) in said
+    monkeypatch.setattr(look, "_routers", lambda *given: [][1])
+    with pytest.raises(IndexError):
         main(["routers"])

@@ -156,6 +156,17 @@ def test_images_with_captions(split, tmp_path):
     assert not split or held_out == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_a_label_that_is_none_is_named(value, tmp_path):
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("float64")})
+    pixels = Image.new("L", (4, 4))
+    rows = {"image": [pixels] * 4, "label": [0.5, 1.5, value, 0.5]}
+    with pytest.raises(UserError, match="train, record 3: label is .*, which is no class"):
+        read_labelled(save(tmp_path / "images", train=(rows, kinds)))
+    rows = {"image": [pixels] * 4, "label": [0.5, 1.5, 1.5, 0.5]}
+    assert read_labelled(save(tmp_path / "whole", train=(rows, kinds))).labels == ["0.5", "1.5", "1.5", "0.5"]
+
+
 def test_what_is_no_data_set_is_one_line(tmp_path):
     assert not is_dataset(str(tmp_path)) and not is_dataset("none.tsv", {".tsv"}) and is_dataset("someone/sounds")
     (tmp_path / "dataset_dict.json").write_text("{")

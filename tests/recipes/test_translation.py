@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from shunter.analysis.inspect.recording import batch_losses
 from shunter.cli import main
-from shunter.data.aligned import read_pairs
+from shunter.data.aligned import read_pairs, split_pairs
 from shunter.hf.checkpoints.loading import load_folder
 from shunter.moe import moe_layers, tell
 from shunter.recipes.config import load_config
@@ -213,6 +213,10 @@ def test_pairs_with_a_language_column(tmp_path):
     data = RECIPE.prepare(config)
     assert data.languages == ["l0", "l1"] and "Left out 1 of 46 pairs" in " ".join(data.notes)
     assert ("NA", "null") in read_pairs(file, "en").pairs["l0"], "words, not holes"
+    beyond = sum(max(0, len(out) - 1) for _, out in split_pairs(read_pairs(file, "en"), 0.3).values())
+    long = ["data.source_length=50", "data.target_length=50", "data.eval_sentences=1"]
+    notes = RECIPE.prepare(load_config(TranslationConfig, None, [*SMALL, f"data.source=['{file}']", *long])).notes
+    assert beyond and f"Not evaluated: {beyond} held-out pairs, those behind data.eval_sentences=1 a language." in notes
 
 
 @pytest.mark.parametrize(

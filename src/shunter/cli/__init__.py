@@ -61,12 +61,25 @@ def main(argv: list[str] | None = None) -> int:
         print(f"shunter {args.name}: {needed}", file=sys.stderr)
         return 2
     except Exception as error:  # libraries in other languages have no OSError
+        if _lacks_memory(error):
+            why = f": {one_line(error)}" if str(error) else ""
+            print(
+                f"shunter {args.name}: memory does not suffice; give fewer data or a smaller model{why}",
+                file=sys.stderr,
+            )
+            return 1
         if not (reason := why_not_written(error, NO_ROOM)):
             raise
         print(f"shunter {args.name}: a file cannot be written: {reason}", file=sys.stderr)
         return 1
     finally:
         warnings.formatwarning = before
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an error says so: Python's or numpy's, torch's of a GPU, or torch's of the CPU, which has no own kind."""
+    gpu, cpu = type(error).__name__ == "OutOfMemoryError", "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or gpu or cpu
 
 
 def _speaks() -> bool:

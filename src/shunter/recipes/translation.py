@@ -346,6 +346,10 @@ class TranslationRecipe(Recipe[TranslationConfig, TranslationData]):
                 "data.source_length and data.target_length"
             )
         most = d.eval_sentences
+        if beyond := sum(max(0, len(cut[1][2]) - most) for cut in kept.values()):
+            notes.append(
+                f"Not evaluated: {beyond:,} held-out pairs, those behind data.eval_sentences={most} a language."
+            )
         train = [Pairs(name, i, *cut[0]) for i, (name, cut) in enumerate(kept.items())]
         held_out = [
             Pairs(name, i, ids[:most], labels[:most], texts[:most])
