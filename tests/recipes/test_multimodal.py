@@ -88,6 +88,14 @@ def test_a_run_from_end_to_end(table, tmp_path, capsys, monkeypatch):
     assert "the pairs have changed since this run" in capsys.readouterr().err
 
 
+def test_captions_that_are_cut_off_are_counted(table):
+    lines = table.read_text().splitlines()
+    lines[1] = lines[1].replace("thing 0", " ".join(f"word{i}" for i in range(10_000)))
+    table.write_text("\n".join(lines) + "\n")
+    notes = RECIPE.prepare(made(table, "data.caption_tokens=20")).describe()["notes"]
+    assert "Cut off at data.caption_tokens=20: 1 of 24 captions." in notes
+
+
 @pytest.mark.slow
 def test_routers_are_compared_on_pairs(table, tmp_path, capsys):
     run = tmp_path / "compared"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -224,16 +225,17 @@ class PairData:
     def domains(self) -> list[dict[str, Any]]:
         """A record of each drawing style."""
         pairs, size = self.found.pairs, self.config.tokens
-        held_out = [i for some in self.found.parts.values() for i in some]
+        parts = {"train": self.found.train, "eval": [i for some in self.found.parts.values() for i in some]}
+        counts = {part: Counter(pairs.styles[i] for i in some) for part, some in parts.items()}
         return [
             {"name": style or "pairs", "license": pairs.licenses.get(style, pairs.images.license)}
             | {"source": pairs.images.source}
             | {
-                f"{part}_{unit}": times * sum(pairs.styles[i] == style for i in some)
-                for part, some in (("train", self.found.train), ("eval", held_out))
+                f"{part}_{unit}": times * counts[part][style]
+                for part in parts
                 for unit, times in (("pairs", 1), ("tokens", size))
             }
-            for style in sorted({pairs.styles[i] for i in (*self.found.train, *held_out)})
+            for style in sorted({*counts["train"], *counts["eval"]})
         ]
 
     @property
@@ -258,6 +260,11 @@ class PairData:
             for name, some in found.parts.items()
         )
         notes = [seen, f"Held out: {parts}.", *([f"Captions: {pairs.names}."] if pairs.names else [])]
+        used = [i for part in (found.train, *found.parts.values()) for i in part]
+        captions = [" " + caption for i in used for caption in pairs.captions[i]]
+        ids = self.tokenizer.backend_tokenizer.encode_batch(captions)
+        if cut := sum(len(one.ids) > d.caption_tokens for one in ids):
+            notes.append(f"Cut off at data.caption_tokens={d.caption_tokens}: {cut:,} of {len(ids):,} captions.")
         notes += [found.left_out] if found.left_out else []
         return {"domains": self.domains, "fingerprint": self.fingerprint, "notes": notes}
 
