@@ -9,7 +9,7 @@ import torch
 
 from shunter.cli import main
 from shunter.errors import UserError
-from shunter.simulate.advise import EXPERTS, FREQUENCIES, LAW, Budget, advise, dropped, effective, loss, shape
+from shunter.simulate.advise import EXPERTS, FREQUENCIES, LAW, Budget, _long, advise, dropped, effective, loss, shape
 from shunter.simulate.ledger import PUBLISHED, ledger
 
 from ..helpers import deviation
@@ -92,6 +92,23 @@ def test_no_model_fits_into_nothing():
         advise(Budget(1e21, 1e5, 8, 1e9))
 
 
+def test_what_is_counted_is_the_model_that_is_trained():
+    """Widths are rounded: the parameters said are those of the shape whose steps are timed, at any budget."""
+    for flops in (1e14, 10 ** random.uniform(14, 22)):
+        found = advise(Budget(flops, 80 * GIB, 8, 50e9))
+        width, rest = divmod(round(found.dense.parameters - found.dense.effective), 32000)  # of the embeddings
+        blocks = found.dense.effective / (12 * width**2)
+        assert not rest and not width % 128 and blocks == round(blocks) >= 2
+        assert 6 * found.dense.effective * found.dense.tokens == pytest.approx(flops)
+
+
+@pytest.mark.parametrize(
+    "days, said", [(2.5, "2.5 days"), (0.5, "12 hours"), (1.5 / 1440, "1.5 minutes"), (1e-6, "0.0864 seconds")]
+)
+def test_times_are_in_units_that_people_read(days, said):
+    assert _long(days) == said
+
+
 def test_the_command(capsys):
     args = ["advise", "--flops", "1e21", "--memory", "80GiB", "--devices", "64", "--bandwidth", "50GB"]
     assert main(args) == 0
@@ -100,6 +117,8 @@ def test_the_command(capsys):
     assert main([*args, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert f"{found['choices'][0]['experts']} experts" in said.splitlines()[0]
+    assert main([*args[:-1], "50 GB/s", "--flops", "1E21", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
     for wrong in (["--devices", "0"], ["--flops", "many"], ["--memory", "-1"], ["--bandwidth", "0"]):
         assert main([*args, *wrong]) == 2
         error = capsys.readouterr().err

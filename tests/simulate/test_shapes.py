@@ -85,6 +85,35 @@ def test_a_dense_model_of_equal_operations():
         assert dense.total < sparse.total and not dense.experts
 
 
+def config(**given):
+    """A config.json of three layers with four experts each, but for what is given."""
+    return json.dumps(
+        {
+            "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 99,
+        } | given
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given, sparse",
+    [
+        ({}, 3),
+        ({"decoder_sparse_step": 2}, 1),
+        ({"decoder_sparse_step": 1, "mlp_only_layers": [0, 2]}, 1),
+        ({"decoder_sparse_step": 0}, 0),
+        ({"first_k_dense_replace": 2}, 1),
+        ({"moe_layer_freq": 2}, 2),
+        ({"moe_layer_freq": [0, 1, 1]}, 2),
+        ({"mlp_layer_types": ["dense", "sparse", "sparse"]}, 2),
+        ({"num_experts": 0, "expert_layer_period": 2}, 0),
+    ],
+)
+def test_which_layers_have_experts(tmp_path, given, sparse):
+    (tmp_path / "config.json").write_text(config(**given), encoding="utf-8")
+    assert load_model(str(tmp_path)).sparse_layers == sparse
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -98,6 +127,18 @@ def test_a_dense_model_of_equal_operations():
         ("name: a\ndim: 8\ndecoder_layers: 1\nheads: 1\nhead_dim: 8\nsparse_layers: 2", "more than the 1 layers"),
         ("name: a\ndim: 8\ndecoder_layers: 1\nheads: 1\nhead_dim: 8\nsparse_layers: 1\nexperts: 2\ntop_k: 3", "3 of 2"),
         (json.dumps({"model_type": "llama"}), "lacks hidden_size"),
+        (config(num_attention_heads=0), "num_attention_heads must be a whole number of at least 1; it is 0"),
+        (config(num_attention_heads=True), "num_attention_heads must be a whole number"),
+        (config(num_hidden_layers=10**11), "100,000,000,000 layers are more than any model has"),
+        (config(num_hidden_layers=-2), "num_hidden_layers must be a whole number of at least 1"),
+        (config(hidden_size="64"), "hidden_size must be a whole number"),
+        (config(num_experts_per_tok=9), "a token takes 9 of 4 experts"),
+        (config(decoder_sparse_step=-1), "decoder_sparse_step must be a whole number"),
+        (config(first_k_dense_replace="one"), "first_k_dense_replace must be a whole number"),
+        (config(mlp_only_layers=3), "mlp_only_layers must be a list"),
+        (config(moe_layer_freq=[0, 1]), "says of 2 layers whether they have experts; it has 3"),
+        (config(n_shared_experts=[1]), "n_shared_experts must be a whole number"),
+        (config(expert_layer_period=2), "is in expert_layer_period, which is not read"),
         (json.dumps({"model_type": "t5", "is_encoder_decoder": True}), "encoder-decoder"),
     ],
 )  # fmt: skip

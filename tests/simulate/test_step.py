@@ -193,7 +193,10 @@ def test_the_command(tmp_path, capsys):
         (["mixtral-8x7b", "--load", "0.5"], "at least 1"),
         (["mixtral-8x7b", "--layout", "ep=0"], "give sizes of ep, pp, tp"),
         (["mixtral-8x7b", "--layout", "ep=64"], "ep 64 must divide"),
-        (["mixtral-8x7b", "--sequence-length", "0"], "must not be negative"),
+        (["mixtral-8x7b", "--sequence-length", "0"], "must be a number of at least 1"),
+        (["mixtral-8x7b", "--batch-tokens", "8", "--gpus", "8", "--layout", "ep=8"], "for each of 8 replicas"),
+        (["mixtral-8x7b", "--capacity-factor", "nan"], "--capacity-factor nan must be a number of at least 0"),
+        (["mixtral-8x7b", "--capacity-factor", "inf"], "must be a number of at least 0"),
     ],
 )
 def test_what_the_command_refuses(tmp_path, capsys, args, message):

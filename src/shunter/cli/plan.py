@@ -98,7 +98,7 @@ def quantity(text: str, name: str) -> float:
     Raises:
         UserError: where it is none.
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([kKMGTPE]?)(i?)B?(?:/s)?\s*", text)
+    match = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*([kKMGTPE]?)(i?)B?(?:/s)?\s*", text)
     try:
         value = float(match[1]) if match else 0.0
     except ValueError:
@@ -139,8 +139,9 @@ def _simulate(args: argparse.Namespace) -> int:
     model, cluster = load_model(args.model), load_cluster(args.cluster)
     for name in ("sequence_length", "capacity_factor", "group_limit"):
         if (value := getattr(args, name)) is not None:
-            if value < 0 or (name == "sequence_length" and value < 1):
-                raise UserError(f"--{name.replace('_', '-')} {value} must not be negative")
+            least = int(name == "sequence_length")
+            if not least <= value < 1e9:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be a number of at least {least}")
             model = replace(model, **{name: value})
     if args.load and not 1 <= args.load < 1e6:
         raise UserError(f"--load {args.load} must be at least 1: the fullest rank has no less than the mean")

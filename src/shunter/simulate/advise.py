@@ -157,12 +157,13 @@ def advise(budget: Budget) -> Advice:
     cluster = budget.cluster
     batch = max(2.0**19, budget.devices * _SEQUENCE)
     job = Job(batch_tokens=math.ceil(batch / (budget.devices * _SEQUENCE)) * budget.devices * _SEQUENCE)
-    size = math.sqrt(budget.flops / (6 * _TOKENS_A_PARAMETER))
-    while size >= 1e5 and not best(shape(size), cluster, budget.devices, job).fits:
-        size *= 0.8
-    if size < 1e5:
+    wanted = math.sqrt(budget.flops / (6 * _TOKENS_A_PARAMETER))
+    while wanted >= 1e5 and not best(shape(wanted), cluster, budget.devices, job).fits:
+        wanted *= 0.8
+    if wanted < 1e5:
         raise UserError("no dense model fits into this memory, nor trains within these operations; give more of both")
-    plain = shape(size)
+    plain = shape(wanted)
+    size = float(plain.parameters["attention"] + plain.parameters["dense blocks"])
     step = best(plain, cluster, budget.devices, job)
     tokens = budget.flops / (6 * size)
     seconds = tokens / (step.tokens_per_s * budget.devices)
@@ -171,7 +172,7 @@ def advise(budget: Budget) -> Advice:
     for experts in EXPERTS:
         for frequency in FREQUENCIES:
             for capacity in CAPACITIES:
-                model = shape(size, experts, frequency, capacity)
+                model = shape(wanted, experts, frequency, capacity)
                 step = best(model, cluster, budget.devices, job)
                 seen = step.tokens_per_s * budget.devices * seconds
                 acts = effective(size, experts, frequency, capacity)
@@ -187,8 +188,8 @@ def _reasons(budget: Budget, found: list[Choice], dense: Choice, size: float, da
     sparse = [choice for choice in fitting if choice.experts > 1]
     too_large = [choice for choice in found if not choice.step.fits]
     said = [
-        f"The budget trains {_many(size)} dense parameters on {_many(dense.tokens)} tokens in {days:.3g} days, to a "
-        f"loss of {dense.loss:.3f}."
+        f"The budget trains {_many(size)} dense parameters on {_many(dense.tokens)} tokens in {_long(days)}, to a loss "
+        f"of {dense.loss:.3f}."
     ]
     if chosen.experts > 1:
         said.append(
@@ -236,10 +237,12 @@ def _reasons(budget: Budget, found: list[Choice], dense: Choice, size: float, da
     if larger and chosen.experts > 1:
         one = min(larger, key=lambda choice: choice.step.memory)
         said.append(f"More memory would go further: {_named(one)} needs {one.step.memory / 2**30:.3g} GiB a device.")
-    share = chosen.step.exposed / chosen.step.seconds
-    said.append(
-        f"Exchanges that nothing hides take {share:.1%} of a step at {budget.bandwidth / 1e9:.3g} GB/s a device."
-    )
+    step, speed = chosen.step, f"at {budget.bandwidth / 1e9:.3g} GB/s a device"
+    sums = f"umming gradients takes {step.data / step.seconds:.1%} of a step {speed}."
+    if chosen.experts > 1:
+        said.append(f"Exchanges that nothing hides take {step.exposed / step.seconds:.1%}, and s{sums}")
+    else:
+        said.append(f"S{sums}")
     low, high = 16.5e6, 1.31e9
     if not low <= size <= high:
         said.append(f"The law was fitted to {_many(low)} to {_many(high)} dense parameters: this is outside.")
@@ -267,6 +270,13 @@ def _named(choice: Choice) -> str:
 
 def _often(frequency: float) -> str:
     return {1.0: "every block", 0.5: "every second block", 0.25: "every fourth block"}[frequency]
+
+
+def _long(days: float) -> str:
+    for unit, length in (("days", 1.0), ("hours", 24.0), ("minutes", 1440.0)):
+        if days * length >= 1:
+            return f"{days * length:.3g} {unit}"
+    return f"{days * 86400:.3g} seconds"
 
 
 def _many(number: float) -> str:

@@ -5,6 +5,7 @@ Counted are the matrices: attention, feed-forward blocks, experts, routers and e
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -171,6 +172,7 @@ _FIELDS = {
     "top_k": ("num_experts_per_tok", "moe_topk", "top_k_experts"),
     "vocab": ("vocab_size",),
 }
+_NEEDED = ("dim", "decoder_layers", "heads")
 
 
 def load_model(name: str) -> ModelShape:
@@ -195,51 +197,78 @@ def load_model(name: str) -> ModelShape:
     return shape
 
 
+_STEP, _FIRST, _ONLY = "decoder_sparse_step", "first_k_dense_replace", "mlp_only_layers"
+_KNOWN_LAYOUTS = (_STEP, _FIRST, _ONLY, "mlp_layer_types", "moe_layer_freq")
+_MOST_LAYERS = 100_000
+
+
 def _of_config(values: dict[str, Any], path: Path) -> ModelShape:
     if values.get("is_encoder_decoder"):
         raise UserError(f"{path}: is of an encoder-decoder model; describe it in a YAML file of ModelShape's fields")
+
+    def whole(name: str, least: int = 0) -> int:
+        """The value of a name, 0 where there is none."""
+        value = values.get(name)
+        if value is None:
+            return 0
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 10**12:
+            raise UserError(f"{path}: {name} must be a whole number of at least {least}; it is {value!r}")
+        return value
+
     found: dict[str, Any] = {"name": str(values.get("model_type", path.stem)), "source": str(path)}
     for ours, theirs in _FIELDS.items():
-        given = next((values[name] for name in theirs if isinstance(values.get(name), int)), None)
+        given = next((name for name in theirs if values.get(name) is not None), None)
         if given is not None:
-            found[ours] = given
-    if missing := [
-        theirs[0]
-        for ours, theirs in _FIELDS.items()
-        if ours in ("dim", "decoder_layers", "heads") and ours not in found
-    ]:
-        raise UserError(f"{path}: lacks {missing[0]}; a config.json of a decoder-only language model has it")
-    head = values.get("head_dim")
-    found["head_dim"] = head if isinstance(head, int) else found["dim"] // found["heads"]
-    if isinstance(values.get("kv_lora_rank"), int) and isinstance(values.get("qk_nope_head_dim"), int):
+            found[ours] = whole(given, 1 if ours in _NEEDED else 0)
+        elif ours in _NEEDED:
+            raise UserError(f"{path}: lacks {theirs[0]}; a config.json of a decoder-only language model has it")
+    if found["decoder_layers"] > _MOST_LAYERS:
+        raise UserError(f"{path}: {found['decoder_layers']:,} layers are more than any model has")
+    found["head_dim"] = whole("head_dim") or found["dim"] // found["heads"]
+    if whole("kv_lora_rank") and whole("qk_nope_head_dim"):
         found |= {
-            "kv_rank": values["kv_lora_rank"],
-            "q_rank": values.get("q_lora_rank") or 0,
-            "rope_dim": values.get("qk_rope_head_dim", 0),
-            "head_dim": values["qk_nope_head_dim"],
-            "value_dim": values.get("v_head_dim", 0),
+            "kv_rank": whole("kv_lora_rank"),
+            "q_rank": whole("q_lora_rank"),
+            "rope_dim": whole("qk_rope_head_dim"),
+            "head_dim": whole("qk_nope_head_dim"),
+            "value_dim": whole("v_head_dim"),
         }
         found.pop("kv_heads", None)
-    layers, sparse = found["decoder_layers"], 0
-    if found.get("experts"):
-        kinds = values.get("mlp_layer_types")
-        step = values.get("decoder_sparse_step") or values.get("moe_layer_freq") or 1
-        first = values.get("first_k_dense_replace") or 0
-        only = values.get("mlp_only_layers") or []
-        if isinstance(kinds, list):
-            sparse = sum(kind == "sparse" for kind in kinds)
-        elif isinstance(step, int) and "decoder_sparse_step" in values:
-            sparse = sum((i + 1) % step == 0 and i not in only for i in range(layers))
-        else:
-            sparse = sum(i >= first and i % (step if isinstance(step, int) else 1) == 0 for i in range(layers))
+    sparse = len(_sparse_layers(values, found["decoder_layers"], path)) if found.get("experts") else 0
     found["sparse_layers"] = sparse
-    shared = values.get("shared_expert_intermediate_size")
-    if not isinstance(shared, int):
-        shared = (values.get("n_shared_experts") or 0) * found.get("expert_hidden", 0)
+    shared = whole("shared_expert_intermediate_size") or whole("n_shared_experts") * found.get("expert_hidden", 0)
     found["shared_hidden"] = shared if sparse else 0
     found["tied"] = values.get("tie_word_embeddings") is True
-    if isinstance(values.get("topk_group"), int) and isinstance(values.get("n_group"), int) and values["n_group"] > 1:
-        found |= {"group_limit": values["topk_group"], "groups": values["n_group"]}
-    length = values.get("max_position_embeddings")
-    found["sequence_length"] = min(length, 4096) if isinstance(length, int) else 4096
+    if whole("topk_group") and whole("n_group") > 1:
+        found |= {"group_limit": whole("topk_group"), "groups": whole("n_group")}
+    found["sequence_length"] = min(whole("max_position_embeddings", 1) or 4096, 4096)
     return described(ModelShape, found, path)
+
+
+def _sparse_layers(values: dict[str, Any], layers: int, path: Path) -> list[int]:
+    """Which layers of a config.json have experts.
+
+    Raises:
+        UserError: where it says so by names that are not known here, or in values that say nothing.
+    """
+    for name, value in values.items():
+        if value and re.search(r"(?=.*(moe|expert|sparse))(?=.*layer)", name) and name not in _KNOWN_LAYOUTS:
+            raise UserError(
+                f"{path}: which layers have experts is in {name}, which is not read; describe the model in a YAML file "
+                "of ModelShape's fields"
+            )
+    kinds, frequency = values.get("mlp_layer_types"), values.get("moe_layer_freq")
+    step, first, only = (values.get(name) for name in (_STEP, _FIRST, _ONLY))
+    if isinstance(kinds, list) or isinstance(frequency, list):
+        marks = [kind == "sparse" for kind in kinds] if isinstance(kinds, list) else [bool(f) for f in frequency or []]
+        if len(marks) != layers:
+            raise UserError(f"{path}: says of {len(marks)} layers whether they have experts; it has {layers}")
+        return [i for i, mark in enumerate(marks) if mark]
+    for name, value in ((_STEP, step), ("moe_layer_freq", frequency), (_FIRST, first)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise UserError(f"{path}: {name} must be a whole number of at least 0; it is {value!r}")
+    if only is not None and not (isinstance(only, list) and all(isinstance(i, int) for i in only)):
+        raise UserError(f"{path}: {_ONLY} must be a list of layers; it is {only!r}")
+    if step is not None:
+        return [i for i in range(layers) if step and (i + 1) % step == 0 and i not in (only or [])]
+    return [i for i in range(layers) if i >= (first or 0) and i % (frequency or 1) == 0 and i not in (only or [])]

@@ -211,7 +211,8 @@ def predict(model: ModelShape, cluster: Cluster, layout: Layout, job: Job) -> St
     """What a training step takes in a layout.
 
     Raises:
-        UserError: where the layout does not divide the devices, the experts or the batch.
+        UserError: where the layout does not divide the devices or the experts, and where the batch is less than a
+            micro-batch of each replica.
     """
     if layout.devices % (layout.pp * layout.tp):
         raise UserError(f"{layout.devices} devices are no multiple of pp {layout.pp} x tp {layout.tp}")
@@ -221,6 +222,12 @@ def predict(model: ModelShape, cluster: Cluster, layout: Layout, job: Job) -> St
         )
     if layout.pp > model.layers:
         raise UserError(f"pp {layout.pp} is more than the {model.layers} layers")
+    least = layout.dp * job.micro_batch * model.sequence_length
+    if job.batch_tokens < least:
+        raise UserError(
+            f"a batch of {job.batch_tokens:,.0f} tokens is fewer than the {least:,} of {job.micro_batch} x "
+            f"{model.sequence_length:,} tokens for each of {layout.dp:,} replicas"
+        )
     likely, shortest, longest = (_parts(model, cluster, layout, job, bound) for bound in ("likely", "best", "worst"))
     memory = _memory(model, layout, job)
     seconds = likely["seconds"]

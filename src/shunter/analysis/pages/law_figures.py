@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,7 +49,8 @@ def _losses(axes: Any, found: dict[str, Any], law: UnifiedLaw) -> None:
     counts = np.unique(runs["experts"])
     axes.set_xticks(counts, [f"{count:g}" for count in counts])
     axes.xaxis.set_minor_locator(NullLocator())
-    _plain_ticks(axes.yaxis, MaxNLocator(6).tick_values(*axes.get_ylim()))
+    low, high = axes.get_ylim()
+    _plain_ticks(axes.yaxis, MaxNLocator(6).tick_values(low, high) if high < 3 * low else _decades(low, high))
     axes.set_xlabel("experts (1: dense)")
     axes.set_ylabel("held-out loss")
     axes.legend(title="dense parameters", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8)
@@ -78,10 +80,10 @@ def _gains(axes: Any, found: dict[str, Any], law: UnifiedLaw) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown_count(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     bottom, top = axes.get_ylim()
-    units = (1, 2, 5) if top < 1e3 * bottom else (1,)
-    _plain_ticks(axes.yaxis, [10.0**scale * unit for scale in range(-2, 7) for unit in units])
+    _plain_ticks(axes.yaxis, _decades(bottom, top))
     axes.set_ylim(bottom, top)
-    axes.set_xlabel("dense parameters (grey: of the runs; dashed: the cut-off and its interval)")
+    marked = "" if cutoff is None else "; dashed: the cut-off" + (" and its interval" if interval else "")
+    axes.set_xlabel(f"dense parameters (grey: of the runs{marked})", fontsize=9)
     axes.set_ylabel("effective over dense parameters")
     axes.legend(title="experts", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8)
 
@@ -91,11 +93,19 @@ def _shown(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where((values > 1e-12) & (values < 1e12), values, np.nan)
 
 
+def _decades(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis, at most eight or so."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    units = (1, 2, 5) if high < 1e3 * low else (1,)
+    step = max(1, (last - first) // 6)
+    return [10.0**scale * unit for scale in range(first, last + 1, step) for unit in units]
+
+
 def _plain_ticks(axis: Any, ticks: Iterable[float]) -> None:
     """These ticks as plain numbers, those inside of the view alone."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if 1e3 <= value < 1e7 else f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
 
