@@ -97,6 +97,12 @@ def test_a_run_from_end_to_end(songs, tmp_path, capsys, monkeypatch):
     assert seen["data"]["kind"] == "sounds" and seen["complete"] and set(seen["data"]["domains"]) == {"do", "re"}
     assert "frame of sound" in (tmp_path / "seen/inspect.html").read_text(encoding="utf-8")
 
+    assert main(["eval", str(run), "--calibration", "--json"]) == 0
+    calibrated = json.loads(capsys.readouterr().out)["models"]
+    for one in calibrated.values():
+        assert one["predictions"] == 8 == sum(part["predictions"] for part in one["domains"].values())
+        assert set(one["domains"]) == {"do", "re"}
+
     sing(songs / "v7-1.wav", ["ti", "ti"], 7)
     assert main(["eval", str(run)]) == 2
     assert "the sounds have changed since this run" in capsys.readouterr().err
@@ -108,6 +114,9 @@ def test_the_numbers_are_those_of_each_clip_alone(songs, tmp_path):
     data = RECIPE.prepare(config)
     model = RECIPE.build(config, data, True).eval()
     found = RECIPE.evaluate(model, data)
+    likely = torch.cat([rows[torch.arange(len(own)), own] for _, rows, own in RECIPE.predictions(model, data)])
+    labels = sum(len(data.vocabulary.labels(data.corpus.texts[i])) for i in data.corpus.held_out)
+    assert -float(likely.sum()) / labels == pytest.approx(found["loss"], rel=1e-4), "that of its own text is its loss"
     nats, labels = 0.0, 0
     for i in data.corpus.held_out:
         frames, text = data.features(i)[None], data.vocabulary.labels(data.corpus.texts[i])

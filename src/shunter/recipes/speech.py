@@ -456,6 +456,21 @@ class SpeechRecipe(Recipe[SpeechConfig, SpeechData]):
         found = {name: _scores(data, heard, some) for name, some in data.groups.items()}
         return _scores(data, heard, data.corpus.held_out) | {"domains": found}
 
+    @torch.no_grad()
+    def predictions(self, model: PreTrainedModel, data: SpeechData) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of the text of each held-out clip among those of its batch, by their probabilities under CTC."""
+        for numbers, batch in data.batches():
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            real = batch["attention_mask"]
+            with tell(model, language=batch["language"], domain=batch["domain"]):
+                logits = model(input_features=batch["input_features"], attention_mask=real).logits
+            texts, own = batch["labels"].unique(dim=0, return_inverse=True)
+            likely = torch.stack([-ctc_nats(logits, real, text.expand(len(numbers), -1)) for text in texts], 1)
+            for name, clips in data.groups.items():
+                mine = torch.tensor([i in clips for i in numbers], device=own.device)
+                if bool(mine.any()):
+                    yield name, likely[mine].cpu(), own[mine].cpu()
+
     def ledger(self, model: PreTrainedModel, config: SpeechConfig) -> Ledger:
         """Of a frame. An attending head, the same in both models, is left out of the operations."""
         found = ledger(model, config.frames)
