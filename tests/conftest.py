@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 
+# Before anything imports the client of the hub, also in processes of tests: a name that is no folder is not looked up.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Before anything imports the kernels: without a GPU they run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

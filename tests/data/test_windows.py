@@ -99,8 +99,7 @@ def test_files_of_every_kind(tmp_path):
         ("a.xyz", None, "no such file or folder"),
     ],
 )
-def test_bad_files_name_the_file_and_the_record(name, content, message, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_files_name_the_file_and_the_record(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:

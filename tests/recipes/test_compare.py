@@ -310,31 +310,31 @@ def test_several_seeds_have_error_bars(corpus, tmp_path, capsys):
         "compare",
         "text",
         "--routers",
-        "topk:top_k=1,hash",
+        "hash",
         "--run",
         str(tmp_path / "run"),
         "--json",
         "--seeds",
-        "3",
+        "2",
     ]
     args += ["--data", str(corpus)]
     assert main([*args, *SMALL, "training.steps=3", "seed=5"]) == 0
     found = json.loads((tmp_path / "run/compare.json").read_text())
-    parts = [json.loads((tmp_path / f"run/seed-{seed}/compare.json").read_text()) for seed in (5, 6, 7)]
-    assert [part["seed"] for part in parts] == found["seeds"] == [5, 6, 7]
-    losses = [[part["models"][row]["eval_loss"] for part in parts] for row in range(3)]
-    assert len(set(losses[0])) == 3, "another seed, another start"
+    parts = [json.loads((tmp_path / f"run/seed-{seed}/compare.json").read_text()) for seed in (5, 6)]
+    assert [part["seed"] for part in parts] == found["seeds"] == [5, 6]
+    losses = [[part["models"][row]["eval_loss"] for part in parts] for row in range(2)]
+    assert len(set(losses[0])) == 2, "another seed, another start"
     table = (tmp_path / "run/compare.md").read_text()
     for row, own in zip(found["models"], losses, strict=True):
-        mean = sum(own) / 3
+        mean = sum(own) / 2
         assert row["eval_loss"] == pytest.approx(mean)
-        spread = (sum((loss - mean) ** 2 for loss in own) / 2) ** 0.5
+        spread = sum((loss - mean) ** 2 for loss in own) ** 0.5
         assert row["spread"]["eval_loss"] == pytest.approx(spread)
         assert f"{mean:.4f} ± {spread:.4f}" in table
         gains = [dense - loss for dense, loss in zip(losses[0], own, strict=True)]
-        middle = sum(gains) / 3
-        assert row["spread"]["gain"] == pytest.approx((sum((gain - middle) ** 2 for gain in gains) / 2) ** 0.5)
-    assert "seeds 5, 6, 7" in table and (tmp_path / "run/compare.png").stat().st_size > 0
+        middle = sum(gains) / 2
+        assert row["spread"]["gain"] == pytest.approx(sum((gain - middle) ** 2 for gain in gains) ** 0.5)
+    assert "seeds 5, 6" in table and (tmp_path / "run/compare.png").stat().st_size > 0
     data = json.loads((tmp_path / "run/seed-6/data.json").read_text())
     assert [domain["name"] for domain in data["domains"]] == ["digits", "letters", "signs"], "--data was read"
     assert main(["compare", "text", "--resume", "--run", str(tmp_path / "run"), "--json"]) == 0

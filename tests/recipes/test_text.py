@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from shunter.recipes.text import RECIPE, TextConfig, evaluate
 from shunter.training import loop as training
 from tests.helpers import TIME_LIMIT
 
-from .conftest import SMALL
+from .conftest import SMALL, write_corpus
 
 train = partial(run_recipe, RECIPE)
 
@@ -33,11 +33,20 @@ def _weights(run):
     return {which: (run / which / "model.safetensors").read_bytes() for which in ("dense", "sparse")}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One run, to be copied: its folder, its summary, and its configuration."""
+    root = tmp_path_factory.mktemp("trained")
+    source = f"data.source=['{write_corpus(root / 'corpus')}']"
+    config = load_config(TextConfig, None, [*SMALL, source, "training.steps=8"])
+    return root / "run", train(config, root / "run"), config
+
+
 @pytest.fixture
-def run(small, tmp_path):
-    folder = tmp_path / "run"
-    summary = train(small("training.steps=8"), folder)
-    return folder, summary
+def run(trained, tmp_path):
+    """A copy of the run, and its summary."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    return tmp_path / "run", trained[1]
 
 
 def test_a_run_leaves_what_it_promises(run):
@@ -156,7 +165,11 @@ def test_ctrl_c_saves_says_how_to_resume_and_resumes(corpus, tmp_path):
     run = tmp_path / "killed"
     options = [*SMALL, f"data.source=['{corpus}']", "training.steps=4000", "training.eval_every=5000"]
     command = [sys.executable, "-m", "shunter", "train", "text", "--run", str(run), *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = Metrics(run / "metrics.jsonl")
     limit = time.monotonic() + TIME_LIMIT
     while process.poll() is None and len(metrics.lines()) < 3 and time.monotonic() < limit:
@@ -203,7 +216,6 @@ def test_saved_runs_evaluate_to_the_same_numbers_and_continue_prompts(run, capsy
 )
 def test_bad_commands_are_one_line_and_exit_code_2(args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(args) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1, said
@@ -214,9 +226,10 @@ def test_a_folder_with_a_run_is_not_overwritten(run, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_its_own_data_alone(run, corpus, small, tmp_path):
+def test_a_run_goes_on_with_its_own_data_alone(corpus, small, tmp_path):
     """Else the sparse model would learn from other text than the dense one it is compared with."""
-    folder = run[0]
+    folder = tmp_path / "run"
+    train(small("training.steps=8"), folder)
     dense = (folder / "dense/model.safetensors").read_bytes()
     (folder / "sparse/training.json").unlink()
     (corpus / "letters" / "0.txt").write_text("zyx " * 60, encoding="utf-8")
@@ -227,19 +240,19 @@ def test_a_run_goes_on_with_its_own_data_alone(run, corpus, small, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["dense/training.json", "dense/model.safetensors", "config.yaml", "data.json"])
-def test_damage_to_a_run_is_named(run, small, file):
+def test_damage_to_a_run_is_named(run, trained, file):
     content = (run[0] / file).read_bytes()
     (run[0] / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=f"{file}: is damaged or changed"):
-        train(small("training.steps=8"), run[0], resume=True)
+        train(trained[2], run[0], resume=True)
 
 
 @pytest.mark.parametrize("cut", [0, 0.5, 0.97])
-def test_a_log_that_was_cut_is_put_back(run, small, cut):
+def test_a_log_that_was_cut_is_put_back(run, trained, cut):
     log = run[0] / "metrics.jsonl"
     content = log.read_text(encoding="utf-8")
     log.write_text(content[: int(cut * len(content))], encoding="utf-8")
-    assert train(small("training.steps=8"), run[0], resume=True)["gain"] == run[1]["gain"]
+    assert train(trained[2], run[0], resume=True)["gain"] == run[1]["gain"]
     assert log.read_text(encoding="utf-8") == content
 
 
