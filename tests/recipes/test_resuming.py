@@ -69,6 +69,18 @@ def stopped(tmp_path_factory):
     return root, config
 
 
+def test_a_setting_that_is_newer_than_a_run_has_its_default_there(stopped, tmp_path):
+    _, config = stopped
+    text = engine.dump_config(config)
+    (tmp_path / "config.yaml").write_text(text.replace("  overlap_degree: 1\n", ""))
+    assert "overlap_degree" not in (tmp_path / "config.yaml").read_text()
+    seal(tmp_path, ["config.yaml"], versions=engine.run_versions())
+    assert engine._decided(tmp_path, config, {"config.yaml": text})["files"].keys() == {"config.yaml"}
+    other = config.model_copy(update={"seed": config.seed + 1})
+    with pytest.raises(UserError, match="config.yaml says other settings"):
+        engine._decided(tmp_path, other, {"config.yaml": engine.dump_config(other)})
+
+
 @pytest.fixture
 def again(stopped, tmp_path):
     root, config = stopped
