@@ -226,7 +226,7 @@ def _leak(config: RunConfig) -> str | None:
 
 
 def table(result: dict[str, Any], words: Words) -> str:
-    """The comparison as a table in Markdown, the best loss first."""
+    """The comparison as a table in Markdown, the best loss first, and what its columns are."""
     dense = result["models"][0]
     heads = ["router", "loss", "gain", *(unit.replace(" per ", "/") for unit in words.shown.values())]
     heads += ["balance", "dropped", "experts/token", "MFLOP/token", "training FLOP"]
@@ -250,6 +250,12 @@ def table(result: dict[str, Any], words: Words) -> str:
             row.get("leak") or "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Loss: held-out, in {words.loss}; gain: how much lower it is than the dense model's. Balance: the busiest "
+        "expert's load over the mean in the last tenth of training, 1 where even. Dropped: assignments beyond the "
+        "capacity. Seconds: of training. Leaks in: where a later token can change what an earlier one gets.",
+    ]
     if "seeds" in result:
         seeds = ", ".join(map(str, result["seeds"]))
         lines += ["", f"Means over the seeds {seeds}; ± is the standard deviation over them, of the gain over pairs."]

@@ -13,19 +13,21 @@ from .style import PAPER
 
 __all__ = ["comparison"]
 
-LINE = 30  # characters of a router's label
+LINE = 34  # characters of a router's label
 
 
 def wrapped(router: str) -> str:
     """A router with its options in lines of at most `LINE` characters, cut behind plus, colon, comma or space.
 
-    A part that is longer has a line of its own.
+    What is longer has a line for each router that blocks take in turn; a part without such a sign has one of its own.
     """
-    lines = [""]
-    for part in re.findall(r"[^+:, ]*[+:, ]*", router):
-        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > LINE:
-            lines.append("")
-        lines[-1] += part
+    lines = []
+    for turn in [router] if len(router) <= LINE else re.findall(r"[^+]+\+?", router):
+        lines.append("")
+        for part in re.findall(r"[^:, ]*[:, ]*", turn):
+            if lines[-1] and len(lines[-1]) + len(part.rstrip()) > LINE:
+                lines.append("")
+            lines[-1] += part
     return "\n".join(line.rstrip() for line in lines)
 
 
