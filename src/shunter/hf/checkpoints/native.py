@@ -131,12 +131,12 @@ class Family:
         """
         must_be_blocks(model)
         layers, dense = layers_of(model), model.config
+        fields, *rules = [routing_fields(self.name, layer.decider, len(layers)) for layer in layers.values()]
         sizes, *others = dict.fromkeys(Sizes.of(layer) for layer in layers.values())
         if any(each.bias for each in (sizes, *others)):
             raise UserError(f"{self.name} has experts without biases; this model's have them: keep Shunter's format")
         if others:
             raise UserError(f"{self.name} has layers of one size; give every layer the same hidden=")
-        fields, *rules = [routing_fields(self.name, layer.decider, len(layers)) for layer in layers.values()]
         if any(rule != fields for rule in rules):
             raise UserError(f"{self.name} has one routing rule for all layers; give every layer the same router")
         activation = known_activation(dense.hidden_act, gated=True)

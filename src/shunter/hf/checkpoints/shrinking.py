@@ -300,6 +300,11 @@ def _check_kind(name: str, tap: Tap) -> None:
         called = router_name(type(tap.own.decider))
         if called in _IN_ONE_PIECE:
             raise UserError(f"prune: the router {called} of {name} cannot lose experts: {_IN_ONE_PIECE[called]}")
+        if tap.own.decider.chooses == "fixed":
+            raise UserError(
+                f"prune: the router {called} of {name} cannot lose experts: its rule is fixed for as many as there "
+                "are; train with one that learns, as by sparse.router=topk"
+            )
 
 
 def _check_router(name: str, tap: Tap, axes: Mapping[str, tuple[str, int]]) -> None:
