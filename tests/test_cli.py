@@ -1,5 +1,6 @@
 """The command line: whatever goes wrong is a line."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shunter.cli import look, main
+import shunter
+from shunter.cli import _parser, look, main
 from tests.helpers import TIME_LIMIT
 
 
@@ -67,3 +69,34 @@ def test_a_module_of_our_own_that_is_missing_is_no_package_to_install(monkeypatc
     monkeypatch.setattr(look, "_routers", verb)
     with pytest.raises(ModuleNotFoundError):
         main(["routers"])
+
+
+def _parsers(parser):
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _parsers(inner)
+
+
+def test_help_says_what_each_argument_is_and_its_default():
+    for parser in _parsers(_parser()):
+        text = " ".join(parser.format_help().split())
+        for action in parser._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                assert action.help, f"{parser.prog}: {action.option_strings or action.dest}"
+            if isinstance(action.default, int | float) and not isinstance(action.default, bool):
+                said = [f"default: {action.default}", f"default: {action.default:g}"]
+                assert any(words in text for words in said), f"{parser.prog}: {action.option_strings}"
+
+
+def test_without_arguments_there_is_help(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert "shunter train text" in said and "inspect" in said
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"shunter {shunter.__version__}"

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..durable import NO_ROOM, why_not_written
+from ..environment import VERSION
 from ..errors import Diverged, Elsewhere, Interrupted, LostRank, NotWritten, escaped, one_line, said
 from . import bench, convert, domains, law, look, plan, reproduce, train
 from .packages import not_installed
@@ -21,7 +22,11 @@ __all__ = ["main"]
 
 def main(argv: list[str] | None = None) -> int:
     """Run `shunter` with arguments; the exit code: 0 done, 1 failed, 2 bad input, 130 stopped with Ctrl-C."""
-    args, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
+    args, rest = parser.parse_known_args(argv)
     if rest and args.name not in ("train", "compare", "branch"):
         print(f"shunter: unknown argument {rest[0]!r}; see shunter {args.name} --help", file=sys.stderr)
         return 2
@@ -89,8 +94,32 @@ def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
     return f"shunter: {one_line(message)}\n"
 
 
+class _Help(argparse.HelpFormatter):
+    """Help that says the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default, text = action.default, action.help
+        silent = default is None or default is False or default in ([], "", argparse.SUPPRESS)
+        if text is None or silent or "default" in text or not action.option_strings:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
+class _Parser(argparse.ArgumentParser):
+    """The parser of the program and of each verb."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shunter", description="Sparse expert models: train, look, continue.")
+    parser = _Parser(
+        prog="shunter",
+        description="Sparse expert models: train, compare and inspect them, convert and shrink them, plan and measure.",
+        epilog="Begin with: shunter train text. What a verb takes: shunter VERB --help",
+    )
+    parser.add_argument("--version", action="version", version=f"shunter {VERSION}")
     verbs = parser.add_subparsers(dest="name", required=True, metavar="verb")
     for group in (train, domains, convert, look, law, reproduce, bench, plan):
         group.add_verbs(verbs)

@@ -21,7 +21,7 @@ def add_verbs(verbs: Any) -> None:
     benches = bench.add_subparsers(dest="what", required=True, metavar="what")
     experts = benches.add_parser("experts", help="the backends next to a dense layer and to transformers' own experts")
     experts.add_argument("--shapes", nargs="+", help="of S1 to S6, or T,d,f,E,k (default: S1 to S6)")
-    experts.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    experts.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="of weights and inputs")
     experts.add_argument("--backends", nargs="+", help="besides auto (default: all that can run)")
     experts.add_argument("--peers", nargs="+", help="of transformers (default: eager batched_mm grouped_mm)")
     experts.set_defaults(rounds=11, measure=_bench_experts)
@@ -45,7 +45,7 @@ def add_verbs(verbs: Any) -> None:
     gpu.add_argument("--backends", nargs="+", help="default: triton and grouped_mm")
     gpu.set_defaults(rounds=11, measure=_bench_gpu)
     lora = benches.add_parser("lora", help="what LoRA on all experts adds to a step, by peft and by Shunter")
-    lora.add_argument("--rank", type=int, default=8)
+    lora.add_argument("--rank", type=int, default=8, help="of the adapters")
     lora.set_defaults(rounds=3, measure=_bench_lora)
     deciding = benches.add_parser("routers", help="score and assign of every router, as a share of its layer's step")
     deciding.add_argument("--shape", help="T,d,f,E,1 (default: 4096,512,256,64,1); k is the router's own")
@@ -61,7 +61,7 @@ def add_verbs(verbs: Any) -> None:
     layer.add_argument("--dim", type=int, default=256, help="d (default: 256)")
     layer.add_argument("--width", type=int, default=512, help="k f, the hidden units of a token (default: 512)")
     layer.add_argument("--top-k", type=int, default=2, help="k (default: 2)")
-    layer.add_argument("--dtype", default="float32")
+    layer.add_argument("--dtype", default="float32", help="of weights and inputs")
     layer.set_defaults(rounds=11, measure=_bench_layer)
     several = benches.add_parser(
         "parallel", help="a layer on several processes, by experts or by data, and transformers"

@@ -20,7 +20,13 @@ def add_verbs(verbs: Any) -> None:
     upcycle.add_argument("--out", type=Path, required=True, help="the folder to make")
     upcycle.add_argument("--experts", type=int, help="default: 8, or one for each sibling")
     upcycle.add_argument("--top-k", type=int, default=2, help="experts of a token (default: 2)")
-    upcycle.add_argument("--method", choices=["copy", "split", "noise", "drop", "siblings"], default="copy")
+    upcycle.add_argument(
+        "--method",
+        choices=["copy", "split", "noise", "drop", "siblings"],
+        default="copy",
+        help="how experts come from the block: equal copies, parts of copies, copies with noise or with units drawn "
+        "anew, or a block of each sibling",
+    )
     upcycle.add_argument("--granularity", type=int, help="split: into how many parts (default: 2)")
     upcycle.add_argument("--noise", type=float, help="noise: in standard deviations of the weights (default: 0.01)")
     upcycle.add_argument("--drop", type=float, help="drop: share of hidden units drawn anew (default: 0.5)")
@@ -29,7 +35,7 @@ def add_verbs(verbs: Any) -> None:
     upcycle.add_argument("--to", default="auto", help="a family of transformers, shunter, or auto (default)")
     upcycle.add_argument("--every", type=int, default=1, help="sparsify every n-th block")
     upcycle.add_argument("--placement", default="", help='the same in words: "every 2, last 3, pyramid"')
-    upcycle.add_argument("--seed", type=int, default=0)
+    upcycle.add_argument("--seed", type=int, default=0, help="of routers, noise and drops")
     upcycle.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
     upcycle.add_argument("--json", action="store_true", help="the receipt to standard output")
     upcycle.set_defaults(verb=_upcycle)
@@ -87,13 +93,13 @@ def add_verbs(verbs: Any) -> None:
         type=Path,
         help="a model to count the gain from (default: the student's twin without a teacher, which is trained)",
     )
-    distill.add_argument("--steps", type=int, default=300)
-    distill.add_argument("--learning-rate", type=float, default=1e-3)
+    distill.add_argument("--steps", type=int, default=300, help="of training")
+    distill.add_argument("--learning-rate", type=float, default=1e-3, help="at its highest")
     distill.add_argument("--soft", type=float, default=0.25, help="the teacher's weight in the loss")
     distill.add_argument("--stop", type=float, default=1.0, help="the share of the steps with a teacher")
     distill.add_argument("--tokens", type=int, default=500_000, help="how many of the data; a tenth is held out")
     distill.add_argument("--length", type=int, default=128, help="tokens of a window")
-    distill.add_argument("--seed", type=int, default=0)
+    distill.add_argument("--seed", type=int, default=0, help="of drawn weights and of the order of the data")
     distill.add_argument("--json", action="store_true", help="the receipt to standard output")
     distill.set_defaults(verb=_distill)
 

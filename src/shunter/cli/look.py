@@ -1,4 +1,4 @@
-"""The verbs that look: routers, roles, inspect."""
+"""The verbs that look: settings, routers, roles, inspect."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..durable import make_folder, write
 from ..errors import UserError
+from ..recipes.registry import names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,8 +24,13 @@ __all__ = ["add_verbs"]
 
 def add_verbs(verbs: Any) -> None:
     """Add the verbs to the parser of the command line."""
+    known = verbs.add_parser("settings", help="list every setting of a recipe: its default, what it may be, what it is")
+    known.add_argument("recipe", nargs="?", choices=names(), help="of train and compare; none: of all")
+    known.add_argument("--format", choices=["text", "markdown", "json"], default="text", help="of the table")
+    known.set_defaults(verb=_settings)
+
     table = verbs.add_parser("routers", help="list every router: who decides, what it needs, where it comes from")
-    table.add_argument("--format", choices=["text", "markdown", "json"], default="text")
+    table.add_argument("--format", choices=["text", "markdown", "json"], default="text", help="of the table")
     table.set_defaults(verb=_routers)
 
     roles = verbs.add_parser("roles", help="list a model's parameters by role: router, expert, attention, …")
@@ -46,6 +52,20 @@ def add_verbs(verbs: Any) -> None:
     inspect.add_argument("--ablate", type=int, default=256, help="how many experts to remove in turn; 0: none")
     inspect.add_argument("--json", action="store_true", help="the findings to standard output too")
     inspect.set_defaults(verb=_inspect)
+
+
+def _settings(args: argparse.Namespace) -> int:
+    from ..recipes.registry import find
+    from ..recipes.settings import markdown, plain, settings
+
+    recipes = {name: list(settings(find(name).config())) for name in ([args.recipe] if args.recipe else names())}
+    if args.format == "json":
+        print(json.dumps({name: [row._asdict() for row in rows] for name, rows in recipes.items()}, indent=2))
+    elif args.format == "markdown":
+        sys.stdout.write(markdown(recipes))
+    else:
+        sys.stdout.write("\n".join(f"{name}\n\n{plain(rows)}" for name, rows in recipes.items()))
+    return 0
 
 
 def _routers(args: argparse.Namespace) -> int:

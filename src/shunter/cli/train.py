@@ -26,7 +26,7 @@ def add_verbs(verbs: Any) -> None:
     train = verbs.add_parser(
         "train",
         help="train a dense model and its sparse twin, and report what the sparsity bought",
-        epilog="Anything in the configuration is set by its dotted name: shunter train text training.steps=500",
+        epilog="Settings by their dotted names, as shunter settings lists them: shunter train text training.steps=500",
     )
     train.add_argument("recipe", choices=names(), help="what to train")
     train.add_argument("--config", type=Path, help="YAML or TOML file")
@@ -45,7 +45,10 @@ def add_verbs(verbs: Any) -> None:
         epilog="Settings by dotted names as in train: shunter compare text --routers switch,base training.steps=300",
     )
     compare.add_argument("recipe", choices=names(), help="what to train")
-    compare.add_argument("--routers", help="as in switch,topk:top_k=1,hash; shunter routers lists them")
+    compare.add_argument(
+        "--routers",
+        help="as in switch,topk:top_k=1,hash+topk (blocks take these two in turn); shunter routers lists them",
+    )
     compare.add_argument("--config", type=Path, help="YAML or TOML file")
     compare.add_argument("--data", nargs="+", help=own)
     compare.add_argument("--model", help=kinds)
@@ -66,16 +69,16 @@ def add_verbs(verbs: Any) -> None:
     finetune.add_argument("--dense", type=Path, help="the dense twin, of the same tokenizer (default: a run's own)")
     labels = "files or folders, each a label, or one with several languages; none: the language of built-in text"
     finetune.add_argument("--data", nargs="+", help=labels)
-    finetune.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3])
-    finetune.add_argument("--batches", type=int, nargs="+", default=[16, 64])
+    finetune.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3], help="learning rates to try")
+    finetune.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="examples of a step, to try")
     finetune.add_argument("--train", nargs="+", default=["all", "non_moe", "moe"], help="roles: see shunter roles")
     finetune.add_argument("--capacities", type=float, nargs="+", default=[], help="factors in evaluation to try too")
-    finetune.add_argument("--expert-dropout", type=float, default=0.0)
+    finetune.add_argument("--expert-dropout", type=float, default=0.0, help="of the experts' hidden units")
     finetune.add_argument("--examples", type=int, default=2048, help="that a fine-tuning sees, whatever its batch")
     finetune.add_argument("--length", type=int, default=16, help="tokens of a window")
     finetune.add_argument("--windows", type=int, default=200, help="of a label; a fifth is held out")
     finetune.add_argument("--out", type=Path, default=Path("runs/finetune"), help="for finetune.json, .md and .png")
-    finetune.add_argument("--seed", type=int, default=0)
+    finetune.add_argument("--seed", type=int, default=0, help="of the classifier and of the order of examples")
     finetune.set_defaults(verb=_finetune)
 
     evaluate = verbs.add_parser("eval", help="evaluate a run's models again")
@@ -95,20 +98,20 @@ def add_verbs(verbs: Any) -> None:
     evaluate.add_argument(
         "--mixing", action="store_true", help="by way of mixing the experts of domains (sparse.router=domain)"
     )
-    evaluate.add_argument("--json", action="store_true")
+    evaluate.add_argument("--json", action="store_true", help="JSON to standard output instead of the table")
     evaluate.set_defaults(verb=_eval)
 
     generate = verbs.add_parser("generate", help="continue a prompt with a run's model")
-    generate.add_argument("run", type=Path)
-    generate.add_argument("--prompt", default="In the beginning")
+    generate.add_argument("run", type=Path, help="a run's folder, a forest's, or one that merge made")
+    generate.add_argument("--prompt", default="In the beginning", help="the text to continue")
     generate.add_argument("--language", help="of a run of translation: translate the prompt into it")
     generate.add_argument(
         "--model", help="dense or sparse (default); of a forest: ensemble (default), average, seed, together, a domain"
     )
     generate.add_argument("--domain", help="whose experts continue; default: all, mixed by what the text tells")
-    generate.add_argument("--max-new-tokens", type=int, default=100)
+    generate.add_argument("--max-new-tokens", type=int, default=100, help="at most so many")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
     generate.add_argument("--memory", help=within)
     generate.set_defaults(verb=_generate)
 

@@ -38,19 +38,19 @@ _FACTS = 7919_000_000  # the seed of the first facts
 class FactsDataConfig(Section):
     """Which facts there are, and how they are drawn."""
 
-    keys: int = Field(8192, ge=2, le=1_000_000)
-    values: int = Field(64, ge=2, le=4096)
+    keys: int = Field(8192, ge=2, le=1_000_000, description="facts to be learned")
+    values: int = Field(64, ge=2, le=4096, description="of which each key has one")
     exponent: float = Field(1.0, ge=0, le=4, description="of Zipf's law; 0 draws all keys alike")
     sequence_length: int = Field(256, ge=1, le=8192, description="draws of a window")
-    eval_windows: int = Field(64, ge=1)
+    eval_windows: int = Field(64, ge=1, description="held-out windows")
     seed: int = Field(0, ge=0, lt=2**31, description="of the facts themselves")
 
 
 class FactsModelConfig(Section):
     """The dense model: one gated block on fixed vectors of the keys, and a linear map to the values."""
 
-    dim: int = Field(32, ge=2, le=4096)
-    hidden: int = Field(64, ge=1)
+    dim: int = Field(32, ge=2, le=4096, description="d, width of the hidden states")
+    hidden: int = Field(64, ge=1, description="width of the dense feed-forward block")
 
 
 class FactsTraining(TrainingConfig):
@@ -59,11 +59,11 @@ class FactsTraining(TrainingConfig):
     steps: int = Field(1000, ge=1)
     batch_tokens: int = Field(1024, ge=1, description="draws of one optimizer step")
     learning_rate: float = Field(1e-2, gt=0, le=1)
-    warmup: int = Field(50, ge=0, description="steps")
+    warmup: int = Field(50, ge=0)
     weight_decay: float = Field(0.0, ge=0, le=1)
-    eval_every: int = Field(250, ge=1, description="steps")
-    log_every: int = Field(50, ge=1, description="steps")
-    save_every: int = Field(500, ge=1, description="steps")
+    eval_every: int = Field(250, ge=1)
+    log_every: int = Field(50, ge=1)
+    save_every: int = Field(500, ge=1)
 
 
 class FactsConfig(RunConfig):

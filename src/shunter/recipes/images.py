@@ -66,10 +66,10 @@ class ModelConfig(Section):
 
     kind: Literal["vit", "mixer"] = Field("vit", description="a Vision Transformer, or an MLP-Mixer")
     start: str | None = Field(None, description="a dense model of these sizes, with which both begin; none: scratch")
-    patch_size: int = Field(4, ge=1, le=256)
-    dim: int = Field(96, ge=8, le=16384)
-    layers: int = Field(4, ge=1, le=256)
-    heads: int = Field(4, ge=1)
+    patch_size: int = Field(4, ge=1, le=256, description="pixels of a side")
+    dim: int = Field(96, ge=8, le=16384, description="d, width of the hidden states")
+    layers: int = Field(4, ge=1, le=256, description="blocks")
+    heads: int = Field(4, ge=1, description="of attention")
     hidden: int = Field(192, ge=8, description="width of the dense feed-forward block")
     tokens_hidden: int = Field(96, ge=8, description="mixer: that of the block over the patches of a channel")
 
@@ -79,7 +79,7 @@ class ImagesSparse(SparseConfig):
 
     num_experts: int = Field(8, ge=1, le=4096)
     router: str = "vmoe"
-    every: int = Field(2, ge=1, description="sparsify every n-th block, the n-th first")
+    every: int = Field(2, ge=1)
     experts: Literal["separate", "residual"] = Field(
         "separate", description="weights of their own, or a core that all share and a residual of each"
     )
@@ -98,9 +98,9 @@ class ImagesTraining(TrainingConfig):
 
     steps: int = Field(2400, ge=1)
     batch_tokens: int = Field(1600, ge=8, description="patches of one optimizer step, rounded down to whole images")
-    warmup: int = Field(100, ge=0, description="steps")
+    warmup: int = Field(100, ge=0)
     learning_rate: float = Field(1.5e-3, gt=0, le=1)
-    eval_every: int = Field(400, ge=1, description="steps")
+    eval_every: int = Field(400, ge=1)
     beta2: float = Field(0.99, gt=0, lt=1)
 
 

@@ -74,10 +74,10 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The dense tower; the sparse twin differs in some of its feed-forward blocks alone."""
 
-    patch_size: int = Field(8, ge=1, le=256)
-    dim: int = Field(64, ge=8, le=16384)
-    layers: int = Field(2, ge=1, le=256)
-    heads: int = Field(4, ge=1)
+    patch_size: int = Field(8, ge=1, le=256, description="pixels of a side")
+    dim: int = Field(64, ge=8, le=16384, description="d, width of the hidden states")
+    layers: int = Field(2, ge=1, le=256, description="blocks")
+    heads: int = Field(4, ge=1, description="of attention")
     hidden: int = Field(192, ge=8, description="width of the dense feed-forward block")
 
 
@@ -86,7 +86,7 @@ class MultimodalSparse(SparseConfig):
 
     num_experts: int = Field(8, ge=1, le=4096)
     router: str = "limoe"
-    every: int = Field(2, ge=1, description="sparsify every n-th block, the n-th first")
+    every: int = Field(2, ge=1)
 
 
 class MultimodalTraining(TrainingConfig):
@@ -94,9 +94,9 @@ class MultimodalTraining(TrainingConfig):
 
     steps: int = Field(600, ge=1)
     batch_tokens: int = Field(1664, ge=8, description="patches and words of one step, rounded down to whole pairs")
-    warmup: int = Field(40, ge=0, description="steps")
+    warmup: int = Field(40, ge=0)
     learning_rate: float = Field(4e-3, gt=0, le=1)
-    eval_every: int = Field(300, ge=1, description="steps")
+    eval_every: int = Field(300, ge=1)
     beta2: float = Field(0.99, gt=0, lt=1)
 
 

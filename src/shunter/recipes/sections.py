@@ -68,7 +68,7 @@ class LayerConfig(Section):
     expert_weights: Literal["separate", "residual"] = Field(
         "separate", description="residual: a core, and what differs"
     )
-    num_shared_experts: int = Field(0, ge=0, le=64)
+    num_shared_experts: int = Field(0, ge=0, le=64, description="that every token takes besides")
     residual: bool = Field(False, description="a dense branch, mixed with the experts by a learned softmax")
     extra_mlp: bool = Field(False, description="a dense network behind the experts")
     operations: list[str] | None = Field(None, min_length=1, description="of the experts, which take them in turn")
@@ -96,13 +96,13 @@ class LayerConfig(Section):
 class SparseConfig(Section):
     """The experts that take the place of the dense blocks."""
 
-    num_experts: int = Field(24, ge=1, le=4096)
-    router: str = "topk"
+    num_experts: int = Field(24, ge=1, le=4096, description="of each sparse layer")
+    router: str = Field("topk", description="shunter routers lists them")
     top_k: int | None = Field(None, ge=1, description="experts of a token; none: the router's own default")
     every: int = Field(1, ge=1, description="sparsify every n-th block, the n-th first")
-    last: int | None = Field(None, ge=1, description="of these, the last n alone; none: all")
+    last: int | None = Field(None, ge=1, description="of the blocks that every n-th leaves, the last n; none: all")
     hidden: int | None = Field(None, ge=1, description="width of one expert; none: equal FLOPs, the router's included")
-    backend: str = "auto"
+    backend: str = Field("auto", description="what computes the experts; auto chooses by device, dtype and shape")
     options: dict[str, Value | list[Value]] = Field({}, description="further options of the router")
     allow_leak: bool = Field(False, description="insist on a router that lets later tokens change earlier ones")
 
@@ -196,18 +196,20 @@ class SparseConfig(Section):
 class TrainingConfig(Section):
     """How long and how to train; the same for both models."""
 
-    steps: int = Field(700, ge=1)
+    steps: int = Field(700, ge=1, description="of the optimizer")
     batch_tokens: int = Field(2048, ge=8, description="tokens of one optimizer step")
-    learning_rate: float = Field(3e-3, gt=0, le=1)
-    warmup: int = Field(100, ge=0, description="steps")
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    weight_decay: float = Field(0.1, ge=0, le=1)
-    beta2: float = Field(0.95, gt=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
-    eval_every: int = Field(100, ge=1, description="steps")
-    log_every: int = Field(10, ge=1, description="steps")
-    save_every: int = Field(200, ge=1, description="steps")
-    threads: int | None = Field(None, ge=1, le=1024)
+    learning_rate: float = Field(3e-3, gt=0, le=1, description="at its highest")
+    warmup: int = Field(100, ge=0, description="steps in which the learning rate rises")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="of the learning rate after the warm-up"
+    )
+    weight_decay: float = Field(0.1, ge=0, le=1, description="of AdamW")
+    beta2: float = Field(0.95, gt=0, lt=1, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="to which gradients are clipped")
+    eval_every: int = Field(100, ge=1, description="steps from one evaluation to the next")
+    log_every: int = Field(10, ge=1, description="steps from one line of metrics to the next")
+    save_every: int = Field(200, ge=1, description="steps from one checkpoint to the next")
+    threads: int | None = Field(None, ge=1, le=1024, description="of torch; none: as many as torch takes")
 
 
 class ParallelConfig(Section):
@@ -224,8 +226,8 @@ class RunConfig(Section):
     """What every recipe's configuration has; the others add `data`, `model` and what else they need."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
-    out: str = "runs"
-    seed: int = Field(0, ge=0, lt=2**31)
+    out: str = Field("runs", description="the folder of runs")
+    seed: int = Field(0, ge=0, lt=2**31, description="of initial weights and of the order of the data")
     sparse: SparseConfig = SparseConfig()
     training: TrainingConfig = TrainingConfig()
     parallel: ParallelConfig = ParallelConfig()

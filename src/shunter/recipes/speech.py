@@ -59,7 +59,7 @@ class DataConfig(Section):
         ["en", "es", "fr", "it", "ru"], min_length=1, description="that are synthesised"
     )
     mask_bands: int = Field(8, ge=0, description="mel bands that are hidden at most in training, at random")
-    mask_frames: int = Field(8, ge=0, description="frames that are, likewise")
+    mask_frames: int = Field(8, ge=0, description="frames that are hidden at most in training, at random")
     voices: int = Field(60, ge=2, le=len(VOICES), description="that are synthesised")
     takes: int = Field(8, ge=1, le=1000, description="strings of digits of a voice in a language")
     digits: int = Field(3, ge=1, le=20, description="of a string at most")
@@ -69,9 +69,9 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The dense Conformer; the sparse twin differs in its feed-forward blocks, two of each layer, alone."""
 
-    dim: int = Field(96, ge=8, le=16384)
-    layers: int = Field(3, ge=1, le=256)
-    heads: int = Field(4, ge=1)
+    dim: int = Field(96, ge=8, le=16384, description="d, width of the hidden states")
+    layers: int = Field(3, ge=1, le=256, description="blocks")
+    heads: int = Field(4, ge=1, description="of attention")
     hidden: int = Field(192, ge=8, description="width of the dense feed-forward blocks")
     kernel: int = Field(15, ge=1, le=255, description="frames that a convolution sees, itself and those before")
     decoder_layers: int = Field(0, ge=0, le=64, description="of an attending head beside CTC; 0: none")
@@ -92,9 +92,9 @@ class SpeechTraining(TrainingConfig):
 
     steps: int = Field(800, ge=1)
     batch_tokens: int = Field(1280, ge=8, description="frames of one optimizer step, rounded down to whole clips")
-    warmup: int = Field(100, ge=0, description="steps")
+    warmup: int = Field(100, ge=0)
     learning_rate: float = Field(2e-3, gt=0, le=1)
-    eval_every: int = Field(200, ge=1, description="steps")
+    eval_every: int = Field(200, ge=1)
     beta2: float = Field(0.98, gt=0, lt=1)
 
 

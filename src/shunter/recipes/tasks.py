@@ -43,7 +43,9 @@ class DataConfig(Section):
         None, min_length=1, max_length=1, description="a table (csv, tsv, parquet, jsonl); none: generator and digits"
     )
     targets: list[str] = Field([], description="the columns of your table that are asked for")
-    correlations: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0], max_length=20)
+    correlations: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.0, 0.25, 0.5, 0.75, 1.0], max_length=20, description="of the two tasks of a problem of the generator"
+    )
     digits: bool = Field(True, description="scikit-learn's digits beside the generator")
     rows: int = Field(20_000, ge=20, le=2_000_000, description="of the generator")
     features: int = Field(100, ge=2, le=10_000, description="of the generator")
@@ -53,9 +55,9 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """A map to `dim`, a block that the tasks share, and a tower for each task."""
 
-    dim: int = Field(32, ge=2, le=16384)
+    dim: int = Field(32, ge=2, le=16384, description="d, width of the hidden states")
     hidden: int = Field(64, ge=4, description="width of the block that the tasks share")
-    tower: int = Field(8, ge=1)
+    tower: int = Field(8, ge=1, description="width of the network of a task")
 
 
 class TasksSparse(SparseConfig):
@@ -72,7 +74,7 @@ class TasksTraining(TrainingConfig):
     batch_tokens: int = Field(128, ge=2, description="questions of one optimizer step to each problem")
     learning_rate: float = Field(3e-3, gt=0, le=1)
     weight_decay: float = Field(0.01, ge=0, le=1)
-    eval_every: int = Field(250, ge=1, description="steps")
+    eval_every: int = Field(250, ge=1)
 
 
 class TasksConfig(RunConfig):

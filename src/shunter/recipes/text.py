@@ -94,23 +94,25 @@ class DataConfig(Section):
     domains: list[Annotated[str, Field(min_length=1)]] | None = Field(
         None, min_length=1, description="of the source, these alone; none: all"
     )
-    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    tokenizer: Literal["bpe", "bytes"] = Field("bpe", description="one that is trained on the text, or its bytes")
     vocab_size: int = Field(1024, ge=257, le=65536, description="of the BPE")
-    sequence_length: int = Field(128, ge=8, le=8192, description="tokens")
+    sequence_length: int = Field(128, ge=8, le=8192, description="tokens of a window")
     eval_share: float = Field(0.05, gt=0, lt=0.5, description="of each domain's documents, held out")
     eval_windows: int = Field(48, ge=1, description="held-out windows of each domain")
-    max_bytes: int = Field(MAX_BYTES, ge=1000, description="of each domain")
+    max_bytes: int = Field(MAX_BYTES, ge=1000, description="that are read of each domain")
 
 
 class ModelConfig(Section):
     """The dense model; the sparse twin differs in its feed-forward blocks alone."""
 
     kind: Kind = Field("decoder", description="what is learned: the next token, hidden tokens, spans left out")
-    family: Literal["llama", "qwen3", "modernbert", "bert", "t5"] | None = Field(None, description="none: by kind")
-    dim: int = Field(128, ge=8, le=16384)
-    layers: int = Field(3, ge=1, le=256, description="of each stack")
-    heads: int = Field(4, ge=1)
-    kv_heads: int | None = Field(None, ge=1)
+    family: Literal["llama", "qwen3", "modernbert", "bert", "t5"] | None = Field(
+        None, description="architecture of transformers; none: by kind"
+    )
+    dim: int = Field(128, ge=8, le=16384, description="d, width of the hidden states")
+    layers: int = Field(3, ge=1, le=256, description="blocks of each stack")
+    heads: int = Field(4, ge=1, description="of attention")
+    kv_heads: int | None = Field(None, ge=1, description="of keys and values; none: as many as heads")
     hidden: int = Field(264, ge=8, description="width of the dense feed-forward block")
 
     sparse_stacks: Stacks = Field("both", description="of an encoder-decoder: where the experts are")

@@ -68,9 +68,9 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The dense model; the sparse twin differs in its feed-forward blocks alone."""
 
-    dim: int = Field(128, ge=8, le=16384)
-    layers: int = Field(2, ge=1, le=256, description="of each stack")
-    heads: int = Field(4, ge=1)
+    dim: int = Field(128, ge=8, le=16384, description="d, width of the hidden states")
+    layers: int = Field(2, ge=1, le=256, description="blocks of each stack")
+    heads: int = Field(4, ge=1, description="of attention")
     hidden: int = Field(256, ge=8, description="width of the dense feed-forward block")
     sparse_stacks: Stacks = Field("both", description="where the experts are")
 
