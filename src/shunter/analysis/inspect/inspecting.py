@@ -233,7 +233,7 @@ def _stopped(findings: dict[str, Any], how_far: str) -> None:
 
 def _describe_model(subject: Inspected, recording: Recording) -> dict[str, Any]:
     loss, own = recording.loss, moe_layers(subject.model)
-    routers = {name: router_name(layer.decider.innermost.kind) for name, layer in own.items()}
+    routers = {name: _named(layer.decider.innermost.kind) for name, layer in own.items()}
     return {
         "name": subject.name,
         "architecture": type(subject.model).__name__,
@@ -246,6 +246,14 @@ def _describe_model(subject: Inspected, recording: Recording) -> dict[str, Any]:
             name: {"router": routers.get(name)} | describe_usage(layer) for name, layer in recording.layers.items()
         },
     }
+
+
+def _named(router: type) -> str:
+    """The registered name of a router's class, or the class's own."""
+    try:
+        return router_name(router)
+    except UserError:
+        return router.__name__
 
 
 def _compare(earlier: Inspected, subject: Inspected, recordings: list[Recording]) -> dict[str, Any]:
