@@ -17,14 +17,14 @@ LINE = 34  # characters of a router's label
 
 
 def wrapped(router: str) -> str:
-    """A router with its options in lines of at most `LINE` characters, cut behind plus, colon, comma or space.
+    """A router with its options in lines of at most `LINE` characters, cut behind plus, colon or comma.
 
     What is longer has a line for each router that blocks take in turn; a part without such a sign has one of its own.
     """
     lines = []
     for turn in [router] if len(router) <= LINE else re.findall(r"[^+]+\+?", router):
         lines.append("")
-        for part in re.findall(r"[^:, ]*[:, ]*", turn):
+        for part in re.findall(r"[^:,]*[:,]? ?", turn):
             if lines[-1] and len(lines[-1]) + len(part.rstrip()) > LINE:
                 lines.append("")
             lines[-1] += part
