@@ -57,4 +57,4 @@ def test_a_wrapped_name_is_the_name_in_lines(name):
     lines = wrapped(name).split("\n")
     assert "".join(lines).replace(" ", "") == name.replace(" ", "")
     assert all(len(line) <= LINE or not any(mark in line[:-1] for mark in "+:,") for line in lines)
-    assert len(lines) > 1 or len(name) <= LINE or name.isalpha()
+    assert all(lines) and (len(lines) > 1 or len(name) <= LINE or name.isalpha())

@@ -24,7 +24,7 @@ def wrapped(router: str) -> str:
     lines = []
     for turn in [router] if len(router) <= LINE else re.findall(r"[^+]+\+?", router):
         lines.append("")
-        for part in re.findall(r"[^:,]*[:,]? ?", turn):
+        for part in re.findall(r"[^:,]*[:,] ?|[^:,]+", turn):
             if lines[-1] and len(lines[-1]) + len(part.rstrip()) > LINE:
                 lines.append("")
             lines[-1] += part
