@@ -156,7 +156,9 @@ def test_a_log_that_is_torn_lost_or_ahead_is_that_of_the_checkpoint_again(again)
     run, config, straight = again
     log = run / "metrics.jsonl"
     lines = log.read_text()
-    for content in ("", lines[: len(lines) // 3], lines + '{"kind": "train", "model": "sparse", "step": 6}\n{"ki'):
+    strange = '{"seconds": 1.0}\n{"kind": "train", "model": ["dense"], "step": 1}\n{"kind": "eval", "model": "dunse"}\n'
+    ahead = lines + '{"kind": "train", "model": "sparse", "step": 6}\n{"ki'
+    for content in ("", strange + lines[: len(lines) // 3], ahead):
         log.write_text(content)
         shutil.copytree(run, run.with_name("copy"))
         train(config, run.with_name("copy"), resume=True)

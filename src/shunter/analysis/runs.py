@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -539,6 +539,13 @@ class Metrics:
             if isinstance(line, dict) and (model is None or line.get("model") == model):
                 found.append(line)
         return found
+
+    def keep(self, models: Collection[str]) -> None:
+        """Drop what is of none of these models: lines that were damaged."""
+        lines = self.lines()
+        kept = [line for line in lines if isinstance(line.get("model"), str) and line["model"] in models]
+        if len(kept) < len(lines):
+            write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def replace(self, model: str, lines: list[dict[str, Any]]) -> None:
         """Put these lines of a model in place of all that there are of it."""

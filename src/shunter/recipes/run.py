@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -303,6 +303,7 @@ def begin(
         if not prepared:
             _check_data(recipe, data, fingerprint)
         metrics = Metrics(run / "metrics.jsonl", sys.stdout if as_json else None) if is_first_rank() else _Unheard(run)
+        metrics.keep(configs)
         yield Begun(recipe, run, configs, data, metrics, {"config": checksum, "data": fingerprint})
 
 
@@ -315,6 +316,9 @@ class _Unheard(Metrics):
     def lines(self, model: str | None = None) -> list[dict[str, Any]]:
         """None."""
         return []
+
+    def keep(self, models: Collection[str]) -> None:
+        """Nothing."""
 
     def replace(self, model: str, lines: list[dict[str, Any]]) -> None:
         """Nothing."""
