@@ -7,6 +7,7 @@ addresses and strides as on a whole stack, to the same bits. What is not in memo
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -14,7 +15,7 @@ import tempfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,15 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..untrusted import open_file
+from .foresight import Foresight
 
 __all__ = ["Extent", "HeldFile", "PagedParameter", "Residency", "Stacks", "lacks", "spilled"]
 
 PAGE = mmap.PAGESIZE
 
 READERS = 2  # a disk is faster with two reads waiting than with one
+
+PIECE = 2**20  # bytes of one read at most: what is waited for begins after no more than that of something else
 
 
 class HeldFile:
@@ -118,6 +122,9 @@ class Extent:
 
 Sources = Sequence[Sequence[Extent]]
 """By expert the runs of bytes that make up its matrix, in order."""
+
+Piece = tuple[HeldFile, int, memoryview]
+"""A file, where to read in it, and the memory to fill."""
 
 
 def spilled(tensors: dict[str, Tensor]) -> dict[str, Sources]:
@@ -237,14 +244,19 @@ class Stacks:
         """What one expert in memory takes at most, in whole pages."""
         return sum(pages.most for pages in self.pages.values())
 
-    def read(self, e: int, into: dict[str, memoryview] | None = None) -> None:
-        """Read the matrices of expert e into their place, or into other memory."""
+    def pieces(self, e: int, into: dict[str, memoryview] | None = None) -> list[Piece]:
+        """What is to be read for the matrices of expert e to be in their place, or in other memory."""
+        found: list[Piece] = []
         for key, pages in self.pages.items():
             target, done = into[key] if into else pages.view(e), 0
             for extent in self.sources[key][e]:
-                extent.file.read(extent.start, target[done : done + extent.nbytes])
-                done += extent.nbytes
+                start, end = extent.start, extent.start + extent.nbytes
+                while start < end:
+                    size = min(end, (start // PIECE + 1) * PIECE) - start
+                    found.append((extent.file, start, target[done : done + size]))
+                    start, done = start + size, done + size
             assert done == pages.stride
+        return found
 
     def take(self, e: int) -> None:
         """Expert e is about to be read."""
@@ -261,37 +273,52 @@ Key = tuple[int, int]
 """A layer and an expert of it."""
 
 
+class _Arrival:
+    """An expert on its way into memory.
+
+    Args:
+        pieces: that no reader has begun, the last of them first.
+        due: the forward of a layer that needs it, by number; never where its layer chose others.
+    """
+
+    def __init__(self, pieces: list[Piece], due: float) -> None:
+        self.pieces, self.due = pieces, due
+        self.begun, self.reading = False, 0
+        self.error: BaseException | None = None
+
+
 class Residency:
     """Which experts of a model's layers are in memory: what is used is read, the least recently used leave.
 
+    An expert is read in pieces, by a few threads and by the forward that waits for it; what a forward waits for comes
+    first, then what the nearest layer is foreseen to need.
+
     Args:
         memory: bytes that all experts in memory may take.
-        prefetch: whether experts of the next layer are read while a layer computes: those that followed one of its
-            present experts more often than not.
+        foresight: which experts the next layers will choose; they are read while a layer computes. None: not.
 
     Attributes:
         hits, misses: experts that a forward of a layer found in memory, and that it had to wait for; each once however
             many tokens chose it.
+        ahead: of both, those whose reading had begun in foresight.
         read_bytes: from files, in all.
     """
 
-    def __init__(self, memory: int, prefetch: bool = True) -> None:
-        self.memory, self.prefetch = memory, prefetch
-        self.hits = self.misses = self.read_bytes = 0
+    def __init__(self, memory: int, foresight: Foresight | None = None) -> None:
+        self.memory, self.foresight = memory, foresight
+        self.hits = self.misses = self.ahead = self.read_bytes = 0
         self._layers: list[Stacks] = []
         self._resident: OrderedDict[Key, int] = OrderedDict()  # bytes, the least recently used first
-        self._arriving: dict[Key, Future[None]] = {}
-        self._waited: set[Key] = set()  # of the arriving ones, those that a forward waits for
-        self._used = 0
-        self._followed: list[Tensor | None] = []  # by layer (E, 1 + E of the next): how often each was, and what then
-        self._last: tuple[int, list[int]] | None = None
-        self._one_forward, self._state = threading.RLock(), threading.RLock()
+        self._arriving: dict[Key, _Arrival] = {}
+        self._in_use: set[Key] = set()  # of the layer that computes
+        self._foreseen: dict[int, dict[Key, list[int]]] = {}  # by layer what was not in memory, and how far ahead
+        self._used = self._now = 0
+        self._one_forward, self._state = threading.RLock(), threading.Condition()
         self._readers = ThreadPoolExecutor(READERS, "shunter-experts")
 
     def add(self, stacks: Stacks) -> int:
         """A layer more, in the order in which they run; its number."""
         self._layers.append(stacks)
-        self._followed.append(None)
         return len(self._layers) - 1
 
     @property
@@ -300,11 +327,17 @@ class Residency:
         return self._used
 
     @contextmanager
-    def holding(self, layer: int, experts: list[int]) -> Iterator[None]:
+    def holding(self, layer: int, experts: list[int], x: Tensor | None = None, top_k: int = 1) -> Iterator[None]:
         """Within the block these experts of a layer are in memory; one forward at a time.
 
         Those that do not fit together are put in a temporary file that is mapped for the block, which the system may
         write out and read again: slow, and the same bits.
+
+        Args:
+            layer: by number.
+            experts: of the layer.
+            x: the hidden states (…, d) that the layer is given, to foresee what later layers will choose.
+            top_k: experts a token.
         """
         stacks = self._layers[layer]
         with self._one_forward:
@@ -312,97 +345,148 @@ class Residency:
                 with self._mapped(stacks, experts):
                     yield
                 return
-            self._bring(layer, experts)
-            self._look_ahead(layer, experts)
+            waited = self._ask(layer, experts)
+            if self.foresight is not None and x is not None:
+                self._look_ahead(layer, self.foresight, x, top_k)
+            self._wait_for(waited)
             yield
 
-    def _bring(self, layer: int, experts: list[int]) -> None:
+    def _ask(self, layer: int, experts: list[int]) -> list[_Arrival]:
+        """Begin to read those of a layer's experts that are not there; what to wait for."""
         keys = [(layer, e) for e in experts]
         with self._state:
-            self._waited = set(keys)
-            here = [key for key in keys if key in self._resident]
-            for key in here:
-                self._resident.move_to_end(key)
-            self.hits += len(here)
-            self.misses += len(keys) - len(here)
-        started = [self._start(key, keys, wait=True) for key in keys]
-        for arriving in started:
-            if arriving is not None:
-                arriving.result()
+            self._now += 1
+            self._in_use = set(keys)
+            self._judge(layer)
+            missing = [key for key in keys if key not in self._resident]
+            self.hits += len(keys) - len(missing)
+            self.misses += len(missing)
+            for key in keys:
+                if key in self._resident:
+                    self._resident.move_to_end(key)
+            for key in missing:
+                while not self._begin(key, self._now, self._in_use):
+                    self._state.wait()
+            return [self._arriving[key] for key in missing if key in self._arriving]
 
-    def _start(self, key: Key, keep: list[Key], wait: bool) -> Future[None] | None:
-        """Begin to read an expert that is not there, in the place of those that were used longest ago.
-
-        Args:
-            key: the expert.
-            keep: these stay.
-            wait: until reads for others have ended, where there is no room before.
+    def _begin(self, key: Key, due: float, keep: set[Key]) -> bool:
+        """Begin to read an expert in the place of those that were used longest ago, none of which are to be kept.
 
         Returns:
-            What to wait for; None where it is there, or nothing was begun.
+            Whether it is there or comes; else there is no room until a read for another has ended.
         """
+        if key in self._resident:
+            return True
+        if key in self._arriving:
+            self._arriving[key].due = min(due, self._arriving[key].due)
+            return True
         size = self._layers[key[0]].resident_bytes
-        while True:
-            with self._state:
-                if key in self._resident or key in self._arriving:
-                    return self._arriving.get(key)
-                keeping = {*keep, *self._waited}
-                while self._used + size > self.memory:
-                    old = next((one for one in self._resident if one not in keeping), None)
-                    if old is None:
-                        break
-                    self._used -= self._resident.pop(old)
-                    self._layers[old[0]].drop(old[1])
-                if self._used + size <= self.memory:
-                    self._used += size
-                    self._layers[key[0]].take(key[1])
-                    arriving = self._arriving[key] = self._readers.submit(self._read, key, size)
-                    return arriving
-                others = [one for other, one in self._arriving.items() if other not in self._waited]
-            if not wait or not others:
-                return None
-            for one in others:
-                one.exception()
+        while self._used + size > self.memory:
+            old = next((one for one in self._resident if one not in keep), None)
+            if old is not None:
+                del self._resident[old]
+            else:
+                old = next((one for one, to in self._arriving.items() if not to.begun and one not in keep), None)
+                if old is None:
+                    return False
+                del self._arriving[old]
+            self._drop(old)
+        self._used += size
+        self._layers[key[0]].take(key[1])
+        arrival = self._arriving[key] = _Arrival(self._layers[key[0]].pieces(key[1])[::-1], due)
+        for _ in arrival.pieces:
+            self._readers.submit(self._read_piece)
+        return True
 
-    def _read(self, key: Key, size: int) -> None:
-        stacks = self._layers[key[0]]
-        try:
-            stacks.read(key[1])
-        except BaseException:
-            with self._state:
-                stacks.drop(key[1])
-                self._used -= size
-                del self._arriving[key]
-            raise
+    def _drop(self, key: Key) -> None:
+        self._used -= self._layers[key[0]].resident_bytes
+        self._layers[key[0]].drop(key[1])
+
+    def _read_piece(self, by: int | None = None) -> bool:
+        """Read the piece of an expert that is due first, or due by then; whether there was one."""
         with self._state:
-            self.read_bytes += stacks.expert_bytes
-            self._resident[key] = size
-            del self._arriving[key]
+            waiting = [one for one in self._arriving.items() if one[1].pieces and (by is None or one[1].due <= by)]
+            if not waiting:
+                return False
+            key, arrival = min(waiting, key=lambda one: one[1].due)
+            file, start, target = arrival.pieces.pop()
+            arrival.begun = True
+            arrival.reading += 1
+        try:
+            file.read(start, target)
+        except BaseException as error:
+            arrival.error = error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            with self._state:
+                arrival.reading -= 1
+                if arrival.error is not None:
+                    arrival.pieces.clear()
+                if not arrival.pieces and not arrival.reading:
+                    self._end(key, arrival)
+        return True
 
-    def _look_ahead(self, layer: int, experts: list[int]) -> None:
-        """Note what followed the layer before, and begin to read what is likely to follow this one."""
-        if not self.prefetch:
-            return
-        if self._last is not None and self._last[0] == (layer - 1) % len(self._layers):
-            before, counts = self._last[1], self._followed[self._last[0]]
-            if counts is None:
-                shape = self._layers[self._last[0]].num_experts, 1 + self._layers[layer].num_experts
-                with torch.inference_mode(False):  # what inference mode makes could not be written to outside of it
-                    counts = self._followed[self._last[0]] = torch.zeros(shape)
-            counts *= 0.99  # what was long ago counts less
-            counts[before, 0] += 1
-            counts[torch.tensor(before)[:, None], 1 + torch.tensor(experts)] += 1
-        self._last = layer, experts
-        counts = self._followed[layer]
-        if counts is None:
-            return
-        coming, few = (layer + 1) % len(self._layers), len(experts)
-        chance = (counts[experts, 1:] / counts[experts, :1].clamp_min(1)).amax(0)
-        likely = [(coming, e) for e in chance.argsort(descending=True)[:few].tolist() if chance[e] > 0.5]
-        room = self.memory - few * self._layers[layer].resident_bytes
-        fit = likely[: max(0, room // self._layers[coming].resident_bytes)]
-        for key in fit:
-            self._start(key, fit, wait=False)
+    def _end(self, key: Key, arrival: _Arrival) -> None:
+        """An expert has arrived, or cannot be read."""
+        del self._arriving[key]
+        if arrival.error is not None:
+            self._drop(key)
+        else:
+            self.read_bytes += self._layers[key[0]].expert_bytes
+            self._resident[key] = self._layers[key[0]].resident_bytes
+            if arrival.due == math.inf:
+                self._resident.move_to_end(key, last=False)
+        self._state.notify_all()
+
+    def _wait_for(self, arrivals: list[_Arrival]) -> None:
+        """Until these experts are there, reading with the readers."""
+        while arrivals and self._read_piece(self._now):
+            pass
+        with self._state:
+            for arrival in arrivals:
+                while arrival.pieces or arrival.reading:
+                    self._state.wait()
+        for arrival in arrivals:
+            if arrival.error is not None:
+                raise arrival.error
+
+    def _look_ahead(self, layer: int, foresight: Foresight, x: Tensor, top_k: int) -> None:
+        """Begin to read what later layers are foreseen to choose, as far as there is room beside this layer's own."""
+        coming = foresight.foresee(layer, x, top_k)
+        with self._state:
+            keep, room = set(self._in_use), self.memory - len(self._in_use) * self._layers[layer].resident_bytes
+            for distance, experts in coming:
+                later = layer + distance
+                for e in experts:
+                    key = later, e
+                    room -= self._layers[later].resident_bytes
+                    if room < 0:
+                        return
+                    keep.add(key)
+                    if key in self._resident:
+                        self._resident.move_to_end(key)
+                        continue
+                    self._foreseen.setdefault(later, {}).setdefault(key, []).append(distance)
+                    if foresight.trusted(distance):
+                        self._begin(key, self._now + distance, keep)
+
+    def _judge(self, layer: int) -> None:
+        """What was foreseen of a layer that now knows its experts: count it, and let go what is not among them."""
+        for key, distances in self._foreseen.pop(layer, {}).items():
+            right, arrival = key in self._in_use, self._arriving.get(key)
+            for distance in distances:
+                assert self.foresight is not None
+                self.foresight.judge(distance, right)
+            if right:
+                self.ahead += key in self._resident or arrival is not None
+            elif arrival is not None and arrival.begun:
+                arrival.due = math.inf
+            elif arrival is not None:
+                del self._arriving[key]
+                self._drop(key)
+            elif key in self._resident:
+                self._resident.move_to_end(key, last=False)
 
     @contextmanager
     def _mapped(self, stacks: Stacks, experts: list[int]) -> Iterator[None]:
@@ -422,7 +506,9 @@ class Residency:
         try:
             for e in experts:
                 at = {key: start + e * stacks.pages[key].stride for key, (start, _) in bounds.items()}
-                stacks.read(e, {key: whole[a : a + stacks.pages[key].stride] for key, a in at.items()})
+                into = {key: whole[a : a + stacks.pages[key].stride] for key, a in at.items()}
+                for held, start, target in stacks.pieces(e, into):
+                    held.read(start, target)
                 self.read_bytes += stacks.expert_bytes
             with torch.inference_mode(False):
                 for key, (start, _) in bounds.items():

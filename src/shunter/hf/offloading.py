@@ -24,6 +24,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from ..errors import UserError
 from ..experts import Experts
+from ..experts.foresight import Foresight
 from ..experts.residency import Extent, HeldFile, PagedParameter, Residency, Sources, Stacks, lacks, spilled
 from ..moe import MoE
 from ..routing import Routing
@@ -35,6 +36,7 @@ from .checkpoints.reading import Checkpoint, Stored
 __all__ = ["offload", "parse_size"]
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
+_FEW = 64  # choices up to which a set of them takes less time than a sorted tensor
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate(" KMGT") if i}, "B": 1}
 _UNITS |= {f"{p}iB": 1024**i for i, p in enumerate(" KMGT") if i}
 
@@ -50,7 +52,8 @@ def offload(model: Any, memory: int | str, *, prefetch: bool = True, **options: 
             experts are never in memory together. Or a model on the CPU, whose experts leave its memory: for the file
             that it was loaded from, where that holds the same bits, else for a temporary file (in TMPDIR).
         memory: what experts may take of it, in bytes, or as "8GiB" or "500MB"; the rest of the model comes on top.
-        prefetch: whether experts that are likely to come next are read while others compute.
+        prefetch: whether the routers of the next layers are asked ahead of time, with the hidden states of the present
+            one, and what they choose is read while it computes. Their matrices are copied for that.
         **options: of transformers' `from_pretrained`, for a folder.
 
     Returns:
@@ -78,7 +81,7 @@ def offload(model: Any, memory: int | str, *, prefetch: bool = True, **options: 
                 where = "is not contiguous" if stack.device.type == "cpu" else f"is on {stack.device}"
                 raise UserError(f"offload: {name}.{key} {where}; experts are offloaded from the CPU's memory")
     _check_room(model, found, size)
-    residency = Residency(size, prefetch)
+    residency = Residency(size, _foresight(model, found) if prefetch else None)
     stored = _same_bits(model, found)
     for name, module in found.items():
         stacks = _stacks(module)
@@ -163,7 +166,7 @@ def _from_folder(folder: Path, memory: int, prefetch: bool, options: dict[str, A
     model = load_without(kind, str(folder), wanted, {"config": config, **options})
     if model.device.type != "cpu":
         raise UserError(f"offload: the model is on {model.device}; experts are offloaded to the CPU's memory alone")
-    residency = Residency(memory, prefetch)
+    residency = Residency(memory, _foresight(model, found) if prefetch else None)
     for name, module in _modules(model, found).items():
         sources, shapes = {}, {}
         for key, stack in _stacks(found[name]).items():
@@ -275,7 +278,7 @@ def _install(residency: Residency, name: str, module: Any, sources: dict[str, So
     like.clear()  # the memory of what is replaced
     layer = residency.add(Stacks(module, sources, shapes))
     before = module.__dict__.get("forward")  # of who wrapped it before; else that of the class which it has then
-    chosen: Callable[..., list[int]] = partial(_chosen, module)
+    chosen: Callable[..., tuple[list[int], Tensor | None, int]] = partial(_chosen, module)
 
     @wraps(module.forward)
     @torch.compiler.disable
@@ -288,7 +291,7 @@ def _install(residency: Residency, name: str, module: Any, sources: dict[str, So
                 f"offload: {name} is asked for a forward in training; offloaded experts are for inference: call "
                 "model.eval() and torch.no_grad(), and train without offload"
             )
-        with residency.holding(layer, chosen(*args, **kwargs)):
+        with residency.holding(layer, *chosen(*args, **kwargs)):
             return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
     module.forward = forward
@@ -297,18 +300,49 @@ def _install(residency: Residency, name: str, module: Any, sources: dict[str, So
     module.register_load_state_dict_pre_hook(_refuse_loading)
 
 
-def _chosen(module: Any, *args: Any, **kwargs: Any) -> list[int]:
-    """The experts that a forward of a module with these arguments computes with."""
+def _chosen(module: Any, *args: Any, **kwargs: Any) -> tuple[list[int], Tensor | None, int]:
+    """The experts that a forward of a module with these arguments computes with, its hidden states, experts a token.
+
+    No hidden states where they are not those that a router is given.
+    """
     given = [*args, *kwargs.values()]
     if isinstance(module, Experts):
         (routing,) = (value for value in given if isinstance(value, Routing))
-        return list(routing.counts.nonzero().flatten().tolist())
+        x = next(value for value in given if isinstance(value, Tensor))
+        each = -(-routing.token.numel() // max(1, routing.num_tokens))
+        return list(routing.counts.nonzero().flatten().tolist()), x, each
     if isinstance(module, Llama4TextExperts):  # a copy of the tokens for each expert, zeros where it has none
         rows = given[0].reshape(module.num_experts, -1)
-        return list((rows != 0).any(1).nonzero().flatten().tolist())
+        return list((rows != 0).any(1).nonzero().flatten().tolist()), None, 1
     index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-    experts = index.unique()
-    return list(experts[(experts >= 0) & (experts < module.num_experts)].tolist())
+    experts = set(index.flatten().tolist()) if index.numel() <= _FEW else index.unique().tolist()
+    here = sorted(e for e in experts if 0 <= e < module.num_experts)
+    return here, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], index.shape[-1]
+
+
+def _foresight(model: nn.Module, found: Mapping[str, nn.Module]) -> Foresight:
+    """Foresight by the routers of the modules with experts."""
+    return Foresight([_linear_router(model, name, module) for name, module in found.items()])
+
+
+def _linear_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The matrix (E, d) and bias (E,) by which the layer around experts chooses; None unless it has just one."""
+    around, _, own = name.rpartition(".")
+    count = next(iter(_stacks(experts).values())).shape[0]
+    maps = [
+        module
+        for path, module in model.get_submodule(around).named_modules()
+        if path.split(".")[0] != own and _shape(module._parameters.get("weight"))[:-1] == (count,)
+    ]
+    if len(maps) != 1:
+        return None
+    weight, bias = maps[0]._parameters["weight"], maps[0]._parameters.get("bias")
+    assert weight is not None
+    return weight, bias if _shape(bias) == (count,) else None
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...]:
+    return () if tensor is None or not tensor.is_floating_point() else tuple(tensor.shape)
 
 
 def _refuse_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
