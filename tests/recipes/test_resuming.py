@@ -17,6 +17,7 @@ from shunter.data.windows import TextData
 from shunter.durable import MANIFEST, only_process, seal, verify
 from shunter.errors import NotWritten, UserError
 from shunter.recipes import run as engine
+from shunter.recipes.config import dump_config
 from shunter.recipes.run import configuration_of
 from shunter.recipes.run import train as run_recipe
 from shunter.recipes.text import RECIPE
@@ -79,11 +80,14 @@ def again(stopped, tmp_path):
 def test_a_signal_that_comes_while_ranks_agree_is_for_the_next_step(stopped, tmp_path, monkeypatch):
     root, config = stopped
     steps = []
+    number = random.Random(SEED).choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # under nohup, too
+    monkeypatch.setattr(loop, "_leave_terminal", lambda: None)
 
     def agree(*counts):
         steps.append(1)
         if len(steps) == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(loop, "sum_over_ranks", agree)
     with pytest.raises(loop.Interrupted, match="dense model, step 3 of 6"):

@@ -22,6 +22,7 @@ __all__ = ["main"]
 
 def main(argv: list[str] | None = None) -> int:
     """Run `shunter` with arguments; the exit code: 0 done, 1 failed, 2 bad input, 130 stopped with Ctrl-C."""
+    _have_streams()
     parser = _parser()
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)
@@ -85,6 +86,17 @@ def _lacks_memory(error: Exception) -> bool:
     """Whether an error says so: Python's or numpy's, torch's of a GPU, or torch's of the CPU, which has no own kind."""
     gpu, cpu = type(error).__name__ == "OutOfMemoryError", "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or gpu or cpu
+
+
+def _have_streams() -> None:
+    """Take the null device for each standard stream that is closed: the next file opened would be in its place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            setattr(sys, name, open(os.devnull, "w" if descriptor else "r"))
 
 
 def _speaks() -> bool:
