@@ -1,5 +1,6 @@
 """The command line: whatever goes wrong is a line."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shunter.cli import look, main
+from tests.campaigns.processes import in_child
 from tests.helpers import TIME_LIMIT
 
 
@@ -32,6 +34,19 @@ def test_standard_output_that_takes_nothing_is_one_line(words):
         command = [sys.executable, "-m", "shunter", *words]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIME_LIMIT, check=False)
     assert (ended.returncode, ended.stderr) == (1, f"shunter {words[0]}: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_standard_stream_that_is_closed_is_none_for_files_to_take(closed, tmp_path):
+    def work():
+        for descriptor in closed:
+            os.close(descriptor)
+            setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)  # as Python begins then
+        code = main(["routers"])
+        with open(tmp_path / "file", "w") as file:
+            return code or file.fileno() < 3 or main(["roles", str(tmp_path)]) != 2
+
+    assert in_child(work).code == 0
 
 
 @pytest.mark.parametrize("name", ["missing", "s" * 300])

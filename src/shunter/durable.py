@@ -145,15 +145,22 @@ def publish(part: Path, out: Path, **facts: Any) -> None:
     """
     with naming(out):
         seal(part, **facts)
-        if out.exists():
+        if os.path.lexists(out):
             discard(out)
         part.rename(out)
         _sync(out.parent)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder, its manifest first, so that what a kill leaves of it does not count as whole."""
-    (folder / MANIFEST).unlink(missing_ok=True)
+    """Remove a folder, its manifest first, so that what a kill leaves of it does not count as whole.
+
+    Of a link that is in its place, or a file, that alone goes.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+        return
+    if not (folder / MANIFEST).is_dir():
+        (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 

@@ -17,6 +17,7 @@ from shunter.data.windows import TextData
 from shunter.durable import MANIFEST, only_process, seal, verify
 from shunter.errors import NotWritten, UserError
 from shunter.recipes import run as engine
+from shunter.recipes.config import dump_config
 from shunter.recipes.run import configuration_of
 from shunter.recipes.run import train as run_recipe
 from shunter.recipes.text import RECIPE
@@ -79,11 +80,14 @@ def again(stopped, tmp_path):
 def test_a_signal_that_comes_while_ranks_agree_is_for_the_next_step(stopped, tmp_path, monkeypatch):
     root, config = stopped
     steps = []
+    number = random.Random(SEED).choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # under nohup, too
+    monkeypatch.setattr(loop, "_leave_terminal", lambda: None)
 
     def agree(*counts):
         steps.append(1)
         if len(steps) == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(loop, "sum_over_ranks", agree)
     with pytest.raises(loop.Interrupted, match="dense model, step 3 of 6"):
@@ -177,6 +181,19 @@ def test_what_was_decided_cannot_be_changed(again, capsys):
     for verb in (["train", "text", "--resume", "--run"], ["eval"]):
         assert main([*verb, str(run)]) == 2
         assert "config.yaml: is damaged or changed" in capsys.readouterr().err
+
+
+def test_a_setting_that_was_not_there_when_a_run_began_is_as_by_default(again):
+    run, config, _ = again
+    facts, text = verify(run, others=True), (run / "config.yaml").read_text()
+    default = f"  max_grad_norm: {config.training.max_grad_norm}\n"
+    assert default in text
+    (run / "config.yaml").write_text(text.replace(default, ""))
+    seal(run, facts["files"], data=facts["data"], versions=facts["versions"])
+    assert engine._decided(run, {"config.yaml": text}, config)["data"] == facts["data"]
+    other = config.model_copy(update={"seed": config.seed + 1})
+    with pytest.raises(UserError, match="says other settings"):
+        engine._decided(run, {"config.yaml": dump_config(other)}, other)
 
 
 def test_other_versions_are_said(again, capsys, monkeypatch):

@@ -1,4 +1,8 @@
-"""A recipe's training loop: what a step's loss is made of."""
+"""A recipe's training loop: what a step's loss is made of, and which signals it hears."""
+
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from shunter import moe_layers, sparsify
 from shunter.analysis.runs import Metrics
 from shunter.training import loop
 from shunter.training.checkpoints import Checkpoints
+from tests.campaigns.processes import in_child
 
 CONFIG = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
 
@@ -93,3 +98,29 @@ def test_the_auxiliary_loss_in_the_log_is_the_mean_over_its_steps_by_hand(tmp_pa
         each.append(0.03 * 4 * float(share @ mean) + 0.2 * float(logits.logsumexp(1).square().mean()))
     steps = [each[0] + each[1], each[2] + each[3], each[4] + each[5]]
     assert [line["aux_loss"] for line in lines] == pytest.approx([(steps[0] + steps[1]) / 2, steps[2]], rel=1e-5)
+
+
+def test_the_end_of_the_terminal_stops_a_training_and_what_it_says_then_goes_nowhere():
+    def work():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        above, terminal = os.openpty()
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        watch = SimpleNamespace(asked=False)
+        with loop._interruptible(watch):
+            os.close(above)
+            os.kill(os.getpid(), signal.SIGHUP)
+        return not watch.asked or os.write(2, b"x") != 1
+
+    assert in_child(work).code == 0
+
+
+def test_under_nohup_a_training_goes_on():
+    def work():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        watch = SimpleNamespace(asked=False)
+        with loop._interruptible(watch):
+            os.kill(os.getpid(), signal.SIGHUP)
+        return watch.asked
+
+    assert in_child(work).code == 0

@@ -21,6 +21,7 @@ __all__ = ["main"]
 
 def main(argv: list[str] | None = None) -> int:
     """Run `shunter` with arguments; the exit code: 0 done, 1 failed, 2 bad input, 130 stopped with Ctrl-C."""
+    _have_streams()
     args, rest = _parser().parse_known_args(argv)
     if rest and args.name not in ("train", "compare", "branch"):
         print(f"shunter: unknown argument {rest[0]!r}; see shunter {args.name} --help", file=sys.stderr)
@@ -67,6 +68,17 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     finally:
         warnings.formatwarning = before
+
+
+def _have_streams() -> None:
+    """Take the null device for each standard stream that is closed: the next file opened would be in its place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            setattr(sys, name, open(os.devnull, "w" if descriptor else "r"))
 
 
 def _speaks() -> bool:

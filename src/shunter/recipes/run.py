@@ -256,7 +256,7 @@ def begin(
         """Decide, read and try everything; the data's fingerprint, and the configuration's checksum."""
         if not resume:
             _decide(recipe, config, run, texts)
-        facts = _decided(run, texts)
+        facts = _decided(run, texts, config)
         with sentences() as left_out:
             data: Prepared = recipe.prepare(config)
         fingerprint = facts.get("data", data.fingerprint)
@@ -362,15 +362,18 @@ def _decide(recipe: Recipe[Any, Any], config: RunConfig, run: Path, texts: dict[
     seal(run, [*texts, "recipe.json"], **_facts())
 
 
-def _decided(run: Path, texts: dict[str, str]) -> dict[str, Any]:
+def _decided(run: Path, texts: dict[str, str], config: RunConfig) -> dict[str, Any]:
     """What the manifest of a run says; says too which versions are others than those it began with.
+
+    Settings that were not there when it began are as by default.
 
     Raises:
         UserError: where what was decided has been changed, or these are other settings.
     """
     facts = verify(run, others=True, cure=_CURE)
     for name, text in texts.items():
-        if (run / name).read_text(encoding="utf-8") != text:
+        same = (run / name).read_text(encoding="utf-8") == text
+        if not same and (name != "config.yaml" or load_config(type(config), run / name, []) != config):
             raise UserError(f"{run / name} says other settings than these; a run goes on with those it began with")
     for name, now in run_versions().items():
         if (then := facts["versions"].get(name)) != now:

@@ -61,11 +61,10 @@ class Checkpoints:
         """The newest whole one of this run, every byte of it compared; says which newer ones are not, and why."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self._proven = []
-        found = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        for path in sorted(found, key=_step, reverse=True):
+        for path in sorted(self._found(), key=_step, reverse=True):
             if not sealed(path):
-                print(f"{path} is passed over: it was not removed to its end", file=sys.stderr)
-                shutil.rmtree(path, ignore_errors=True)
+                print(f"{path} is passed over: it is none, or was not removed to its end", file=sys.stderr)
+                discard(path)
                 continue
             try:
                 facts = verify(path)
@@ -89,9 +88,13 @@ class Checkpoints:
         path = self.folder / part.name
         publish(part, path, **self.identity)
         self._proven = [*self._proven, path][-KEPT:]
-        for other in self.folder.glob("checkpoint-*"):
+        for other in self._found():
             if other not in self._proven:
                 discard(other)
+
+    def _found(self) -> list[Path]:
+        """What is called a checkpoint, whole or not."""
+        return [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
 def _step(path: Path) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -426,18 +428,34 @@ def _printer() -> type[TrainerCallback]:
 
 @contextmanager
 def _interruptible(watch: _Watch) -> Iterator[None]:
-    """The first Ctrl-C (or a polite kill) ends training after the present step; a second one at once."""
+    """The first Ctrl-C (or a polite kill, or the end of the terminal) ends training after the present step.
+
+    A second one ends it at once. Under nohup the end of the terminal is nothing.
+    """
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
 
     def ask(signum: int, frame: Any) -> None:
+        if signum == hangup:
+            _leave_terminal()
         if watch.asked:
             raise KeyboardInterrupt
         watch.asked = True
         if is_first_rank():
             print("\nStopping after this step; a checkpoint will be written. Again to stop at once.", file=sys.stderr)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        numbers.append(hangup)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """From now on what is said to the terminal goes nowhere: it is gone, and to write there is an error."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
