@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 
-__all__ = ["MAX_VALUES", "inside", "open_file", "parse_json", "read_file"]
+__all__ = ["MAX_VALUES", "few_values", "inside", "open_file", "parse_json", "read_file"]
 
 MAX_VALUES = 2_000_000
 """Of a JSON text: a value takes up to some hundred bytes of memory, however short it is written."""
@@ -80,10 +80,16 @@ def parse_json(raw: bytes | str, pairs: Any = None) -> Any:
         ValueError: where it is not JSON, too deep, or has more than `MAX_VALUES` values.
     """
     text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
-    count = text.count(",") + text.count("[") + text.count("{")
-    if count > MAX_VALUES:
-        raise ValueError(f"it may hold {count:,} values; at most {MAX_VALUES:,} are read")
+    few_values(text)
     try:
         return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def few_values(text: Any) -> None:
+    """Raises ValueError where a JSON text, or its bytes in UTF-8, may hold more than `MAX_VALUES` values."""
+    marks = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
+    count = sum(text.count(mark) for mark in marks)
+    if count > MAX_VALUES:
+        raise ValueError(f"it may hold {count:,} values; at most {MAX_VALUES:,} are read")

@@ -10,7 +10,7 @@ from shunter.analysis.runs import TEXT, Metrics
 from shunter.cli import main
 from shunter.errors import UserError
 from shunter.recipes import registry
-from shunter.recipes.compare import compare, folder_of, parse_routers, resumed, table, with_router
+from shunter.recipes.compare import compare, compared, folder_of, parse_routers, resumed, table, with_router
 from shunter.recipes.config import load_config
 from shunter.recipes.run import configuration_of, load_model
 from shunter.recipes.seeds import parse_seeds
@@ -134,6 +134,10 @@ def test_all_models_of_a_comparison_are_evaluated_and_calibrated(done, tmp_path,
     assert main(["eval", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found)[0] == "dense" and {name: one["loss"] for name, one in found.items()} == pytest.approx(losses)
+    assert compared(run) == losses and compared(tmp_path) == {}
+    (tmp_path / "compare.json").write_text('{"models": [{"router": "hash", "eval_loss": "low"}]}')
+    with pytest.raises(UserError, match="compare.json: has no models with their eval_loss"):
+        compared(tmp_path)
     assert main(["eval", str(run), "--calibration", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in losses)

@@ -241,6 +241,7 @@ def _finetune(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from ..recipes.compare import compared
     from ..recipes.run import configuration_of, evaluate_run, summarised
     from .calibrate import calibrate
 
@@ -255,10 +256,14 @@ def _eval(args: argparse.Namespace) -> int:
             raise UserError("--memory and --dropless are not for --mixing, and none of the three is for a forest")
         return evaluate(args) if forest else evaluate_mixing(args)
     found = evaluate_run(args.run, without_drops=args.dropless, memory=args.memory)
-    for which, said in ({} if args.dropless else summarised(args.run)).items():
-        if not math.isclose(found[which]["loss"], said, rel_tol=_SAME):
-            now = found[which]["loss"]
-            print(f"{which}: the loss is {now:.6f}, and {args.run / 'summary.json'} says {said:.6f}", file=sys.stderr)
+    results: dict[str, dict[str, float]] = (
+        {} if args.dropless else {"summary.json": summarised(args.run), "compare.json": compared(args.run)}
+    )
+    for name, losses in results.items():
+        for which, said in losses.items():
+            now = found[which]["loss"] if which in found else said
+            if not math.isclose(now, said, rel_tol=_SAME):
+                print(f"{which}: the loss is {now:.6f}, and {args.run / name} says {said:.6f}", file=sys.stderr)
     if args.json:
         print(json.dumps(found))
         return 0

@@ -19,13 +19,14 @@ from ..analysis.runs import Metrics, Words
 from ..durable import write, writing
 from ..environment import run_versions
 from ..errors import UserError, one_line
+from ..hf.checkpoints.reading import read_json
 from ..untrusted import parse_json, read_file
 from .config import parse_value
 from .recipe import Recipe
 from .run import account, begin, check_router, configuration_of, train_one
 from .sections import ANY_LABELS, LayerConfig, RunConfig, SparseConfig
 
-__all__ = ["compare", "draw", "folder_of", "parse_routers", "resumed", "table", "with_router"]
+__all__ = ["compare", "compared", "draw", "folder_of", "parse_routers", "resumed", "table", "with_router"]
 
 LAST = 0.1
 """The balance of a router is that of this last part of its training."""
@@ -204,6 +205,22 @@ def resumed(run: Path) -> tuple[Recipe[Any, Any], Any, list[str]]:
     if not isinstance(specs, list) or not all(isinstance(spec, str) for spec in specs):
         raise UserError(f"{run / 'routers.json'} must hold a list of routers")
     return (*configuration_of(run), parse_routers(",".join(specs)))
+
+
+def compared(run: Path) -> dict[str, float]:
+    """The held-out losses that a comparison's compare.json says, by the folders of its models; none without it.
+
+    Raises:
+        UserError: where it says none.
+    """
+    path = run / "compare.json"
+    if not path.exists():
+        return {}
+    said = read_json(path)
+    try:
+        return {folder_of(row["router"]): float(row["eval_loss"]) for row in said["models"]}
+    except (LookupError, TypeError, ValueError):
+        raise UserError(f"{path}: has no models with their eval_loss") from None
 
 
 def _routing(metrics: Metrics, name: str) -> dict[str, float]:

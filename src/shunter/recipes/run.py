@@ -628,9 +628,10 @@ def summarised(run: Path) -> dict[str, float]:
     path = run / "summary.json"
     if not path.exists():
         return {}
+    said = read_json(path)
     try:
-        return {which: float(read_json(path)[which]["eval_loss"]) for which in MODELS}
-    except (LookupError, TypeError):
+        return {which: float(said[which]["eval_loss"]) for which in MODELS}
+    except (LookupError, TypeError, ValueError):
         raise UserError(f"{path}: has no eval_loss of both models") from None
 
 

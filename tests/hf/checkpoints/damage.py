@@ -238,6 +238,8 @@ HOSTILE = {
     "weights a FIFO": fifo("model.safetensors"),
     "config a FIFO": fifo("config.json"),
     "generation settings a FIFO": fifo("generation_config.json"),
+    "generation settings of lists": bytes_of("generation_config.json", b'{"a": [' + b"[]," * 3_000_000 + b"[]]}"),
+    "generation settings with a million beams": text("generation_config.json", '{"num_beams": 1000000}'),
     "tokenizer a FIFO": fifo("tokenizer.json"),
     "config a device": link_to("config.json", "/dev/zero"),
     "config a link": link_to("config.json", None),

@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 
 import shunter
 from shunter.cli import main
+from shunter.hf.checkpoints import gguf as reading
 from shunter.hf.checkpoints.gguf import _read, unpack
 
 gguf = pytest.importorskip("gguf")
@@ -243,6 +245,22 @@ def test_a_file_that_is_split_is_read_whole_or_not(model, tmp_path):
     sorted(tmp_path.glob("tiny-*.gguf"))[2].write_bytes(files[1].read_bytes())
     with pytest.raises(ValueError, match=r"again, which another of the files has"):
         unpack(files[0], tmp_path / "other")
+
+
+@pytest.mark.parametrize("count", [[2, 2], "two", 1.5, -1, 10**6, None])
+def test_a_number_of_files_that_is_none_is_refused(count, tmp_path, monkeypatch):
+    field = SimpleNamespace(contents=lambda: b"\xff".decode() if count is None else count)
+    monkeypatch.setattr(reading, "_read", lambda file: SimpleNamespace(fields={"split.count": field}, tensors=[]))
+    wrong = "is damaged or not a GGUF file" if count is None else "the field split.count is .*, not a number of files"
+    with pytest.raises(ValueError, match=f"tiny-00001-of-00002.gguf: {wrong}"):
+        unpack(tmp_path / "tiny-00001-of-00002.gguf", tmp_path / "out")
+
+
+def test_a_file_that_was_put_together_again_is_one(tmp_path, monkeypatch):
+    """llama.cpp's tool says then that there are 0."""
+    field = SimpleNamespace(contents=lambda: 0)
+    monkeypatch.setattr(reading, "_read", lambda file: SimpleNamespace(fields={"split.count": field}, tensors=[]))
+    assert reading._open(tmp_path / "merged.gguf") == ({"split.count": 0}, {})
 
 
 @pytest.mark.parametrize("by_expert", [False, True])

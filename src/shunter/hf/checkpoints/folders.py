@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ...errors import UserError, one_line
-from ...untrusted import inside, open_file, read_file
+from ...untrusted import few_values, inside, open_file, read_file
 from ..config_file import MARKS, as_dense, introduce
 from .reading import Stored, read_json
 
@@ -87,6 +87,7 @@ def read_config(folder: Path, tensors: Mapping[str, Stored], quantised: bool = F
     return without_marks(config)
 
 
+_SETTINGS = re.compile(r"(.*config|added_tokens|chat_template|special_tokens_map|tokenizer|vocab)\.json")
 _READ = {".json", ".jinja", ".model", ".safetensors", ".tiktoken", ".txt"}
 
 
@@ -100,13 +101,38 @@ def _check_companions(folder: Path) -> None:
             raise UserError(f"{file}: is of an adapter, which would change the model; merge it and save the model")
         if file.suffix.lower() in _READ or file == templates:
             inside(file)
-            if file != templates:
+            if _SETTINGS.fullmatch(file.name):
+                _check_json(file)
+            elif file != templates:
                 open_file(file).close()
     settings = folder / "tokenizer_config.json"
     for name, value in (read_json(settings) if settings.exists() else {}).items():
         elsewhere = isinstance(value, str) and name.endswith("_file") and re.search(r"[/\\]", value)
         if elsewhere and Path(folder, value).exists():
             raise UserError(f"{settings}: {name}={value!r} leads out of the folder; put the file itself there")
+
+
+_MOST_TEXTS = 1000  # that are written at a time
+
+
+def _check_json(file: Path) -> None:
+    """Raises UserError for a JSON file that costs too much to read, or generation settings that cost too much to use.
+
+    transformers reads many such files, without limits.
+    """
+    try:
+        few_values(read_file(file))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    if file.name == "generation_config.json":
+        settings = read_json(file)
+        for name in ("num_beams", "num_beam_groups", "num_return_sequences"):
+            if isinstance(value := settings.get(name), int | float) and value > _MOST_TEXTS:
+                raise UserError(
+                    f"{file}: {name}={value} is absurd; at most {_MOST_TEXTS:,} texts are written at a time"
+                )
 
 
 _LARGEST_TOKENIZER = 2**26  # bytes of a file

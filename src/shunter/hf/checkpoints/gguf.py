@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ...durable import aside, make_folder, new_folder
 from ...errors import UserError, one_line
+from ...untrusted import inside
 from .folders import match_names, model_class, on_meta
 from .gguf_header import check_header
 from .reading import Stored
@@ -55,6 +56,7 @@ _FIELDS = {
     "rope.scaling.type", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
 
+_MOST_FILES = 99_999  # of a model
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -116,10 +118,15 @@ def unpacked(file: Path, beside: Path) -> Iterator[Path]:
 def _open(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of a model's first file, and the tensors of all of its files, by name."""
     first = _read(file)
-    fields = {name: _plain(field.contents()) for name, field in first.fields.items() if not _is_vocabulary(name)}
+    try:
+        fields = {name: _plain(field.contents()) for name, field in first.fields.items() if not _is_vocabulary(name)}
+    except Exception as error:  # a text that is none, and whatever else the reader left unread
+        raise UserError(f"{file}: is damaged or not a GGUF file: {one_line(error)}") from None
     tensors = {tensor.name: tensor for tensor in first.tensors}
     count = fields.get("split.count", 1)
-    if count != 1:
+    if not isinstance(count, int) or not 0 <= count <= _MOST_FILES:
+        raise UserError(f"{file}: the field split.count is {repr(count)[:80]}, not a number of files")
+    if count > 1:  # 0 in files that were put together again
         found = _SPLIT.fullmatch(file.name)
         if not found or fields.get("split.no") != 0 or found[3] != f"{count:05}" or found[2] != "00001":
             raise UserError(
@@ -127,7 +134,7 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             )
         for number in range(2, count + 1):
             part = file.with_name(f"{found[1]}-{number:05}-of-{count:05}.gguf")
-            for tensor in _read(part).tensors:
+            for tensor in _read(inside(part)).tensors:
                 if tensors.setdefault(tensor.name, tensor) is not tensor:
                     raise UserError(f"{part}: has the tensor {tensor.name!r} again, which another of the files has")
         total = fields.get("split.tensors.count", len(tensors))
