@@ -1,5 +1,6 @@
 """A piece of work in a forked process, where torch is loaded already: its exit code and what it said, killed or not."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -47,7 +48,8 @@ def in_child(work, *, kill_after=None, limit=LIMIT):
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush(), sys.stderr.flush()
+                with contextlib.suppress(OSError):  # or the child would go on as its parent
+                    sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
         start, status = time.monotonic(), None
         looked, moved, spent = start, start, 0.0

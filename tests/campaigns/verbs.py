@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -318,9 +319,25 @@ def no_handles(verb, place, draw):
 
 
 def no_output(verb, place, draw):
-    """Standard output takes nothing."""
-    ended = verb.call(place, out="/dev/full")
-    return wrong(verb, ended, place)
+    """Standard output takes nothing, is closed, or is a pipe that nobody reads, which ends a program in silence."""
+    how = draw.choice(["full", "closed", "pipe"])
+    ended = verb.call(place, out="/dev/full") if how == "full" else verb.call(place, before=OUTPUTS[how])
+    silent = how == "pipe" and ended.code == 1 and "Traceback" not in ended.said
+    return "" if silent else wrong(verb, ended, place)
+
+
+def _close():
+    os.close(1)
+    sys.stdout = None  # as Python begins then
+
+
+def _unread():
+    end, beginning = os.pipe()
+    os.dup2(beginning, 1)
+    os.close(end)
+
+
+OUTPUTS = {"closed": _close, "pipe": _unread}
 
 
 def unreadable(verb, place, draw):
