@@ -254,6 +254,52 @@ def test_no_state_is_gone_back_to_that_is_not_finite():
     assert guard.rewound == [(5, 2)] and all(bool(part.isfinite().all()) for part in states[6])
 
 
+def test_several_optimizers_are_taken_back_together():
+    model, ids, states = make_model(), torch.randint(40, (4, 12)), {}
+    parameters = list(model.parameters())
+    halves = torch.optim.AdamW(parameters[::2], 1e-3), torch.optim.SGD(parameters[1::2], 1e-2, momentum=0.9)
+    schedules = [torch.optim.lr_scheduler.LinearLR(half, 1.0, 0.1, 10) for half in halves]
+    options = {"strikes": 1, "rewinds": 1, "every": 2, "margin": 0}
+    with GuardedLoop(model, halves, schedules, **options) as guard, pytest.warns(UserWarning, match="rewound"):
+        for step in range(1, 6):
+            loss = model(input_ids=ids, labels=ids).loss * (float("nan") if step == 4 else 1)
+            loss.backward()
+            if guard.admits(loss):
+                for each in (*halves, *schedules):
+                    each.step()
+            for half in halves:
+                half.zero_grad()
+            moments = [v.clone() for half in halves for kept in half.state.values() for v in kept.values()]
+            rates = torch.tensor([group["lr"] for half in halves for group in half.param_groups])
+            states[step] = [*(p.detach().clone() for p in parameters), *moments, rates]
+    assert guard.rewound == [(4, 2)] and same(states[4], states[2])
+    assert not any(map(torch.equal, states[3][-1:], states[2][-1:])) and not same(states[3], states[2])
+
+
+def test_infinite_gradients_of_a_scaler_that_looks_for_its_scale_are_no_strike():
+    for told in (True, False):
+        model, ids = make_model(), torch.randint(40, (4, 12))
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        with GuardedLoop(model, optimizer, scaler=scaler if told else None, strikes=1, rewinds=0) as guard:
+            for step in range(3):
+                loss = model(input_ids=ids, labels=ids).loss * (float("nan") if step == 2 else 1)
+                scaler.scale(loss).backward()
+                if step == 0:  # the scale is too large yet
+                    next(model.parameters()).grad.fill_(float("inf"))
+                scaler.unscale_(optimizer)
+                if not told or step == 2:
+                    with pytest.raises(Diverged, match="gradient" if not told else "loss"):
+                        guard.admits(loss)
+                    break
+                assert guard.admits(loss)
+                scaler.step(optimizer)
+                scaler.update()
+                assert same(before, list(model.parameters())) == (step == 0)
+                optimizer.zero_grad()
+
+
 def test_a_loops_guard_goes_on_with_its_state():
     _, _, guard = loop("loss", float("nan"), [3], 4, {"strikes": 2, "rewinds": 0})
     state = json.loads(json.dumps(guard.state_dict()))

@@ -7,7 +7,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -248,22 +248,23 @@ class NaNGuard(_Judge, TrainerCallback, ExportableState):
                 self._hooks.callback(hook.remove)
 
 
-def not_finite(model: nn.Module, optimizer: Any = None) -> str:
-    """The first parameter, saved buffer or moment of an optimizer that is not finite, in words; empty if all are."""
+def not_finite(model: nn.Module, *optimizers: Any) -> str:
+    """The first parameter, saved buffer or moment of optimizers that is not finite, in words; empty if all are."""
     for name, tensor in model.state_dict().items():
         if _bad(tensor):
             return name
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, values in (optimizer.state if optimizer is not None else {}).items():
+    states = [item for optimizer in optimizers for item in optimizer.state.items()]
+    for parameter, values in states:
         for key, value in values.items():
             if isinstance(value, Tensor) and _bad(value):
                 return f"{key} of the optimizer for {names.get(parameter, 'a parameter')}"
     return ""
 
 
-def _all_finite(model: nn.Module, optimizer: Any) -> bool:
+def _all_finite(model: nn.Module, *optimizers: Any) -> bool:
     """Whether all parameters, saved buffers and moments are finite, on every rank."""
-    bad = torch.tensor(float(bool(not_finite(model, optimizer))), device=next(model.parameters()).device)
+    bad = torch.tensor(float(bool(not_finite(model, *optimizers))), device=next(model.parameters()).device)
     sum_over_ranks(bad)
     return not bool(bad)
 
@@ -365,10 +366,14 @@ class GuardedLoop(_Judge):
                 optimizer.zero_grad()
 
     A step that is not admitted has no gradients, and its buffers are those from before its forward. The states to
-    rewind to are copies in memory, two at a time. Under a `GradScaler` call its `unscale_` first.
+    rewind to are copies in memory, two at a time.
 
     Args:
-        model, optimizer, scheduler: of the loop.
+        model: of the loop.
+        optimizer, scheduler: of the loop; where there are several, as Muon for matrices beside AdamW, a list of them.
+        scaler: the `GradScaler` of the loop (fp16). Infinite gradients are left to it, which leaves such a step out by
+            itself and looks for its scale by them: call its unscale_ before `admits`, which takes the loss as it was
+            before scaling, and its update whatever that says.
         strikes, within: as of `NaNGuard`.
         rewinds: how often to go back, at most; 0 keeps no copies.
         margin: states of the last so many steps before the trouble are not trusted either.
@@ -384,9 +389,10 @@ class GuardedLoop(_Judge):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         scheduler: Any = None,
         *,
+        scaler: Any = None,
         strikes: int = 3,
         within: int = 100,
         rewinds: int = 3,
@@ -396,7 +402,9 @@ class GuardedLoop(_Judge):
         super().__init__(strikes, within, rewinds, margin)
         if every < 1:
             raise ValueError(f"GuardedLoop: every {every} must be at least 1 step")
-        self.model, self.optimizer, self.scheduler, self.every = model, optimizer, scheduler, every
+        self.model, self.scaler, self.every = model, scaler, every
+        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.schedulers = list(scheduler) if isinstance(scheduler, Sequence) else [scheduler]
         self.step = self._taken = 0
         self._copied = -1
         self._copies: list[tuple[int, list[Any]]] = []
@@ -429,7 +437,8 @@ class GuardedLoop(_Judge):
         """
         self.step += 1
         device = next(self.model.parameters()).device
-        value, bad = _of_all_ranks(loss.detach().float().mean(), grad_norm(self.model.parameters()), device)
+        norm = grad_norm(self.model.parameters()) if self.scaler is None else 0.0
+        value, bad = _of_all_ranks(loss.detach().float().mean(), norm, device)
         assert value is not None
         self._fresh = True
         leaps = not bad and self.rewinds > 0 and self._spikes.note(value) is not None
@@ -439,21 +448,21 @@ class GuardedLoop(_Judge):
         if not bad and copied is None:
             self._taken += 1
             return True
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self._buffers.restore()
         if bad and self._strike(self.step):
             copied = self._earlier(self.skipped[0])
             if copied is None:
                 finite = math.isfinite(value)
-                raise self._diverged(
-                    self.step, "gradient" if finite else "loss", not_finite(self.model, self.optimizer)
-                )
+                where = not_finite(self.model, *self.optimizers)
+                raise self._diverged(self.step, "gradient" if finite else "loss", where)
         if copied is not None:
             self._rewind(*copied)
         return False
 
     def _holders(self) -> list[Any]:
-        return [part for part in (self.model, self.optimizer, self.scheduler) if part is not None]
+        return [part for part in (self.model, *self.optimizers, *self.schedulers, self.scaler) if part is not None]
 
     def _begin(self) -> None:
         """Before the first forward of a step: what may have to come back."""
@@ -463,7 +472,7 @@ class GuardedLoop(_Judge):
         self._buffers.remember(self.model)
         if self.rewinds and self._taken % self.every == 0 and self._taken != self._copied:
             self._copied = self._taken
-            if not _all_finite(self.model, self.optimizer):
+            if not _all_finite(self.model, *self.optimizers):
                 return
             states = [_copied(part.state_dict()) for part in self._holders()]
             self._copies = [*self._copies[-1:], (self.step, states)]
