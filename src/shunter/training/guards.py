@@ -403,7 +403,7 @@ class GuardedLoop(_Judge):
         if every < 1:
             raise ValueError(f"GuardedLoop: every {every} must be at least 1 step")
         self.model, self.scaler, self.every = model, scaler, every
-        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         self.schedulers = list(scheduler) if isinstance(scheduler, Sequence) else [scheduler]
         self.step = self._taken = 0
         self._copied = -1
