@@ -26,17 +26,17 @@ PUBLISHED = {  # Clark et al. 2022, table 3; the cut-offs of section 5.2
 }
 
 
-def planted(random):
-    """A law like those of the paper, and losses that follow it exactly."""
+def planted(random, count=5, separable=False):
+    """A law like those of the paper, with or without the product, and losses that follow it exactly."""
     law = UnifiedLaw(
         a=-random.uniform(0.06, 0.12),
         b=-random.uniform(0.08, 0.2),
-        c=random.uniform(0.006, 0.015),
+        c=0.0 if separable else random.uniform(0.006, 0.015),
         d=random.uniform(0.8, 1.5),
         e_start=random.uniform(1.2, 6),
         e_max=random.uniform(100, 900),
     )
-    sizes = 10 ** np.sort(random.uniform(6.5, 9.5, size=5))
+    sizes = 10 ** np.sort(random.uniform(6.5, 9.5, size=count))
     n, e = (grid.flatten() for grid in np.meshgrid(sizes, [1.0, 2, 4, 8, 16, 32, 64, 128, 256, 512]))
     x = np.log10(n)
     h = np.log10(1 / (1 / (e - 1 + 1 / (1 / law.e_start - 1 / law.e_max)) + 1 / law.e_max))  # as the paper writes it
@@ -54,6 +54,20 @@ def test_planted_coefficients_come_back(seed):
         assert found.residual < 1e-6
         for what, other in leave_one_out(runs, found).items():
             assert other.log10_cutoff == pytest.approx(law.log10_cutoff, rel=0.01), what
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_coefficients_come_back_to_one_percent_under_noise(separable, seed):
+    random = np.random.default_rng(seed)
+    for _ in range(3):
+        law, exact = planted(random, 60, separable)
+        runs = Runs(exact.parameters, exact.experts, exact.loss * 10 ** random.normal(0, 1e-5, len(exact)))
+        found = fit(runs, separable=separable)
+        for name in COEFFICIENTS:
+            assert getattr(found, name) == pytest.approx(getattr(law, name), rel=0.01), (name, law, found)
+        assert found.residual == pytest.approx(1e-5, rel=0.2)
+        half = fit(runs[random.random(len(runs)) < 0.5], separable=separable)
+        assert half.loss(1e8, 64) == pytest.approx(law.loss(1e8, 64), rel=1e-4), "whichever half is kept"
 
 
 def test_what_the_law_says_against_its_definitions(seed):
@@ -178,7 +192,10 @@ def test_the_last_step_of_each_run_counts_and_held_values_alone(tmp_path, seed):
     [
         ("", "is empty"),
         ("parameters,experts,loss\n", "no rows"),
-        ("parameters,experts\n1,2\n", "has no column 'loss'; it has 'parameters', 'experts'"),
+        (
+            "parameters,experts\n1,2\n",
+            "has no column 'loss'; it has 'parameters', 'experts'; say which it is, as in --columns loss=NAME",
+        ),
         ("parameters,experts,loss\n1e6,2,\n", "line 2: loss is empty"),
         ("parameters,experts,loss\n1e6,2,3\n1e6,many,3\n", "line 3: experts is 'many'"),
         ("parameters,experts,loss\n1e6,2,0\n", "line 2: loss is 0"),

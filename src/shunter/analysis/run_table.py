@@ -58,7 +58,10 @@ def read_groups(
     rows = _rows(path)
     for heading in [*names.values(), *filter(None, [by, run, run and step]), *(hold or {})]:
         if heading not in rows[0]:
-            raise UserError(f"{path}: has no column {heading!r}; it has {', '.join(map(repr, list(rows[0])[1:]))}")
+            hint = f"; say which it is, as in --columns {heading}=NAME" if heading in COLUMNS else ""
+            raise UserError(
+                f"{path}: has no column {heading!r}; it has {', '.join(map(repr, list(rows[0])[1:]))}{hint}"
+            )
     for heading, value in (hold or {}).items():
         kept = [row for row in rows if _same(row[heading], value)]
         if not kept:

@@ -41,11 +41,12 @@ def _reproduce(args: argparse.Namespace) -> int:
 
     if not args.what:
         kept, damaged = _kept(args.out)
+        name, title, source = (max(len(getattr(one, of)) for one in ALL) for of in ("name", "title", "source"))
         for one in ALL:
             result = kept[one.name]
             verdict = summary(result.rows) if result else "damaged" if one.name in damaged else "not run"
             minutes = f"{one.minutes:g} min"
-            print(f"{one.name:18} {one.title:52} {one.source:38} {minutes:8} {verdict}")
+            print(f"{one.name:{name}}  {one.title:{title}}  {one.source:{source}}  {minutes:>7}  {verdict}")
         return 1 if damaged else 0
     if "all" in args.what:
         if args.what != ["all"]:
