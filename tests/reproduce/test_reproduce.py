@@ -81,6 +81,7 @@ def planted(loss, monkeypatch):
     monkeypatch.setattr(sweep.Sweep, "run", run)
     monkeypatch.setattr(figures_3_to_5, "_measured", measured)
     monkeypatch.setattr(headline, "_speed_up", lambda run, name: 5.0)
+    monkeypatch.setattr(headline, "residual", lambda: Result("residual", [Row("a", "b", "c", NOT)], {}))
 
 
 @pytest.mark.parametrize("facts", ["", "facts_"])
@@ -348,7 +349,9 @@ OF_RUNS = {
     "domains-text": lambda data: scaling.text_domains_of(data["runs"]),
     "scaling-law": lambda data: replace(read(KEPT, "scaling-law"), rows=scaling.law_claims(data)),
     "scaling-law-text": lambda data: replace(read(KEPT, "scaling-law-text"), rows=scaling.law_claims(data)),
-    "headline": lambda data: headline.headline_of(data["runs"], data["speed"], read(KEPT, "figure-5-facts")),
+    "headline": lambda data: headline.headline_of(
+        data["runs"], data["speed"], read(KEPT, "figure-5-facts"), read(KEPT, "residual")
+    ),
 }
 
 

@@ -271,6 +271,15 @@ ALL = (
         draw="one_run:draw_growing",
     ),
     Reproduction(
+        "residual",
+        "Experts as residuals of a dense core",
+        "5 Domains",
+        "section 5.2, Wu et al. 2022",
+        "A dense model, one with experts from the beginning, and a dense one that gets residual experts at the end.",
+        minutes=2,
+        run="one_run:residual",
+    ),
+    Reproduction(
         "dense-then-sparse",
         "Dense first, then experts, in one run",
         "5 Domains",

@@ -19,9 +19,11 @@ from ..analysis.specialisation import label_counts
 from ..errors import UserError, one_line
 from ..hf.observe.listening import Decisions
 from ..metrics import expert_load
+from ..recipes.recipe import Recipe
 from ..recipes.registry import find
 from .results import NOT, NOT_RUN, REPRODUCED, Result, Row, judge
 from .tables import kind_lifts, recorded, shuffles, spans
+from .words import RECIPE_OF_WORDS, words
 
 __all__ = ["INPUTS", "Input", "as_one", "items", "table_1"]
 
@@ -36,8 +38,8 @@ class Input:
     Args:
         domain: of the table.
         unit: what the table says comes to a layer.
-        shown: how many of it there were, as a phrase with {tokens} and {items}.
-        recipe: that has it.
+        shown: how many of it there were, as a phrase with {tokens}, {items} and {longer} (%, of more than a character).
+        recipe: that has it, or its name.
         label: of the tokens, by which experts may divide them; and what it is for people.
         settings: of the recipe's configuration, a short run.
         config: instead of settings.
@@ -48,7 +50,7 @@ class Input:
     domain: str
     unit: str
     shown: str
-    recipe: str
+    recipe: str | Recipe[Any, Any]
     label: tuple[str, str]
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     config: Callable[[], Any] | None = None
@@ -66,6 +68,14 @@ def _training(steps: int, **more: Any) -> dict[str, Any]:
 
 
 INPUTS = (
+    Input(
+        "natural language",
+        "word",
+        "{tokens} tokens, {longer:.0f} % of them whole words and the rest bytes of rarer ones, from {items} windows",
+        RECIPE_OF_WORDS,
+        ("kind", "what kind of token it is"),
+        config=words,
+    ),
     Input(
         "natural language",
         "subword",
@@ -126,9 +136,9 @@ INPUTS = (
 
 def table_1(runs: Path) -> Result:
     """What comes to the sparse layers of each domain, and by what the experts divide it."""
-    claims, data, seconds = [_NO_WORDS], dict[str, Any](), 0.0
+    claims, data, seconds = [], dict[str, Any](), 0.0
     for one in INPUTS:
-        recipe = find(one.recipe)
+        recipe = find(one.recipe) if isinstance(one.recipe, str) else one.recipe
         config = one.config() if one.config else recipe.config.model_validate(one.settings)
         try:
             recording, material, loss, took = recorded(recipe, runs, config, TOKENS)
@@ -147,9 +157,6 @@ _ABOUT = (
     "read off held-out data. “Times as often” is the largest lift of a value over the experts, against the largest of "
     "twenty shuffles of the values over the tokens, or over sentences, images and sounds where all tokens of one have "
     "the same. Routers that were not trained divide their input too, wherever it differs."
-)
-_NO_WORDS = Row(
-    "natural language: what comes to a sparse layer", "word", "", NOT_RUN, "the recipes cut words into pieces"
 )
 
 
@@ -179,6 +186,9 @@ def _layers(one: Input, recording: Recording, material: Material) -> dict[str, A
                 if bool((label == i).any())
             },
         }
+        if "token" in stream.labels:
+            longer = torch.tensor([len(text) > 1 for text in stream.names["token"]])
+            found[name]["longer"] = 100 * float(longer[stream.labels["token"]].double().mean())
         if one.whole:
             found[name]["as_one"] = as_one(layer, stream)
     return found
@@ -207,7 +217,9 @@ def _unit_row(one: Input, found: dict[str, Any], recording: Recording, material:
     if len(found) < len(recording.layers):
         return Row(one.claim, one.unit, "other tokens came to a layer than the model was shown", NOT)
     name, layer = next(iter(found.items()))
-    said = one.shown.format(tokens=f"{layer['tokens']:,}", items=f"{_items(material):,}")
+    said = one.shown.format(
+        tokens=f"{layer['tokens']:,}", items=f"{_items(material):,}", longer=layer.get("longer", 100)
+    )
     if not one.whole:
         return Row(one.claim, one.unit, f"{said} ({name})", REPRODUCED)
     together = min(each["as_one"] for each in found.values())
