@@ -25,8 +25,10 @@ from tests.hf.checkpoints.models import (
 from tests.hf.conftest import BLOCKS
 
 
-@pytest.mark.parametrize("method", ["copy", "split"])
-@pytest.mark.parametrize("name", list(BUILD))
+@pytest.mark.parametrize(
+    "name, method",
+    [(name, method) for name in BUILD for method in ("copy", "split") if method == "copy" or name in NATIVE],
+)
 def test_the_function_is_kept_natively_where_there_is_a_family(name, method, dense, inputs, tmp_path):
     folder, model = dense(name)
     receipt = shunter.upcycle(folder, tmp_path / "out", 8, 4, method=method)
@@ -37,8 +39,10 @@ def test_the_function_is_kept_natively_where_there_is_a_family(name, method, den
     assert receipt["check"]["rms_difference"] < 1e-5 * receipt["check"]["rms_logits"]
 
 
-@pytest.mark.parametrize("method", ["copy", "split"])
-@pytest.mark.parametrize("name", list(BUILD))
+@pytest.mark.parametrize(
+    "name, method",
+    [(name, method) for name in BUILD for method in ("copy", "split") if method == "split" or name in NATIVE],
+)
 def test_the_function_is_kept_in_shunters_format(name, method, dense, inputs, tmp_path):
     folder, model = dense(name)
     assert shunter.upcycle(folder, tmp_path / "out", 6, 2, method=method, to="shunter", check=False)["check"] is None
@@ -49,8 +53,24 @@ def test_the_function_is_kept_in_shunters_format(name, method, dense, inputs, tm
         assert layer.num_experts == 6 and layer.router.top_k == 2 and layer.routing.counts.sum() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "t5_gated"])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("llama", torch.bfloat16),
+        ("qwen3", torch.float16),
+        ("gpt2", torch.float16),
+        ("t5_gated", torch.bfloat16),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in (
+                ("llama", torch.float16),
+                ("qwen3", torch.bfloat16),
+                ("gpt2", torch.bfloat16),
+                ("t5_gated", torch.float16),
+            )
+        ),
+    ],
+)
 def test_half_precision_is_kept_within_its_rounding(name, dtype, dense, tmp_path):
     folder, _ = dense(name, dtype=dtype)
     receipt = shunter.upcycle(folder, tmp_path / "out")  # raises where the difference is beyond rounding
@@ -67,8 +87,9 @@ def test_split_in_half_precision_keeps_away_from_ties(dense, tmp_path):
         shunter.upcycle(folder, tmp_path / "again", 8, 4, method="split", to="mixtral")
 
 
-@pytest.mark.parametrize("to", ["auto", "shunter"])
-@pytest.mark.parametrize("name", list(BUILD))
+@pytest.mark.parametrize(
+    "name, to", [(name, to) for name in BUILD for to in ("auto", "shunter") if to == "shunter" or name in NATIVE]
+)
 def test_the_receipt_accounts_for_every_tensor(name, to, dense, tmp_path):
     folder, _ = dense(name)
     receipt = shunter.upcycle(folder, tmp_path / "out", 4, to=to, check=False)
