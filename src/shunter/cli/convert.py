@@ -52,7 +52,7 @@ def add_verbs(verbs: Any) -> None:
     quantize.add_argument("model", help="the folder of a sparse model, Shunter's or of a family of transformers")
     quantize.add_argument("--out", type=Path, required=True, help="the folder to make")
     quantize.add_argument("--bits", type=int, default=4, help="8: by row; 4: by groups of a row (default: 4)")
-    quantize.add_argument("--group", type=int, default=32, help="4 bits: 32 (default) or 64 neighbours of a row")
+    quantize.add_argument("--group", type=int, default=32, help="4 bits: 32 or 64 neighbours of a row")
     quantize.add_argument("--zero-point", action="store_true", help="4 bits: a zero of its own for each group")
     quantize.add_argument("--calibrate", nargs="+", metavar="DATA", help="text as in train, to weigh errors by")
     quantize.add_argument("--tokens", type=int, default=16384, help="how many tokens calibrate (default: 16384)")
