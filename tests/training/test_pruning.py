@@ -210,7 +210,7 @@ def test_what_cannot_be_pruned_so_is_one_line(family, keep, message, tmp_path):
     "router, why",
     [
         ("prototypes", "has a router"),
-        ("hash", "keeps numbers in table"),
+        ("hash", "its rule is fixed for as many as there are"),
         ("hme", "leaves of a tree"),
         ("dselect_k", "its experts go from 8 to 4"),
     ],
