@@ -29,10 +29,10 @@ def losses_by_domain(losses: Mapping[str, Mapping[str, float]]) -> Figure:
         for row, value in enumerate(values):
             beyond = value > best + reach
             place = best + reach if beyond else value
-            mark, colour, label = (">", PAPER.dense, "further right") if beyond else ("o", PAPER.sparse, None)
-            (point,) = axes.plot(place, row, mark, color=colour, markersize=5, linestyle="none", label=label)
-            if label:
-                legend[label] = point
+            mark, colour = (">", PAPER.dense) if beyond else ("o", PAPER.sparse)
+            (point,) = axes.plot(place, row, mark, color=colour, markersize=5, linestyle="none")
+            if beyond:
+                legend["further right"] = point
         legend[first] = axes.axvline(start[domain], color=PAPER.dense, linestyle=(0, (4, 3)), linewidth=1.2)
         axes.set_title(shorten(domain), fontsize="medium")
         axes.set_xlabel("held-out loss (nats/token)")
