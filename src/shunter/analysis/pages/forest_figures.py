@@ -30,7 +30,7 @@ def losses_by_domain(losses: Mapping[str, Mapping[str, float]]) -> Figure:
             beyond = value > best + reach
             place = best + reach if beyond else value
             mark, colour = (">", PAPER.dense) if beyond else ("o", PAPER.sparse)
-            (point,) = axes.plot(place, row, mark, color=colour, markersize=5, linestyle="none")
+            (point,) = axes.plot(place, row, mark, color=colour, markersize=5)
             if beyond:
                 legend["further right"] = point
         legend[first] = axes.axvline(start[domain], color=PAPER.dense, linestyle=(0, (4, 3)), linewidth=1.2)
