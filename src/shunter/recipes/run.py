@@ -375,9 +375,8 @@ def _decided(run: Path, config: RunConfig, texts: dict[str, str]) -> dict[str, A
     """
     facts = verify(run, others=True, cure=_CURE)
     for name, text in texts.items():
-        begun = (run / name).read_text(encoding="utf-8")
-        same = load_config(type(config), run / name, []) == config if name == "config.yaml" else begun == text
-        if not same:
+        same = (run / name).read_text(encoding="utf-8") == text
+        if not same and not (name == "config.yaml" and load_config(type(config), run / name, []) == config):
             raise UserError(f"{run / name} says other settings than these; a run goes on with those it began with")
     for name, now in run_versions().items():
         if (then := facts["versions"].get(name)) != now:
