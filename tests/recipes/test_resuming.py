@@ -17,7 +17,6 @@ from shunter.data.windows import TextData
 from shunter.durable import MANIFEST, only_process, seal, verify
 from shunter.errors import NotWritten, UserError
 from shunter.recipes import run as engine
-from shunter.recipes.config import dump_config
 from shunter.recipes.run import configuration_of
 from shunter.recipes.run import train as run_recipe
 from shunter.recipes.text import RECIPE
