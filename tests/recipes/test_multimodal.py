@@ -196,7 +196,7 @@ def test_without_a_global_loss_there_is_no_model_without_it(table):
         ("model.heads=5", "must be a multiple of model.heads 5"),
         ("training.batch_tokens=40", "must be at least the 52 of two pairs"),
         ("data.source=[a,b]", "at most 1"),
-        ("data.source=[nowhere]", "nowhere: no such folder or table"),
+        ("data.source=[./nowhere]", "nowhere: no such folder or table"),
     ],
 )
 def test_mistakes_are_one_line(setting, part, tmp_path, capsys):
