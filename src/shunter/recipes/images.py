@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,18 +212,18 @@ class ImageData:
     @property
     def domains(self) -> list[dict[str, Any]]:
         """A record of each class."""
-        images = self.found.images
-        size = self.config.tokens
-        counts = [
+        images, size = self.found.images, self.config.tokens
+        parts = {"train": self.found.train, "eval": self.found.held_out}
+        counts = {part: Counter(self.found.targets[i] for i in some) for part, some in parts.items()}
+        return [
             {"name": name, "license": images.license, "source": images.source}
             | {
-                f"{part}_{unit}": times * sum(self.found.targets[i] == n for i in some)
-                for part, some in (("train", self.found.train), ("eval", self.found.held_out))
+                f"{part}_{unit}": times * counts[part][n]
+                for part in parts
                 for unit, times in (("images", 1), ("patches", size))
             }
             for n, name in enumerate(self.found.classes)
         ]
-        return counts
 
     @property
     def fingerprint(self) -> str:
