@@ -208,6 +208,7 @@ def test_some_files_of_a_folder_are_sealed(tmp_path):
 
 def test_one_process_at_a_time(tmp_path):
     code = (
+        f"import faulthandler\nfaulthandler.dump_traceback_later({TIME_LIMIT}, exit=True)\n"
         "import sys, pathlib\nfrom shunter.durable import only_process\n"
         "with only_process(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()\n"
     )

@@ -46,6 +46,13 @@ def _train(corpus, run, *words, launcher=(), steps=8, wait=True, kind="text", gi
     return process.returncode, out + error
 
 
+def _last_child(process):
+    """The number of the process that it started last."""
+    command = ["pgrep", "-P", str(process.pid)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIME_LIMIT)
+    return max(map(int, found.stdout.split()))
+
+
 def _losses(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {(line["model"], line["kind"], line["step"]): line.get("loss") for line in lines if line["kind"] != "load"}
@@ -106,8 +113,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on(corpus, tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "sparse"
     while time.monotonic() < end and not list(folder.glob("checkpoint-*")) and process.poll() is None:
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    victim = max(map(int, children.stdout.split()))
+    victim = _last_child(process)
     os.kill(victim, signal.SIGKILL)
     said = process.communicate(timeout=TIME_LIMIT)[1]
     assert process.returncode == 1
@@ -130,8 +136,7 @@ def test_a_lost_process_restarts_all_from_the_newest_checkpoint(corpus, tmp_path
         folder = run / "checkpoints" / "sparse"
         while time.monotonic() < end and not list(folder.glob("checkpoint-*")) and process.poll() is None:
             time.sleep(0.05)
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-        os.kill(max(map(int, children.stdout.split())), lost)
+        os.kill(_last_child(process), lost)
         said = process.communicate(timeout=TIME_LIMIT)[1]
         assert process.returncode == 0, said
         assert said.count("starting again, 1 of 1 times") == 1, said

@@ -202,7 +202,8 @@ def test_other_versions_are_said(again, capsys, monkeypatch):
 
 def test_a_run_that_another_process_trains_is_left_alone(again, capsys):
     run, _, _ = again
-    code = "import sys, pathlib\nfrom shunter.durable import only_process\n"
+    code = f"import faulthandler\nfaulthandler.dump_traceback_later({TIME_LIMIT}, exit=True)\n"
+    code += "import sys, pathlib\nfrom shunter.durable import only_process\n"
     code += "with only_process(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()\n"
     command = [sys.executable, "-c", code, str(run)]
     other = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

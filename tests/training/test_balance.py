@@ -194,8 +194,15 @@ def _stepped(oracle, family, batch, micro, scope, ranks=1):
     return {name: p - 0.1 * p.grad for name, p in oracle.named_parameters() if p.grad is not None}, so_far
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize(
+    "accumulation, checkpointing",
+    [
+        (1, False),
+        (2, True),
+        (4, False),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((1, True), (2, False), (4, True))),
+    ],
+)
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
 def test_trainer_steps_as_an_independent_loop(scope, accumulation, checkpointing, tmp_path):
     """One SGD step of a plain Trainer moves a Mixtral by the gradient of a loop that shares no code with it."""

@@ -89,8 +89,17 @@ def train(folder, model, plant, callbacks, steps=6, resume=None, **more):
 
 
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "value, dtype",
+    [
+        (float("nan"), torch.float32),
+        (float("inf"), torch.bfloat16),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in ((float("inf"), torch.float32), (float("nan"), torch.bfloat16))
+        ),
+    ],
+)
 def test_a_planted_value_costs_one_step_and_nothing_else(site, value, dtype, tmp_path):
     model, guard, plant = make_model(dtype), NaNGuard(), Plant(site, value, [STEP])
     balance = BalanceCallback(load_balancing_loss=0.01)
