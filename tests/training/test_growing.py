@@ -324,6 +324,15 @@ def test_a_trainer_goes_on_from_a_checkpoint_of_after_the_change(change, tmp_pat
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7, msg=lambda said, name=name: f"{name}: {said}")
 
 
+def test_a_resumed_training_grows_when_it_would_have_grown(tmp_path):
+    kept = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
+    grower, again = (GrowOnPlateau(max_experts=3, window=3, least=0.9) for _ in range(2))
+    train(tmp_path, shunter.sparsify(llama(), 2, "topk", top_k=1), [grower], 7, **kept)
+    folder = tmp_path / "checkpoint-4"
+    train(tmp_path, shunter.from_pretrained(folder), [again], 7, resume=str(folder), **kept)
+    assert [step for step, _ in grower.grown] == [6] and again.grown == grower.grown
+
+
 def test_an_optimizer_keeps_what_it_trains_besides():
     model, beside = llama(), torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW([*beside.parameters(), *model.parameters()], 1e-2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ..errors import UserError
 from ..experts import Experts
@@ -304,12 +305,13 @@ def losses_by_expert(routing: Routing, losses: Tensor) -> Tensor:
     return total[0] / total[1]
 
 
-class GrowOnPlateau(TrainerCallback):
+class GrowOnPlateau(TrainerCallback, ExportableState):
     """Split an expert of each layer when the loss of a `Trainer` no longer falls: the one whose tokens lose most.
 
         Trainer(model, args, train_dataset=data, callbacks=[GrowOnPlateau(window=200, max_experts=16)])
 
-    Where data come in large batches one after the other, call `grow` when the next has come.
+    Where data come in large batches one after the other, call `grow` when the next has come. A Trainer's checkpoints
+    hold the losses of the windows, and a training that goes on from one grows when it would have grown.
 
     Args:
         max_experts: of a layer, which is then left alone.
@@ -330,7 +332,24 @@ class GrowOnPlateau(TrainerCallback):
             )
         self.max_experts, self.window, self.least = max_experts, window, least
         self.grown: list[tuple[int, dict[str, int]]] = []
+        self._recent: deque[float] = deque(maxlen=2 * window)
         self._undo: list[Callable[[], None]] = []
+
+    def state(self) -> dict[str, Any]:
+        """What a Trainer writes of it into its checkpoints."""
+        given = {name: getattr(self, name) for name in ("max_experts", "window", "least")}
+        return {"args": given, "attributes": {"memory": self.memory}}
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What a resumed training goes on with, as JSON."""
+        return {"grown": self.grown, "recent": list(self._recent)}
+
+    @memory.setter
+    def memory(self, known: dict[str, Any]) -> None:
+        self.grown = [(step, found) for step, found in known["grown"]]
+        self._recent.clear()
+        self._recent.extend(known["recent"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen to the losses and predictions."""
@@ -338,7 +357,8 @@ class GrowOnPlateau(TrainerCallback):
         self.on_train_end(args, state, control)
         if not moe_layers(kwargs["model"]):
             raise UserError("GrowOnPlateau: the model has no layers of Shunter's; make them by shunter.sparsify")
-        self._recent: deque[float] = deque(maxlen=2 * self.window)
+        known = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self.memory = known["attributes"]["memory"] if isinstance(known, dict) else {"grown": [], "recent": []}
         self._losses: Tensor | None = None
         self._step: list[Tensor] = []
         trainer = caller(Trainer)
