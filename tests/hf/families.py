@@ -57,6 +57,11 @@ def _positions(*sections):
 _EXTRA = {
     "bailing_hybrid": _FULL,
     "beam": {**_FULL, **_SPARSE},
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2},
+    },
     "deepseek_ocr2_text": {**_MLA, **_SPARSE},
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,

@@ -9,6 +9,7 @@ differs is along the experts. Tensors pass one by one.
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Shrinking:
             _check_kind(name, tap)
         sizes = {name: tap.num_weights for name, tap in layers.items()}
         groups = max(_groups(config, tap) for tap in layers.values())
-        _check(folder, keep, layers, sizes, groups, _top_groups(config, layers))
+        _check(config, keep, layers, sizes, groups, _top_groups(config, layers))
         smaller = _with(config, max(sizes.values()), keep, own)
         small = _modules(smaller, folder, own)
         left = {name: tap.num_weights for name, tap in taps(small).items()}
@@ -124,7 +125,7 @@ class Shrinking:
                 became[disk] = {"how": "copied", "to": [disk]}
             elif place.number is None:
                 shape = list(stored.shape)
-                shape[place.axis] = self.keep
+                shape[place.axis] = shape[place.axis] // self.layers[place.layer].num_weights * self.keep
                 tensors[disk] = Stored(stored.dtype, tuple(shape))
                 became[disk] = {"how": f"along axis {place.axis} with the experts of {place.layer}", "to": [disk]}
             else:
@@ -241,9 +242,10 @@ def _with(config: PreTrainedConfig, num_experts: int, keep: int, own: bool) -> P
             entry["options"].pop("capacity_shares", None)  # of experts that are gone
     else:
         text = config.get_text_config()
-        for field in _EXPERT_FIELDS:
-            if getattr(text, field, None) == num_experts:
-                setattr(text, field, keep)
+        inner = [part for part in vars(text).values() if isinstance(part, PreTrainedConfig)]
+        for holder, field in itertools.product([text, *inner], _EXPERT_FIELDS):
+            if getattr(holder, field, None) == num_experts:
+                setattr(holder, field, keep)
     return config
 
 
@@ -263,14 +265,19 @@ def _top_groups(config: PreTrainedConfig, layers: Mapping[str, Tap]) -> int:
 
 
 def _check(
-    folder: Path, keep: int, layers: Mapping[str, Tap], sizes: Mapping[str, int], groups: int, top_groups: int
+    config: PreTrainedConfig,
+    keep: int,
+    layers: Mapping[str, Tap],
+    sizes: Mapping[str, int],
+    groups: int,
+    top_groups: int,
 ) -> None:
     for name, tap in layers.items():
         size = sizes[name]
         if not 1 <= keep < size:
             raise UserError(f"prune: keep {keep} of the {size} experts of {name}: it must be from 1 to {size - 1}")
-        config: Any = getattr(tap.router, "config", None)
-        top_k = tap.top_k or getattr(config, "num_experts_per_tok", None) or 1
+        known: tuple[Any, ...] = (getattr(tap.layer, "top_k", None), *_per_token(tap.router), *_per_token(config))
+        top_k = tap.top_k or next((k for k in known if isinstance(k, int)), 1)
         if tap.own is not None and tap.own.decider.chooses in ("all", "slots"):
             top_k = 1  # every token takes every expert, however many there are
         if top_k > keep:
@@ -288,6 +295,13 @@ def _check(
                 f"prune: a token takes {top_k} experts of {top_groups} of the {groups} groups of {name}; keep at least "
                 f"{least}"
             )
+
+
+def _per_token(part: Any) -> tuple[Any, ...]:
+    """How many experts a token has by a configuration, or by that of a module."""
+    config = getattr(part, "config", part)
+    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    return (getattr(text, "num_experts_per_tok", None),)
 
 
 def _check_kind(name: str, tap: Tap) -> None:
@@ -340,7 +354,8 @@ def _axes(
         if len(differ) != 1 or layer is None:
             raise UserError(f"{folder}: {name} does not have its experts along one axis; such a model cannot be pruned")
         axis = differ[0]
-        if (tensor.shape[axis], small[name].shape[axis]) != (sizes[layer], keep):
+        rows, rest = divmod(tensor.shape[axis], sizes[layer])  # of an expert: in DBRX they lie one below the other
+        if rest or small[name].shape[axis] != keep * rows or (rows > 1 and ".experts." not in name):
             raise UserError(
                 f"{folder}: {name} goes from {tensor.shape[axis]} to {small[name].shape[axis]} where its experts go "
                 f"from {sizes[layer]} to {keep}; such a model cannot be pruned"
@@ -354,12 +369,13 @@ def _layer_of(name: str, layers: Mapping[str, Any]) -> str | None:
 
 
 def _mixed(tensor: Tensor, mix: Tensor, axis: int) -> Tensor:
-    """The experts along an axis mixed: (…, E, …) -> (…, keep, …)."""
+    """The experts along an axis, each of as many rows, mixed: (…, E rows, …) -> (…, keep rows, …)."""
+    parts = tensor.unflatten(axis, (mix.shape[1], -1))
     if bool((mix.sum(1) == mix.amax(1)).all()):  # each new one is an old one
-        return tensor.index_select(axis, mix.argmax(1))
-    moved = tensor.movedim(axis, 0)
+        return parts.index_select(axis, mix.argmax(1)).flatten(axis, axis + 1)
+    moved = parts.movedim(axis, 0)
     rows = [_mean(list(moved[row.nonzero().flatten()]), row[row.nonzero().flatten()]) for row in mix]
-    return torch.stack(rows).movedim(0, axis).contiguous()
+    return torch.stack(rows).movedim(0, axis).flatten(axis, axis + 1).contiguous()
 
 
 def _mean(parts: list[Tensor], shares: Tensor) -> Tensor:
