@@ -59,6 +59,18 @@ def test_a_loop_learns_and_its_loss_is_the_cross_entropy():
     assert losses[0] == pytest.approx(math.log(small_text.VOCABULARY), rel=0.1) and losses[-1] < losses[0] - 1
 
 
+def test_a_decoder_with_sparse_projections_sees_no_later_byte():
+    model = other_layers._sparse_qkv(8)
+    dense = sum(p.numel() for p in small_text.dense_model().parameters())
+    assert sum(p.numel() for p in model.parameters()) < dense - 2 * 3 * 64 * 64 + 2 * 3072
+    ids = torch.randint(256, (2, 20))
+    later = ids.clone()
+    later[:, 12:] = (later[:, 12:] + 1) % 256
+    a, b = model(ids).logits, model(later).logits
+    torch.testing.assert_close(a[:, :12], b[:, :12], rtol=1e-4, atol=1e-5)
+    assert float((a[:, 12:] - b[:, 12:]).abs().max()) > 1e-3
+
+
 def test_an_expert_that_is_picked_badly_is_not_reproduced(monkeypatch):
     worst = digits.choose_expert
     monkeypatch.setattr(digits, "choose_expert", lambda *a, **k: dict(reversed(list(worst(*a, **k).items()))))

@@ -1,4 +1,4 @@
-"""Sections 2.2, 5.1 and 9 on bytes of text: LSTMs and mixers with experts, SparseFF, tokens that leave early."""
+"""Sections 2.2, 5.1 and 9 on bytes: LSTMs and mixers with experts, SparseFF, sparse QKV, tokens that leave early."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..analysis.pages.style import PAPER
 from ..hf.early_exit import early_exit, smallest_safe_threshold
 from ..hf.sparsifying import sparsify
 from ..layers.recurrent import ExpertLSTM
 from ..layers.sparse_mixer import SparseMixer
-from ..layers.terraformer import SparseFF
+from ..layers.terraformer import SparseFF, SparseQKV
 from .results import Result, Row, judge
 from .small_text import LENGTH, VOCABULARY, dense_model, held_out_loss, step, windows
 
@@ -75,6 +76,30 @@ def _terraformer(block: int) -> nn.Module:
     return model
 
 
+class _SparseAttention(nn.Module):
+    """A decoder's attention whose queries, keys and values are sparse projections; it keeps none of them for later."""
+
+    def __init__(self, attention: Any, modules: int) -> None:
+        super().__init__()
+        self.width, self.o_proj = attention.head_dim, attention.o_proj
+        self.qkv = SparseQKV(self.o_proj.in_features, modules)
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any, **_: Any) -> tuple[Tensor, None]:
+        """(B, S, d) to (B, S, d)."""
+        q, k, v = (part.unflatten(-1, (-1, self.width)).transpose(1, 2) for part in self.qkv(hidden_states)[:3])
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _sparse_qkv(modules: int) -> nn.Module:
+    """The decoder, its projections to queries, keys and values with an eighth of the weights and convolutions."""
+    model = dense_model()
+    for layer in model.model.layers:
+        layer.self_attn = _SparseAttention(layer.self_attn, modules)
+    return model
+
+
 def other_layers(steps: int = 250) -> Result:
     """Each kind of layer beside the same model without experts, on the same batches."""
     torch.set_num_threads(1)
@@ -88,6 +113,8 @@ def other_layers(steps: int = 250) -> Result:
         "mixer, experts, linear mixing": (_mixer(True, "linear"), _masked_loss),
         "decoder, ReLU": (_terraformer(1), None),
         "decoder, SparseFF of 16": (_terraformer(16), None),
+        "decoder, dense projections": (dense_model(), None),
+        "decoder, SparseQKV of 8": (_sparse_qkv(8), None),
     }
     found: dict[str, dict[str, float]] = {}
     for name, (model, loss) in made.items():
@@ -137,6 +164,13 @@ _COMPARED = (
         "decoder, ReLU",
         -0.05,
     ),
+    (
+        "queries, keys and values by a multiplicative layer and convolutions lose little",
+        "no loss of quality (Jaszczur et al. 2021)",
+        "decoder, SparseQKV of 8",
+        "decoder, dense projections",
+        -0.05,
+    ),
 )
 
 
@@ -153,10 +187,10 @@ def _claims(found: dict[str, dict[str, float]]) -> list[Row]:
 def draw_other_layers(data: dict[str, Any]) -> Figure:
     """The held-out loss of each model as a bar."""
     names = list(data["models"])
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
     values = [data["models"][name]["loss"] for name in names]
-    plain = ("one network", "dense", "ReLU")
+    plain = ("one network", "dense", "ReLU", "dense projections")
     axes.barh(names, values, color=[PAPER.of("dense" if name.endswith(plain) else "sparse") for name in names])
     for place, value in enumerate(values):
         axes.annotate(f" {value:.3f}", (value, place), va="center")

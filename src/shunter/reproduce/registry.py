@@ -291,11 +291,12 @@ ALL = (
     ),
     Reproduction(
         "other-layers",
-        "LSTMs, mixers and SparseFF",
+        "LSTMs, mixers, SparseFF and sparse QKV",
         "5 Domains",
         "sections 2.2, 5.1",
         "Experts between LSTM layers under hierarchical gating, experts in an encoder that mixes by Fourier "
-        "transforms, and feed-forward blocks of which one unit in sixteen is left, each beside the same model without.",
+        "transforms, feed-forward blocks of which one unit in sixteen is left, and sparse projections to queries, keys "
+        "and values, each beside the same model without.",
         minutes=2,
         run="other_layers:other_layers",
         draw="other_layers:draw_other_layers",
