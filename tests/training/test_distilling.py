@@ -87,9 +87,16 @@ def test_a_dense_student_begins_with_all_but_the_experts(kind, tmp_path):
 
 
 def test_a_student_of_fewer_layers_begins_with_the_teachers(tmp_path):
-    for kind in ("ours", "qwen3_moe"):
-        teacher = wake(sparsify(build("mistral"), 4, "topk", top_k=2, layers=[0, 2]) if kind == "ours" else build(kind))
-        folder = tmp_path / kind
+    kinds = {
+        "ours": {},
+        "qwen3_moe": {"mlp_only_layers": [0]},
+        "deepseek_v3": {},
+        "ernie4_5_moe": {},
+        "llama4_text": {},
+    }
+    for kind, more in kinds.items():  # the first layer of DeepSeek, Ernie and this Qwen is dense
+        ours = sparsify(build("mistral"), 4, "topk", top_k=2, layers=[0, 2]) if kind == "ours" else None
+        teacher, folder = wake(ours or build(kind, **more)), tmp_path / kind
         distill(
             save(teacher, folder / "old"), folder / "new", layers=2, material=language(10), steps=1, learning_rate=1e-30
         )
@@ -99,6 +106,9 @@ def test_a_student_of_fewer_layers_begins_with_the_teachers(tmp_path):
             old = name.replace("layers.1.", "layers.2.").replace("layers.0.", "layers.1.")
             assert torch.equal(tensor, theirs[old]), name
         assert list(moe_layers(student)) == (["model.layers.1.mlp"] if kind == "ours" else [])
+    teacher = build("jamba", expert_layer_period=2, expert_layer_offset=1)
+    with pytest.raises(UserError, match="layers are of several kinds; try another number"):
+        distill(save(teacher, tmp_path / "jamba"), tmp_path / "none", layers=2, material=language(10), steps=1)
 
 
 def test_a_student_of_fewer_layers_has_the_teachers_sparse_attention_and_splits(tmp_path):

@@ -251,6 +251,11 @@ def _dense_config(config: PreTrainedConfig, subject: Inspected) -> PreTrainedCon
     return dense
 
 
+_NUMBERS_OF_LAYERS = ("mlp_only_layers", "moe_layers")
+_DENSE_BEFORE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+"""What configurations call lists of the numbers of layers, and the number of the first layer with experts."""
+
+
 def _kept_layers(total: int, layers: int) -> list[int]:
     """So many of the numbers below a total, in equal steps, the last among them."""
     return [math.ceil((i + 1) * total / layers) - 1 for i in range(layers)]
@@ -262,10 +267,14 @@ def _take_layers(config: Any, layers: int) -> None:
         raise UserError(f"distill: layers={layers} must be from 1 to {total - 1}, of a model with one stack of layers")
     kept = _kept_layers(total, layers)
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total and "layer" in name:
+        if isinstance(value, list) and len(value) == total and "layer" in name and name not in _NUMBERS_OF_LAYERS:
             setattr(config, name, [value[i] for i in kept])
-    if getattr(config, "mlp_only_layers", None):
-        config.mlp_only_layers = [new for new, old in enumerate(kept) if old in config.mlp_only_layers]
+    for name in _NUMBERS_OF_LAYERS:
+        if getattr(config, name, None):
+            setattr(config, name, [new for new, old in enumerate(kept) if old in getattr(config, name)])
+    for name in _DENSE_BEFORE:
+        if isinstance(first := getattr(config, name, None), int):
+            setattr(config, name, sum(old < first for old in kept))
     config.num_hidden_layers = layers
     if made_here(config):
         for part in {"layers", "attention"} & config.shunter.keys():
@@ -283,7 +292,7 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: in
     """Give a student the teacher's weights of the same name; returns the names.
 
     Raises:
-        UserError: where other weights than those of dense feed-forward blocks would stay drawn.
+        UserError: where other weights than those of dense feed-forward blocks would stay drawn; of fewer layers, any.
     """
     theirs, of = teacher.state_dict(), roles(student)
     kept = None if layers is None else _kept_layers(teacher.config.num_hidden_layers, layers)
@@ -295,6 +304,11 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: in
         if old in theirs and theirs[old].shape == tensor.shape:
             tensor.copy_(theirs[old])
             copied.append(name)
+        elif kept is not None:
+            raise UserError(
+                f"distill: with {layers} layers {name} of the student would be another than {old} of the teacher, "
+                "whose layers are of several kinds; try another number of layers"
+            )
         elif of.get(name) not in (None, "feed_forward"):
             raise UserError(
                 f"distill: the teacher has no weights for {name} of the student; they are of different kinds"
