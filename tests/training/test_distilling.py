@@ -104,7 +104,8 @@ def test_a_student_of_fewer_layers_begins_with_the_teachers(tmp_path):
         theirs = teacher.state_dict()
         for name, tensor in student.state_dict().items():
             old = name.replace("layers.1.", "layers.2.").replace("layers.0.", "layers.1.")
-            assert torch.equal(tensor, theirs[old]), name
+            moved = name.endswith("e_score_correction_bias")  # by its own rule, in a step at any rate
+            assert moved or torch.equal(tensor, theirs[old]), name
         assert list(moe_layers(student)) == (["model.layers.1.mlp"] if kind == "ours" else [])
     teacher = build("jamba", expert_layer_period=2, expert_layer_offset=1)
     with pytest.raises(UserError, match="layers are of several kinds; try another number"):
