@@ -185,8 +185,10 @@ def test_what_would_train_nothing_of_the_experts_is_an_error():
     model = base("qwen3_moe").float()
     with pytest.raises(UserError, match="rank r=0 must be at least 1"):
         expert_lora(model, r=0)
-    with pytest.raises(UserError, match="lora_dropout"):
-        expert_lora(model, r=1, lora_dropout=0.1)
+    for options in {"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}:
+        with pytest.raises(UserError, match=next(iter(options))):
+            expert_lora(model, r=1, target_modules=["q_proj"], **options)
+        assert not any("lora" in name for name, _ in model.named_modules())
     with pytest.raises(UserError, match="nothing of the experts .* is trained, but attention"):
         expert_lora(model, r=1, target_parameters=None, target_modules=["q_proj"])
     with pytest.raises(UserError, match="model.layers.1.mlp is trained, and 1 other"):
@@ -218,3 +220,28 @@ def test_ours_know_their_layers_under_adapters():
     ids = torch.randint(64, (2, 9))
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(layer.routing is not None and layer.losses for layer in moe_layers(model).values())
+
+
+@pytest.mark.parametrize("kind, name", [("qwen3_moe", "gate"), ("jamba", "router"), ("ours", "router")])
+def test_routers_that_are_trained_whole_beside_the_adapters_are_routers(kind, name):
+    plain = base(kind).float()
+    model = expert_lora(plain, r=2, modules_to_save=[name])
+    of, parameters = roles(model), dict(model.named_parameters())
+    routers = {path for path in of if f".{name}." in path}
+    assert {of[path] for path in routers} == {"router"} == {r for path, r in of.items() if "modules_to_save" in path}
+    for tap in taps(model).values():
+        used = next(p for p in tap.router.parameters())
+        assert any(used is parameters[path] for path in routers if "modules_to_save" in path) and used.requires_grad
+    with model.disable_adapter():
+        assert not any(p.requires_grad for tap in taps(model).values() for p in tap.router.parameters())
+    ids = torch.randint(64, (2, 7))
+    before = model(input_ids=ids).logits
+    with torch.no_grad():
+        for path in routers:
+            if "modules_to_save" in path and path.endswith("weight"):
+                parameters[path].neg_()
+    assert float((model(input_ids=ids).logits - before).abs().max()) > 1e-3
+    train_only(model, "router")
+    assert {path for path, p in model.named_parameters() if p.requires_grad} == {
+        path for path in routers if "original_module" not in path
+    }

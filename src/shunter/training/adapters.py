@@ -27,6 +27,7 @@ from .roles import roles
 
 __all__ = ["ParamWrapper", "check_trained", "expert_lora", "group_lora"]
 
+_NOT_OF_STACKS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -54,9 +55,17 @@ def expert_lora(model: PreTrainedModel, r: int = 8, **options: Any) -> PeftModel
     """
     if r < 1:
         raise UserError(f"expert_lora: the rank r={r} must be at least 1")
-    if options.get("lora_dropout"):
+    for name in _NOT_OF_STACKS:  # before peft has changed a part of the model
+        if options.get(name):
+            raise UserError(
+                f"expert_lora: peft has no {name} for stacks of matrices; leave it out, or give other layers an "
+                "adapter of their own"
+            )
+    init = options.get("init_lora_weights", True)
+    if not isinstance(init, bool) and str(init).lower() != "gaussian":
         raise UserError(
-            "expert_lora: peft has no lora_dropout for stacks of matrices; leave it out, or give it to others"
+            f"expert_lora: init_lora_weights={init!r} begins with a matrix's own weights, which peft cannot do for "
+            'stacks of them; choose True, False or "gaussian"'
         )
     found = dict.fromkeys(_stacks(model))
     # Without target_modules, peft would take its own choice for some families.

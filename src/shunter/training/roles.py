@@ -123,7 +123,9 @@ def train_only(model: nn.Module, which: str) -> None:
 
 
 def _adapted(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is of a module that an adapter wraps, the innermost of several around each other."""
+    """Whether a parameter is of a module that an adapter copies, or wraps, the innermost of several in each other."""
+    if ".original_module." in name:
+        return True
     before, wrapped, _ = name.rpartition(".base_layer.")
     return bool(wrapped) and not hasattr(model.get_submodule(f"{before}.base_layer"), "base_layer")
 
@@ -256,17 +258,22 @@ def _places(modules: Mapping[str, nn.Module], found: Mapping[str, Tap]) -> Itera
     paths = {id(module): path for path, module in modules.items()}
     for path, tap in found.items():
         if tap.router is not None:
-            yield paths[id(tap.router)], "router"
+            yield _unwrapped(paths[id(tap.router)]), "router"
         if tap.own is not None:
             yield _join(path, "experts"), "expert"
         elif tap.experts is not None:
-            parts = paths[id(tap.experts)].split(".")
-            while parts[-1] in _WRAPPED:
-                parts.pop()
-            yield ".".join(parts), "expert"
+            yield _unwrapped(paths[id(tap.experts)]), "expert"
         else:  # the layer is its router and experts, and may have shared ones
             yield from ((_join(path, name), "shared") for name, _ in tap.layer.named_children() if "shared" in name)
             yield path, "expert"
+
+
+def _unwrapped(path: str) -> str:
+    """The path of what wraps a module on behalf of adapters or a compiler; its own where nothing does."""
+    parts = path.split(".")
+    while parts[-1] in _WRAPPED or parts[-2:-1] == ["modules_to_save"]:
+        parts = parts[:-1] if parts[-1] in _WRAPPED else parts[:-2]
+    return ".".join(parts)
 
 
 def _join(path: str, name: str) -> str:

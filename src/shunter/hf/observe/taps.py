@@ -112,8 +112,9 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def taps(model: nn.Module) -> dict[str, Tap]:
     """The mixture-of-experts layers of a model by their qualified names, in order; empty where there are none."""
-    recorded = _recorded_routers(model)
-    modules = dict(model.named_modules())
+    aside = _set_aside(model)
+    recorded = {module: at for module, at in _recorded_routers(model).items() if module not in aside}
+    modules = {path: module for path, module in model.named_modules() if module not in aside}
     found: dict[str, Tap] = {}
     used: set[nn.Module] = set()
     for path, module in modules.items():
@@ -167,6 +168,19 @@ def _recorded_routers(model: nn.Module) -> dict[nn.Module, int]:
                     found[module] = getattr(spec, "index", 1)
     # Some record a whole block, which is not the router.
     return {m: at for m, at in found.items() if not any(_takes_choices(c) or c in found for c in _inside(m))}
+
+
+def _set_aside(model: nn.Module) -> set[nn.Module]:
+    """What peft keeps beside the module in use where it trains a whole one: the original, or the copies."""
+    found: set[nn.Module] = set()
+    for wrapper in model.modules():
+        copies: Any = getattr(wrapper, "modules_to_save", None)
+        original: Any = getattr(wrapper, "original_module", None)
+        if isinstance(copies, nn.ModuleDict) and isinstance(original, nn.Module):
+            names: Any = () if getattr(wrapper, "disable_adapters", False) else getattr(wrapper, "active_adapters", ())
+            used = next((copies[name] for name in names if name in copies), original)
+            found.update(m for part in (original, *copies.values()) if part is not used for m in part.modules())
+    return found
 
 
 def _scores(module: nn.Module, num_experts: int) -> bool:
