@@ -119,7 +119,7 @@ def taps(model: nn.Module) -> dict[str, Tap]:
     used: set[nn.Module] = set()
     for path, module in modules.items():
         if isinstance(module, RoutedLayer):
-            found[path] = Tap(path, module, module.router, None, module.num_experts)
+            found[path] = Tap(path, module, _in_use(module.router), None, module.num_experts)
         elif _takes_choices(module):
             where, router = _router_beside(path, modules, recorded)
             at = 0 if router is None else recorded.get(router, 0)
@@ -170,16 +170,23 @@ def _recorded_routers(model: nn.Module) -> dict[nn.Module, int]:
     return {m: at for m, at in found.items() if not any(_takes_choices(c) or c in found for c in _inside(m))}
 
 
+def _in_use(module: nn.Module) -> nn.Module:
+    """What computes where a module stands: where peft trains it whole, the original or the active adapter's copy."""
+    copies: Any = getattr(module, "modules_to_save", None)
+    original: Any = getattr(module, "original_module", None)
+    if not isinstance(copies, nn.ModuleDict) or not isinstance(original, nn.Module):
+        return module
+    names: Any = () if getattr(module, "disable_adapters", False) else getattr(module, "active_adapters", ())
+    return next((copies[name] for name in names if name in copies), original)
+
+
 def _set_aside(model: nn.Module) -> set[nn.Module]:
-    """What peft keeps beside the module in use where it trains a whole one: the original, or the copies."""
+    """What peft keeps beside the modules in use: originals, and copies of adapters that are not active."""
     found: set[nn.Module] = set()
     for wrapper in model.modules():
-        copies: Any = getattr(wrapper, "modules_to_save", None)
-        original: Any = getattr(wrapper, "original_module", None)
-        if isinstance(copies, nn.ModuleDict) and isinstance(original, nn.Module):
-            names: Any = () if getattr(wrapper, "disable_adapters", False) else getattr(wrapper, "active_adapters", ())
-            used = next((copies[name] for name in names if name in copies), original)
-            found.update(m for part in (original, *copies.values()) if part is not used for m in part.modules())
+        if (used := _in_use(wrapper)) is not wrapper:
+            parts: Any = (wrapper.original_module, *wrapper.modules_to_save.values())  # type: ignore[operator]
+            found.update(m for part in parts if part is not used for m in part.modules())
     return found
 
 
