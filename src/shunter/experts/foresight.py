@@ -16,12 +16,13 @@ from torch.nn import functional as F
 __all__ = ["Foresight"]
 
 LAYERS = 4  # ahead: reading an expert from a disk takes as long as a few layers' products with one token
-TOKENS = (
-    64  # of a batch, evenly spaced: foreseen experts are as many as memory has room for, however many tokens choose
-)
-TRUSTED = (
-    1 / 3
-)  # of what is read ahead, the share that should be right: wrong reads cost the disk and an expert's place
+
+# Of a batch, evenly spaced: foreseen experts are as many as memory has room for, however many tokens choose.
+TOKENS = 64
+
+# Of what is read ahead, the share that should be right: wrong reads cost the disk, and an expert its place.
+TRUSTED = 1 / 3
+
 MEMORY = 0.99  # what was right before counts this much less with every expert foreseen
 
 
