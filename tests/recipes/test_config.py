@@ -154,6 +154,13 @@ def test_hostile_files_are_one_line(name, content, says, tmp_path):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", ["seed: 0x{}", "training: {{steps: 0x{}}}", "data: {{source: [0x{}]}}"])
+def test_numbers_that_python_does_not_write_out_are_one_line(content, tmp_path):
+    (tmp_path / "a.yaml").write_text(content.format("f" * 5000))
+    with pytest.raises(UserError, match=r"is a number of 20,000 bits; whole numbers end at 2\*\*63"):
+        load_config(TextConfig, tmp_path / "a.yaml", [])
+
+
 _value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

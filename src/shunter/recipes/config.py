@@ -48,6 +48,7 @@ def load_config(cls: type[C], file: Path | None, overrides: list[str]) -> C:
                 raise UserError(one_line(f"{key}={value}: {section} is a value, not a section"))
             node = below
         node[last] = parsed
+    _check_integers(tree)
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -111,6 +112,16 @@ for _kind in (_Loader, _Dumper):
     for _first in "yYnNoO":  # yes, no, on and off are text, as in YAML 1.2: "no" is a value of options
         kept = [rule for rule in _kind.yaml_implicit_resolvers.get(_first, []) if rule[0] != "tag:yaml.org,2002:bool"]
         _kind.yaml_implicit_resolvers[_first] = kept
+
+
+def _check_integers(value: Any, key: str = "") -> None:
+    """Refuse what no setting needs, and Python itself may not write out."""
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise UserError(f"{key} is a number of {value.bit_length():,} bits; whole numbers end at 2**63")
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        _check_integers(name, f"a key in {key or 'the settings'}")
+        _check_integers(part, one_line(f"{key}.{name}") if key else one_line(str(name)))
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
