@@ -436,7 +436,7 @@ def test_recomputations_within_a_record_take_the_experts_of_their_forward(kind):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputations_of_one_and_the_same_input_take_the_experts_of_their_forward(reentrant, nested):
     """Both forwards see the same hidden states, and a record sends them to different experts."""
-    layer, x = _moe("topk").train(), torch.randn(5, 16)
+    layer, x = _moe("topk").train().double(), torch.randn(5, 16, dtype=torch.float64)
     layer.router.coefficients = {}
     chosen = torch.stack([torch.rand(4).argsort()[:2] for _ in range(10)])
     record = shunter.RoutingRecord(chosen[:, None], [5, 5], forwards=[1, 1])
