@@ -545,9 +545,12 @@ class Metrics:
         lines = self.lines()
         kept = [line for line in lines if isinstance(line.get("model"), str) and line["model"] in models]
         if len(kept) < len(lines):
-            write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._put(kept)
 
     def replace(self, model: str, lines: list[dict[str, Any]]) -> None:
         """Put these lines of a model in place of all that there are of it."""
         kept = [line for line in self.lines() if line.get("model") != model]
-        write(self.path, "".join(json.dumps(line) + "\n" for line in [*kept, *lines]))
+        self._put([*kept, *lines])
+
+    def _put(self, lines: list[dict[str, Any]]) -> None:
+        write(self.path, "".join(json.dumps(line) + "\n" for line in lines))

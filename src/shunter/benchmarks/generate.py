@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
-import inspect
 import random
 import statistics
 import tempfile
@@ -41,6 +40,7 @@ from ..hf.backend import coded_of, layout_of
 from ..hf.checkpoints.gguf_writing import write_gguf
 from ..hf.checkpoints.upcycling import upcycle
 from ..hf.quantising import quantize
+from ..hf.tokens import cache_argument
 from .experts import _copy_bandwidth, _matmul_peak
 from .llama_cpp import LlamaCpp
 
@@ -88,7 +88,7 @@ class _Torch:
     def __init__(self, model: PreTrainedModel, experts: str | None) -> None:
         self.model: Any = model
         self.experts = experts
-        self.name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.name = cache_argument(model)
 
     @torch.no_grad()
     def start(self, ids: Tensor, everywhere: bool = False) -> Tensor:

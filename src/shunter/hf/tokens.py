@@ -20,6 +20,7 @@ from ..routers.hash import PreviousTokenHash
 __all__ = [
     "among_others",
     "arguments",
+    "cache_argument",
     "decoder_padding",
     "fitted",
     "has_tokens",
@@ -421,3 +422,8 @@ def _of_frames(module: Any, mask: Tensor) -> Tensor:
 def takes_cache(model: nn.Module) -> bool:
     """Whether a model may generate with a cache: not where a layer goes by the token before, which a cache hides."""
     return not any(isinstance(layer.decider.innermost, PreviousTokenHash) for layer in moe_layers(model).values())
+
+
+def cache_argument(model: nn.Module) -> str:
+    """As what the forward of a model takes its cache of keys and values."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

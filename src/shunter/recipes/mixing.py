@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..data.windows import EvalDomain, TextData
-from ..hf.tokens import takes_cache
+from ..hf.tokens import cache_argument, takes_cache
 from ..layers.domain_mixture import DomainMixture, Predict, log_probs_by_domain, token_log_likelihoods
 
 __all__ = [
@@ -118,10 +117,7 @@ def caches(models: Sequence[PreTrainedModel]) -> list[dict[str, Any]] | None:
     """
     if not all(map(takes_cache, models)):
         return None
-    names = ["cache" if "cache" in signature(model.forward).parameters else "past_key_values" for model in models]
-    return [
-        {name: DynamicCache(config=model.config), "use_cache": True} for name, model in zip(names, models, strict=True)
-    ]
+    return [{cache_argument(model): DynamicCache(config=model.config), "use_cache": True} for model in models]
 
 
 @torch.no_grad()
