@@ -88,7 +88,7 @@ def _passes(activation, h, da, weight):
     with numba.ready() as loops:
         kind = loops.ACTIVATIONS[activation]
         loops._activate(kind, numba.array(h.float()), numba.array(hidden))
-        loops._activate_backward(kind, *map(numba.array, (h, da, weight, a, dh, inner)))
+        loops._activate_backward(kind, *map(numba.array, (h, da.clone(), weight, a, dh, inner)))
     return hidden, a, dh, inner
 
 

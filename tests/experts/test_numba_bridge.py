@@ -18,6 +18,7 @@ from shunter.experts.backends.numba.mkl import addresses
 from shunter.experts.choice import get
 
 from ..helpers import random_routing, random_weights, relative_error
+from .conftest import needs_loops
 
 
 def _products(x, index, matrices, counts):
@@ -137,6 +138,43 @@ def test_a_first_launch_leaves_torch_its_number_of_threads():
     """Numba's sets OpenMP's, which is torch's: small operations would then wait for other threads."""
     done = subprocess.run([sys.executable, "-c", _ONE_THREAD], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+_BITS = """
+import hashlib, torch
+from shunter import Routing
+from shunter.experts import Weights
+from shunter.experts.choice import get
+
+torch.set_num_threads(2)
+rand = torch.Generator().manual_seed(7)
+x, up, down = (torch.randn(*shape, generator=rand) for shape in ((1024, 48), (8, 80, 48), (8, 48, 40)))
+weight, index = torch.topk(torch.randn(1024, 8, generator=rand), 2)
+for learned in (x, up, down, weight):
+    learned.requires_grad_()
+weights = Weights(up, down, activation="swiglu")
+y = get("numba").run(x, weights, Routing.from_topk(index, weight, 8))
+y.square().sum().backward()
+with torch.no_grad():
+    decoded = get("decode").run(x[:3], weights, Routing.from_topk(index[:3], weight[:3], 8))
+for result in (y, x.grad, weight.grad, up.grad, down.grad, decoded):
+    print(hashlib.sha256(result.detach().contiguous().numpy().tobytes()).hexdigest())
+"""
+
+
+@needs_loops
+def test_loops_give_the_same_bits_when_they_were_compiled_just_now_and_when_they_come_from_disk(tmp_path):
+    """Else a run that goes on in another process ends otherwise than one that never stopped."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    bits = []
+    for _ in range(2):
+        call = [sys.executable, "-c", _BITS]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr
+        bits.append(done.stdout.split())
+    assert list(tmp_path.rglob("*.nbi")), "nothing was kept on disk"
+    assert len(bits[0]) == 6
+    assert bits[0] == bits[1]
 
 
 _FORK = """
