@@ -59,6 +59,15 @@ CAMPAIGNS = {
         slow=True,
     ),
     "settings": Campaign("P", "settings of wrong names, types and ranges", settings.settings, 20000, 300, 5000),
+    "trials": Campaign(
+        "P",
+        "settings of the right types that no model, router or batch can have, before the first step",
+        settings.trials,
+        1000,
+        8,
+        25,
+        slow=True,
+    ),
     "shapes": Campaign(
         "K", "numbers of tokens and choices, layouts in memory, extreme logits", layers.shapes, 2000, 60, 250
     ),
