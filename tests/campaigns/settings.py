@@ -97,7 +97,7 @@ OPTIONS = [
     "selection_bias: true", "normalize: true", "score: sigmoid", "num_groups: 2", "num_groups: 3", "top_groups: 1",
     "num_hashes: 2", "num_hashes: 3", "k: 2", "scope: global", "temperature: 0.5", "noise: 1.0", "prototypes: 2",
 ]  # fmt: skip
-ELSEWHERE = ("parallel", "out", "name", "seed", "training.steps", "data.source")  # what is not tried: where, how long
+ELSEWHERE = ("parallel", "out", "name", "seed", "training.steps", "training.threads", "data.source")  # not tried
 
 
 def _typed(config):
