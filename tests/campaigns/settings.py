@@ -109,7 +109,9 @@ def _typed(config):
             found.append((name, field.annotation))
         else:
             found += [(f"{name}.{key}", one) for key, one in _typed_annotations(inner, "")]
-    return [(name, values) for name, kind in found if not name.startswith(ELSEWHERE) and (values := _values(name, kind))]
+    return [
+        (name, values) for name, kind in found if not name.startswith(ELSEWHERE) and (values := _values(name, kind))
+    ]
 
 
 def _typed_annotations(fields, before):
@@ -132,7 +134,7 @@ def _values(name, kind):
 
 
 def trials(result, folder, cases, seed):
-    """P: settings of the right types, one to four at a time, that end in a trained model or in one line before it is."""
+    """P: one to five settings of the right types, which end in a trained model, or in one line before it is one."""
     corpus = Path(folder) / "corpus"
     if not corpus.exists():
         write_corpus(corpus)
