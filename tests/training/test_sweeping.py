@@ -41,9 +41,16 @@ def test_windows_have_the_label_of_their_text_and_later_ones_are_held_out():
         labelled_windows(domains[:1], by_letters, 4, 12)
 
 
+def telling(model):
+    """A model whose embedding says the label of `task`, so loudly that no block can be heard beside it."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.where(torch.arange(64) < 32, -100.0, 100.0)[:, None])
+    return model
+
+
 def test_cells_learn_from_the_same_weights_with_what_is_frozen_frozen():
-    sparse = sparsify(build("mistral", num_hidden_layers=1), 4, "switch", capacity_factor=1.25)
-    dense = build("mistral", num_hidden_layers=1)
+    sparse = telling(sparsify(build("mistral", num_hidden_layers=1), 4, "switch", capacity_factor=1.25))
+    dense = telling(build("mistral", num_hidden_layers=1))
     before = copy.deepcopy(sparse.state_dict())
     found = sweep(
         {"sparse": sparse, "dense": dense}, task(), rates=[1e-6, 5e-3], batches=[20], train=["all", "non_moe"],
@@ -58,7 +65,7 @@ def test_cells_learn_from_the_same_weights_with_what_is_frozen_frozen():
     }
     for (model, part, rate), cell in cells.items():
         if rate == 5e-3:
-            assert cell["loss"] < 0.6 < cells[model, part, 1e-6]["loss"]
+            assert cell["loss"] < 0.3 < 0.6 < cells[model, part, 1e-6]["loss"]  # log 2 = 0.69 at the start
         assert set(cell["at_capacity"]) == ({"0.1", "4"} if model == "sparse" else set())
     experts = sum(p.numel() for n, p in sparse.named_parameters() if "router" in n or "experts" in n)
     assert cells["sparse", "all", 5e-3]["trained"] - cells["sparse", "non_moe", 5e-3]["trained"] == experts
