@@ -14,8 +14,7 @@ from shunter import MoE, aux_loss, losses, moe_layers, routers, tell, update_rou
 from shunter.experts import Experts
 from shunter.hf.observe.listening import listening
 from shunter.moe import RoutedLayer
-
-from .helpers import by_tokens
+from tests.helpers import by_tokens
 
 VOCAB = 20
 ROUTERS = {

@@ -14,9 +14,8 @@ from shunter.experts.autograd import Plan
 from shunter.experts.backends import numba as loops_backend
 from shunter.experts.backends.numba import bridge as numba
 from shunter.experts.choice import get
-
-from ..helpers import random_routing, random_weights, relative_error
-from .conftest import needs_loops
+from tests.experts.conftest import needs_loops
+from tests.helpers import random_routing, random_weights, relative_error
 
 
 def _bounds(counts, shares):

@@ -18,9 +18,8 @@ from shunter.experts.autograd import Needs
 from shunter.experts.backends import numba as loops_backend
 from shunter.experts.backends.numba import bridge, onednn
 from shunter.experts.choice import get
-
-from ..helpers import TIME_LIMIT, random_routing, random_weights, relative_error
-from .conftest import needs_loops
+from tests.experts.conftest import needs_loops
+from tests.helpers import TIME_LIMIT, random_routing, random_weights, relative_error
 
 CASES = [
     # tokens, d, f, experts, triples a token (None: any number), rows at work at once
@@ -119,7 +118,12 @@ def test_widths_that_cannot_be_packed_and_a_forbidden_library_are_said():
 
 @needs_loops
 def test_the_emulation_computes_what_the_reference_does():
-    command = [sys.executable, "-m", "tests.experts.test_bfloat16_products", str(random.randrange(2**31))]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.experts.backends.numba.test_bfloat16_products",
+        str(random.randrange(2**31)),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
     assert done.returncode == 0 and done.stdout.endswith(f"{len(CASES)} cases\n"), done.stderr[-3000:]
 

@@ -16,9 +16,8 @@ from shunter.experts import Weights, choose
 from shunter.experts.backends.numba import bridge as numba
 from shunter.experts.backends.numba.mkl import addresses
 from shunter.experts.choice import get
-
-from ..helpers import random_routing, random_weights, relative_error
-from .conftest import needs_loops
+from tests.experts.conftest import needs_loops
+from tests.helpers import random_routing, random_weights, relative_error
 
 
 def _products(x, index, matrices, counts):

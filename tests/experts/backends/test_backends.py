@@ -15,9 +15,8 @@ from shunter.experts.backends import padded, triton
 from shunter.experts.backends.numba import bridge as numba
 from shunter.experts.backends.numba import onednn
 from shunter.experts.choice import get
-
-from ..helpers import by_tokens, random_routing, random_weights, relative_error
-from .conftest import needs_loops
+from tests.experts.conftest import needs_loops
+from tests.helpers import by_tokens, random_routing, random_weights, relative_error
 
 # Backends that run on any CPU input; others have files of their own.
 FAST = ["padded", "grouped_mm", pytest.param("numba", marks=needs_loops)]

@@ -5,8 +5,7 @@ import torch
 
 from shunter.experts import Weights, choose
 from shunter.experts.choice import get
-
-from ..helpers import random_routing, random_weights, relative_error
+from tests.helpers import random_routing, random_weights, relative_error
 
 DTYPES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 

@@ -14,8 +14,7 @@ from shunter.experts.backends import decode
 from shunter.experts.backends.decode import FEW_TOKENS, decode_choices
 from shunter.experts.backends.numba import bridge as numba
 from shunter.experts.choice import get
-
-from ..helpers import by_tokens, random_routing, random_weights, relative_error
+from tests.helpers import by_tokens, random_routing, random_weights, relative_error
 
 
 @settings(max_examples=80, deadline=None)

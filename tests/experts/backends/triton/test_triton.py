@@ -16,9 +16,8 @@ from shunter.experts import ACTIVATIONS, Experts, Weights, choose
 from shunter.experts.backends import triton
 from shunter.experts.backends.triton import blocks
 from shunter.experts.choice import get
-
-from ..helpers import TIME_LIMIT, by_tokens, random_routing, random_weights, relative_error
-from .test_backends import _leaves, _run, _to
+from tests.experts.backends.test_backends import _leaves, _run, _to
+from tests.helpers import TIME_LIMIT, by_tokens, random_routing, random_weights, relative_error
 
 pytestmark = pytest.mark.skipif(not triton.INSTALLED, reason="needs triton")
 
