@@ -184,32 +184,36 @@ def test_use_is_a_running_average_over_all_tasks_that_moves_once_a_step():
     assert torch.equal(moe.router.usage, kept), "nothing seen, nothing moved"
 
 
-def _train(collaboration, steps=400, seed=0):
-    """Two tasks with opposite targets through one layer of two experts; the agents' reward is minus the loss."""
-    torch.manual_seed(seed)
+def _train(collaboration, preference=0.0):
+    """Two tasks with opposite targets, and two experts that do one each, x and -x; the reward is minus the loss."""
     moe = MoE(
-        4, 16, 2, "routing_networks", num_tasks=2, collaboration=collaboration, usage_decay=0.9,
+        4, 8, 2, "routing_networks", num_tasks=2, collaboration=collaboration, usage_decay=0.9,
         baseline="parameter", baseline_loss=1.0, activation="relu",
     )  # fmt: skip
-    optimizer = torch.optim.Adam(moe.parameters(), lr=0.02)
-    for _ in range(steps):
+    both = torch.cat([torch.eye(4), -torch.eye(4)])
+    with torch.no_grad():
+        moe.experts.weights.up.copy_(both)
+        moe.experts.weights.down.copy_(torch.stack([both.T, -both.T]))
+        moe.router.table[:, 0] += preference
+        moe.router.usage.copy_(moe.router.table[0].softmax(0))
+    optimizer = torch.optim.Adam(moe.router.parameters(), lr=0.05)
+    for _ in range(200):
         x, task = torch.randn(128, 4), torch.randint(2, (128,))
         target = x * (1 - 2 * task)[:, None]
         error = (moe(x, task=task) - target).square().mean(-1)
         give_reward(moe, -error)
         optimizer.zero_grad()
-        (error.mean() + aux_loss(moe)).backward()
+        aux_loss(moe).backward()
         optimizer.step()
         update_routers(moe)
     return moe.eval().router.table.argmax(-1).tolist(), float(error.detach().mean())
 
 
 def test_tasks_that_disagree_part_and_collaboration_joins_them():
-    """A shared block can do no better than the mean of opposite targets, an error of 1."""
-    apart, error = _train(collaboration=0.0)
-    assert apart[0] != apart[1] and error < 0.5
-    together, _ = _train(collaboration=50.0)
-    assert together[0] == together[1]
+    """The wrong expert costs 4; the one that more tokens take is worth 50 times the difference of the shares."""
+    tasks, error = _train(collaboration=0.0, preference=2.0)
+    assert tasks == [0, 1] and error < 0.5
+    assert _train(collaboration=50.0, preference=2.0)[0] == [0, 0]
 
 
 def test_every_layer_of_a_model_is_rewarded():
