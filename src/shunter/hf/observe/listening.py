@@ -376,8 +376,20 @@ class _Seen:
     inner: Tensor | None = None
 
 
+def _called_for(experts: nn.Module, layer: nn.Module) -> nn.Module:
+    """The module that a layer calls for its experts: these, or the outermost of peft's wrappers around them."""
+    for module in layer.modules():
+        inner = module
+        while isinstance(base := getattr(inner, "base_layer", None), nn.Module):
+            inner = base
+        if inner is experts:
+            return module
+    return experts
+
+
 def _listen_experts(tap: Tap, emit: Callable[..., None]) -> list[RemovableHandle]:
-    seen = _Seen()
+    assert tap.experts is not None
+    seen, experts = _Seen(), tap.experts
     handles = _watch_router(tap, seen)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -385,14 +397,14 @@ def _listen_experts(tap: Tap, emit: Callable[..., None]) -> list[RemovableHandle
         seen.logits = seen.hidden = None
         if recomputing():
             return
-        given = inspect.signature(module.forward).bind(*args, **kwargs)
+        named = {name: value for name, value in kwargs.items() if name != "adapter_names"}  # which is peft's own
+        given = inspect.signature(experts.forward).bind(*args, **named)
         hidden, index, weight = given.arguments.values()
         if index.dim() == 3:  # Switch: one-hot (T, k, E), all zero where capacity dropped the token
             index = torch.where(index.any(-1), index.argmax(-1), -1)
         emit(logits, index.to(torch.int64), weight, hidden if saw is None else saw)
 
-    assert tap.experts is not None
-    return [*handles, tap.experts.register_forward_pre_hook(before, with_kwargs=True)]
+    return [*handles, _called_for(experts, tap.layer).register_forward_pre_hook(before, with_kwargs=True)]
 
 
 def _listen_router(tap: Tap, emit: Callable[..., None]) -> list[Any]:
