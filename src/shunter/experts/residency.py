@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ __all__ = ["Extent", "HeldFile", "PagedParameter", "Residency", "Stacks", "lacks
 PAGE = mmap.PAGESIZE
 
 READERS = 2  # a disk is faster with two reads waiting than with one
+
+BLOCK = 4096  # bytes: what a disk reads at least, and where reads past the page cache begin and end
 
 PIECE = 2**20  # bytes of one read at most: what is waited for begins after no more than that of something else
 
@@ -52,14 +55,14 @@ class HeldFile:
         self.path = path
         self._stream: Any = open_file(path)
         self._state = self._now()
-        _without_readahead(self._stream)
+        self._direct = _past_the_page_cache(self._stream)
 
     def _now(self) -> tuple[int, int]:
         state = os.fstat(self._stream.fileno())
         return state.st_size, state.st_mtime_ns
 
     def read(self, start: int, target: memoryview) -> None:
-        """Fill the target with the bytes from `start` on, which the page cache then forgets.
+        """Fill the target with the bytes from `start` on, none of which stays in the page cache.
 
         Raises:
             UserError: where the file has changed since it was opened.
@@ -67,8 +70,9 @@ class HeldFile:
         """
         handle, done = self._stream.fileno(), 0
         while done < len(target):
-            found = os.preadv(handle, [target[done:]], start + done)
-            if not found:
+            read = _read_direct if self._direct else _read_cached
+            found = read(handle, start + done, target[done:])
+            if found <= 0:
                 break
             done += found
         if done < len(target) or self._now() != self._state:
@@ -79,10 +83,53 @@ class HeldFile:
             os.posix_fadvise(handle, start, len(target), os.POSIX_FADV_DONTNEED)
 
 
-def _without_readahead(stream: Any) -> None:
-    """Have the system read what is asked for and not what lies behind it, which is another expert."""
+class _Buffer(threading.local):
+    """Memory of each thread, in whole blocks, that a file system can fill without the page cache."""
+
+    def __init__(self) -> None:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.memory = memoryview(mmap.mmap(-1, PIECE + 2 * BLOCK, flags=private))
+
+
+_buffer = _Buffer()
+
+
+def _past_the_page_cache(stream: Any) -> bool:
+    """Have reads of a file go past the page cache (O_DIRECT), where its file system can do that; whether it can.
+
+    Filling the page cache and emptying it again takes the processor several times as long as the reading. Where it has
+    to be, the system is to read what is asked for and not what lies behind it, which is another expert.
+    """
+    import fcntl  # not everywhere; `lacks` says where not
+
+    handle = stream.fileno()
+    if hasattr(os, "O_DIRECT"):
+        flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(handle, fcntl.F_SETFL, flags | os.O_DIRECT)
+            os.preadv(handle, [_buffer.memory[:BLOCK]], 0)
+            return True
+        except OSError:
+            fcntl.fcntl(handle, fcntl.F_SETFL, flags)
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+    return False
+
+
+def _read_cached(handle: int, start: int, target: memoryview) -> int:
+    """Read from a file, by way of the page cache, what one read gives; how many bytes."""
+    return os.preadv(handle, [target], start)
+
+
+def _read_direct(handle: int, start: int, target: memoryview) -> int:
+    """Read whole blocks from a file's disk into this thread's buffer, and copy what was asked for; how many bytes."""
+    lead = start % BLOCK
+    size = min(lead + len(target), len(_buffer.memory) - BLOCK)
+    found = os.preadv(handle, [_buffer.memory[: -(-size // BLOCK) * BLOCK]], start - lead)
+    count = max(0, min(found, size) - lead)
+    if count:  # numpy lets other threads run meanwhile, as a memoryview does not
+        np.frombuffer(target, np.uint8)[:count] = np.frombuffer(_buffer.memory, np.uint8)[lead : lead + count]
+    return count
 
 
 class _Spill(HeldFile):
@@ -91,8 +138,7 @@ class _Spill(HeldFile):
     def __init__(self) -> None:
         self._stream = tempfile.TemporaryFile(prefix="shunter-experts-")
         self.path = Path(tempfile.gettempdir())
-        self._end, self._state = 0, (0, 0)
-        _without_readahead(self._stream)
+        self._end, self._state, self._direct = 0, (0, 0), False
 
     def append(self, tensor: Tensor) -> int:
         """Write a contiguous tensor on the CPU; where its first byte lies."""
@@ -101,8 +147,12 @@ class _Spill(HeldFile):
         while done < len(data):
             done += os.pwrite(self._stream.fileno(), data[done : done + 2**26], start + done)
         self._end += len(data)
-        self._state = self._now()
         return start
+
+    def seal(self) -> None:
+        """Nothing more is written."""
+        self._state = self._now()
+        self._direct = _past_the_page_cache(self._stream)
 
 
 @dataclass(frozen=True)
@@ -138,6 +188,7 @@ def spilled(tensors: dict[str, Tensor]) -> dict[str, Sources]:
     for name, tensor in tensors.items():
         start, size = file.append(tensor), tensor[0].nbytes
         found[name] = [[Extent(file, start + e * size, size)] for e in range(tensor.shape[0])]
+    file.seal()
     return found
 
 
