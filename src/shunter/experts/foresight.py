@@ -32,10 +32,15 @@ class Foresight:
     Args:
         routers: by layer, in the order in which they run, the matrix (E, d) of its router and its bias (E,) or None;
             None where choices are no linear map of hidden states. They are copied.
+
+    Attributes:
+        made, right: by layers ahead (the first counts nothing), experts that were foreseen and not in memory, and those
+            of them that were chosen.
     """
 
     def __init__(self, routers: Sequence[tuple[Tensor, Tensor | None] | None]) -> None:
-        self._right, self._made = [1.0] * (LAYERS + 1), [2.0] * (LAYERS + 1)
+        self.made, self.right = [0] * (LAYERS + 1), [0] * (LAYERS + 1)
+        self._recently_made, self._recently_right = [2.0] * (LAYERS + 1), [1.0] * (LAYERS + 1)
         # By layer the distance to the first layer foreseen, how many are, their matrices and biases in one.
         self._next: list[tuple[int, int, Tensor, Tensor | None] | None] = []
         with torch.no_grad(), torch.inference_mode(False):
@@ -80,12 +85,14 @@ class Foresight:
 
     def judge(self, distance: int, right: bool) -> None:
         """Count an expert that was foreseen so many layers ahead, and then chosen or not."""
-        self._right[distance] = MEMORY * self._right[distance] + right
-        self._made[distance] = MEMORY * self._made[distance] + 1
+        self.made[distance] += 1
+        self.right[distance] += right
+        self._recently_made[distance] = MEMORY * self._recently_made[distance] + 1
+        self._recently_right[distance] = MEMORY * self._recently_right[distance] + right
 
     def share_right(self, distance: int) -> float:
-        """The share of experts, not in memory and foreseen so many layers ahead, that were chosen; 1/2 at first."""
-        return self._right[distance] / self._made[distance]
+        """Of late the share of experts, not in memory when foreseen so far ahead, that were chosen; 1/2 at first."""
+        return self._recently_right[distance] / self._recently_made[distance]
 
     def trusted(self, distance: int) -> bool:
         """Whether it is worth reading what is foreseen so many layers ahead."""

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -353,11 +354,13 @@ class Residency:
             many tokens chose it.
         ahead: of both, those whose reading had begun in foresight.
         read_bytes: from files, in all.
+        waited_seconds: that forwards spent waiting for experts on their way, and reading them themselves meanwhile.
     """
 
     def __init__(self, memory: int, foresight: Foresight | None = None) -> None:
         self.memory, self.foresight = memory, foresight
         self.hits = self.misses = self.ahead = self.read_bytes = 0
+        self.waited_seconds = 0.0
         self._layers: list[Stacks] = []
         self._resident: OrderedDict[Key, int] = OrderedDict()  # bytes, the least recently used first
         self._arriving: dict[Key, _Arrival] = {}
@@ -399,7 +402,9 @@ class Residency:
             waited = self._ask(layer, experts)
             if self.foresight is not None and x is not None:
                 self._look_ahead(layer, self.foresight, x, top_k)
+            start = time.perf_counter()
             self._wait_for(waited)
+            self.waited_seconds += time.perf_counter() - start
             yield
 
     def _ask(self, layer: int, experts: list[int]) -> list[_Arrival]:
