@@ -97,7 +97,9 @@ def test_text_and_images(tmp_path):
     with sentences() as said:
         [domain] = read_domains([text])
     assert (
-        domain.documents == ["one", "two"] and domain.name == "text" and said == [f"{text}: left out the split test."]
+        list(domain.documents) == ["one", "two"]
+        and domain.name == "text"
+        and said == [f"{text}: left out the split test."]
     )
     pixels = [np.random.default_rng([SEED, i]).integers(0, 256, (4, 4), dtype=np.uint8) for i in range(4)]
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})

@@ -2,16 +2,22 @@
 
 import json
 import random
+import re
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shunter.data import documents, spooled, windows
 from shunter.data.documents import built_in_domains, read_domains
-from shunter.data.windows import _split, predicted_bytes, prepare, train_tokenizer
+from shunter.data.windows import _split, predicted_bytes, prepare, sample, train_tokenizer
 from shunter.errors import UserError
 from shunter.recipes.text import RECIPE
+from tests.campaigns.processes import in_child
+from tests.conftest import SEED
 
 
 def test_built_in_text_has_three_licensed_domains():
@@ -53,9 +59,9 @@ def test_every_window_of_a_domain_is_seen_before_any_again(small):
 
 def test_held_out_documents_are_not_trained_on(corpus):
     for domain in read_domains([str(corpus)], 10**6):
-        train, held_out = _split(domain, 0.2)
+        train, held_out = (part.documents for part in _split(domain, 0.2))
         assert held_out and train
-        assert sorted(train + held_out) == sorted(domain.documents)
+        assert sorted([*train, *held_out]) == sorted(domain.documents)
 
 
 @settings(max_examples=60, deadline=None)
@@ -179,3 +185,111 @@ def test_languages_stay_with_their_documents(tmp_path):
     file.write_text('{"text": "a", "language": 3}\n')
     with pytest.raises(UserError, match="record 1: 'language' must be a name, not 3"):
         read_domains([str(file)], 1000)
+
+
+NOTE = r"The tokenizer was trained on (\d+) of the (\d+) bytes evenly spread\."
+
+
+def _words(draw, size):
+    """Text of so many characters and some more, of words that hardly come twice, in several scripts."""
+    letters, parts, have = "abcdefghijklmnopqrstuvwxyzäß語文字0123456789_'", [], 0
+    while have < size:
+        word = "".join(draw.choices(letters, k=draw.randint(1, 12))) + draw.choice(
+            [" ", "  ", ", ", ".\n", "。", " \n\n "]
+        )
+        parts.append(word)
+        have += len(word)
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_text_in_files_and_in_pieces_gives_the_tokens_of_whole_documents(kind, tmp_path, monkeypatch):
+    draw = random.Random(SEED)
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps({"text": _words(draw, draw.choice([20, 3000]))}) + "\n" for _ in range(30)))
+
+    def read():
+        found = prepare([str(file)], sequence_length=16, num_windows=9, tokenizer=kind, vocab_size=400)
+        return found, found.train.domains[0], [(row["input_ids"].tolist(), row["labels"].dtype) for row in found.train]
+
+    whole = read()
+    for module, name, size in ((spooled, "IN_MEMORY", 500), (windows, "PIECE", 256)):
+        monkeypatch.setattr(module, name, size)
+    found, rows, items = read()
+    assert (found.fingerprint, items) == (whole[0].fingerprint, whole[2])
+    assert rows.base is not None and np.array_equal(rows, whole[1])
+    [domain] = read_domains([str(file)])
+    for part, cut in zip(_split(domain, 0.05), (rows, found.eval[0].input_ids.numpy()), strict=True):
+        encode = found.tokenizer.backend_tokenizer.encode
+        ids = [i for text in part.documents for i in (*encode(text).ids, found.tokenizer.eos_token_id)]
+        assert cut.ravel().tolist() == ids[: cut.size] and len(cut) in (len(ids) // 16, 48)
+    assert found.notes == []
+
+
+def test_a_tokenizer_is_trained_on_all_of_a_text_or_on_an_even_part(monkeypatch, tmp_path):
+    draw = random.Random(SEED)
+    texts = [chr(ord("a") + i) * draw.randint(1, 4000) for i in range(26) for _ in range(40)]
+    total = sum(map(len, texts))
+    assert sample(texts) == texts
+    monkeypatch.setattr(windows, "TRAINED_ON", most := total // 4)
+    part = sample(texts)
+    assert part == sample(texts) and abs(sum(map(len, part)) - most) <= most // 256
+    whole, given = "".join(texts), "".join(part)
+    for letter in set(whole):  # each stretch of the text gives its share
+        assert abs(given.count(letter) - whole.count(letter) / 4) <= 2 * most // 256
+    file = tmp_path / "some.txt"
+    file.write_text(_words(draw, 3000))
+    monkeypatch.setattr(windows, "TRAINED_ON", 10**9)
+    monkeypatch.setattr(windows, "WORDS", 700)
+    [_, note] = prepare([str(file)], sequence_length=16, num_windows=4, vocab_size=300).describe()["notes"]
+    read, whole = map(int, re.fullmatch(NOTE, note.replace(",", "")).groups())
+    assert whole / 16 < read < whole / 2 + 100
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_long_file_is_several_documents_which_miss_nothing(encoding, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "CHUNK", 51)
+    text = _words(random.Random(SEED), 700)
+    file = tmp_path / "a.txt"
+    file.write_bytes(text.encode(encoding))
+    [domain] = read_domains([str(file)], 10**5)
+    assert len(domain.documents) == -(-len(text.encode(encoding)) // 51) and "".join(domain.documents) == text
+    [cut] = read_domains([str(file)], 500)
+    assert text.startswith("".join(cut.documents))
+    assert sum(len(part.encode()) for part in cut.documents) in range(498, 501)
+
+
+def test_what_is_no_text_behind_the_first_part_of_a_file_is_found_at_its_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "CHUNK", 50)
+    (tmp_path / "a.txt").write_bytes("語".encode() * 40 + b"\xff" + b"a" * 100)
+    with pytest.raises(UserError, match=r"a.txt: not UTF-8 text \(byte 120\)"):
+        read_domains([str(tmp_path / "a.txt")], 10**5)
+    (tmp_path / "b.txt").write_bytes("語".encode()[:-1])
+    with pytest.raises(UserError, match=r"b.txt: not UTF-8 text \(byte 0\)"):
+        read_domains([str(tmp_path / "b.txt")], 10**5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read in /proc")
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_memory_does_not_grow_with_the_text(kind, tmp_path, monkeypatch):
+    """Two MB in one document take as little memory as a part of it does: whole, their tokens took 400 MB and more."""
+    limits = ((spooled, "IN_MEMORY", 2**16), (windows, "PIECE", 2**14), (windows, "TRAINED_ON", 2**16))
+    for module, name, size in (*limits, (documents, "CHUNK", 2**21)):
+        monkeypatch.setattr(module, name, size)
+    (tmp_path / "a.txt").write_text(_words(random.Random(SEED), 1_500_000))
+
+    def peak(field):
+        return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+    def work():
+        prepare([str(tmp_path / "a.txt")], sequence_length=16, num_windows=4, tokenizer=kind, max_bytes=10_000)
+        with open("/proc/self/clear_refs", "w") as stream:
+            stream.write("5")  # the peak begins anew
+        before = peak("VmRSS")
+        prepare([str(tmp_path / "a.txt")], sequence_length=16, num_windows=4, tokenizer=kind)
+        print(peak("VmHWM") - before)
+        return 0
+
+    ended = in_child(work)
+    assert ended.code == 0, ended
+    assert int(ended.said.split()[-1]) < 64, "MB"

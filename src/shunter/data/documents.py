@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file, parse_json
 from .files import LeftOut, files_in, say_left_out
 from .hub import is_dataset, training_split
+from .spooled import Texts, spool
 
 __all__ = ["Domain", "built_in_domains", "read_domains"]
 
@@ -35,6 +36,8 @@ TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html", ".text"}
 SUFFIXES = TEXT_SUFFIXES | {".json", ".jsonl", ".ndjson", ".parquet"}
 
 MAX_LINE = 2**26  # bytes of a record
+
+CHUNK = 2**23  # bytes of a text file that are one document
 
 MAX_DOMAINS = 1000
 
@@ -117,19 +120,16 @@ def _package_folder(package: str, folder: str) -> Path:
         raise UserError(f"the built-in text needs the package {package}: pip install 'shunter[train]'") from None
 
 
-Found = dict[str, "_Texts"]
-"""The texts that were read, by domain."""
-
-
 class _Texts:
     """Texts of a domain with the language of each, as many as fit into its bytes.
 
     Args:
         max_bytes: in UTF-8; the text that passes it is cut, and what comes then is not kept; `cut` says whether any is.
+        file: which holds the texts.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.documents: list[str] = []
+    def __init__(self, max_bytes: int, file: IO[bytes]) -> None:
+        self.documents = Texts(file)
         self.languages: list[str | None] = []
         self.left = max_bytes
         self.cut = False
@@ -145,6 +145,18 @@ class _Texts:
         self.left -= len(text.encode())
 
 
+class _Found(dict[str, _Texts]):
+    """The texts that were read, by domain; one that is new has none."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__()
+        self.max_bytes, self._file = max_bytes, spool()
+
+    def __missing__(self, name: str) -> _Texts:
+        self[name] = texts = _Texts(self.max_bytes, self._file)
+        return texts
+
+
 def read_domains(sources: Sequence[str], max_bytes: int = MAX_BYTES) -> list[Domain]:
     """A user's own text.
 
@@ -154,24 +166,28 @@ def read_domains(sources: Sequence[str], max_bytes: int = MAX_BYTES) -> list[Dom
             `datasets` library, or folders that its `save_to_disk` wrote (the split "train", column `text`). What a
             folder holds besides is left out, and a warning names it. Text is in UTF-8, or in UTF-16 with a byte order
             mark.
-        max_bytes: of each domain; of a file of plain text no more is read.
+        max_bytes: of each domain; of a file of plain text no more is read. A longer file than `CHUNK` bytes is several
+            documents.
+
+    Returns:
+        The domains by name; their documents are in memory or, where they are many, in a temporary file.
 
     Raises:
         UserError: naming the file and the record.
     """
-    found: Found = {}
+    found = _Found(max_bytes)
     for source in sources:
         path = Path(source)
         if path.is_dir() and is_dataset(source):
-            _read_dataset(source, found, max_bytes)
+            _read_dataset(source, found)
         elif path.is_dir():
-            _read_folder(path, found, max_bytes)
+            _read_folder(path, found)
         elif path.exists() or path.is_symlink():
-            _read_file(path, escaped(_name_of(path)), found, max_bytes)
+            _read_file(path, escaped(_name_of(path)), found)
         elif path.is_absolute() or _kind(path) or source.startswith("."):
             raise UserError(f"{source}: no such file or folder")
         else:
-            _read_dataset(source, found, max_bytes)
+            _read_dataset(source, found)
     source = ", ".join(sources)
     if cut := [name for name, texts in sorted(found.items()) if texts.cut]:
         warnings.warn(
@@ -203,7 +219,7 @@ def _name_of(file: Path) -> str:
     return Path(file.stem).stem if packed and _kind(file) else file.stem
 
 
-def _read_folder(folder: Path, found: Found, max_bytes: int) -> None:
+def _read_folder(folder: Path, found: _Found) -> None:
     files, left_out = files_in(folder, lambda file: bool(_kind(file)))
     if not files:
         raise UserError(f"{folder}: no file in this folder ends in {', '.join(sorted(SUFFIXES))}")
@@ -211,7 +227,7 @@ def _read_folder(folder: Path, found: Found, max_bytes: int) -> None:
         parts = file.relative_to(folder).parts
         domain = escaped(parts[0] if len(parts) > 1 else folder.resolve().name)
         try:
-            _read_file(file, domain, found, max_bytes)
+            _read_file(file, domain, found)
         except UserError:
             if _kind(file) != ".json":
                 raise
@@ -221,7 +237,7 @@ def _read_folder(folder: Path, found: Found, max_bytes: int) -> None:
     )
 
 
-def _read_file(file: Path, domain: str, found: Found, max_bytes: int) -> None:
+def _read_file(file: Path, domain: str, found: _Found) -> None:
     kind = _kind(file)
     try:
         if kind == ".parquet":
@@ -231,8 +247,10 @@ def _read_file(file: Path, domain: str, found: Found, max_bytes: int) -> None:
         elif kind == ".json":
             records = _json_records(file)
         else:
-            records = [{"text": _plain_text(file, max_bytes)}]
-        _collect(records, str(file), domain, found, max_bytes)
+            parts = _plain_text(file, found.max_bytes)
+            more = itertools.takewhile(lambda _: not found[domain].cut, parts)
+            records = ({"text": text} for text in itertools.chain([next(parts)], more))
+        _collect(records, str(file), domain, found)
     except UserError:
         raise
     except UnicodeDecodeError as error:
@@ -250,13 +268,23 @@ def _open(file: Path) -> BinaryIO:
     return stream if unpack is None else unpack(stream)
 
 
-def _plain_text(file: Path, max_bytes: int) -> str:
-    """The beginning of a text, as far as it can fill max_bytes of UTF-8."""
+def _plain_text(file: Path, max_bytes: int) -> Iterator[str]:
+    """The beginning of a text, as far as it can fill max_bytes of UTF-8, in parts of `CHUNK` bytes."""
+    left = 2 * max_bytes + 4  # in UTF-16 it takes up to twice as many
     with _open(file) as stream:
-        raw = stream.read(2 * max_bytes + 4)  # in UTF-16 it takes up to twice as many
-    encoding = _encoding(raw)
-    decoder = codecs.getincrementaldecoder(encoding)()
-    return decoder.decode(raw, final=len(raw) < 2 * max_bytes + 4)
+        raw = stream.read(min(left, CHUNK))
+        decoder, at = codecs.getincrementaldecoder(_encoding(raw))(), 0
+        while True:
+            left -= len(raw)
+            more = stream.read(min(left, CHUNK))
+            try:
+                yield decoder.decode(raw, final=not more and left > 0)
+            except UnicodeDecodeError as error:
+                start = at + error.start - (len(error.object) - len(raw))  # what is left of the part before comes first
+                raise UserError(f"{file}: not UTF-8 text (byte {start})") from None
+            if not more:
+                return
+            at, raw = at + len(raw), more
 
 
 def _encoding(raw: bytes) -> str:
@@ -314,11 +342,11 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _read_dataset(name: str, found: Found, max_bytes: int) -> None:
-    _collect(training_split(name), name, escaped(Path(name).name), found, max_bytes)
+def _read_dataset(name: str, found: _Found) -> None:
+    _collect(training_split(name), name, escaped(Path(name).name), found)
 
 
-def _collect(records: Iterable[Any], source: str, domain: str, found: Found, max_bytes: int) -> None:
+def _collect(records: Iterable[Any], source: str, domain: str, found: _Found) -> None:
     empty: list[int] = []
     for number, record in enumerate(records, 1):
         text = record.get("text") if isinstance(record, dict) else None
@@ -334,7 +362,7 @@ def _collect(records: Iterable[Any], source: str, domain: str, found: Found, max
             empty.append(number)
         else:
             try:
-                found.setdefault(label, _Texts(max_bytes)).add(text, language)
+                found[label].add(text, language)
             except UnicodeEncodeError:
                 raise UserError(
                     f"{source}, record {number}: holds a lone surrogate, which UTF-8 cannot encode"
@@ -357,7 +385,7 @@ def _is_name(label: Any) -> bool:
 
 
 def _capped(domain: Domain, max_bytes: int) -> Domain:
-    texts = _Texts(max_bytes)
+    texts = _Texts(max_bytes, spool())
     for i, document in enumerate(domain.documents):
         texts.add(document, domain.languages[i] if domain.languages else None)
         if texts.left <= 0:

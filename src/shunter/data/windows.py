@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -18,10 +20,21 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
 from .documents import MAX_BYTES, Domain, built_in_domains, read_domains
+from .spooled import Rows
 
-__all__ = ["EvalDomain", "TextData", "predicted_bytes", "prepare", "train_tokenizer"]
+__all__ = ["TRAINED_ON", "WORDS", "EvalDomain", "TextData", "predicted_bytes", "prepare", "sample", "train_tokenizer"]
 
 END = "<|end|>"
+
+TRAINED_ON = 2**24
+"""The bytes of text that a tokenizer is trained on; of more text it is an evenly spread part."""
+
+WORDS = 2**21
+"""The bytes that the different words in this part have: training takes a hundred times as much memory."""
+
+PIECE = 2**18  # characters that are encoded at a time
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class TextData:
         kind: of the tokenizer.
         languages: the names of the languages, in the order of their labels; the last is "unknown" where some document's
             is. Empty where none is known.
+        notes: on how they were made, sentences for people.
     """
 
     train: Dataset[dict[str, Tensor]]
@@ -66,6 +80,7 @@ class TextData:
     fingerprint: str
     kind: str = field(default="bpe")
     languages: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def label_counts(self) -> dict[str, int]:
@@ -85,7 +100,7 @@ class TextData:
             "vocab_size": len(self.tokenizer),
             "tokenizer": self.kind,
             "languages": self.languages,
-            "notes": [f"Tokens: {self.kind}, {len(self.tokenizer)} of them."],
+            "notes": [f"Tokens: {self.kind}, {len(self.tokenizer)} of them.", *self.notes],
         }
 
 
@@ -95,7 +110,7 @@ class _Windows(Dataset[dict[str, Tensor]]):
     Its domain, and its tokens' languages where some are known, come with it.
     """
 
-    def __init__(self, domains: list[Tensor], languages: list[Tensor], length: int, seed: int) -> None:
+    def __init__(self, domains: list[np.ndarray], languages: list[np.ndarray], length: int, seed: int) -> None:
         self.domains, self.languages, self.length = domains, languages, length
         generator = torch.Generator().manual_seed(seed)
         rounds = -(-length // len(domains))
@@ -111,10 +126,14 @@ class _Windows(Dataset[dict[str, Tensor]]):
         if not 0 <= i < self.length:
             raise IndexError(i)
         turn, which = divmod(i, len(self.domains))
-        row = self.orders[which][turn]
-        ids = self.domains[which][row]
+        row = int(self.orders[which][turn])
+        ids = _tensor(self.domains[which][row])
         item = {"input_ids": ids, "labels": ids, "domain": torch.tensor(which)}
-        return item | ({"language": self.languages[which][row]} if self.languages else {})
+        return item | ({"language": _tensor(self.languages[which][row])} if self.languages else {})
+
+
+def _tensor(numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.int64))
 
 
 def prepare(
@@ -156,71 +175,107 @@ def prepare(
         if missing := [name for name in only if name not in {domain.name for domain in domains}]:
             raise UserError(f"the text has no domain {missing[0]!r}; it has {', '.join(d.name for d in domains)}")
         domains = [domain for domain in domains if domain.name in only]
-    splits = {domain.name: _split(domain, eval_share) for domain in domains}
-    kind = "bpe" if isinstance(tokenizer, PreTrainedTokenizerFast) else tokenizer
+    splits = [_split(domain, eval_share) for domain in domains]
+    sizes = [[sum(len(text.encode()) for text in part.documents) for part in split] for split in splits]
+    kind, notes = "bpe" if isinstance(tokenizer, PreTrainedTokenizerFast) else tokenizer, []
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        texts = (document for train, _ in splits.values() for document in train)
+        texts = sample(_Chain([train.documents for train, _ in splits])) if tokenizer == "bpe" else []
+        read, total = sum(len(text.encode()) for text in texts), sum(train for train, _ in sizes)
+        if tokenizer == "bpe" and read < total:
+            notes.append(f"The tokenizer was trained on {read:,} of the {total:,} bytes, evenly spread.")
         tokenizer = train_tokenizer(texts, vocab_size if tokenizer == "bpe" else None, special)
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    length = sequence_length
     known = sorted({language for domain in domains for language in domain.languages if language is not None})
-    spoken = {domain.name: _languages(domain, eval_share) for domain in domains}
-    unknown = any(None in part for parts in spoken.values() for part in parts)
+    unknown = any(not domain.languages or None in domain.languages for domain in domains)
     names = [*known, *(["unknown"] if unknown else [])] if known else []
-    train_windows, train_languages, held_out, records = [], list[Tensor](), [], []
+    numbers = {name: names.index(name or "unknown") if names else 0 for name in [*known, *([None] if unknown else [])]}
+    largest = max(tokenizer.get_vocab().values())
+    rows, spoken = Rows(sequence_length, largest), Rows(sequence_length, len(names))
+    ends, held_out, records = [0], [], []
     needed = -(-num_windows // len(domains))
-    for place, domain in enumerate(domains):
-        parts = []
-        for documents, languages in zip(splits[domain.name], spoken[domain.name], strict=True):
-            numbers = [names.index(language or "unknown") for language in languages] if names else [0] * len(documents)
-            parts.append(_window(documents, numbers, tokenizer, length, domain.name))
-        (train, train_language), (evaluation, eval_language) = parts[0], [part[:eval_windows] for part in parts[1]]
-        for part in (train, evaluation):
-            digest.update(np.ascontiguousarray(part.numpy()).tobytes())
-        train_windows.append(train)
-        if names:
-            train_languages.append(train_language)
-        labels = {"domain": torch.full((len(evaluation),), place)} | ({"language": eval_language} if names else {})
-        held_out.append(EvalDomain(domain.name, evaluation, predicted_bytes(evaluation[:, 1:], tokenizer), labels))
-        sizes = [sum(len(document.encode()) for document in documents) for documents in splits[domain.name]]
+    for place, (domain, split) in enumerate(zip(domains, splits, strict=True)):
+        train, evaluation = (_windows(part, numbers, tokenizer, sequence_length, domain.name) for part in split)
+        for ids, languages in train:
+            digest.update(np.ascontiguousarray(ids).tobytes())
+            rows.add(ids)
+            if names:
+                spoken.add(languages)
+        ends.append(len(rows))
+        kept, eval_languages = _first(evaluation, eval_windows)
+        digest.update(kept.numpy().tobytes())
+        labels = {"domain": torch.full((len(kept),), place)} | ({"language": eval_languages} if names else {})
+        held_out.append(EvalDomain(domain.name, kept, predicted_bytes(kept[:, 1:], tokenizer), labels))
+        count = ends[-1] - ends[-2]
         records.append(
             {
                 "name": domain.name,
                 "license": domain.license,
                 "source": domain.source,
-                "train_bytes": sizes[0],
-                "eval_bytes": sizes[1],
-                "train_tokens": train.numel(),
-                "eval_tokens": evaluation.numel(),
-                "passes": round(needed / len(train), 2),
+                "train_bytes": sizes[place][0],
+                "eval_bytes": sizes[place][1],
+                "train_tokens": count * sequence_length,
+                "eval_tokens": kept.numel(),
+                "passes": round(needed / count, 2),
             }
         )
-    windows = _Windows(train_windows, train_languages, num_windows, seed)
-    return TextData(windows, held_out, tokenizer, records, digest.hexdigest(), kind, names)
+    train_rows, train_languages = (np.split(part.read(), ends[1:-1]) if len(part) else [] for part in (rows, spoken))
+    windows = _Windows(train_rows, train_languages, num_windows, seed)
+    return TextData(windows, held_out, tokenizer, records, digest.hexdigest(), kind, names, notes)
 
 
-def _split(domain: Domain, share: float) -> tuple[list[str], list[str]]:
+class _Chosen(Sequence[T]):
+    """Some of a sequence, by their places, in that order."""
+
+    def __init__(self, items: Sequence[T], places: Sequence[int]) -> None:
+        self._items, self._places = items, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, i: int) -> T: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[T]: ...
+    def __getitem__(self, i: int | slice) -> T | Sequence[T]:
+        return _Chosen(self._items, self._places[i]) if isinstance(i, slice) else self._items[self._places[i]]
+
+
+class _Chain(Iterable[T]):
+    """The items of several sequences, one sequence after the other, as often as they are asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[T]]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[T]:
+        return (item for part in self._parts for item in part)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Documents of a domain, and the language of each; none where none is known."""
+
+    documents: Sequence[str]
+    languages: Sequence[str | None]
+
+
+def _split(domain: Domain, share: float) -> tuple[_Part, _Part]:
     """Whole documents to train on and held out, chosen by a fixed shuffle; a single document is cut in two."""
-    documents = list(domain.documents)
+    documents, languages = domain.documents, domain.languages
     if len(documents) == 1:
-        cut = int(len(documents[0]) * (1 - share))
-        return [documents[0][:cut]], [documents[0][cut:]]
-    random.Random(0).shuffle(documents)
-    total = sum(map(len, documents))
-    held_out: list[str] = []
-    while documents and sum(map(len, held_out)) < share * total and len(documents) > 1:
-        held_out.append(documents.pop())
-    return documents, held_out
-
-
-def _languages(domain: Domain, share: float) -> tuple[list[str | None], list[str | None]]:
-    """The languages of the documents that `_split` trains on and holds out, in its order."""
-    languages = list(domain.languages) or [None] * len(domain.documents)
-    train, held_out = _split(domain, share)
-    if len(domain.documents) == 1:
-        return languages, languages
-    random.Random(0).shuffle(languages)
-    return languages[: len(train)], languages[: len(train) - 1 : -1][: len(held_out)]
+        text = documents[0]
+        cut = int(len(text) * (1 - share))
+        return _Part([text[:cut]], languages), _Part([text[cut:]], languages)
+    order = array("Q", range(len(documents)))
+    random.Random(0).shuffle(order)  # type: ignore[arg-type]  # an array is as mutable as a list
+    total, size, kept = sum(map(len, documents)), 0, len(order)
+    while kept > 1 and size < share * total:
+        kept -= 1
+        size += len(documents[order[kept]])
+    places = order[:kept], order[kept:][::-1]
+    train, held_out = (
+        _Part(_Chosen(documents, part), _Chosen(languages, part) if languages else ()) for part in places
+    )
+    return train, held_out
 
 
 def train_tokenizer(
@@ -229,7 +284,7 @@ def train_tokenizer(
     """Byte-level BPE of so many tokens, trained on texts; None has no merges: a token is a byte.
 
     Args:
-        texts: in any order.
+        texts: in any order; memory grows with their different words: see `sample`.
         vocab_size: with the special tokens.
         special: tokens that no text has, by what they are ("mask_token", "pad_token"); other names are theirs alone.
     """
@@ -257,25 +312,118 @@ def train_tokenizer(
     )
 
 
-def _window(
-    documents: Sequence[str], languages: Sequence[int], tokenizer: PreTrainedTokenizerFast, length: int, domain: str
-) -> tuple[Tensor, Tensor]:
-    """The documents as windows (n, length), an end token after each document; the last short piece is left out.
+def sample(texts: Iterable[str]) -> list[str]:
+    """What a tokenizer is trained on: all of some texts or, beyond `TRAINED_ON` and `WORDS`, an evenly spread part.
 
-    And the language of each token (n, length), by the numbers of the documents' languages.
+    Args:
+        texts: can be gone through several times.
     """
-    end = tokenizer.eos_token_id
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
-    ids = [i for document in encoded for i in (*document.ids, end)]
-    spoken = [number for document, number in zip(encoded, languages, strict=True) for _ in range(len(document.ids) + 1)]
-    count = len(ids) // length
-    if count == 0:
+    total = sum(len(text.encode()) for text in texts)
+    most = TRAINED_ON
+    while True:
+        found = list(texts if total <= most else _spread(texts, total, most))
+        if _few_words(found):
+            return found
+        most = min(most, total) // 2
+
+
+def _spread(texts: Iterable[str], total: int, most: int) -> Iterator[str]:
+    """Pieces of texts of `total` bytes, of about `most` bytes together, evenly spread over all."""
+    due = 0.0  # bytes: how far what was given lags behind its share
+    for text in texts:
+        for piece in _pieces(text, max(most // 256, 1)):
+            size = len(piece.encode())
+            due += size * most / total
+            if due > 0:
+                due -= size
+                yield piece
+
+
+def _few_words(texts: Iterable[str]) -> bool:
+    words, size = set[str](), 0
+    for text in texts:
+        new = set(re.findall(r"\w+|[^\w\s]+", text)) - words
+        size += sum(len(word.encode()) for word in new)
+        if size > WORDS:
+            return False
+        words |= new
+    return True
+
+
+_WORD_END = re.compile(r"[^\W_](?=[\s.,;:!?、。，])")
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """A text in pieces of at most so many characters, cut behind words, where a byte-level BPE cuts it, too.
+
+    What has no word's end in the second half of a piece is cut anywhere.
+    """
+    at = 0
+    while len(text) - at > size:
+        ends = [match.end() for match in _WORD_END.finditer(text, at + size // 2, at + size)]
+        cut = ends[-1] if ends else at + size
+        yield text[at:cut]
+        at = cut
+    yield text[at:]
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[tuple[int, str, bool]]]:
+    """Documents as pieces, about `PIECE` characters at a time: whose it is, the piece, whether it is the last one."""
+    batch, size = list[tuple[int, str, bool]](), 0
+    for place, document in enumerate(documents):
+        at = 0
+        for piece in _pieces(document, PIECE):
+            at += len(piece)
+            size += len(piece)
+            batch.append((place, piece, at == len(document)))
+            if size >= PIECE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _windows(
+    part: _Part, numbers: Mapping[str | None, int], tokenizer: PreTrainedTokenizerFast, length: int, domain: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The documents as windows (k, length) int64, an end token after each document; the last short piece is left out.
+
+    And the language of each token (k, length), by its number.
+    """
+    end, total = [tokenizer.eos_token_id], 0
+    rest = np.zeros((2, 0), np.int64)
+    for batch in _batches(part.documents):
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(
+            [text for _, text, _ in batch], add_special_tokens=False
+        )
+        parts = [rest]
+        for (place, _, last), one in zip(batch, encoded, strict=True):
+            ids = np.array(one.ids + end * last, np.int64)
+            language = numbers[part.languages[place] if part.languages else None]
+            parts.append(np.stack([ids, np.full_like(ids, language)]))
+        found = np.concatenate(parts, 1)
+        total += found.shape[1] - rest.shape[1]
+        whole = found.shape[1] // length * length
+        rest = found[:, whole:]
+        if whole:
+            ids, languages = found[:, :whole].reshape(2, -1, length)
+            yield ids, languages
+    if total < length:
         raise UserError(
-            f"domain {domain!r} is too small: a split of it has {len(ids)} tokens, and a window takes {length}; "
+            f"domain {domain!r} is too small: a split of it has {total} tokens, and a window takes {length}; "
             "give more text or a shorter data.sequence_length"
         )
-    rows, numbers = (torch.tensor(part[: count * length], dtype=torch.int64) for part in (ids, spoken))
-    return rows.reshape(count, length), numbers.reshape(count, length)
+
+
+def _first(windows: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> list[Tensor]:
+    """The first windows and their languages, each (count, length) int64 or as many as there are."""
+    found, have = list[tuple[np.ndarray, np.ndarray]](), 0
+    for some in windows:
+        found.append(some)
+        have += len(some[0])
+        if have >= count:
+            break
+    return [torch.from_numpy(np.concatenate(parts)[:count].copy()) for parts in zip(*found, strict=True)]
 
 
 def predicted_bytes(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -28,7 +28,7 @@ from ..analysis.pages.inspect_figures import patch_sheet
 from ..analysis.runs import Words
 from ..data.images import PATCH_IDS, Normalisation, moved, patch_ids, pixels_of, square_processor
 from ..data.pairs import BUILT_IN_HELD_OUT, PairSplit, built_in_pairs, read_pairs, split_pairs
-from ..data.windows import train_tokenizer
+from ..data.windows import sample, train_tokenizer
 from ..hf import sparsify
 from ..hf.contrastive import IMAGE, TEXT, ContrastiveConfig, ContrastiveModel
 from ..moe import moe_layers, tell
@@ -337,7 +337,7 @@ class MultimodalRecipe(Recipe[MultimodalConfig, PairData]):
             styles = [BUILT_IN_HELD_OUT] if d.source is None else []
         found = split_pairs(pairs, share=d.eval_share, styles=styles, most=d.train_pairs, most_held_out=d.eval_pairs)
         texts = [" " + caption for i in found.train for caption in pairs.captions[i]]
-        tokenizer = train_tokenizer(texts, d.vocab_size)
+        tokenizer = train_tokenizer(sample(texts), d.vocab_size)
         return PairData(found, config, config.training.steps * self.items_per_step(config), tokenizer)
 
     def build(self, config: MultimodalConfig, data: PairData, sparse: bool) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import Words
 from ..data.aligned import LANGUAGES, Pair, built_in_pairs, read_pairs, split_pairs
 from ..data.corruption import PAD
-from ..data.windows import train_tokenizer
+from ..data.windows import sample, train_tokenizer
 from ..errors import UserError
 from ..hf import sparsify
 from ..hf.checkpoints.folders import load_tokenizer
@@ -323,8 +323,8 @@ class TranslationRecipe(Recipe[TranslationConfig, TranslationData]):
         split = split_pairs(aligned, d.eval_share)
         notes = list(aligned.notes)
         special = {"pad_token": PAD} | {_mark(language): _mark(language) for language in split}
-        texts = (text for train, _ in split.values() for pair in train for text in pair)
-        tokenizer = train_tokenizer(texts, d.vocab_size, special)
+        texts = [text for train, _ in split.values() for pair in train for text in pair]
+        tokenizer = train_tokenizer(sample(texts), d.vocab_size, special)
         kept: dict[str, list[tuple[Tensor, Tensor, list[Pair]]]] = {}
         for language, parts in split.items():
             cut = [_encoded(tokenizer, language, part, d.source_length, d.target_length) for part in parts]
