@@ -111,7 +111,7 @@ weights, a norm) runs as the module has it, under autograd, on the rows sorted b
 
 `shunter.hf.use_experts(model)` does the same to a model that is loaded, and runs Llama 4 too, which transformers leaves
 out: there it computes only the tokens that chose an expert, not every token by every expert.
-`tests/hf/test_whole_models.py` compares a whole tiny model around every class above, and around Llama 4's, with
+`tests/properties/test_whole_models.py` compares a whole tiny model around every class above, and around Llama 4's, with
 transformers' own loop: the output and every gradient, in float32 and in float64 (Inkling 2 cannot run in that), and the
 tokens that the families with a plain text configuration generate.
 
