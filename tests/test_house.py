@@ -122,6 +122,21 @@ def test_the_tree_is_as_drawn():
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{room} is drawn and not there"
 
 
+def test_tests_lie_where_what_they_test_lies():
+    """A folder of tests is one of the package, but for campaigns and properties of the whole; tests named exist."""
+    folders = {file.parent.relative_to(ROOT / "tests") for file in ROOT.glob("tests/**/test_*.py")}
+    assert {str(folder) for folder in folders if not (PACKAGE / folder).is_dir()} == {"campaigns", "properties"}
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("tools/*.py"),
+        *ROOT.glob("tests/campaigns/*.py"),
+    ]
+    for page in pages:
+        for name in re.findall(r"\btests/[\w/]+\.py\b", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{page} names {name}"
+
+
 @pytest.mark.parametrize(
     "files, fault",
     [
