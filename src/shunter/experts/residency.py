@@ -1,12 +1,13 @@
 """Experts larger than memory: stacks of E matrices of which a bounded number is in memory, and the files of the rest.
 
 A stack is an ordinary tensor (E, …) whose pages are there for some of its experts alone: one is read into its own place
-before it computes, and the pages of the least recently used are given back. So every backend runs as it is, on the same
-addresses and strides as on a whole stack, to the same bits. What is not in memory reads as zeros.
+before it computes, and the pages of the least recently used move there, or are given back. So every backend runs as it
+is, on the same addresses and strides as on a whole stack, to the same bits. What is not in memory reads as zeros.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
@@ -19,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +40,9 @@ PAGE = mmap.PAGESIZE
 READERS = 2  # a disk is faster with two reads waiting than with one
 
 BLOCK = 4096  # bytes: what a disk reads at least, and where reads past the page cache begin and end
+
+# Of the maps that a process may have (vm.max_map_count, 65530): experts whose pages move take one for each matrix.
+MAPS = 2**15
 
 PIECE = 2**20  # bytes of one read at most: what is waited for begins after no more than that of something else
 
@@ -222,8 +228,7 @@ class _Pages:
         size = self.lead + shape.numel() * dtype.itemsize
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self._map = mmap.mmap(-1, size, flags=flags)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page would bring neighbours along
-            self._map.madvise(mmap.MADV_NOHUGEPAGE)
+        self._without_huge_pages(0, len(self._map))
         self.tensor = torch.frombuffer(self._map, dtype=dtype, count=shape.numel(), offset=self.lead).view(shape)
         self.stride = shape[1:].numel() * dtype.itemsize
         self._users: Counter[int] = Counter()
@@ -257,10 +262,54 @@ class _Pages:
         if start < end:
             self._map.madvise(mmap.MADV_DONTNEED, start * PAGE, min(end * PAGE, len(self._map)) - start * PAGE)
 
+    def like(self, other: _Pages) -> bool:
+        """Whether an expert's pages here, which no neighbour shares, can be those of an expert of the other tensor."""
+        return not self.lead and not other.lead and self.stride == other.stride and not self.stride % PAGE
+
+    def move(self, e: int, other: _Pages, to: int) -> None:
+        """Give up the pages of expert e like `drop`, to one of the other tensor that is to be read."""
+        for page in self._edges(e):
+            self._users[page] -= 1
+        if not _moved(self._address(e), other._address(to), self.stride):
+            self._map.madvise(mmap.MADV_DONTNEED, e * self.stride, self.stride)
+            other._without_huge_pages(to * self.stride, self.stride)
+
+    def _without_huge_pages(self, start: int, size: int) -> None:
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page would bring neighbours along
+            self._map.madvise(mmap.MADV_NOHUGEPAGE, start, size)
+
+    def _address(self, e: int) -> int:
+        return self.tensor.data_ptr() + e * self.stride
+
     def _edges(self, e: int) -> tuple[int, ...]:
         start, end = self._of(e)
         first, last = start // PAGE, (end - 1) // PAGE
         return (first, last) if first != last else (first,)
+
+
+@cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mremap.argtypes, libc.mremap.restype = [address, size, size, number, address], address
+    libc.mmap.argtypes, libc.mmap.restype = [address, size, number, number, number, ctypes.c_long], address
+    return libc
+
+
+def _moved(start: int, target: int, size: int) -> bool:
+    """Whether pages are at the target now, and zeros where they were: new pages are zeroed first, which takes longer.
+
+    Raises:
+        MemoryError: where the system takes away what is at the target, and cannot put it back.
+    """
+    libc, fixed, failed = _libc(), 0x10, ctypes.c_void_p(-1).value
+    if libc.mremap(start, size, size, 1 | 2 | 4, target) != failed:  # MAYMOVE, FIXED, DONTUNMAP
+        return True
+    # It may have unmapped the target already.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0) | fixed
+    if libc.mmap(target, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == failed:
+        raise MemoryError(f"no address space for an offloaded expert: {os.strerror(ctypes.get_errno())}")
+    return False
 
 
 class Stacks:
@@ -320,6 +369,15 @@ class Stacks:
         for pages in self.pages.values():
             pages.drop(e)
 
+    def move(self, e: int, other: Stacks, to: int) -> None:
+        """Give the memory of expert e to another that is to be read, or back where they differ."""
+        for key, pages in self.pages.items():
+            theirs = other.pages.get(key)
+            if theirs is not None and pages.like(theirs):
+                pages.move(e, theirs, to)
+            else:
+                pages.drop(e)
+
 
 Key = tuple[int, int]
 """A layer and an expert of it."""
@@ -366,13 +424,14 @@ class Residency:
         self._arriving: dict[Key, _Arrival] = {}
         self._in_use: set[Key] = set()  # of the layer that computes
         self._foreseen: dict[int, dict[Key, list[int]]] = {}  # by layer what was not in memory, and how far ahead
-        self._used = self._now = 0
+        self._used = self._now = self._maps = 0
         self._one_forward, self._state = threading.RLock(), threading.Condition()
         self._readers = ThreadPoolExecutor(READERS, "shunter-experts")
 
     def add(self, stacks: Stacks) -> int:
         """A layer more, in the order in which they run; its number."""
         self._layers.append(stacks)
+        self._maps += stacks.num_experts * len(stacks.pages)
         return len(self._layers) - 1
 
     @property
@@ -437,16 +496,19 @@ class Residency:
             self._arriving[key].due = min(due, self._arriving[key].due)
             return True
         size = self._layers[key[0]].resident_bytes
-        while self._used + size > self.memory:
-            old = next((one for one in self._resident if one not in keep), None)
-            if old is not None:
-                del self._resident[old]
-            else:
-                old = next((one for one, to in self._arriving.items() if not to.begun and one not in keep), None)
-                if old is None:
-                    return False
-                del self._arriving[old]
-            self._drop(old)
+        leave: list[Key] = []
+        old = (one for one in self._resident if one not in keep)
+        unread = (one for one, to in self._arriving.items() if not to.begun and one not in keep)
+        candidates, free = chain(old, unread), self.memory - self._used
+        while free < size:
+            if (one := next(candidates, None)) is None:
+                return False
+            leave.append(one)
+            free += self._layers[one[0]].resident_bytes
+        for one in leave:
+            self._resident.pop(one, None)
+            self._arriving.pop(one, None)
+            self._drop(one, key)
         self._used += size
         self._layers[key[0]].take(key[1])
         arrival = self._arriving[key] = _Arrival(self._layers[key[0]].pieces(key[1])[::-1], due)
@@ -454,9 +516,13 @@ class Residency:
             self._readers.submit(self._read_piece)
         return True
 
-    def _drop(self, key: Key) -> None:
+    def _drop(self, key: Key, heir: Key | None = None) -> None:
+        """An expert leaves memory, to another that is about to be read in its place or back to the system."""
         self._used -= self._layers[key[0]].resident_bytes
-        self._layers[key[0]].drop(key[1])
+        if heir is None or self._maps > MAPS:
+            self._layers[key[0]].drop(key[1])
+        else:
+            self._layers[key[0]].move(key[1], self._layers[heir[0]], heir[1])
 
     def _read_piece(self, by: int | None = None) -> bool:
         """Read the piece of an expert that is due first, or due by then; whether there was one."""
