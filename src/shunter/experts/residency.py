@@ -90,15 +90,16 @@ class HeldFile:
             os.posix_fadvise(handle, start, len(target), os.POSIX_FADV_DONTNEED)
 
 
-class _Buffer(threading.local):
-    """Memory of each thread, in whole blocks, that a file system can fill without the page cache."""
+_of_thread = threading.local()
 
-    def __init__(self) -> None:
+
+def _buffer() -> memoryview:
+    """This thread's memory, in whole blocks, that a file system can fill without the page cache."""
+    if not hasattr(_of_thread, "buffer"):
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.memory = memoryview(mmap.mmap(-1, PIECE + 2 * BLOCK, flags=private))
-
-
-_buffer = _Buffer()
+        _of_thread.buffer = memoryview(mmap.mmap(-1, PIECE + 2 * BLOCK, flags=private))
+    found: memoryview = _of_thread.buffer
+    return found
 
 
 def _past_the_page_cache(stream: Any) -> bool:
@@ -114,7 +115,7 @@ def _past_the_page_cache(stream: Any) -> bool:
         flags = fcntl.fcntl(handle, fcntl.F_GETFL)
         try:
             fcntl.fcntl(handle, fcntl.F_SETFL, flags | os.O_DIRECT)
-            os.preadv(handle, [_buffer.memory[:BLOCK]], 0)
+            os.preadv(handle, [_buffer()[:BLOCK]], 0)
             return True
         except OSError:
             fcntl.fcntl(handle, fcntl.F_SETFL, flags)
@@ -130,12 +131,12 @@ def _read_cached(handle: int, start: int, target: memoryview) -> int:
 
 def _read_direct(handle: int, start: int, target: memoryview) -> int:
     """Read whole blocks from a file's disk into this thread's buffer, and copy what was asked for; how many bytes."""
-    lead = start % BLOCK
-    size = min(lead + len(target), len(_buffer.memory) - BLOCK)
-    found = os.preadv(handle, [_buffer.memory[: -(-size // BLOCK) * BLOCK]], start - lead)
+    buffer, lead = _buffer(), start % BLOCK
+    size = min(lead + len(target), len(buffer) - BLOCK)
+    found = os.preadv(handle, [buffer[: -(-size // BLOCK) * BLOCK]], start - lead)
     count = max(0, min(found, size) - lead)
     if count:  # numpy lets other threads run meanwhile, as a memoryview does not
-        np.frombuffer(target, np.uint8)[:count] = np.frombuffer(_buffer.memory, np.uint8)[lead : lead + count]
+        np.frombuffer(target, np.uint8)[:count] = np.frombuffer(buffer, np.uint8)[lead : lead + count]
     return count
 
 
