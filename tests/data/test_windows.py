@@ -228,14 +228,14 @@ def test_text_in_files_and_in_pieces_gives_the_tokens_of_whole_documents(kind, t
 
 def test_a_tokenizer_is_trained_on_all_of_a_text_or_on_an_even_part(monkeypatch, tmp_path):
     draw = random.Random(SEED)
-    texts = [chr(ord("a") + i) * draw.randint(1, 4000) for i in range(26) for _ in range(40)]
+    texts = [f"{chr(ord('a') + i) * 4} " * draw.randint(1, 800) for i in range(26) for _ in range(40)]
     total = sum(map(len, texts))
     assert sample(texts) == texts
     monkeypatch.setattr(windows, "TRAINED_ON", most := total // 4)
     part = sample(texts)
     assert part == sample(texts) and abs(sum(map(len, part)) - most) <= most // 256
     whole, given = "".join(texts), "".join(part)
-    for letter in set(whole):  # each stretch of the text gives its share
+    for letter in set(whole) - {" "}:  # each stretch of the text gives its share
         assert abs(given.count(letter) - whole.count(letter) / 4) <= 2 * most // 256
     file = tmp_path / "some.txt"
     file.write_text(_words(draw, 3000))

@@ -16,9 +16,14 @@ IN_MEMORY = 2**26
 """The bytes that a spool holds before it goes to the folder of temporary files (TMPDIR)."""
 
 
+class _Spool(tempfile.SpooledTemporaryFile[bytes]):
+    def __del__(self) -> None:
+        self.close()  # without the warning that nobody closed it
+
+
 def spool() -> IO[bytes]:
-    """An empty file that is in memory as long as it is small, and has no name."""
-    return tempfile.SpooledTemporaryFile(IN_MEMORY)
+    """An empty file that is in memory as long as it is small, has no name, and is closed with its last user."""
+    return _Spool(IN_MEMORY)
 
 
 class Texts(Sequence[str]):

@@ -4,8 +4,10 @@ import json
 import pickle
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import shunter
 from shunter.cli import main
@@ -120,6 +122,39 @@ def test_tokenizers_of_others_cost_little(damage, whole, tmp_path, monkeypatch):
     (tmp_path / "native" / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}: .* at most|{name}: is larger"):
         load_tokenizer(tmp_path / "native")
+
+
+@pytest.mark.parametrize("name", [None, "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"])
+def test_a_tokenizer_is_transformers_own_and_parsed_once(name, whole, tmp_path, monkeypatch):
+    """Added tokens stand in tokenizer.json alone, or in a further file: then it is all left to transformers."""
+    folder = tmp_path / "native"
+    shutil.copytree(whole["native"], folder)
+    raw, config = (json.loads((folder / f).read_text()) for f in ("tokenizer.json", "tokenizer_config.json"))
+    raw["added_tokens"] = [
+        {"id": len(raw["model"]["vocab"]) + i, "content": f"<{i}>", **ADDED, "special": i < 2} for i in range(4)
+    ]
+    config |= {"eos_token": "<0>", "pad_token": "<1>", "tokenizer_class": "GPT2Tokenizer"}
+    token = raw["added_tokens"][3]
+    if name == "tokenizer_config.json":
+        config["added_tokens_decoder"] = {str(token["id"]): {"content": token["content"], **ADDED}}
+    elif name is not None:
+        more = {"added_tokens.json": {"<3>": token["id"]}, "special_tokens_map.json": {"bos_token": "<3>"}}[name]
+        (folder / name).write_text(json.dumps(more))
+    for file, content in (("tokenizer.json", raw), ("tokenizer_config.json", config)):
+        (folder / file).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    parsed, load = [], json.load
+    monkeypatch.setattr(json, "load", lambda stream, **given: parsed.append(stream.name) or load(stream, **given))
+    ours = load_tokenizer(folder)
+    count = sum(Path(file).name == "tokenizer.json" for file in parsed)
+    assert count <= 1 or name in ("added_tokens.json", "special_tokens_map.json")
+    text = "some text<0> and <1><2> more<3>"
+    assert ours(text).input_ids == theirs(text).input_ids
+    assert ours.added_tokens_decoder == theirs.added_tokens_decoder
+    for part, tokenizer in (("ours", ours), ("theirs", theirs)):
+        tokenizer.save_pretrained(tmp_path / part)
+    for file in (tmp_path / "theirs").iterdir():
+        assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_how_long_texts_may_be_is_not_the_tokenizers(whole, tmp_path):

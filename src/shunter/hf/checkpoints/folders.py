@@ -140,8 +140,16 @@ _MOST_TOKENS, _MOST_ADDED = 1_000_000, 20_000
 _MOST_GROWTH = 1000  # times that a normalizer makes a text longer
 
 
-def _check_tokenizer(folder: Path) -> None:
-    """Raises UserError where a tokenizer has more entries than any needs, or makes texts grow without bound."""
+def _check_tokenizer(folder: Path) -> dict[int, Any] | None:
+    """The added tokens of tokenizer.json by their ids, where no other file has any; None where they are not to be had.
+
+    transformers parses the whole file for them alone, and holds it while it parses it again for the rest.
+
+    Raises:
+        UserError: where a tokenizer has more entries than any needs, or makes texts grow without bound.
+    """
+    added: Any = None
+    elsewhere = False
     for file in folder.iterdir():
         if file.suffix.lower() in {".model", ".tiktoken", ".txt"} and file.is_file():
             lines = read_file(file, _LARGEST_TOKENIZER).count(b"\n")
@@ -151,6 +159,9 @@ def _check_tokenizer(folder: Path) -> None:
     for name in ("tokenizer.json", "vocab.json", *others):
         if (file := folder / name).exists():
             found = read_json(file)
+            if name == "tokenizer.json":
+                added = found.get("added_tokens")
+            elsewhere |= name in others[1:] or "added_tokens_decoder" in found
             most = _MOST_ADDED if name in others else _MOST_TOKENS
             model = found.get("model")
             parts = {"": found, **found, **(model if isinstance(model, dict) else {})}
@@ -160,6 +171,11 @@ def _check_tokenizer(folder: Path) -> None:
                     raise UserError(f"{file}: {part or 'it'} has {len(values):,} entries; at most {limit:,} are read")
             if (growth := _growth(found)) > _MOST_GROWTH:
                 raise UserError(f"{file}: makes a text {growth:,.0f} times as long; at most {_MOST_GROWTH} are taken")
+    if elsewhere or not isinstance(added, list):
+        return None
+    if not all(isinstance(token, dict) and type(token.get("id")) is int for token in added):
+        return None  # which transformers refuses
+    return {token["id"]: {name: value for name, value in token.items() if name != "id"} for token in added}
 
 
 _ADDED = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
@@ -188,9 +204,10 @@ def load_tokenizer(folder: Path) -> Any:
         UserError: where there is none that can be loaded.
     """
     _check_companions(folder)
-    _check_tokenizer(folder)
+    added = _check_tokenizer(folder)
+    given = {} if added is None else {"added_tokens_decoder": added}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **given)
         if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
             backend.no_padding(), backend.no_truncation()  # how long texts may be is the caller's
         tokenizer("some text")  # what is damaged may show only here
