@@ -266,7 +266,7 @@ def _split(domain: Domain, share: float) -> tuple[_Part, _Part]:
         cut = int(len(text) * (1 - share))
         return _Part([text[:cut]], languages), _Part([text[cut:]], languages)
     order = array("Q", range(len(documents)))
-    random.Random(0).shuffle(order)  # type: ignore[arg-type]  # an array is as mutable as a list
+    random.Random(0).shuffle(order)
     total, size, kept = sum(map(len, documents)), 0, len(order)
     while kept > 1 and size < share * total:
         kept -= 1
@@ -391,7 +391,7 @@ def _windows(
     And the language of each token (k, length), by its number.
     """
     end, total = [tokenizer.eos_token_id], 0
-    rest = np.zeros((2, 0), np.int64)
+    rest: np.ndarray = np.zeros((2, 0), np.int64)
     for batch in _batches(part.documents):
         encoded = tokenizer.backend_tokenizer.encode_batch_fast(
             [text for _, text, _ in batch], add_special_tokens=False
