@@ -1,5 +1,6 @@
 """Campaign F: files of models and settings that lie; each is read or refused in a line, in bounded time and memory."""
 
+import copy
 import json
 import os
 import resource
@@ -207,7 +208,7 @@ def _with_lies(draw, tree):
         elif draw.random() < 0.1:
             del parent[key]
         else:
-            parent[key] = draw.choice(LIES)
+            parent[key] = copy.deepcopy(draw.choice(LIES))  # or a lie would be told inside of itself
         if not tree:
             break
     return tree
