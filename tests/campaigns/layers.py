@@ -1,6 +1,7 @@
 """Campaigns J and K: a layer with every backend against a loop over tokens, and the properties that it must have."""
 
 import copy
+import itertools
 from functools import cache, partial
 
 import torch
@@ -138,15 +139,17 @@ def invariants(result, folder, cases, seed):
 
 
 def _drawn_apart(layer, tokens):
-    """Tokens (T, d) none of whose choices rounding could turn."""
+    """Tokens (T, d) none of whose choices rounding could turn; a router with two experts that are one is drawn anew."""
     x = torch.randn(tokens, layer.dim, dtype=layer.router.weight.dtype)
-    while layer.num_experts > 1:
+    for drawn_before in itertools.count(1):
         with torch.no_grad():
-            apart = layer.router.score(x).sort(1).values.diff(dim=1).amin(1) > 1e-4
+            gaps = layer.router.score(x).sort(1).values.diff(dim=1)
+        apart = (gaps > 1e-4).all(1)
         if apart.all():
-            break
+            return x
         x[~apart] = torch.randn(int((~apart).sum()), layer.dim, dtype=x.dtype)
-    return x
+        if drawn_before % 100 == 0:
+            torch.nn.init.normal_(layer.router.weight)
 
 
 def _far(one, other):
