@@ -63,7 +63,7 @@ CAMPAIGNS = {
         "P",
         "settings of the right types that no model, router or batch can have, before the first step",
         settings.trials,
-        1000,
+        500,
         8,
         25,
         slow=True,
