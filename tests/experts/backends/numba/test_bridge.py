@@ -162,6 +162,16 @@ for result in (y, x.grad, weight.grad, up.grad, down.grad, decoded):
 
 
 @needs_loops
+def test_the_compiler_may_choose_nothing_but_the_order_of_decodings_sums():
+    """What it may choose it chooses otherwise in code that it compiles than in what it keeps on disk."""
+    with numba.ready() as loops:
+        compiled = {name: loop for name, loop in vars(loops).items() if hasattr(loop, "targetoptions")}
+    assert len(compiled) > 40 and {"forward", "backward", "_sum"} <= set(compiled)
+    assert {name for name, loop in compiled.items() if loop.targetoptions.get("fastmath")} == {"products"}
+
+
+@needs_loops
+@pytest.mark.slow
 def test_loops_give_the_same_bits_when_they_were_compiled_just_now_and_when_they_come_from_disk(tmp_path):
     """Else a run that goes on in another process ends otherwise than one that never stopped."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
