@@ -102,25 +102,17 @@ ELSEWHERE = ("parallel", "out", "name", "seed", "training.steps", "training.thre
 
 def _typed(config):
     """(name, values of its type) of each setting of a recipe."""
-    found = []
-    for name, field in config.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", None)
-        if inner is None:
-            found.append((name, field.annotation))
-        else:
-            found += [(f"{name}.{key}", one) for key, one in _typed_annotations(inner, "")]
-    return [
-        (name, values) for name, kind in found if not name.startswith(ELSEWHERE) and (values := _values(name, kind))
-    ]
+    kinds = [(name, kind) for name, kind in _annotations(config.model_fields, "") if not name.startswith(ELSEWHERE)]
+    return [(name, values) for name, kind in kinds if (values := _values(name, kind))]
 
 
-def _typed_annotations(fields, before):
+def _annotations(fields, before):
     for key, field in fields.items():
         inner = getattr(field.annotation, "model_fields", None)
         if inner is None:
             yield f"{before}{key}", field.annotation
         else:
-            yield from _typed_annotations(inner, f"{before}{key}.")
+            yield from _annotations(inner, f"{before}{key}.")
 
 
 def _values(name, kind):
