@@ -7,7 +7,7 @@ from pathlib import Path
 from shunter.durable import new_folder, verify
 from shunter.errors import UserError
 from tests.campaigns.campaign import drawn
-from tests.campaigns.runs import KINDS, STEPS, fresh, job
+from tests.campaigns.runs import KINDS, fresh, job
 
 
 def damage(result, folder, cases, seed):
@@ -16,9 +16,7 @@ def damage(result, folder, cases, seed):
         draw = drawn(seed, case)
         work = job(folder, draw.choice(list(KINDS)))
         with fresh(folder) as run:
-            if not (work.folder / "stopped").exists():
-                work.stopped(work.folder / "stopped", STEPS - 1)
-            shutil.copytree(work.folder / "stopped", run)
+            shutil.copytree(work.origin, run)
             files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.stat().st_size]
             _damage(draw, files)
             fault = work.ended(run)

@@ -63,6 +63,13 @@ class Job:
             assert self.finish(run) == ""
             self.seconds = time.monotonic() - began
 
+    @functools.cached_property
+    def origin(self):
+        """A run that stopped a step before its end, to be copied; what of it was synced is kept beside it."""
+        run = self.folder / "stopped"
+        self.stopped(run, STEPS - 1, watched=True)
+        return run
+
     def work(self, run):
         """Begin a run, or go on with it where there is one; for a process of its own."""
 

@@ -66,13 +66,10 @@ def _points(work, seed):
 
 def _stopped(work, run):
     """Copy a stopped run; the files in it that were synced, as `Points` has them."""
-    origin = work.folder / "stopped"
-    if not origin.exists():
-        work.stopped(origin, STEPS - 1, watched=True)
-    shutil.copytree(origin, run)
-    synced = _synced(origin)
+    shutil.copytree(work.origin, run)
+    synced = _synced(work.origin)
     files = [path for path in run.rglob("*") if path.is_file()]
-    inodes = {path.stat().st_ino: (origin / path.relative_to(run)).stat().st_ino for path in files}
+    inodes = {path.stat().st_ino: (work.origin / path.relative_to(run)).stat().st_ino for path in files}
     return {inode: synced[before] for inode, before in inodes.items() if before in synced}
 
 

@@ -16,7 +16,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * campaign.slow) for name, campaign in CAMPAIGNS.items()]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * campaign.slow) for name, campaign in reversed(CAMPAIGNS.items())],
 )
 def test_nothing_is_lost_and_nothing_is_silent(name, folder):
     result = CAMPAIGNS[name].run(name, folder, range(CAMPAIGNS[name].small), SEED)
