@@ -17,17 +17,15 @@ from tests.hf.families import build
 def test_dropout_takes_hidden_units_of_experts_and_nothing_else():
     p, tokens, hidden = 0.4, 2000, 16
     moe = MoE(8, hidden, 2, "topk", top_k=1, expert_dropout=p, activation="relu").double()
-    x = torch.randn(tokens, 8, dtype=torch.float64)
+    x = torch.rand(tokens, 8, dtype=torch.float64) + 0.1
     w = moe.experts.weights
-    torch.nn.init.ones_(w.down)  # an output is the sum of what is left of the hidden units
+    for matrix in (w.up, w.down):
+        torch.nn.init.ones_(matrix)  # hidden units are equal, and an output is the sum of what is left of them
     dropped = moe.train()(x)
     whole = by_tokens(x, w, moe.routing.dense())
-    kept = dropped / whole.clamp_min(1e-9)
-    live = whole > 1
-    assert torch.allclose(kept[:, :1].expand_as(kept)[live], kept[live])  # of the hidden units, not of the outputs
-    assert (kept[live] - 1).abs().mean() > 0.1
-    ratio = float((dropped.sum() / whole.sum()).detach())
-    assert abs(ratio - 1) < deviation(tokens, width=hidden / (1 - p))
+    units = (dropped / whole * hidden * (1 - p)).detach()
+    assert torch.allclose(units, units[:, :1].round().expand_as(units))  # of the hidden units, not of the outputs
+    assert abs(float(units[:, 0].mean()) / hidden - (1 - p)) < deviation(tokens * hidden)
     torch.testing.assert_close(moe.eval()(x), whole)
 
 
