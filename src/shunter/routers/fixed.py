@@ -12,11 +12,11 @@ from ..context import NO_CONTEXT, Context
 from ..routing import Routing
 from .base import Router
 
-__all__ = ["Domain", "Fixed", "Language"]
+__all__ = ["Domain", "Fixed", "Language", "Unlearned"]
 
 
-class Fixed(Router):
-    """A router without parameters: a subclass names the experts of each token (`experts_of`), each with weight 1."""
+class Unlearned(Router):
+    """A router without parameters: every logit is 0."""
 
     chooses: ClassVar[str] = "fixed"
 
@@ -35,6 +35,14 @@ class Fixed(Router):
         """Zeros (T, E): nothing is learned."""
         return x.new_zeros(x.shape[0], self.num_experts, dtype=torch.promote_types(x.dtype, torch.float32))
 
+    def extra_repr(self) -> str:
+        """d and E, for `print(model)`."""
+        return f"dim={self.dim}, num_experts={self.num_experts}"
+
+
+class Fixed(Unlearned):
+    """A subclass names the experts of each token (`experts_of`), each with weight 1."""
+
     def experts_of(self, context: Context) -> Tensor:
         """The experts of each token, (T, k) int64, different within a row."""
         raise NotImplementedError
@@ -43,10 +51,6 @@ class Fixed(Router):
         """The experts of each token, with weight 1."""
         index = self.experts_of(context)
         return Routing.from_topk(index, logits.new_ones(index.shape), self.num_experts, check=False)
-
-    def extra_repr(self) -> str:
-        """d and E, for `print(model)`."""
-        return f"dim={self.dim}, num_experts={self.num_experts}"
 
 
 class _Labelled(Fixed):

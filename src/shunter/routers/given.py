@@ -1,4 +1,4 @@
-"""Fixed: decisions that come from outside, or from no one."""
+"""Fixed: the experts that the caller names for each token, or the next ones round robin."""
 
 from __future__ import annotations
 
@@ -7,28 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..context import NO_CONTEXT, Context
+from ..context import Context
 from ..routing import Routing
-from .base import Router
+from .fixed import Unlearned
 
 __all__ = ["Forced", "Uniform"]
 
 
-class _Unlearned(Router):
-    """A router without parameters, whose weights are all 1 or all 1/k."""
-
-    chooses: ClassVar[str] = "fixed"
-    in_review: ClassVar[bool] = False
-
-    def __init__(self, dim: int, num_experts: int, *, device: Any = None, dtype: Any = None, **options: Any) -> None:
-        super().__init__(dim, num_experts, **options)
-
-    def score(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        """Zeros (T, E): there is nothing to score."""
-        return x.new_zeros(x.shape[0], self.num_experts, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-class Forced(_Unlearned):
+class Forced(Unlearned):
     """Each token takes the experts that the caller names, with equal weights that sum to 1.
 
     The `experts` of the context (T, k) are int64, -1 for none. To keep a router's own weights pass `experts=` to a
@@ -37,6 +23,7 @@ class Forced(_Unlearned):
     Source: none; a tool for tests, for measurements, and for labels known in advance.
     """
 
+    in_review: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("experts",)
     replays: ClassVar[bool] = True
     source: ClassVar[str] = "the caller"
@@ -48,7 +35,7 @@ class Forced(_Unlearned):
         return Routing.from_topk(index, share.to(logits.dtype), self.num_experts, keep=keep, check=False)
 
 
-class Uniform(_Unlearned):
+class Uniform(Unlearned):
     """Token t takes experts t k to t k + k - 1, modulo E: perfectly balanced whatever the tokens are.
 
     Args:
@@ -58,6 +45,7 @@ class Uniform(_Unlearned):
     Source: none; the reference point for the cost of imbalance.
     """
 
+    in_review: ClassVar[bool] = False
     source: ClassVar[str] = "round robin"
 
     def __init__(self, dim: int, num_experts: int, *, top_k: int = 1, **options: Any) -> None:

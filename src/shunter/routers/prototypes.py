@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import capacity
-from .. import losses as losses
+from .. import capacity, losses
 from ..context import Context
 from ..routing import Routing
 from .linear import LinearRouter

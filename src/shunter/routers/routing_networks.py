@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import losses as losses
+from .. import losses
 from ..context import NO_CONTEXT, Context
 from ..ranks import sum_over_ranks
 from ..routing import Routing

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import capacity
-from .. import losses as losses
+from .. import capacity, losses
 from ..context import NO_CONTEXT, Context
 from ..routing import Routing
 from .base import largest
