@@ -411,6 +411,12 @@ def _medians(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
+def sizes_of(case: dict[str, Any]) -> str:
+    """The sizes of a result by their letters: T, d, f, E and, where it has one, k."""
+    letters = {"T": "tokens", "d": "dim", "f": "hidden", "E": "experts", "k": "top_k"}
+    return ", ".join(f"{letter} {case[name]}" for letter, name in letters.items() if name in case)
+
+
 def markdown(found: dict[str, Any]) -> str:
     """What `bench` found, as a page."""
     rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in found["matmul_gflops"].items())
@@ -429,12 +435,8 @@ def markdown(found: dict[str, Any]) -> str:
         "over the output and every gradient.",
     ]
     for case in found["cases"]:
-        sizes = ", ".join(
-            f"{letter} {case[name]}"
-            for letter, name in (("T", "tokens"), ("d", "dim"), ("f", "hidden"), ("E", "experts"), ("k", "top_k"))
-        )
         what = "forward and backward" if case["backward"] else "forward alone"
-        lines += ["", f"## {case['name']} {case['dtype']}: {sizes}, {what}", ""]
+        lines += ["", f"## {case['name']} {case['dtype']}: {sizes_of(case)}, {what}", ""]
         if "read_ms" in case:
             lines += [f"Reading the touched experts' weights once takes {case['read_ms']:.2f} ms.", ""]
         columns = ["", "ms", "ratio", "GFLOP/s", "roofline"]

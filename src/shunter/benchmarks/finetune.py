@@ -18,9 +18,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..environment import described, machine, versions
 
-__all__ = ["IMPLEMENTATIONS", "Random", "bench", "finetune", "markdown", "train_steps"]
+__all__ = ["IMPLEMENTATIONS", "SIZES", "Random", "bench", "finetune", "markdown", "train_steps"]
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "shunter"]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 1024, "hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64,
+    "num_experts": 64, "num_experts_per_tok": 8,
+}  # fmt: skip
 
 
 class Random(Dataset[dict[str, torch.Tensor]]):
@@ -132,13 +138,8 @@ def bench(rounds: int = 3, steps: int = 6, say: Callable[[str], None] = lambda l
     """
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    sizes: dict[str, Any] = {
-        "vocab_size": 1024, "hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64,
-        "num_experts": 64, "num_experts_per_tok": 8,
-    }  # fmt: skip
     batch, length = 8, 256
-    config = Qwen3MoeConfig(**sizes, output_router_logits=True)
+    config = Qwen3MoeConfig(**SIZES, output_router_logits=True)
     found = finetune(
         Qwen3MoeForCausalLM, config, IMPLEMENTATIONS, steps=steps, batch=batch, length=length, rounds=rounds, say=say
     )
@@ -157,7 +158,7 @@ def bench(rounds: int = 3, steps: int = 6, say: Callable[[str], None] = lambda l
         "versions": versions("transformers", "accelerate", "numba"),
         "rounds": rounds,
         "steps": steps,
-        "model": {"family": "qwen3_moe", "dtype": "float32", "batch": batch, "length": length, **sizes},
+        "model": {"family": "qwen3_moe", "dtype": "float32", "batch": batch, "length": length, **SIZES},
         "results": results,
     }
 

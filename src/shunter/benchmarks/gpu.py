@@ -16,7 +16,7 @@ import torch
 
 from ..environment import described, machine, versions
 from ..experts import backend_names
-from .experts import CannotRunError, Contestant, Shape, _Case, _dense, _medians, _ours, _pass
+from .experts import CannotRunError, Contestant, Shape, _Case, _dense, _medians, _ours, _pass, sizes_of
 
 __all__ = ["BACKENDS", "DTYPES", "GOALS", "SHAPES", "bench", "markdown", "right"]
 
@@ -218,11 +218,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{MAX_ERROR_RATIO} is right.",
     ]
     for case in found["cases"]:
-        sizes = ", ".join(
-            f"{letter} {case[name]}"
-            for letter, name in (("T", "tokens"), ("d", "dim"), ("f", "hidden"), ("E", "experts"), ("k", "top_k"))
-        )
-        lines += ["", f"## {case['name']} {case['dtype']}: {sizes}", ""]
+        lines += ["", f"## {case['name']} {case['dtype']}: {sizes_of(case)}", ""]
         lines += ["| | forward TFLOP/s | share | both TFLOP/s | share | peak GiB | error | times | right |"]
         lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---|"]
         for name, row in case["results"].items():

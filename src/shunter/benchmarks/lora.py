@@ -13,19 +13,13 @@ from multiprocessing import get_context
 from typing import Any
 
 from ..environment import described, machine, peak_rss_bytes, versions
-from .finetune import Random, train_steps
+from .finetune import SIZES, Random, train_steps
 
 __all__ = ["CONTESTANTS", "bench", "markdown", "right"]
 
 CONTESTANTS = ["none", "peft", "shunter"]
 MOST = 1 / 3
 """Of what peft's wrapper adds to a step, what ours may."""
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 1024, "hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64,
-    "num_experts": 64, "num_experts_per_tok": 8,
-}  # fmt: skip
 
 
 def _steps(

@@ -18,7 +18,7 @@ from .. import routers
 from ..environment import described, machine, versions
 from ..experts import Experts, choose
 from ..moe import MoE, aux_loss, give_reward
-from .experts import Shape, _seconds
+from .experts import Shape, _seconds, sizes_of
 
 __all__ = ["LIMIT", "REASONS", "SHAPE", "bench", "markdown"]
 
@@ -145,16 +145,13 @@ def bench(
 
 def markdown(found: dict[str, Any]) -> str:
     """What `bench` found, as a page; a share above the limit stands with its reason, or with the lack of one."""
-    sizes = ", ".join(
-        f"{letter} {found[name]}" for letter, name in (("T", "tokens"), ("d", "dim"), ("f", "hidden"), ("E", "experts"))
-    )
     lines = [
         "# What deciding costs",
         "",
         "Written by `shunter bench routers`; the numbers behind it are in the JSON file beside it.",
         "",
-        f"{described(found)}. {sizes}, float32, swiglu experts by `{found['backend']}`. Medians of {found['rounds']} "
-        "interleaved rounds, in training mode.",
+        f"{described(found)}. {sizes_of(found)}, float32, swiglu experts by `{found['backend']}`. Medians of "
+        f"{found['rounds']} interleaved rounds, in training mode.",
         "",
         "Router: score and assign. Layer: forward and backward with the losses. Share: the one over the other. "
         "Experts: how many a token takes on average, by the router's default options; with more, the share is smaller.",
