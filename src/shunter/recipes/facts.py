@@ -27,7 +27,7 @@ from ..durable import verify
 from ..moe import MoE, aux_loss, give_reward, tell
 from . import run
 from .recipe import Recipe
-from .sections import RunConfig, Section, TrainingConfig
+from .sections import RunConfig, RunName, Section, TrainingConfig
 
 __all__ = ["RECIPE", "Facts", "FactsConfig", "FactsData", "FactsRecipe"]
 
@@ -69,7 +69,7 @@ class FactsTraining(TrainingConfig):
 class FactsConfig(RunConfig):
     """The configuration of `shunter train facts`."""
 
-    name: str = Field("facts", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    name: RunName = "facts"
     data: FactsDataConfig = FactsDataConfig()
     model: FactsModelConfig = FactsModelConfig()
     training: FactsTraining = FactsTraining()
@@ -81,11 +81,7 @@ class FactsConfig(RunConfig):
             raise ValueError(
                 f"training.batch_tokens {t.batch_tokens} must be a multiple of data.sequence_length {d.sequence_length}"
             )
-        if self.sparse.hidden is None and 3 * self.model.hidden <= self.sparse.num_experts:
-            raise ValueError(
-                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
-                f"model.hidden {self.model.hidden}; set sparse.hidden or fewer experts"
-            )
+        self.sparse.leave_room(3, self.model.hidden)
         return self
 
 

@@ -37,7 +37,7 @@ from ..training.roles import train_only
 from . import run
 from .mixer import Mixer, MixerShape, mixer_ledger, mixes_channels
 from .recipe import Recipe
-from .sections import RunConfig, Section, SparseConfig, TrainingConfig
+from .sections import RunConfig, RunName, Section, SparseConfig, TrainingConfig
 
 __all__ = ["RECIPE", "ImagesConfig", "ImagesRecipe"]
 
@@ -109,7 +109,7 @@ class ImagesConfig(RunConfig):
     """The configuration of `shunter train images`."""
 
     causal: ClassVar[bool] = False
-    name: str = Field("images", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    name: RunName = "images"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: ImagesSparse = ImagesSparse()
@@ -132,16 +132,10 @@ class ImagesConfig(RunConfig):
             raise ValueError(
                 "model.kind=mixer begins from scratch: sparse.init=copy and model.start are of model.kind=vit"
             )
-        if m.kind == "mixer" and self.sparse.hidden is None and 2 * m.tokens_hidden <= self.sparse.num_experts:
-            raise ValueError(
-                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
-                f"model.tokens_hidden {m.tokens_hidden}; set sparse.hidden or fewer experts"
-            )
-        if self.sparse.hidden is None and self.sparse.init != "copy" and 2 * m.hidden <= self.sparse.num_experts:
-            raise ValueError(
-                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
-                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
-            )
+        if m.kind == "mixer":
+            self.sparse.leave_room(2, m.tokens_hidden, "model.tokens_hidden")
+        if self.sparse.init != "copy":
+            self.sparse.leave_room(2, m.hidden)
         return self
 
     @property
@@ -391,7 +385,8 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
         right = {which: _predict(model, data)[1] for which, model in models.items()}
         shown: list[Exhibit] = [_side_by_side(right["dense"], right["sparse"])]
         shown += self._capacity(models, config, data)
-        return [*shown, self._patches(models["sparse"], data)]
+        material = self.material(models["sparse"], data, SHOWN * data.config.patches)
+        return [*shown, patches_of_experts(models["sparse"], material)]
 
     def _capacity(self, models: dict[str, PreTrainedModel], config: ImagesConfig, data: ImageData) -> list[Exhibit]:
         """V-MoE's figure; nothing where the router has no capacity."""
@@ -436,27 +431,6 @@ class ImagesRecipe(Recipe[ImagesConfig, ImageData]):
         )
         return [figure, table]
 
-    def _patches(self, model: PreTrainedModel, data: ImageData) -> Exhibit:
-        material = self.material(model, data, SHOWN * data.config.patches)
-        recording = record(model, material, lambda batches, what, total: batches)
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for name, layer in recording.layers.items():
-            stream = material.stream(name, len(layer.index), recording.batches)
-            if stream is None or layer.weight is None or not _takes_patches(model, name):
-                continue
-            assert material.images is not None
-            sheets = patches_served(layer, stream, material.window)
-            groups[name] = [
-                (f"expert {n}", patch_sheet(patches, material.images, material.patch) if patches else "")
-                for n, patches in enumerate(sheets)
-            ]
-        return Pictures(
-            "The patches of each expert",
-            f"Of {len(material.groups)} held-out images, for each expert up to 16 patches, those that its router "
-            "weighs most.",
-            groups,
-        )
-
 
 RECIPE = ImagesRecipe()
 
@@ -490,6 +464,34 @@ def _mixer(config: ImagesConfig, data: ImageData, sparse: bool) -> Mixer:
     if sparse and s.train != "all":
         train_only(model, s.train)
     return model
+
+
+def patches_of_experts(model: PreTrainedModel, material: Material, more: str = "") -> Pictures:
+    """For each expert of each layer that is sent patches, those of a material's that its router weighs most.
+
+    Args:
+        model: the sparse model.
+        material: images, with words or without.
+        more: a half-sentence on what it means to have none.
+    """
+    recording = record(model, material, lambda batches, what, total: batches)
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name, layer in recording.layers.items():
+        stream = material.stream(name, len(layer.index), recording.batches)
+        if stream is None or layer.weight is None or not _takes_patches(model, name):
+            continue
+        assert material.images is not None
+        sheets = patches_served(layer, stream, material.window)
+        groups[name] = [
+            (f"expert {n}", patch_sheet(patches, material.images, material.patch) if patches else "")
+            for n, patches in enumerate(sheets)
+        ]
+    return Pictures(
+        "The patches of each expert",
+        f"Of {len(material.groups)} held-out images, for each expert up to 16 patches, those that its router weighs "
+        f"most{more}.",
+        groups,
+    )
 
 
 def _takes_patches(model: PreTrainedModel, layer: str) -> bool:

@@ -17,14 +17,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from ..analysis.exhibits import Exhibit, HeatMap, Pictures, Table
-from ..analysis.inspect.findings import patches_served
+from ..analysis.exhibits import Exhibit, HeatMap, Table
 from ..analysis.inspect.inspecting import specialisation
 from ..analysis.inspect.material import Batch, Material, Stream
 from ..analysis.inspect.recording import record
 from ..analysis.ledger import Ledger
 from ..analysis.modalities import COLLAPSED, ModalityUse, modality_use
-from ..analysis.pages.inspect_figures import patch_sheet
 from ..analysis.runs import Words
 from ..data.images import PATCH_IDS, Normalisation, moved, patch_ids, pixels_of, square_processor
 from ..data.pairs import BUILT_IN_HELD_OUT, PairSplit, built_in_pairs, read_pairs, split_pairs
@@ -33,8 +31,9 @@ from ..hf import sparsify
 from ..hf.contrastive import IMAGE, TEXT, ContrastiveConfig, ContrastiveModel
 from ..moe import moe_layers, tell
 from . import run
+from .images import patches_of_experts
 from .recipe import Recipe
-from .sections import RunConfig, Section, SparseConfig, TrainingConfig
+from .sections import RunConfig, RunName, Section, SparseConfig, TrainingConfig
 
 __all__ = ["RECIPE", "MultimodalConfig", "MultimodalRecipe"]
 
@@ -105,7 +104,7 @@ class MultimodalConfig(RunConfig):
     """The configuration of `shunter train multimodal`."""
 
     causal: ClassVar[bool] = False
-    name: str = Field("multimodal", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    name: RunName = "multimodal"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: MultimodalSparse = MultimodalSparse()
@@ -125,11 +124,7 @@ class MultimodalConfig(RunConfig):
                 f"training.batch_tokens {self.training.batch_tokens} must be at least the {2 * self.tokens} of two "
                 "pairs, which are told apart"
             )
-        if self.sparse.hidden is None and 2 * m.hidden <= self.sparse.num_experts:
-            raise ValueError(
-                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
-                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
-            )
+        self.sparse.leave_room(2, m.hidden)
         return self
 
     @property
@@ -437,7 +432,9 @@ class MultimodalRecipe(Recipe[MultimodalConfig, PairData]):
         material = self.material(models["sparse"], data, SHOWN * config.tokens)
         found = {which: self.evaluate(model, data)["domains"] for which, model in models.items()}
         use = {which: _use(models[which], material) for which in ("sparse", NO_GLOBAL) if which in models}
-        return [_retrieval_table(found, data), *_modalities(use), _patches(models["sparse"], material)]
+        without = "; an expert without any takes words alone, or nothing"
+        patches = patches_of_experts(models["sparse"], material, without)
+        return [_retrieval_table(found, data), *_modalities(use), patches]
 
 
 RECIPE = MultimodalRecipe()
@@ -618,24 +615,3 @@ def _modalities(use: dict[str, dict[str, list[ModalityUse]]]) -> list[Exhibit]:
         rows,
     )
     return [map_, table]
-
-
-def _patches(model: PreTrainedModel, material: Material) -> Pictures:
-    recording = record(model, material, lambda batches, what, total: batches)
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for name, layer in recording.layers.items():
-        stream = material.stream(name, len(layer.index), recording.batches)
-        if stream is None or layer.weight is None:
-            continue
-        assert material.images is not None
-        sheets = patches_served(layer, stream, material.window)
-        groups[name] = [
-            (f"expert {n}", patch_sheet(patches, material.images, material.patch) if patches else "")
-            for n, patches in enumerate(sheets)
-        ]
-    return Pictures(
-        "The patches of each expert",
-        f"Of {len(material.groups)} held-out images, for each expert up to 16 patches, those that its router weighs "
-        "most; an expert without any takes words alone, or nothing.",
-        groups,
-    )

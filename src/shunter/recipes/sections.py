@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -148,6 +148,23 @@ class SparseConfig(Section):
         except TypeError as error:  # an option of another type
             raise ValueError(f"router {self.router!r}: an option cannot be used: {error}") from None
 
+    def leave_room(self, matrices: int, hidden: int, name: str = "model.hidden") -> None:
+        """See that a router costs a token less than the dense block does, so that experts at equal FLOPs have a width.
+
+        Args:
+            matrices: how many the dense block has.
+            hidden: its width.
+            name: what the setting of it is called.
+
+        Raises:
+            ValueError: where the router alone costs more, and no width of the experts is set.
+        """
+        if self.hidden is None and matrices * hidden <= self.num_experts:
+            raise ValueError(
+                f"sparse.num_experts {self.num_experts}: the router alone costs more than the dense block of "
+                f"{name} {hidden}; set sparse.hidden or fewer experts"
+            )
+
     def leak(self, evaluation: bool = False) -> str | None:
         """How a router lets later tokens change earlier ones, in training or evaluation; None where none does."""
         built = (one.build_router(8, ANY_LABELS).train(not evaluation) for one in self.in_turn())
@@ -222,10 +239,13 @@ class ParallelConfig(Section):
     restarts: int = Field(0, ge=0, le=1000, description="how often to go on from a checkpoint when a process is lost")
 
 
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")]
+
+
 class RunConfig(Section):
     """What every recipe's configuration has; the others add `data`, `model` and what else they need."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    name: RunName = "run"
     out: str = Field("runs", description="the folder of runs")
     seed: int = Field(0, ge=0, lt=2**31, description="of initial weights and of the order of the data")
     sparse: SparseConfig = SparseConfig()

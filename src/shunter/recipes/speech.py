@@ -32,7 +32,7 @@ from ..hf.recogniser import BLANK, Recogniser, RecogniserConfig, best_path, ctc_
 from ..moe import tell
 from . import run
 from .recipe import Recipe
-from .sections import RunConfig, Section, SparseConfig, TrainingConfig
+from .sections import RunConfig, RunName, Section, SparseConfig, TrainingConfig
 
 __all__ = ["RECIPE", "SpeechConfig", "SpeechRecipe"]
 
@@ -104,7 +104,7 @@ class SpeechConfig(RunConfig):
     """The configuration of `shunter train speech`."""
 
     causal: ClassVar[bool] = False
-    name: str = Field("speech", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    name: RunName = "speech"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: SpeechSparse = SpeechSparse()
@@ -130,11 +130,7 @@ class SpeechConfig(RunConfig):
             )
         if s.domain_input and s.router != "speech":
             raise ValueError(f"sparse.domain_input is of the router speech; sparse.router is {s.router!r}")
-        if s.hidden is None and 2 * m.hidden <= s.num_experts:
-            raise ValueError(
-                f"sparse.num_experts {s.num_experts}: the router alone costs more than the dense block of "
-                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
-            )
+        s.leave_room(2, m.hidden)
         return self
 
     @property

@@ -27,7 +27,7 @@ from ..errors import one_line
 from ..moe import MoE, aux_loss, moe_layers
 from . import run
 from .recipe import Recipe
-from .sections import RunConfig, Section, SparseConfig, TrainingConfig
+from .sections import RunConfig, RunName, Section, SparseConfig, TrainingConfig
 
 __all__ = ["RECIPE", "TasksConfig", "TasksRecipe"]
 
@@ -81,7 +81,7 @@ class TasksConfig(RunConfig):
     """The configuration of `shunter train tasks`."""
 
     causal: ClassVar[bool] = False
-    name: str = Field("tasks", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    name: RunName = "tasks"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: TasksSparse = TasksSparse()

@@ -42,7 +42,7 @@ from ..layers.domain_mixture import DomainMixture, by_domain
 from ..moe import moe_layers, tell
 from . import mixing, run
 from .recipe import Recipe
-from .sections import LayerConfig, RunConfig, Section, SparseConfig, Value, nearest
+from .sections import LayerConfig, RunConfig, RunName, Section, SparseConfig, Value, nearest
 
 __all__ = [
     "RECIPE",
@@ -176,7 +176,7 @@ class TextSparse(SparseConfig):
 class TextConfig(RunConfig):
     """The configuration of `shunter train text`."""
 
-    name: str = Field("text", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    name: RunName = "text"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: TextSparse = TextSparse()
@@ -215,11 +215,7 @@ class TextConfig(RunConfig):
             raise ValueError(
                 f"training.batch_tokens {t.batch_tokens} must be a multiple of data.sequence_length {d.sequence_length}"
             )
-        if self.sparse.hidden is None and (3 if m.gated else 2) * m.hidden <= self.sparse.num_experts:
-            raise ValueError(
-                f"sparse.num_experts {self.sparse.num_experts}: the router alone costs more than the dense block of "
-                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
-            )
+        self.sparse.leave_room(3 if m.gated else 2, m.hidden)
         return self
 
 

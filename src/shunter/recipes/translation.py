@@ -31,7 +31,7 @@ from ..hf.tokens import takes_cache
 from ..moe import tell
 from . import run
 from .recipe import Recipe
-from .sections import RunConfig, Section, SparseConfig, TrainingConfig, Value
+from .sections import RunConfig, RunName, Section, SparseConfig, TrainingConfig, Value
 from .text import Stacks, t5_shape
 
 __all__ = ["RECIPE", "TranslationConfig", "TranslationRecipe", "translate"]
@@ -96,7 +96,7 @@ class TranslationTraining(TrainingConfig):
 class TranslationConfig(RunConfig):
     """The configuration of `shunter train translation`."""
 
-    name: str = Field("translation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder in `out`")
+    name: RunName = "translation"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     sparse: TranslationSparse = TranslationSparse()
@@ -150,11 +150,7 @@ class TranslationConfig(RunConfig):
         known = d.languages or (LANGUAGES if d.source is None else [])
         if other := [one for one in self.bilingual if one not in known]:
             raise ValueError(f"data.bilingual: {other[0]!r} is not among the languages, {', '.join(known)}")
-        if s.hidden is None and 3 * m.hidden <= s.num_experts:
-            raise ValueError(
-                f"sparse.num_experts {s.num_experts}: the router alone costs more than the dense block of "
-                f"model.hidden {m.hidden}; set sparse.hidden or fewer experts"
-            )
+        s.leave_room(3, m.hidden)
         return self
 
 
