@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FAST", "SINGLE", "product_dtype", "release", "scratch", "with_huge_pages"]
+__all__ = ["FAST", "SINGLE", "product_dtype", "scratch", "with_huge_pages"]
 
 # What scratch in float32 on the CPU is like.
 SINGLE = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -51,11 +51,6 @@ def scratch(name: str, like: Tensor, *shape: int) -> Tensor:
         given = buffer[:size].view(like.dtype).view(shape)
     _HELD.buffers[key] = buffer, given
     return given
-
-
-def release() -> None:
-    """Give back what `scratch` holds for this thread."""
-    _HELD.buffers.clear()
 
 
 def with_huge_pages(fresh: Tensor) -> Tensor:
