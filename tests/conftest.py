@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Before anything imports the client of the hub, also in processes of tests: a name that is no folder is not looked up.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,9 @@ if not torch.cuda.is_available():
 
 SEED = int(os.environ.get("SHUNTER_SEED", random.SystemRandom().randrange(2**31)))
 torch.set_num_threads(1)
+# However loaded the machine is: an example, and what draws it, may take its time.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_report_header():

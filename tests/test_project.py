@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import shunter
+from tests.helpers import TIME_LIMIT
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -30,7 +31,7 @@ def test_a_source_folder_that_is_not_installed_has_a_version_too():
         "metadata.version = version\n"
         "import shunter; print(shunter.__version__)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIME_LIMIT, check=True)
     assert found.stdout.strip() == "0+unknown"
 
 

@@ -16,7 +16,7 @@ def _distinct(tokens, experts, k):
     return torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]) if tokens else torch.zeros(0, k).long()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(tokens=st.integers(0, 12), experts=st.integers(1, 9), data=st.data())
 def test_from_topk_is_the_matrix_that_it_lists(tokens, experts, data):
     k = data.draw(st.integers(1, experts))
@@ -30,7 +30,7 @@ def test_from_topk_is_the_matrix_that_it_lists(tokens, experts, data):
     _check_derived(routing)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(tokens=st.integers(0, 12), experts=st.integers(1, 9), density=st.floats(0, 1))
 def test_from_dense_is_the_matrix(tokens, experts, density):
     matrix = torch.rand(tokens, experts) * (torch.rand(tokens, experts) < density)

@@ -64,7 +64,7 @@ def test_held_out_documents_are_not_trained_on(corpus):
         assert sorted([*train, *held_out]) == sorted(domain.documents)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=5), kind=st.sampled_from(["bpe", "bytes"]))
 def test_tokens_are_lossless_and_their_bytes_counted_exactly(texts, kind):
     texts = [t.encode("utf-8", "ignore").decode() or "a" for t in texts]

@@ -285,7 +285,7 @@ def test_copied_pickled_and_saved(name):
         assert torch.equal(call(other, x), y)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lead=st.lists(st.integers(0, 4), min_size=0, max_size=3), dim=st.integers(1, 8), hidden=st.integers(1, 8),
     experts=st.integers(1, 7), k=st.integers(1, 7), shared=st.integers(0, 2),

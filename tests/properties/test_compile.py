@@ -14,7 +14,7 @@ from shunter import MoE, aux_loss
 from shunter.context import present
 from shunter.experts import Experts, autograd
 from shunter.experts.choice import get
-from tests.helpers import random_routing, relative_error
+from tests.helpers import TIME_LIMIT, random_routing, relative_error
 
 LAYERS = {
     "topk": ("topk", {"top_k": 2}),
@@ -224,5 +224,5 @@ with torch.no_grad():
 )
 def test_a_model_is_exported_by_a_process_that_never_ran_one(kind, how):
     """What a function computes, and what this machine can, is found out beside the tracing."""
-    run = subprocess.run([sys.executable, "-c", COLD, kind, how], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-c", COLD, kind, how], capture_output=True, text=True, timeout=TIME_LIMIT)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import shunter
 from shunter import MoE, aux_loss, moe_layers
 from shunter.training.balance import Balance
+from tests.helpers import TIME_LIMIT
 
 
 def _llama():
@@ -198,7 +199,7 @@ def test_threads_see_their_own_padding():
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=120)
+            thread.join(TIME_LIMIT)
     assert not wrong
 
 

@@ -4,6 +4,8 @@ import re
 import shutil
 import subprocess
 
+from tests.helpers import TIME_LIMIT
+
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (1280, 390)  # CSS pixels
 _TELL = """<script>addEventListener("load", () => {
@@ -40,7 +42,9 @@ def complaints(page, folder):
         "--virtual-time-budget=10000",
     ]
     command = [BROWSER, *options, "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
-    found = subprocess.run([*command, f"file://{folder / 'frames.html'}"], capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        [*command, f"file://{folder / 'frames.html'}"], capture_output=True, text=True, timeout=TIME_LIMIT
+    )
     said = re.findall(r"SEEN \[(\d+),(\d+),(\d+),(.*?)\] SEEN", found.stdout)
     if sorted(int(wide) for wide, *_ in said) != sorted(WIDTHS):
         return [f"the browser saw {said}: {found.stderr[-500:]}"]

@@ -168,7 +168,7 @@ _value = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(key=st.sampled_from(KEYS) | st.text(max_size=15), value=_value | st.text(max_size=30), dump=st.booleans())
 def test_anything_gives_a_configuration_or_one_line(key, value, dump):
     text = yaml.safe_dump(value, default_flow_style=True).strip() if dump else str(value)

@@ -18,6 +18,7 @@ from shunter.recipes import forest as forests
 from shunter.recipes import mixing, run
 from shunter.recipes.run import configuration_of
 from shunter.training import loop
+from tests.helpers import TIME_LIMIT
 
 from .conftest import SMALL
 
@@ -86,7 +87,7 @@ def test_branches_are_the_same_in_processes_side_by_side(grown, trained):
         subprocess.Popen([*words, str(other / "branches" / name)], stdout=subprocess.DEVNULL)
         for name in ("letters", "digits", "signs")
     ]
-    assert [call.wait(timeout=300) for call in calls] == [0, 0, 0]
+    assert [call.wait(timeout=TIME_LIMIT) for call in calls] == [0, 0, 0]
     assert weights(other) == weights(trained)
 
 

@@ -11,6 +11,7 @@ import torch
 from shunter import routers
 from shunter.cli import main
 from shunter.routers import LinearRouter, Router, taxonomy
+from tests.helpers import TIME_LIMIT
 
 DOCS = Path(__file__).parents[2] / "docs" / "routers.md"
 MODULE = """
@@ -84,7 +85,7 @@ warnings.simplefilter("ignore")
 from shunter.routers.taxonomy import (taxonomy)
 assert [row.source for row in taxonomy() if row.name == "best"] == ["elsewhere"]
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIME_LIMIT)
 
 
 def test_a_router_that_cannot_be_made_is_left_out_with_a_warning():

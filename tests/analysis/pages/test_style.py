@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from shunter.analysis.pages.style import printable, shorten, visible
+from tests.helpers import TIME_LIMIT
 
 
 @pytest.mark.parametrize(
@@ -50,4 +51,4 @@ with style(THEME):
 assert svg.startswith("<svg") and "&lt;b&gt;" in svg and "var(--sparse)" in svg and THEME.ink not in svg
 assert not {"transformers", "shunter.analysis.runs", "shunter.analysis.inspect.inspecting"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIME_LIMIT)

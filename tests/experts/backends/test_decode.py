@@ -17,7 +17,7 @@ from shunter.experts.choice import get
 from tests.helpers import by_tokens, random_routing, random_weights, relative_error
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     tokens=st.integers(0, 12), experts=st.integers(1, 9), dim=st.integers(1, 9), hidden=st.integers(1, 9),
     activation=st.sampled_from(list(ACTIVATIONS)), bias=st.booleans(), density=st.floats(0, 1), one=st.booleans(),

@@ -24,7 +24,7 @@ def _bounds(counts, shares):
 
 
 @needs_loops
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     counts=st.lists(st.sampled_from([0, 0, 1, 2, 5, 40, 41, 300, 3000]), min_size=1, max_size=40),
     shares=st.integers(1, 17),

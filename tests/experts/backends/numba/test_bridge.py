@@ -17,7 +17,7 @@ from shunter.experts.backends.numba import bridge as numba
 from shunter.experts.backends.numba.mkl import addresses
 from shunter.experts.choice import get
 from tests.experts.conftest import needs_loops
-from tests.helpers import random_routing, random_weights, relative_error
+from tests.helpers import TIME_LIMIT, random_routing, random_weights, relative_error
 
 
 def _products(x, index, matrices, counts):
@@ -59,7 +59,7 @@ def test_every_value_of_half_precision_is_widened_exactly(dtype, n):
 
 
 @needs_numba
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=6), p=st.integers(1, 70), q=st.integers(1, 140),
     dtype=st.sampled_from([torch.float32, *HALF]), seed=st.integers(0, 2**31),
@@ -135,7 +135,7 @@ assert torch.get_num_threads() == 1, torch.get_num_threads()
 @needs_numba
 def test_a_first_launch_leaves_torch_its_number_of_threads():
     """Numba's sets OpenMP's, which is torch's: small operations would then wait for other threads."""
-    done = subprocess.run([sys.executable, "-c", _ONE_THREAD], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _ONE_THREAD], capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stderr
 
 
@@ -178,7 +178,7 @@ def test_loops_give_the_same_bits_when_they_were_compiled_just_now_and_when_they
     bits = []
     for _ in range(2):
         call = [sys.executable, "-c", _BITS]
-        done = subprocess.run(call, capture_output=True, text=True, timeout=240, env=environment)
+        done = subprocess.run(call, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment)
         assert done.returncode == 0, done.stderr
         bits.append(done.stdout.split())
     assert list(tmp_path.rglob("*.nbi")), "nothing was kept on disk"
@@ -215,7 +215,7 @@ if child:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_goes_without_them():
     """Where the parent's threads were, numba would end it."""
-    done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 0, done.stderr
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
@@ -132,7 +132,6 @@ def test_gradcheck(activation, bias):
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-@settings(deadline=None)
 @given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=9), rows=st.sampled_from([16, 32, 64]))
 def test_tiles_hold_every_triple_once(counts, rows):
     expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
