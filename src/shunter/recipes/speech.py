@@ -23,6 +23,7 @@ from ..analysis.inspect.inspecting import specialisation
 from ..analysis.inspect.material import Batch, Material, Stream
 from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import Words
+from ..data.passes import in_passes
 from ..data.sounds import RATE, Sound
 from ..data.speech import SYNTHESISED, VOICES, Corpus, read_clips, split, synthesised
 from ..durable import write
@@ -336,9 +337,7 @@ class _Clips(Dataset[dict[str, Tensor]]):
     def __init__(self, data: SpeechData) -> None:
         self.data = data
         generator = torch.Generator().manual_seed(data.config.seed)
-        train = data.corpus.train
-        passes = -(-data.count // len(train))
-        self.order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(passes)])[: data.count]
+        self.order = in_passes(len(data.corpus.train), data.count, generator)
         self.masks = torch.rand(data.count, 4, generator=generator)
 
     def __len__(self) -> int:

@@ -23,6 +23,7 @@ from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import Words
 from ..data.aligned import LANGUAGES, Pair, built_in_pairs, read_pairs, split_pairs
 from ..data.corruption import PAD
+from ..data.passes import in_passes
 from ..data.windows import sample, train_tokenizer
 from ..errors import UserError
 from ..hf import sparsify
@@ -258,10 +259,7 @@ class _InTurn(Dataset[dict[str, Tensor]]):
         self.orders = []
         for part in pairs:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + part.number)
-            passes = math.ceil(math.ceil(count / len(pairs)) / len(part.input_ids))
-            self.orders.append(
-                torch.cat([torch.randperm(len(part.input_ids), generator=generator) for _ in range(passes)])
-            )
+            self.orders.append(in_passes(len(part.input_ids), math.ceil(count / len(pairs)), generator))
 
     def __len__(self) -> int:
         return self.count
