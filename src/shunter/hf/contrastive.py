@@ -134,6 +134,9 @@ class ContrastiveModel(PreTrainedModel):
             pixel_values: (B, channels, height, width), as the image processor has them.
             input_ids: (B, S) int64.
             attention_mask: (B, S), 1 at words and 0 at padding; None where all are words.
+
+        Raises:
+            ValueError: where neither images nor words are given.
         """
         parts: list[tuple[int, Tensor, Tensor]] = []  # modality, hidden states, which are real
         if pixel_values is not None:

@@ -251,7 +251,11 @@ class Heads(RoutedProjection):
         return self.finish(out.reshape(*x.shape[:-1], self.num_heads * self.out), tokens, logits, routing, context)
 
     def combine(self, heads: Tensor) -> Tensor:
-        """What the heads attended to, (..., k h), to the output (..., d); once after each forward."""
+        """What the heads attended to, (..., k h), to the output (..., d); once after each forward.
+
+        Raises:
+            RuntimeError: before a forward.
+        """
         if self._waiting is None:
             raise RuntimeError("Heads: call the layer for queries before its output")
         (routing, place), self._waiting = self._waiting, None

@@ -45,6 +45,9 @@ class LinearMixture(nn.Module):
         min_variance: s never falls below it: a single sample could make the likelihood infinite.
         device, dtype: of the parameters; EM wants torch.float64.
 
+    Raises:
+        ValueError: where `outputs` or `min_variance` is not positive, and for a tree that has not E leaves.
+
     Source: Jordan and Jacobs 1994 (Hierarchical Mixtures of Experts and the EM Algorithm), sections 2 to 4.
 
     >>> mixture = LinearMixture(dim=3, outputs=1, num_experts=4, branching=2, dtype=torch.float64)

@@ -26,6 +26,9 @@ class Autoencoder(nn.Module):
         dim: d, the width of the features.
         code: how many hidden units, fewer than d.
 
+    Raises:
+        ValueError: for a code of less than 1 or not below d.
+
     Source: Aljundi et al. 2017 (Expert Gate), section 3.1.
     """
 
@@ -49,7 +52,11 @@ class Autoencoder(nn.Module):
     def fit(
         self, x: Tensor, steps: int = 300, batch: int = 256, lr: float = 1e-2, standard: Autoencoder | None = None
     ) -> None:
-        """Learn the features x (T, d) of a task by Adam, standardised as another does it, or by themselves."""
+        """Learn the features x (T, d) of a task by Adam, standardised as another does it, or by themselves.
+
+        Raises:
+            ValueError: for features of another shape, and for numbers that are not finite.
+        """
         if x.dim() != 2 or x.shape[1] != len(self.mean) or not len(x) or not bool(x.isfinite().all()):
             raise ValueError(
                 f"Autoencoder: features have shape {tuple(x.shape)}; they must be (T, {len(self.mean)}), finite, T >= 1"
@@ -80,6 +87,9 @@ class ExpertGate(nn.Module):
         temperature: of the gate's softmax.
         related: from which relatedness on a task is learned without forgetting rather than fine-tuned.
 
+    Raises:
+        ValueError: for a temperature that is not above 0.
+
     Source: Aljundi et al. 2017 (Expert Gate: Lifelong Learning with a Network of Experts), sections 3.2 to 3.4:
     temperature 2, relatedness 0.85.
     """
@@ -92,7 +102,7 @@ class ExpertGate(nn.Module):
         self.autoencoders, self.experts = nn.ModuleList(), nn.ModuleList()
 
     def errors(self, features: Tensor) -> Tensor:
-        """The reconstruction error of each task's autoencoder, (T, D)."""
+        """The reconstruction error of each task's autoencoder, (T, D). Raises ValueError before a task is learned."""
         if not self.autoencoders:
             raise ValueError("ExpertGate: no task has been learned; call learn first")
         return torch.stack([autoencoder(features) for autoencoder in self.autoencoders], -1)

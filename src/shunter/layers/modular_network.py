@@ -19,6 +19,9 @@ class ModularLayer(nn.Module):
         controller: maps inputs (B, d) to logits (B, K M).
         choices: K.
 
+    Raises:
+        ValueError: for no modules, and for less than one choice.
+
     Source: Kirsch et al. 2018 (Modular Networks: Learning to Decompose Neural Computation), section 2.1.
     """
 
@@ -29,7 +32,11 @@ class ModularLayer(nn.Module):
             raise ValueError(f"ModularLayer: {len(self.pool)} modules and choices {choices} must be at least 1")
 
     def log_probs(self, x: Tensor) -> Tensor:
-        """The logarithm of each module's probability for each choice, (B, K, M)."""
+        """The logarithm of each module's probability for each choice, (B, K, M).
+
+        Raises:
+            ValueError: where the controller gives another shape.
+        """
         logits = self.controller(x)
         if logits.shape != (len(x), self.choices * len(self.pool)):
             raise ValueError(
@@ -70,6 +77,9 @@ class ModularNetwork(nn.Module):
 
     Args:
         layers: `ModularLayer` and any other modules; the modular ones choose equally many modules.
+
+    Raises:
+        ValueError: for no modular layer, and for some that choose differently many modules.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
@@ -159,6 +169,9 @@ class ViterbiEM:
 
         Returns:
             The score (B,) of what is kept.
+
+        Raises:
+            ValueError: for less than one sample.
         """
         if samples < 1:
             raise ValueError(f"e_step: samples {samples} must be at least 1")

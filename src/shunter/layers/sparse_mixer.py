@@ -127,6 +127,9 @@ class SparseMixer(nn.Module):
         Args:
             ids: int64.
             mask: (B, S), True or 1 at real tokens; what stands elsewhere changes nothing for them.
+
+        Raises:
+            ValueError: for another shape, and for more tokens than the model is for.
         """
         if ids.dim() != 2 or ids.shape[1] > self.length:
             raise ValueError(

@@ -634,7 +634,11 @@ def data_of(run: Path) -> Any:
 
 
 def summarised(run: Path) -> dict[str, float]:
-    """The held-out losses of both models that a run's summary.json says; none where it is not finished."""
+    """The held-out losses of both models that a run's summary.json says; none where it is not finished.
+
+    Raises:
+        UserError: where they are not in it.
+    """
     path = run / "summary.json"
     if not path.exists():
         return {}

@@ -164,7 +164,11 @@ _HELD = {
 
 
 def released_law() -> Result:
-    """The unified law through the released runs of its paper."""
+    """The unified law through the released runs of its paper.
+
+    Raises:
+        UserError: where the file of these runs is not given, or another.
+    """
     path = os.environ.get(CURVES)
     if not path:
         raise UserError(

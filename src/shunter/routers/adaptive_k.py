@@ -67,6 +67,9 @@ class TopP(_Variable):
         load_balancing_loss: of `Router`; the paper's 0.01.
         **options: of `LinearRouter` and `Router`.
 
+    Raises:
+        ValueError: for a threshold outside of (0, 1], and for max_experts outside of 1 to E.
+
     Source: Huang et al. 2024 (Harder Tasks Need More Experts), section 3.1, equations 4 to 7.
     """
 
@@ -138,6 +141,9 @@ class ReLU(_Variable):
         growth: what the coefficient is multiplied or divided by; the paper's 1.2.
         balance: whether the loss weighs experts by their load.
         **options: of `LinearRouter` and `Router`.
+
+    Raises:
+        ValueError: for target_experts outside of (0, E], sparsity_loss of at most 0, growth of at most 1.
 
     Source: Wang et al. 2024 (ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing), section 3, equations
     6 to 10.

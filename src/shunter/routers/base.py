@@ -40,6 +40,9 @@ class Router(nn.Module):
         importance_loss: coefficient of the importance loss; 0 leaves it out.
         z_loss: coefficient of the router z-loss; 0 leaves it out.
         balance_choices: which choices enter the load balancing loss: "first", "all" or "mean".
+
+    Raises:
+        ValueError: for sizes below 1, and for an unknown capacity_order or balance_choices.
     """
 
     chooses: ClassVar[str]

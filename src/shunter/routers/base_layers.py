@@ -61,6 +61,9 @@ class Base(_Balanced):
         centroid_gain: the expert centroids begin orthogonal, with this norm; the paper's code 0.1.
         **options: of `LinearRouter` and `Router`.
 
+    Raises:
+        ValueError: for a centroid_gain that is not positive.
+
     Source: Lewis et al. 2021 (BASE Layers: Simplifying Training of Large, Sparse Models), section 3.
     """
 
@@ -99,6 +102,9 @@ class Sinkhorn(_Balanced):
         iterations: the most rounds of Sinkhorn's scaling.
         tolerance: rounds end once every expert's share is within this of 1/E, relatively.
         **options: of `LinearRouter` and `Router`.
+
+    Raises:
+        ValueError: for top_k outside of 1 to E, epsilon or tolerance that is not positive, less than 1 iteration.
 
     Source: Clark et al. 2022 (Unified Scaling Laws for Routed Language Models), section 3.1; the weights are those of
     public code, as the paper does not give them.

@@ -42,6 +42,9 @@ class Uniform(Unlearned):
         top_k: k.
         **options: of `Router`.
 
+    Raises:
+        ValueError: for top_k outside of 1 to E.
+
     Source: none; the reference point for the cost of imbalance.
     """
 

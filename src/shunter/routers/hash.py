@@ -161,7 +161,11 @@ class PreviousTokenHash(Hash):
         return self.among(self.of_previous(self.table, context))
 
     def of_previous(self, table: Tensor, context: Context) -> Tensor:
-        """The entries (T, N) of a table for the token before each token, `first` where there is none."""
+        """The entries (T, N) of a table for the token before each token, `first` where there is none.
+
+        Raises:
+            ValueError: where a cache hides that token.
+        """
         previous = _previous(self.require(context, "token_ids", self.vocab_size), context)
         if context.position is not None and not torch.compiler.is_compiling():
             numbers, sequence = self.require(context, "sequence").unique(return_inverse=True)

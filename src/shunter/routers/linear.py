@@ -26,6 +26,9 @@ class LinearRouter(Router):
             scale (d,), one at first (Gemma 4).
         logit_scale: what the logits are multiplied by.
         logit_cap: c > 0 bounds the logits smoothly, c tanh(h / c); None leaves them.
+
+    Raises:
+        ValueError: for a jitter outside of [0, 1), and for a logit_cap that is not positive.
     """
 
     def __init__(

@@ -77,7 +77,11 @@ class Speech(TopK):
         return ("embedding", "domain") if self.num_domains else self.needs
 
     def project(self, x: Tensor, context: Context) -> Tensor:
-        """The linear map (T, E) of x (T, d), the embedding (T, w) and the domain."""
+        """The linear map (T, E) of x (T, d), the embedding (T, w) and the domain.
+
+        Raises:
+            ValueError: for an embedding of another shape.
+        """
         embedding = self.require(context, "embedding")
         if embedding.shape != (x.shape[0], self.embedding_dim):
             raise ValueError(

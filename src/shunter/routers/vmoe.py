@@ -38,6 +38,9 @@ class VMoE(TopK):
         init_scale: of `LinearRouter`; 1 is the code's, a standard deviation of 1 / sqrt(d).
         **options: of `TopK`, `LinearRouter` and `Router`.
 
+    Raises:
+        ValueError: for noise_std that is not positive.
+
     Source: Riquelme et al. 2021 (Scaling Vision with Sparse Mixture of Experts), sections 2 and 4, appendix A.
     """
 

@@ -58,7 +58,11 @@ class Checkpoints:
         return first
 
     def newest(self) -> Path | None:
-        """The newest whole one of this run, every byte of it compared; says which newer ones are not, and why."""
+        """The newest whole one of this run, every byte of it compared; says which newer ones are not, and why.
+
+        Raises:
+            UserError: where they are of another run.
+        """
         shutil.rmtree(self.partial, ignore_errors=True)
         self._proven = []
         for path in sorted(self._found(), key=_step, reverse=True):

@@ -197,6 +197,9 @@ class UpcycleAt(TrainerCallback):
 
     Attributes:
         done: whether the model is sparse.
+
+    Raises:
+        UserError: for a negative step.
     """
 
     def __init__(self, step: int, num_experts: int, **options: Any) -> None:
@@ -321,6 +324,9 @@ class GrowOnPlateau(TrainerCallback, ExportableState):
     Attributes:
         grown: of each growth its step, and by layer the expert that was split.
 
+    Raises:
+        UserError: for less than 2 experts or 1 step, and for `least` outside of [0, 1).
+
     Source: Caccia et al. 2021 (On Anytime Learning at Macroscale).
     """
 
@@ -395,6 +401,9 @@ class GrowOnPlateau(TrainerCallback, ExportableState):
 
         Returns:
             By layer, which.
+
+        Raises:
+            UserError: where the losses of the tokens are not known.
         """
         found: dict[str, int] = {}
         for name, layer in moe_layers(model).items():
@@ -420,6 +429,9 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: (B, S, V) of a causal language model, or (B, S, C) of one label a token.
         labels: (B, S), -100 where there is none; the prediction of a token is compared with the next one's label.
+
+    Raises:
+        UserError: for other shapes.
     """
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise UserError(

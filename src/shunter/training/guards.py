@@ -383,6 +383,9 @@ class GuardedLoop(_Judge):
         step: how many steps were judged.
         skipped, rewound: as of `NaNGuard`.
 
+    Raises:
+        ValueError: where `every` is less than 1.
+
     Source: as of `NaNGuard`.
     """
 
