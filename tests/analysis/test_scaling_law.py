@@ -114,7 +114,8 @@ def test_runs_whose_gain_never_ends_have_no_cutoff_and_say_so(seed):
         (lambda n, e, y: (np.full_like(n, 1e6), e, y), "2 different numbers of parameters; it has 1e.06"),
         (lambda n, e, y: (n[::9], e[::9], y[::9]), "at least 7 runs for its 6 coefficients; it has 6"),
         (lambda n, e, y: (e * 1e6, e, y), "the one follows from the other"),
-        (lambda n, e, y: (n, e, n / 1e6), "here it rises"),
+        (lambda n, e, y: (n, e, n / 1e6), "here it does not"),
+        (lambda n, e, y: (n, e, np.full_like(y, 2.0)), "here it does not"),
         (lambda n, e, y: (n, e, y * 0), "run 1: loss 0 must be a number above 0"),
         (lambda n, e, y: (n, np.where(e == 1, 0, e), y), "run 1: experts 0 must be a number at least 1"),
         (lambda n, e, y: (-n, e, y), "run 1: parameters -.* above 0"),
@@ -185,6 +186,25 @@ def test_the_last_step_of_each_run_counts_and_held_values_alone(tmp_path, seed):
     groups, notices = read_groups(path, {})
     assert len(groups[ONE]) == 2 * late
     assert "differ in step" in notices[0]
+    unknown = table(tmp_path / "unknown.csv", twice, name=[*range(late)] * 2, step=["nan"] * late + ["1000"] * late)
+    with pytest.raises(UserError, match="line 2: step is nan"):
+        read_groups(unknown, {}, run="name")
+
+
+def test_rows_that_are_there_twice_and_missing_dense_runs_are_said(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    _, runs = planted(random)
+    assert not read_groups(table(tmp_path / "runs.csv", runs), {})[1]
+    some = np.sort(random.choice(len(runs), size=random.integers(1, len(runs)), replace=False))
+    both = runs[[*range(len(runs)), *some]]
+    (said,) = read_groups(table(tmp_path / "twice.csv", both), {})[1]
+    assert said.startswith(f"{len(some)} of {len(both)} rows repeat another")
+    assert not read_groups(table(tmp_path / "seeds.csv", both, seed=range(len(both))), {})[1], "runs of other seeds"
+    routed = runs[runs.experts > 1]
+    (said,) = read_groups(table(tmp_path / "routed.csv", routed), {})[1]
+    assert "no run is dense" in said
+    (said,) = read_groups(table(tmp_path / "by.csv", routed, router=["hash"] * len(routed)), {}, by="router")[1]
+    assert "no run with router=hash is dense" in said
 
 
 @pytest.mark.parametrize(

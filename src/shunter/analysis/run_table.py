@@ -48,7 +48,7 @@ def read_groups(
 
     Returns:
         The runs by group, in the table's order; and notices: settings that differ among runs of one size, expert count
-        and group, which the law does not know of.
+        and group, which the law does not know of; rows that are there twice; groups without dense runs.
 
     Raises:
         UserError: in one line, for a table that cannot be read, has no such column, no row that is kept, or a cell that
@@ -71,8 +71,10 @@ def read_groups(
     if run:
         latest: dict[str, dict[str, str]] = {}
         for row in rows:
+            if not math.isfinite(at := _number(path, row, step)):
+                raise UserError(f"{path}, line {row['']}: {step} is {at:g}; it must be a number")
             before = latest.get(row[run])
-            if before is None or _number(path, row, step) >= _number(path, before, step):
+            if before is None or at >= _number(path, before, step):
                 latest[row[run]] = row
         rows = list(latest.values())
     numbers = [[_number(path, row, heading) for heading in names.values()] for row in rows]
@@ -89,6 +91,15 @@ def read_groups(
     groups = {name: Runs(*table[chosen].T) for name, chosen in members.items()}
     settled = {*names.values(), by, run, run and step, "", "seed"}
     notices = _loose(rows, members, numbers, [name for name in rows[0] if name not in settled])
+    if again := len(rows) - len({tuple(row[name] for name in row if name) for row in rows}):
+        notices.append(
+            f"{again} of {len(rows)} rows repeat another cell by cell; runs that count twice make intervals too narrow"
+        )
+    if without := [name for name, some in groups.items() if (some.experts > 1).all()]:
+        where = f" with {by}={without[0]}" if by else ""
+        notices.append(
+            f"no run{where} is dense (of 1 expert), so that what experts are worth is extrapolated: give dense runs too"
+        )
     sizes = defaultdict(set)
     for parameters, experts, _ in numbers:
         sizes[parameters].add(experts)

@@ -187,7 +187,7 @@ def fit(runs: Runs, near: UnifiedLaw | None = None, *, separable: bool = False) 
     law = UnifiedLaw(*map(float, (a, b, c, d, start, start * ratio, np.sqrt(np.square(left).mean()))))
     if law.a + law.c * math.log10(law.e_start) >= 0:
         raise UserError(
-            "a scaling law needs a loss of the dense models that falls as their parameters grow; here it rises"
+            "a scaling law needs a loss of the dense models that falls as their parameters grow; here it does not"
         )
     return law
 
