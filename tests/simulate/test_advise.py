@@ -88,7 +88,7 @@ def test_drops_are_those_of_drawn_loads():
 
 
 def test_no_model_fits_into_nothing():
-    with pytest.raises(UserError, match="no dense model fits"):
+    with pytest.raises(UserError, match="no dense model fits into 100,000 bytes a device"):
         advise(Budget(1e21, 1e5, 8, 1e9))
 
 
@@ -119,10 +119,15 @@ def test_the_command(capsys):
     assert f"{found['choices'][0]['experts']} experts" in said.splitlines()[0]
     assert main([*args[:-1], "50 GB/s", "--flops", "1E21", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
-    for wrong in (["--devices", "0"], ["--flops", "many"], ["--memory", "-1"], ["--bandwidth", "0"]):
-        assert main([*args, *wrong]) == 2
+    for option, wrong in (
+        ("devices", "0"), ("flops", "many"), ("memory", "-1"), ("bandwidth", "0"), ("memory", "1e15e3"),
+        ("flops", "8GiB"), ("memory", "80GB/s"), ("device-flops", "989TB"), ("bandwidth", "400Gb/s"),
+    ):  # fmt: skip
+        assert main([*args, f"--{option}", wrong]) == 2, wrong
         error = capsys.readouterr().err
-        assert wrong[0] in error and error.count("\n") == 1
+        assert f"--{option} {wrong}" in error.replace("'", "") and error.count("\n") == 1
+    assert main([*args, "--memory", "80"]) == 2
+    assert "80 bytes a device" in capsys.readouterr().err, "a unit that is missing is seen"
 
 
 def test_the_ledger_counts_the_eight_models(capsys):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["add_verbs"]
 
 _MOST = 2**20  # devices
+_BYTES, _SPEED = "B", "B(?:/s)?"
 
 
 def add_verbs(verbs: Any) -> None:
@@ -92,13 +93,18 @@ def counts(text: str) -> list[int]:
     return found
 
 
-def quantity(text: str, name: str) -> float:
-    """A number above zero, of "4e21", "4Mi", "80GiB", "50GB".
+def quantity(text: str, name: str, unit: str = "") -> float:
+    """A number above zero, as "4e21" or "4Mi", and with a unit as "80GiB" or "50 GB/s".
+
+    Args:
+        text: the number, perhaps with a prefix of a thousand or (as Ki) of 1024, and the unit.
+        name: of the option.
+        unit: that it may have, a pattern.
 
     Raises:
-        UserError: where it is none.
+        UserError: where it is none, and where it has another unit.
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*([kKMGTPE]?)(i?)B?(?:/s)?\s*", text)
+    match = re.fullmatch(rf"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*([kKMGTPE]?)(i?)(?:{unit})?\s*", text)
     try:
         value = float(match[1]) if match else 0.0
     except ValueError:
@@ -106,7 +112,8 @@ def quantity(text: str, name: str) -> float:
     if match:
         value *= (1024 if match[3] else 1000) ** " KMGTPE".index(match[2].upper() or " ")
     if not 0 < value < 1e40 or not math.isfinite(value):
-        raise UserError(f"{name} {text!r} is no number above zero; give one as 4e21, 4Mi, 80GiB or 50GB")
+        example = {"": "4e21 or 4Mi", _BYTES: "80GiB or 8e10", _SPEED: "50GB/s or 5e10"}[unit]
+        raise UserError(f"{name} {text!r} must be a number above zero, as {example}")
     return value
 
 
@@ -115,7 +122,10 @@ def _sizes(text: str) -> dict[str, int]:
     pairs = [part.split("=") for part in text.replace(" ", "").split(",")]
     if not all(len(p) == 2 and p[0] in ("ep", "pp", "tp", "stages") and p[1].isdecimal() and int(p[1]) for p in pairs):
         raise UserError(f"--layout {text!r} is none; give sizes of ep, pp, tp and stages, as ep=64,pp=16")
-    return {name: int(size) for name, size in pairs}
+    found = {name: int(size) for name, size in pairs}
+    if len(found) < len(pairs):
+        raise UserError(f"--layout {text!r} gives a size twice")
+    return found
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -275,9 +285,9 @@ def _advise(args: argparse.Namespace) -> int:
         raise UserError(f"--devices {args.devices} must be from 1 to {_MOST:,}")
     budget = Budget(
         quantity(args.flops, "--flops"),
-        quantity(args.memory, "--memory"),
+        quantity(args.memory, "--memory", _BYTES),
         args.devices,
-        quantity(args.bandwidth, "--bandwidth"),
+        quantity(args.bandwidth, "--bandwidth", _SPEED),
         quantity(args.device_flops, "--device-flops"),
     )
     found = advise(budget)

@@ -161,7 +161,10 @@ def advise(budget: Budget) -> Advice:
     while wanted >= 1e5 and not best(shape(wanted), cluster, budget.devices, job).fits:
         wanted *= 0.8
     if wanted < 1e5:
-        raise UserError("no dense model fits into this memory, nor trains within these operations; give more of both")
+        raise UserError(
+            f"no dense model fits into {budget.memory:,.0f} bytes a device and trains within {budget.flops:.3g} "
+            "operations; give more of both"
+        )
     plain = shape(wanted)
     size = float(plain.parameters["attention"] + plain.parameters["dense blocks"])
     step = best(plain, cluster, budget.devices, job)
