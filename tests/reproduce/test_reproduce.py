@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 from matplotlib.figure import Figure
 
 from shunter.cli import main
-from shunter.reproduce import figures_3_to_5, headline, registry, routings, scaling, sweep
+from shunter.reproduce import asynchronous, figures_3_to_5, headline, registry, routings, scaling, sweep
 from shunter.reproduce.page import write_pages
 from shunter.reproduce.registry import ALL, find
 from shunter.reproduce.results import DIRECTION, NOT, REPRODUCED, Result, Row, read
@@ -79,6 +79,7 @@ def planted(loss, monkeypatch):
         return [row | {"right": row["recalled"], "error": row["loss"] / 100, "noise": 0.001} for row in rows]
 
     monkeypatch.setattr(sweep.Sweep, "run", run)
+    monkeypatch.setattr(sweep.Sweep, "run_more_dense", lambda self, folder: iter(()))
     monkeypatch.setattr(figures_3_to_5, "_measured", measured)
     monkeypatch.setattr(headline, "_speed_up", lambda run, name: 5.0)
     monkeypatch.setattr(headline, "residual", lambda: Result("residual", [Row("a", "b", "c", NOT)], {}))
@@ -95,7 +96,9 @@ def test_verdicts_of_figures_3_to_5_follow_the_runs(facts, monkeypatch, tmp_path
     planted(diminishing, monkeypatch)
     assert set(verdicts(figure_3(tmp_path)).values()) == {REPRODUCED}
     assert set(verdicts(figure_4(tmp_path)).values()) == {REPRODUCED}
-    assert set(verdicts(figure_5(tmp_path)).values()) == {REPRODUCED}
+    larger, *sparse = figure_5(tmp_path).rows
+    assert larger.verdict == REPRODUCED and all(row.verdict == DIRECTION for row in sparse)
+    assert all("told by 1 of 5 sizes" in row.why for row in sparse), "no dense run computes ten times what most do"
 
     planted(lambda router, parameters, experts: 30 * parameters**-0.1 * (1 + 0.01 * experts), monkeypatch)
     found = figure_3(tmp_path)
@@ -120,6 +123,36 @@ def test_verdicts_of_figures_3_to_5_follow_the_runs(facts, monkeypatch, tmp_path
     assert first.verdict == REPRODUCED and "more than" in second.ours, "dense models that are not better all the way"
 
 
+def test_what_few_sizes_tell_is_not_reproduced_and_said():
+    inf = math.inf
+    assert scaling.at_least([(2.1, 2.1), (3, inf), (2, 2), (1, inf), (0.5, inf)], 2)
+    assert not scaling.at_least([(2.1, 2.1), (3, inf), (1.9, inf), (1, inf), (0.5, inf)], 2), "two of five tell"
+    assert not scaling.at_least([(2.1, 2.1), (3, inf), (2, 2), (1.9, 1.9), (0.5, inf)], 2), "one is smaller"
+    assert scaling.told([(2.1, 2.1), (3, inf), (0, 1.5), (1, inf), (0, 2.5)], 2).endswith("told by 3 of 5 sizes")
+    assert not scaling.told([(2.1, 2.1), (0, 1.5)], 2)
+
+
+def test_gains_that_are_not_there_do_not_diminish(monkeypatch, tmp_path):
+    for loss in (lambda router, parameters, experts: 2.0, lambda router, parameters, experts: 2.0 + 0.1 * experts):
+        planted(loss, monkeypatch)
+        found = headline.headline(tmp_path).rows[0]
+        assert found.verdict == NOT and "does not gain" in found.ours
+
+
+def test_gradients_may_be_as_old_as_all_younger_ones_do_no_harm():
+    first, *_ = asynchronous.STALENESS
+    assert first == 0
+    for curve, most, verdict in (
+        ([1, 1, 1.1, 1, 1.19, 1.3, None], 8, REPRODUCED),
+        ([1, 1.3, 1, 1, 1, 1, 1], 0, NOT),
+        ([1, 1, None, 1, 1, 1, 1], 1, DIRECTION),
+        ([1, 1, 1, 1, 1, 1, 1], 32, REPRODUCED),
+    ):
+        row = asynchronous._tolerates("dense", curve)
+        assert row.ours.endswith(f"up to {most}") and row.verdict == verdict, curve
+    assert asynchronous._tolerates("dense", [None] * 7).verdict == NOT
+
+
 def test_what_leaks_is_said(monkeypatch, tmp_path):
     planted(lambda router, parameters, experts: 30 / experts, monkeypatch)
     why = {row.what.split(":")[0]: row.why for row in figures_3_to_5.figure_3(tmp_path).rows if "falls" in row.what}
@@ -141,22 +174,35 @@ def test_verdicts_follow_the_losses(monkeypatch, tmp_path):
     assert verdicts(headline.headline(tmp_path))["as few as two experts help"] == REPRODUCED
 
 
-def test_domains_of_text_are_worth_the_compute_that_was_planted(monkeypatch, tmp_path):
+@pytest.mark.parametrize("more", [False, True], ids=["sweep alone", "more dense runs"])
+def test_domains_of_text_are_worth_the_compute_that_was_planted(more, monkeypatch, tmp_path):
     """Experts are worth four times the dense compute in the domain of training, and twice out of it."""
 
     def loss(worth, size):
         return 30 * (2000.0 * size**2 * worth) ** -0.1
 
+    def row(router, size, count, worth):
+        found = {"router": router, "size": size, "experts": count, "loss": loss(worth, size)}
+        return found | {"parameters": 1000.0 * size**2, "flops_per_token": 2000.0 * size**2, "seconds": 1.0}
+
     def run(self, folder, routers, sizes=None, counts=sweep.COUNTS):
         for size in self.sizes:
             for router, count in [("dense", 1), *((router, count) for count in counts for router in routers)]:
-                row = {"router": router, "size": size, "experts": count, "loss": loss(1 if count == 1 else 4, size)}
-                yield row | {"parameters": 1000.0 * size**2, "flops_per_token": 2000.0 * size**2, "seconds": 1.0}
+                yield row(router, size, count, 1 if count == 1 else 4)
+
+    def run_more_dense(self, folder):
+        for size, longer in ((64, 2), (64, 9)) if more else ():
+            yield row("dense", size, 1, longer) | {"longer": longer}
+
+    def load(run, name):
+        size, _, longer = run.name[1:].partition("-")
+        return int(size), 2 if name != "dense" else int(longer.split("-")[0] or 1)
 
     monkeypatch.setattr(sweep.Sweep, "run", run)
+    monkeypatch.setattr(sweep.Sweep, "run_more_dense", run_more_dense)
     monkeypatch.setattr(scaling, "configuration_of", lambda run: (None, sweep._text_of_domains(16, {"hidden": 64})))
     monkeypatch.setattr(scaling.RECIPE, "windows", lambda config, tokenizer=None: _Read(config.data.domains))
-    monkeypatch.setattr(scaling, "load_model", lambda run, name: (int(run.name[1:]), 1 if name == "dense" else 2))
+    monkeypatch.setattr(scaling, "load_model", load)
 
     def evaluated(model, read):
         assert read == [sweep.OUTSIDE]
@@ -165,12 +211,21 @@ def test_domains_of_text_are_worth_the_compute_that_was_planted(monkeypatch, tmp
     monkeypatch.setattr(scaling, "evaluate", evaluated)
     found = scaling.text_domains(tmp_path)
     assert {row.verdict for row in found.rows} == {REPRODUCED} and len(found.rows) == 2
-    assert all("told by 3 of 4 sizes" in row.why and "more than 1.00" in row.ours for row in found.rows)
+    if more:
+        assert not any(row.why or "than" in row.ours for row in found.rows)
+        assert "Dense runs of 2 and 9 times the steps" in found.notes[-1]
+    else:
+        assert all("told by 3 of 4 sizes" in row.why and "more than 1.00" in row.ours for row in found.rows)
     for gains in found.data["gains"].values():
         for key, worth in (("inside", 4), ("outside", 2)):
-            assert [low for low, _ in gains[key]] == pytest.approx([worth, worth, worth, 1])
-            assert [high for _, high in gains[key]] == [*map(pytest.approx, [worth, worth, worth]), None]
+            assert [low for low, _ in gains[key]] == pytest.approx([worth, worth, worth, worth if more else 1])
+            assert [high for _, high in gains[key]] == [*map(pytest.approx, [worth] * 3), worth_of(worth, more)]
     draw_domains(found.data)
+
+
+def worth_of(worth, known):
+    """A worth that is found, or no bound above it."""
+    return pytest.approx(worth) if known else None
 
 
 class _Read:
@@ -179,7 +234,7 @@ class _Read:
 
 
 def test_a_sweep_goes_on_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
-    small = sweep.Sweep("small", sweep.FACTS, (4,), _small, lambda size: 0)
+    small = sweep.Sweep("small", sweep.FACTS, (4,), _small, lambda size: 0, ((4, 2), (6, 1)))
     first = list(small.run(tmp_path, ("switch", "hash"), counts=(2,)))
     assert [(row["router"], row["experts"]) for row in first] == [("dense", 1), ("switch", 2), ("hash", 2)]
     assert len({row["parameters"] for row in first}) == 1
@@ -187,6 +242,10 @@ def test_a_sweep_goes_on_and_trains_nothing_twice(tmp_path, monkeypatch, capsys)
     again = list(small.run(tmp_path, ("switch", "hash"), counts=(2, 4)))
     assert [row["loss"] for row in again[:3]] == [row["loss"] for row in first] and len(again) == 5
     assert (tmp_path / "small" / "d4" / "switch-2").stat().st_ino == kept
+    more = list(small.run_more_dense(tmp_path))
+    assert [(row["router"], row["size"], row["longer"]) for row in more] == [("dense", 4, 2), ("dense", 6, 1)]
+    assert more[0]["tokens"] == 2 * first[0]["tokens"] and more[1]["tokens"] == first[0]["tokens"]
+    assert scaling.compute_of(more[0]) == 2 * scaling.compute_of(first[0]) < scaling.compute_of(more[1]) * 2
     measured = figures_3_to_5._measured(
         dataclasses.replace(figures_3_to_5.FACTS_STUDY, sweep=small, experts=2), tmp_path
     )
@@ -262,6 +321,40 @@ def test_all_goes_on_without_what_lacks_a_package(tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().err.splitlines()[-1].startswith("shunter reproduce: this needs the package peft")
 
 
+def test_runs_that_cannot_go_on_are_said_with_what_to_do(tmp_path, capsys, monkeypatch):
+    """Of those of other settings, and of a damaged one; what has nothing to do with runs has no such advice."""
+    steps = [4]
+
+    def configure(size, sparse):
+        config = _small(size, sparse)
+        return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps[0]})})
+
+    def trained(runs):
+        small = sweep.Sweep("small", sweep.FACTS, (4,), configure, lambda size: 0, ((4, 1),))
+        list(small.run_more_dense(runs))
+        return Result("memorisation", [Row("a", "b", "c", REPRODUCED)], {})
+
+    made = [replace(find("memorisation"), run="trained", draw=None), replace(find("released-law"), draw=None)]
+    function = registry._function
+    monkeypatch.delenv("SHUNTER_ROUTING_CURVES", raising=False)
+    monkeypatch.setattr("shunter.reproduce.registry.ALL", made)
+    monkeypatch.setattr(
+        "shunter.reproduce.registry._function", lambda where: trained if where == "trained" else function(where)
+    )
+    args = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    assert main(["reproduce", "memorisation", *args]) == 0
+    capsys.readouterr()
+    steps[0] = 6
+    for what in ("memorisation", "all"):
+        (tmp_path / "out" / "memorisation.json").unlink(missing_ok=True)
+        assert main(["reproduce", what, *args]) == (1 if what == "all" else 2)
+        said = capsys.readouterr().err.splitlines()
+        (about,) = [line for line in said if "other settings" in line]
+        assert about.endswith("To train it anew, remove it or give another folder as --runs")
+    assert not [line for line in said if "SHUNTER_ROUTING_CURVES" in line and "--runs" in line]
+    assert main(["reproduce", "memorisation", *args[:2], "--runs", str(tmp_path / "others")]) == 0
+
+
 def _two(data=None):
     return Result("figure-2", [Row("a", "b", "c", REPRODUCED)], {}) if data is None else Figure()
 
@@ -289,6 +382,8 @@ def test_damaged_results_are_named_and_run_again(tmp_path, capsys, few):
     for old, new in (('"a"', "1"), ('"d"', "[]"), ("figure-1", "figure-2"), ("0.0", '"x"'), ("threads", "thread")):
         assert whole.count(old) == 1
         broken.append(whole.replace(old, new))
+    for lost in ("machine", "versions", "seconds", "notes"):
+        broken.append(json.dumps({key: value for key, value in json.loads(whole).items() if key != lost}))
     for content in [*broken, whole[: random.randrange(len(whole) - 1)]]:
         (tmp_path / "figure-1.json").write_text(content, encoding="utf-8")
         assert main(["reproduce", "--out", str(tmp_path)]) == 1

@@ -63,8 +63,11 @@ def _reproduce(args: argparse.Namespace) -> int:
             result = reproduce(one, args.out, args.runs)
         except (UserError, Diverged, ModuleNotFoundError) as error:
             why = not_installed(error.name or "") if isinstance(error, ModuleNotFoundError) else str(error)
+            if isinstance(error, UserError) and str(args.runs) in why:
+                error = UserError(f"{why}. To train it anew, remove it or give another folder as --runs")
+                why = str(error)
             if args.what != ["all"] or not why:
-                raise
+                raise error
             print(f"shunter reproduce: {one.name} was not run: {escaped(why)}", file=sys.stderr)
             failed += 1
             continue

@@ -13,7 +13,7 @@ import numpy as np
 from ..analysis.calibration import Calibration, calibrations
 from ..recipes.run import configuration_of, load_model
 from .results import Result, Row, judge
-from .scaling import LAW_ROUTERS, NAMES, TASK, TEXT, against_dense, at_least, seconds_of, short, times
+from .scaling import LAW_ROUTERS, NAMES, TASK, TEXT, against_dense, at_least, seconds_of, short, times, told
 from .sweep import COUNTS, FACT_SWEEP, ROUTERS, TEXT_SWEEP, Sweep
 
 __all__ = [
@@ -260,6 +260,7 @@ def quality(study: Study, rows: list[dict[str, Any]]) -> Result:
                 "about 2 (BIG-bench)",
                 times(factors) + ", by size",
                 judge(at_least(factors, 2), direction=at_least(factors, 1)),
+                told(factors, 2),
             )
         )
     keys = ("right",)
@@ -293,6 +294,7 @@ def calibration(study: Study, rows: list[dict[str, Any]]) -> Result:
                 f"errors {said}, below the dense one in {sum(better)} of {len(better)}; {times(factors)} times the "
                 "computing, by size",
                 judge(at_least(factors, 10), direction=all(better)),
+                told(factors, 10),
             )
         )
     notes = [*study.notes, "Expected calibration error, fifteen bins (Naeini et al. 2015)."]

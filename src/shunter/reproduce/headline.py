@@ -130,6 +130,7 @@ def headline_of(
     }
     last = {size: gains[-1] for size, gains in switch.items()}
     first = {size: gains[0] for size, gains in switch.items()}
+    gains = all(gain > 0 for gain in first.values())
     two = [loss[router, size, 2] < loss["dense", size, 1] for router in ("switch", "hash") for size in sizes]
     known = [value for value in speed if value is not None]
     claims = [
@@ -138,9 +139,11 @@ def headline_of(
             "at 256",
             "doubling 32 to 64 gives "
             + ", ".join(f"{last[size] / first[size]:.2f}" for size in sizes)
-            + " times what doubling 2 to 4 gives, by size",
-            judge(False, direction=all(last[size] < first[size] for size in sizes)),
-            "at this size it does so before",
+            + " times what doubling 2 to 4 gives, by size"
+            if gains
+            else "doubling 2 to 4 does not gain at every size, which could diminish",
+            judge(False, direction=gains and all(last[size] < first[size] for size in sizes)),
+            "at this size it does so before" if gains else "",
         ),
         Row(
             "training to a dense model's loss with Switch, against that dense model",
@@ -150,7 +153,7 @@ def headline_of(
             judge(
                 bool(known) and len(known) == len(sizes) and min(known) >= 4, direction=bool(known) and min(known) > 1
             ),
-            "counted in draws at equal computing, not in seconds",
+            "counted in draws at equal computing, to the first look at the loss that reaches it, not in seconds",
         ),
         Row(
             "as few as two experts help",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ def read(folder: Path, name: str) -> Result | None:
         return None
     try:
         content = parse_json(read_file(path))
+        if lacking := [one.name for one in fields(Result) if one.name not in content]:
+            raise ValueError(f"it lacks {lacking[0]}")  # whose default is this machine's
         result = Result(**content | {"rows": [Row(**row) for row in content["rows"]]})
         described({"machine": result.machine, "versions": result.versions})
         texts = [result.name, *result.notes, *(text for row in result.rows for text in asdict(row).values())]

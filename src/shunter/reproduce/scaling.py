@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "Factor",
     "against_dense",
     "at_least",
+    "compute_of",
     "domains",
     "domains_of",
     "law",
@@ -38,6 +40,7 @@ __all__ = [
     "text_domains_of",
     "text_law",
     "times",
+    "told",
 ]
 
 LAW_ROUTERS = ("switch", "hash")
@@ -70,13 +73,14 @@ def short(
     rows: Iterable[dict[str, Any]], more: tuple[str, ...] = ("recalled", "even_loss", "outside_loss")
 ) -> list[dict[str, Any]]:
     """Of each run which it is, its loss and cost, and what else is there of `more`."""
-    keys = ("router", "size", "parameters", "experts", "loss", "flops_per_token", *more)
+    keys = ("router", "size", "parameters", "experts", "loss", "flops_per_token", "longer", *more)
     return [{key: row[key] for key in keys if key in row} for row in rows]
 
 
 def _facts(runs: Path) -> list[dict[str, Any]]:
-    """The rows of two routers at every size, with their loss out of the domain of training."""
-    return [row | {"even_loss": row["domains"]["even"]["loss"]} for row in FACT_SWEEP.run(runs, LAW_ROUTERS)]
+    """The rows of two routers at every size and of more dense models, with their loss out of the domain of training."""
+    rows = chain(FACT_SWEEP.run(runs, LAW_ROUTERS), FACT_SWEEP.run_more_dense(runs))
+    return [row | {"even_loss": row["domains"]["even"]["loss"]} for row in rows]
 
 
 def law(runs: Path) -> Result:
@@ -230,11 +234,17 @@ Factor = tuple[float, float]
 """How many times as much, from and to: twice the same where it is known."""
 
 
+def compute_of(row: dict[str, Any]) -> float:
+    """FLOPs of a token in a run, times how much longer it trained than the others."""
+    return float(row["flops_per_token"] * row.get("longer", 1))
+
+
 def against_dense(rows: list[dict[str, Any]], key: str, router: str, count: int) -> list[Factor]:
     """For each size the dense compute of the same loss, over that of the sparse model.
 
     Args:
-        rows: dense and sparse runs, with `size`, `router`, `experts`, `flops_per_token`.
+        rows: dense and sparse runs, with `size`, `router`, `experts`, `flops_per_token`, and dense ones that trained
+            some times as long with that as `longer`.
         key: of the loss, or of what else is the better the less there is of it.
         router, count: of the sparse ones.
 
@@ -242,7 +252,7 @@ def against_dense(rows: list[dict[str, Any]], key: str, router: str, count: int)
         Factors in the order of sizes; bounds where dense runs have the loss not between them (`dense_equivalent`).
     """
     dense = [row for row in rows if row["router"] == "dense"]
-    cost, loss = [row["flops_per_token"] for row in dense], [row[key] for row in dense]
+    cost, loss = [compute_of(row) for row in dense], [row[key] for row in dense]
     mine = sorted(
         (row for row in rows if row["router"] == router and row["experts"] == count), key=lambda row: int(row["size"])
     )
@@ -262,8 +272,14 @@ def times(factors: Iterable[Factor]) -> str:
 
 
 def at_least(factors: list[Factor], least: float) -> bool:
-    """Whether some factors are as large as that, and of none it is known that it is smaller."""
-    return any(low >= least for low, _ in factors) and all(high >= least for _, high in factors)
+    """Whether most factors are as large as that, and of none it is known that it is smaller."""
+    return sum(low >= least for low, _ in factors) > len(factors) / 2 and all(high >= least for _, high in factors)
+
+
+def told(factors: list[Factor], least: float) -> str:
+    """Of how many factors it is known whether they are as large as that, in words; empty where it is of all."""
+    known = sum(low >= least or high < least for low, high in factors)
+    return f"whether it is {least:g} is told by {known} of {len(factors)} sizes" if known < len(factors) else ""
 
 
 _MORE = 1.05  # times: what is no difference
@@ -287,16 +303,16 @@ def domains_of(rows: list[dict[str, Any]]) -> Result:
 def text_domains(runs: Path) -> Result:
     """The same on text: what was held out of the two domains of training, and a third one."""
     rows = []
-    data: dict[int, Any] = {}
-    for row in DOMAIN_SWEEP.run(runs, LAW_ROUTERS, counts=(_FEW,)):
-        run, size = DOMAIN_SWEEP.place(runs, row["size"]), row["size"]
-        if size not in data:
+    data: dict[Path, Any] = {}
+    for row in chain(DOMAIN_SWEEP.run(runs, LAW_ROUTERS, counts=(_FEW,)), DOMAIN_SWEEP.run_more_dense(runs)):
+        run = DOMAIN_SWEEP.place(runs, row["size"], row.get("longer", 1))
+        if run not in data:
             _, config = configuration_of(run)
             known = RECIPE.windows(config)
             other = config.model_copy(update={"data": config.data.model_copy(update={"domains": [OUTSIDE]})})
-            data[size] = RECIPE.windows(other, known.tokenizer).eval
+            data[run] = RECIPE.windows(other, known.tokenizer).eval
         name = row["router"] if row["router"] == "dense" else f"{row['router']}-{row['experts']}"
-        rows.append(row | {"outside_loss": evaluate(load_model(run, name), data[size])["loss"]})
+        rows.append(row | {"outside_loss": evaluate(load_model(run, name), data[run])["loss"]})
     return text_domains_of(rows)
 
 
@@ -321,8 +337,8 @@ def _domains(name: str, rows: list[dict[str, Any]], outside_key: str, notes: lis
         pairs = list(zip(inside, outside, strict=True))
         larger = [of_in[0] > _MORE * of_out[1] for of_in, of_out in pairs]
         smaller = [of_in[1] <= _MORE * of_out[0] for of_in, of_out in pairs]
-        told = sum(larger) + sum(smaller)
-        why = [f"which is larger is told by {told} of {len(pairs)} sizes"] if told < len(pairs) else []
+        known = sum(larger) + sum(smaller)
+        why = [f"which is larger is told by {known} of {len(pairs)} sizes"] if known < len(pairs) else []
         why += [f"{where} no dense model is better than the smallest" for key, where in places if _rises(rows, key)]
         claims.append(
             Row(
@@ -330,21 +346,25 @@ def _domains(name: str, rows: list[dict[str, Any]], outside_key: str, notes: lis
                 f"training",
                 "much larger",
                 f"{times(inside)} in it, {times(outside)} out of it, by size",
-                judge(sum(larger) == told > len(pairs) / 2, direction=2 * sum(larger) > told) if told else IMPOSSIBLE,
+                judge(sum(larger) == known > len(pairs) / 2, direction=2 * sum(larger) > known)
+                if known
+                else IMPOSSIBLE,
                 "; ".join(why),
             )
         )
         gains[router] = {"inside": _ends(inside), "outside": _ends(outside)}
-    told_of = (
+    read_off = (
         "Dense computing is read off between the dense runs of the sweep, linear in the logarithms, without those that "
         "a cheaper one equals; “more than” is beyond the largest of them, “less than” below the smallest."
     )
+    longer = sorted({row["longer"] for row in rows if row.get("longer", 1) > 1})
+    said = [f"Dense runs of {' and '.join(map(str, longer))} times the steps count so many times."] if longer else []
     data = {"gains": gains, "runs": short(rows), "experts": _FEW}
-    return Result(name, claims, data, seconds_of(rows), [*notes, told_of])
+    return Result(name, claims, data, seconds_of(rows), [*notes, " ".join([read_off, *said])])
 
 
 def _rises(rows: list[dict[str, Any]], key: str) -> bool:
-    dense = sorted((row["flops_per_token"], row[key]) for row in rows if row["router"] == "dense")
+    dense = sorted((compute_of(row), row[key]) for row in rows if row["router"] == "dense")
     return dense[0][1] == min(loss for _, loss in dense)
 
 

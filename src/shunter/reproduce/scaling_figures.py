@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLoc
 
 from ..analysis.pages.law_figures import law_figure, shown_count
 from ..analysis.pages.style import PAPER
-from .scaling import LAW_ROUTERS, NAMES
+from .scaling import LAW_ROUTERS, NAMES, compute_of
 
 __all__ = ["draw_domains", "draw_figure_3", "draw_figure_4", "draw_figure_5", "draw_law", "draw_released_law"]
 
@@ -76,20 +76,19 @@ def _by_compute(axes: Any, data: dict[str, Any], value: Any, compute: str) -> No
     for router in ("dense", *LAW_ROUTERS):
         count = 1 if router == "dense" else data["experts"]
         mine = sorted(
-            (run["flops_per_token"], value(run))
-            for run in data["runs"]
-            if run["router"] == router and run["experts"] == count
+            (compute_of(run), value(run)) for run in data["runs"] if run["router"] == router and run["experts"] == count
         )
         label = "dense" if router == "dense" else f"{NAMES[router]}, {count} experts"
         axes.plot(*zip(*mine, strict=True), marker=MARKERS[router], color=COLOURS[router], label=label)
     axes.set_xscale("log")
-    costs = [run["flops_per_token"] for run in data["runs"]]
+    costs = [compute_of(run) for run in data["runs"]]
     marks = [digit * 10**power for power in range(3, 9) for digit in (1, 2, 5)]
     ticks = [tick for tick in marks if 0.8 * min(costs) < tick < 1.2 * max(costs)]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_xlabel(f"FLOPs of {compute}, forward")
+    longer = any(run.get("longer", 1) > 1 for run in data["runs"])
+    axes.set_xlabel(f"FLOPs of {compute}, forward" + (" (times the length of training)" if longer else ""))
 
 
 def draw_figure_4(data: dict[str, Any]) -> Figure:

@@ -39,6 +39,8 @@ class Sweep:
         configure: from a width and the `sparse` section to a configuration.
         embeddings: how many parameters of a dense model of a width are embeddings, which laws do not count.
         name: of the folder.
+        more_dense: widths of further dense models, and how many times as long they train: smaller and larger ones,
+            between which the losses of sparse models lie.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Sweep:
     sizes: tuple[int, ...]
     configure: Callable[[int, dict[str, Any]], Any]
     embeddings: Callable[[int], int]
+    more_dense: tuple[tuple[int, int], ...] = ()
 
     def run(
         self,
@@ -70,30 +73,35 @@ class Sweep:
             Interrupted: after Ctrl-C, when the checkpoint is written.
         """
         for size in sizes or self.sizes:
-            configs = {"dense": self._config(size, routers[0], counts[0])}
-            names = {"dense": ("dense", 1)}
-            for count in counts:
-                for router in routers:
-                    configs[f"{router}-{count}"] = self._config(size, router, count)
-                    names[f"{router}-{count}"] = (router, count)
-            run = self.place(folder, size)
-            with begin(
-                self.recipe, self._config(size, "switch", 2), run, configs, resume=sealed(run), as_json=False
-            ) as begun:
-                parameters = 0.0
-                for name, (router, count) in names.items():
-                    found = account(begun, name, train_one(begun, name))
-                    parameters = parameters or found.params_total - self.embeddings(size)
-                    print(f"d={size} {name}: {found.eval_loss:.4f}", file=sys.stderr)
-                    row = {"router": router, "size": size, "parameters": parameters, "experts": count}
-                    yield row | {"loss": found.eval_loss} | found.as_json()
+            names = {"dense": ("dense", 1)} | {f"{router}-{e}": (router, e) for e in counts for router in routers}
+            yield from self._models(self.place(folder, size), size, names)
 
-    def place(self, folder: Path, size: int) -> Path:
-        """The run of a size."""
-        return folder / self.name / f"d{size}"
+    def run_more_dense(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """Train the models of `more_dense` in the same way; rows as those of `run`, with how many times as `longer`."""
+        for size, longer in self.more_dense:
+            for row in self._models(self.place(folder, size, longer), size, {"dense": ("dense", 1)}, longer):
+                yield row | {"longer": longer}
 
-    def _config(self, size: int, router: str, count: int) -> Any:
-        return self.configure(
+    def _models(
+        self, run: Path, size: int, names: dict[str, tuple[str, int]], longer: int = 1
+    ) -> Iterator[dict[str, Any]]:
+        first = self._config(size, "switch", 2, longer)
+        configs = {name: first if e == 1 else self._config(size, router, e) for name, (router, e) in names.items()}
+        with begin(self.recipe, first, run, configs, resume=sealed(run), as_json=False) as begun:
+            parameters = 0.0
+            for name, (router, count) in names.items():
+                found = account(begun, name, train_one(begun, name))
+                parameters = parameters or found.params_total - self.embeddings(size)
+                print(f"d={size} {name}: {found.eval_loss:.4f}", file=sys.stderr)
+                row = {"router": router, "size": size, "parameters": parameters, "experts": count}
+                yield row | {"loss": found.eval_loss} | found.as_json()
+
+    def place(self, folder: Path, size: int, longer: int = 1) -> Path:
+        """The run of a size, and of so many times the steps."""
+        return folder / self.name / (f"d{size}" if longer == 1 else f"d{size}-{longer}-times-longer")
+
+    def _config(self, size: int, router: str, count: int, longer: int = 1) -> Any:
+        config = self.configure(
             size,
             {
                 "router": router,
@@ -103,6 +111,11 @@ class Sweep:
                 "allow_leak": True,  # a fact has no later tokens; routers that leak are left out of text
             },
         )
+        if longer == 1:
+            return config
+        steps = longer * config.training.steps
+        every = {"steps": steps, "save_every": steps, "eval_every": steps}
+        return config.model_copy(update={"training": config.training.model_copy(update=every)})
 
 
 def _facts(size: int, sparse: dict[str, Any]) -> FactsConfig:
@@ -145,6 +158,11 @@ def _text_of_domains(size: int, sparse: dict[str, Any]) -> TextConfig:
 _VOCABULARY = 1024
 INSIDE, OUTSIDE = ("english", "languages"), "code"
 """Domains of the built-in text: those that `DOMAIN_SWEEP` reads, and one that it does not."""
-FACT_SWEEP = Sweep("facts", FACTS, (8, 12, 16, 24, 32), _facts, lambda size: 0)
+FACT_SWEEP = Sweep(
+    "facts", FACTS, (8, 12, 16, 24, 32), _facts, lambda size: 0, ((48, 1), (64, 1), (96, 1), (128, 1), (128, 2))
+)
 TEXT_SWEEP = Sweep("text", TEXT, (16, 24, 32, 48, 64), _text, lambda size: _VOCABULARY * size)
-DOMAIN_SWEEP = Sweep("text-domains", TEXT, (16, 24, 32, 64), _text_of_domains, lambda size: _VOCABULARY * size)
+DOMAIN_SWEEP = Sweep(
+    "text-domains", TEXT, (16, 24, 32, 64), _text_of_domains, lambda size: _VOCABULARY * size,
+    ((8, 1), (32, 2), (32, 4), (64, 4)),
+)  # fmt: skip
