@@ -165,6 +165,10 @@ def test_a_label_that_is_none_is_named(value, tmp_path):
     rows = {"image": [pixels] * 4, "label": [0.5, 1.5, value, 0.5]}
     with pytest.raises(UserError, match="train, record 3: label is .*, which is no class"):
         read_labelled(save(tmp_path / "images", train=(rows, kinds)))
+    several = datasets.Features({"image": datasets.Image(), "label": datasets.Sequence(datasets.Value("int64"))})
+    with pytest.raises(UserError, match=r"train, record 1: label is \[1, 2\], which is no class"):
+        rows = {"image": [pixels] * 4, "label": [[1, 2], [1], [1], [2]]}
+        read_labelled(save(tmp_path / "lists", train=(rows, several)))
     rows = {"image": [pixels] * 4, "label": [0.5, 1.5, 1.5, 0.5]}
     assert read_labelled(save(tmp_path / "whole", train=(rows, kinds))).labels == ["0.5", "1.5", "1.5", "0.5"]
 

@@ -4,11 +4,13 @@ import gzip
 import os
 import shutil
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from shunter.data import labelled_images, spooled
 from shunter.data.labelled_images import read_labelled, split
 from shunter.errors import UserError
 from tests.conftest import SEED
@@ -57,6 +59,42 @@ def test_idx_files_give_their_images_labels_and_split(pack, tmp_path, draw):
         assert sorted(seen) == list(range(len(numbers)))
         for place, i in seen.items():
             assert np.array_equal(pixels(found, i), images[part][place]) and found.targets[i] == labels[part][place]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_idx_files_may_be_larger_than_memory(pack, tmp_path, draw, monkeypatch):
+    monkeypatch.setattr(spooled, "IN_MEMORY", 2**16)
+    monkeypatch.setattr(labelled_images, "_AT_A_TIME", 2**16)
+    images = {part: draw.integers(0, 256, (32, 256, 256), dtype=np.uint8) for part in ("train", "t10k")}
+    for part, array in images.items():
+        write_idx(tmp_path / "d", part, array, np.arange(32) % 2, pack)
+    tracemalloc.start()
+    try:
+        found = split(read_labelled(str(tmp_path / "d")), **ALL)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20, "of 4 MiB of pixels"
+    for i in (found.train[3], found.held_out[5]):
+        part = "train" if i in found.train else "t10k"
+        assert np.array_equal(pixels(found, i), images[part][int(found.images.where[i].rpartition(" ")[2]) - 1])
+
+
+def test_no_file_is_read_whole_to_find_that_it_is_no_image(tmp_path, draw, monkeypatch):
+    root = write_folder(tmp_path / "a", {"cat": 6, "dog": 6}, draw)
+    (root / "cat/0.png").write_bytes(b"words")
+    os.truncate(root / "cat/0.png", 2**25)
+    with open(root / "dog/0.png", "ab") as stream:
+        stream.write(bytes(3000))
+    monkeypatch.setattr(labelled_images, "_LARGEST", 2000)
+    tracemalloc.start()
+    try:
+        found = split(read_labelled(str(root)), **ALL)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**24 and "cat/0.png: not an image" in found.left_out
+    assert "dog/0.png: is larger than 2,000 bytes" in found.left_out and found.left_out.startswith("Left out 2 of 12")
 
 
 def test_a_folder_gives_a_share_of_each_class_or_what_it_says_itself(tmp_path, draw):
@@ -176,6 +214,14 @@ def two_of_a_name(root, draw):
     write_folder(root, {"cat/2020": 3, "dog/2021": 3, "dog/2020": 3}, draw)
 
 
+def without_classes(root, draw):
+    write_folder(root, {"train/cat": 3, "train/dog": 3, "test": 3}, draw)
+
+
+def of_no_size(root, draw):
+    write_idx(root, "train", np.zeros((6, 0, 3)), np.array([0, 1] * 3))
+
+
 def no_folder(root, draw):
     pass
 
@@ -196,6 +242,8 @@ def no_folder(root, draw):
         (huge, "unpack it (gunzip)"),
         (all_bad, "4 of 4 images cannot be read, the first: "),
         (two_of_a_name, "cat/2020 and dog/2020 have one name; put the images of a class into one folder"),
+        (without_classes, "test/0.png: an image of test belongs into a folder that is named as its class, as in"),
+        (of_no_size, "its head says 6 by 0 by 3 bytes, which is nothing"),
         (no_folder, "no such folder"),
     ],
 )

@@ -1,6 +1,7 @@
 """What a source holds and a recipe does not read is said in a sentence that the report shows, whatever the source."""
 
 import json
+import os
 import random
 import warnings
 import wave
@@ -14,6 +15,7 @@ from shunter.data.documents import read_domains
 from shunter.data.files import LeftOut, sentences
 from shunter.data.labelled_images import read_labelled, split
 from shunter.data.pairs import read_pairs
+from shunter.data.sifting import left_out, sift
 from shunter.data.tables import read_table
 from shunter.errors import UserError
 from tests.conftest import SEED
@@ -40,6 +42,17 @@ def test_images_beside_train_and_test(tmp_path):
         picture(tmp_path / place)
     [said] = said_of(lambda folder: read_labelled(str(folder)), tmp_path)
     assert said.endswith("left out more/a/0.png, more/b/1.png: beside the folders train and test.")
+
+
+def test_images_beside_idx_files(tmp_path):
+    for what, head, size in (
+        ("images-idx3", [8, 3, 0, 0, 0, 9, 0, 0, 0, 2, 0, 0, 0, 2], 36),
+        ("labels-idx1", [8, 1, 0, 0, 0, 9], 9),
+    ):
+        (tmp_path / f"train-{what}-ubyte").write_bytes(bytes([0, 0, *head, *[0, 1, 2] * (size // 3)]))
+    picture(tmp_path / "a" / "0.png")
+    [said] = said_of(lambda folder: read_labelled(str(folder)), tmp_path)
+    assert said.endswith("left out a: beside IDX files, which are read alone.")
 
 
 def test_a_class_of_which_no_image_can_be_read_is_named(tmp_path):
@@ -100,6 +113,47 @@ def test_links_in_circles_are_left_out(tmp_path):
         [said] = said_of(lambda folder, read=read: read(str(folder)), tmp_path / kind)
         names = [f"thing/{name}" for name in ("up", f"one{suffix}", f"self{suffix}", f"two{suffix}")]
         assert f"left out {', '.join(names)}: " in said
+
+
+@pytest.mark.parametrize("kind", ["images", "pairs", "sounds", "texts"])
+def test_folders_that_cannot_be_read_are_left_out_by_name(kind, tmp_path, monkeypatch):
+    from shunter.data.speech import read_clips
+
+    read = {"images": read_labelled, "pairs": read_pairs, "sounds": read_clips, "texts": lambda f: read_domains([f])}
+    for name in ("one", "two", "lost+found"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            for suffix in {"images": [".png"], "pairs": [".png", ".txt"], "sounds": [".wav"], "texts": [".txt"]}[kind]:
+                (tmp_path / name / f"{name}{i}{suffix}").write_text(f"word {i}")
+    scandir, closed = os.scandir, tmp_path / "lost+found"
+
+    def refusing(path):
+        if os.fspath(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    [said] = said_of(lambda folder: read[kind](str(folder)), tmp_path)
+    assert said.endswith("left out lost+found: folders that cannot be read.")
+    with pytest.raises(UserError, match=r"lost\+found: Permission denied"):
+        read[kind](str(closed))
+
+
+def test_what_is_left_out_is_one_line_whatever_its_name(tmp_path):
+    for name in "ab":
+        for i in range(4):
+            picture(tmp_path / name / f"{i}.png")
+    (tmp_path / "a" / "two\nlines\x1b[31m.png").write_bytes(b"no image")
+    found = split(read_labelled(str(tmp_path)), share=0.3, most=100, most_held_out=100)
+    assert found.left_out.isprintable() and r"two\nlines\x1b[31m.png" in found.left_out
+
+    def read(i):
+        raise UserError("no\nsound") if i == 1 else LookupError("no\x07picture")
+
+    bad = sift([0, 1], lambda i: read(i) if i else None, str, "things") | sift(
+        [0, 1, 2, 3], lambda i: i > 2 and read(i), str, "things"
+    )
+    assert bad == {1: r"no\nsound", 3: "3: no picture"} and left_out(bad, 4, "things").isprintable()
 
 
 def test_a_row_of_sounds_with_more_cells_than_columns_is_wrong(tmp_path):

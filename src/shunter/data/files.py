@@ -29,7 +29,7 @@ def sentences() -> Iterator[list[str]]:
         yield said
     for one in caught:
         if issubclass(one.category, LeftOut):
-            said.append(f"{one.message}.")
+            said.append(f"{escaped(str(one.message))}.")
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
@@ -40,12 +40,20 @@ def files_in(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], 
     outside of the folder, and what is not wanted. Links to folders are not followed.
 
     Raises:
-        UserError: where there are more than a hundred thousand.
+        UserError: where there are more than a hundred thousand, and where the folder cannot be read.
     """
     root = folder.resolve()
     found: list[Path] = []
     left_out: list[Path] = []
-    for where, folders, files in os.walk(folder):
+    closed: list[Path] = []
+
+    def cannot_read(error: OSError) -> None:
+        place = Path(error.filename)
+        if place == folder:
+            raise UserError(f"{escaped(str(folder))}: {error.strerror}")
+        closed.append(place)
+
+    for where, folders, files in os.walk(folder, onerror=cannot_read):
         here = Path(where)
         left_out += [here / name for name in folders if name.startswith(".") or (here / name).is_symlink()]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -56,6 +64,7 @@ def files_in(folder: Path, wanted: Callable[[Path], bool]) -> tuple[list[Path], 
             (found if good else left_out).append(file)
         if len(found) + len(left_out) > _MOST:
             raise UserError(f"{folder}: holds more than {_MOST:,} files; give some of its folders")
+    say_left_out(folder, closed, "folders that cannot be read")
     return found, left_out
 
 

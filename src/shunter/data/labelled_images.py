@@ -8,6 +8,7 @@ import io
 import math
 import random
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import UserError, escaped, one_line
-from ..untrusted import open_file
+from ..untrusted import open_file, read_file
 from .files import files_in, say_left_out
 from .hub import is_dataset, load_splits, say_other_splits
 from .images import SUFFIXES, open_image
 from .sifting import at_most, left_out, sift
+from .spooled import Rows
 
 __all__ = [
     "HELD_OUT",
@@ -39,8 +41,10 @@ __all__ = [
     "split",
 ]
 
-HELD_OUT = ("test", "val", "valid", "validation")
+HELD_OUT = ("test", "val", "valid", "validation", "dev")
 _MAX_UNPACKED = 2**30  # bytes of a packed IDX file
+_AT_A_TIME = 2**22  # bytes of it that are unpacked
+_LARGEST = 2**28  # bytes of an image
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,20 @@ def read_labelled(source: str) -> Labelled:
     raise UserError(f"{source}: {found}; give a folder of images in folders named as their classes, or of IDX files")
 
 
+class _Joined:
+    """Arrays of images one behind the other, each left where it is."""
+
+    def __init__(self, parts: Sequence[NDArray[np.uint8]]) -> None:
+        self._parts = parts
+        self._starts = [sum(map(len, parts[:n])) for n in range(len(parts))]
+
+    def __getitem__(self, i: int) -> NDArray[np.uint8]:
+        part = bisect_right(self._starts, i) - 1
+        return np.asarray(self._parts[part][i - self._starts[part]])
+
+
 def in_memory(
-    pixels: NDArray[np.uint8],
+    pixels: NDArray[np.uint8] | _Joined,
     labels: list[str],
     held_out: Sequence[bool | None],
     name: str | Sequence[str],
@@ -146,7 +162,13 @@ def _folder(folder: Path) -> Labelled:
             f"{escaped(str(folder / 'CLASS' / bare[0].name))}"
         )
     first = {names[0] for names in parts}
-    official = "train" in first and bool(first & set(HELD_OUT)) and all(len(names) > 2 for names in parts)
+    official = "train" in first and bool(first & set(HELD_OUT))
+    for file, names in zip(files, parts, strict=True):
+        if official and len(names) == 2 and names[0] in ("train", *HELD_OUT):
+            raise UserError(
+                f"{escaped(str(file))}: an image of {names[0]} belongs into a folder that is named as its class, as in "
+                f"{escaped(str(folder / names[0] / 'CLASS' / file.name))}"
+            )
     kept = [i for i, names in enumerate(parts) if not official or names[0] in ("train", *HELD_OUT)]
     beside = [files[i] for i in sorted(set(range(len(files))) - set(kept))]
     say_left_out(folder, beside, f"beside the folders train and {', '.join(sorted(first & set(HELD_OUT)))}")
@@ -172,14 +194,13 @@ def _folder(folder: Path) -> Labelled:
 
 
 def file_bytes(file: Path) -> bytes:
-    """What a file holds.
+    """What a file of an image holds.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: where it cannot be read, or is larger than any image.
     """
     try:
-        with open_file(file) as stream:
-            return stream.read()
+        return read_file(file, _LARGEST)
     except OSError as error:
         raise UserError(f"{escaped(str(file))}: {error.strerror or error}") from None
 
@@ -189,9 +210,12 @@ _IDX = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?$")
 
 def _idx(folder: Path) -> Labelled | None:
     """The IDX files of a folder; None where there is none."""
-    found = {match.group(1, 2): folder / match[0] for name in sorted(_names(folder)) if (match := _IDX.match(name))}
+    names = _names(folder)
+    found = {match.group(1, 2): folder / match[0] for name in names if (match := _IDX.match(name))}
     if not found:
         return None
+    beside = [folder / name for name in names if folder / name not in found.values()]
+    say_left_out(folder, beside, "beside IDX files, which are read alone")
     pixels: list[NDArray[np.uint8]] = []
     labels: list[str] = []
     held_out: list[bool] = []
@@ -213,17 +237,19 @@ def _idx(folder: Path) -> Labelled | None:
         where += [f"{image_file}, record {i + 1}" for i in range(len(images))]
         held_out += [part != "train"] * len(images)
     known = any(held_out) and not all(held_out)
-    together = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
     told: Sequence[bool | None] = held_out if known else [None] * len(held_out)
-    return in_memory(together, labels, told, where, "the user's own", escaped(str(folder)))
+    return in_memory(_Joined(pixels), labels, told, where, "the user's own", escaped(str(folder)))
 
 
 def _names(folder: Path) -> list[str]:
-    return [file.name for file in folder.iterdir()]
+    try:
+        return sorted(file.name for file in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{escaped(str(folder))}: {error.strerror or error}") from None
 
 
 def _read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
-    """The bytes of an IDX file as an array; one that is not packed stays on disk."""
+    """The bytes of an IDX file as an array, mapped where it is large or not packed."""
     try:
         with open_file(file) as stream:
             opened: Any = gzip.GzipFile(fileobj=stream) if file.suffix == ".gz" else stream
@@ -231,7 +257,9 @@ def _read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
             if len(head) < 4 + 4 * dimensions or head[:2] != b"\0\0" or head[2] != 8 or head[3] != dimensions:
                 raise UserError(f"{file}: is no IDX file of bytes in {dimensions} dimensions")
             shape = tuple(int(n) for n in np.frombuffer(head[4:], dtype=">u4"))
-            size = math.prod(shape)
+            size, row = math.prod(shape), math.prod(shape[1:])
+            if not size:
+                raise UserError(f"{file}: its head says {' by '.join(map(str, shape))} bytes, which is nothing")
             if file.suffix != ".gz":
                 if file.stat().st_size - len(head) != size:
                     raise UserError(
@@ -240,18 +268,22 @@ def _read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
                 return np.memmap(file, dtype=np.uint8, mode="r", offset=len(head), shape=shape)
             if size > _MAX_UNPACKED:
                 raise UserError(f"{file}: unpacks to {size:,} bytes; unpack it (gunzip), then it is read from the disk")
-            raw = opened.read(size + 1)
+            rows, read = Rows(row, 255), 0
+            while raw := opened.read(min(max(1, _AT_A_TIME // row), shape[0] - len(rows)) * row):
+                read += len(raw)
+                if len(raw) % row:
+                    break
+                rows.add(np.frombuffer(raw, np.uint8).reshape(-1, row))
+            more = opened.read(1)
     except UserError:
         raise
     except (OSError, EOFError, ValueError, ArithmeticError) as error:
         raise UserError(f"{file}: cannot be read: {one_line(error)}") from None
     except Exception as error:  # zlib's own
         raise UserError(f"{file}: cannot be read: {one_line(error)}") from None
-    if len(raw) != size:
-        raise UserError(
-            f"{file}: its head says {size:,} bytes, and {'more' if len(raw) > size else f'{len(raw):,}'} follow"
-        )
-    return np.frombuffer(raw, dtype=np.uint8).reshape(shape)
+    if more or read != size:
+        raise UserError(f"{file}: its head says {size:,} bytes, and {'more' if more else f'{read:,}'} follow")
+    return rows.read().reshape(shape)
 
 
 def _dataset(name: str) -> Labelled:
@@ -266,7 +298,12 @@ def _dataset(name: str) -> Labelled:
     names = getattr(features[label], "names", None)
     labels: list[str] = []
     for value in (value for some in parts.values() for value in some[label]):
-        if value is None or value != value or (names and not 0 <= int(value) < len(names)):
+        if (
+            value is None
+            or isinstance(value, list | dict)
+            or value != value
+            or (names and not 0 <= int(value) < len(names))
+        ):
             raise UserError(f"{images.where[len(labels)]}: {label} is {value!r}, which is no class")
         labels.append(escaped(str(names[int(value)] if names else value)))
     return replace(images, labels=labels)
@@ -373,11 +410,12 @@ def split(images: Labelled, *, share: float, most: int, most_held_out: int) -> S
 
 def look(images: Labelled, i: int, digest: Any) -> bool:
     """Decode the i-th image, unless it is known to decode, and put it into a digest; whether it has colours."""
-    raw, colours = images.raw(i), False
+    colours = False
     if not images.trusted:
         with images.open(i) as image:
             image.load()
             colours = image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I")
+    raw = images.raw(i)
     digest.update(f"{images.labels[i]}\0{len(raw)}\0".encode())
     digest.update(raw)
     return colours

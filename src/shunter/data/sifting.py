@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
-from ..errors import UserError, one_line
+from ..errors import UserError, escaped, one_line
 from .files import LeftOut
 
 __all__ = ["at_most", "left_out", "say_beyond", "sift"]
@@ -56,7 +56,7 @@ def sift(records: Sequence[int], read: Callable[[int], None], where: Callable[[i
         except ModuleNotFoundError:
             raise
         except Exception as error:  # a damaged file fails in as many ways as there are readers
-            bad[i] = str(error) if isinstance(error, UserError) else f"{where(i)}: {one_line(error)}"
+            bad[i] = escaped(str(error)) if isinstance(error, UserError) else f"{where(i)}: {one_line(error)}"
     if 2 * len(bad) > len(records):
         raise UserError(
             f"{len(bad):,} of {len(records):,} {what} cannot be read, the first: {next(iter(bad.values()))}"

@@ -1,4 +1,4 @@
-"""Texts and rows of whole numbers that may be more than memory: held in it up to a size, in a temporary file beyond."""
+"""Bytes, texts and rows of numbers that may be more than memory: in it up to a size, in a temporary file beyond."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import IO, overload
 
 import numpy as np
 
-__all__ = ["IN_MEMORY", "Rows", "Texts", "spool"]
+__all__ = ["IN_MEMORY", "Pieces", "Rows", "Texts", "spool"]
 
 IN_MEMORY = 2**26
 """The bytes that a spool holds before it goes to the folder of temporary files (TMPDIR)."""
@@ -26,8 +26,8 @@ def spool() -> IO[bytes]:
     return _Spool(IN_MEMORY)
 
 
-class Texts(Sequence[str]):
-    """Texts in the order in which they are added.
+class Pieces:
+    """Pieces of bytes in the order in which they are added.
 
     Args:
         file: of `spool`, which several may share.
@@ -37,9 +37,8 @@ class Texts(Sequence[str]):
         self._file = file
         self._starts, self._sizes = array("Q"), array("Q")
 
-    def append(self, text: str) -> None:
-        """Add a text, which UTF-8 must be able to encode."""
-        raw = text.encode()
+    def append(self, raw: bytes) -> None:
+        """Add a piece."""
         self._file.seek(0, os.SEEK_END)
         self._starts.append(self._file.tell())
         self._sizes.append(len(raw))
@@ -48,6 +47,28 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._starts)
 
+    def __getitem__(self, i: int) -> bytes:
+        self._file.seek(self._starts[i])
+        return self._file.read(self._sizes[i])
+
+
+class Texts(Sequence[str]):
+    """Texts in the order in which they are added.
+
+    Args:
+        file: as of `Pieces`.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._pieces = Pieces(file)
+
+    def append(self, text: str) -> None:
+        """Add a text, which UTF-8 must be able to encode."""
+        self._pieces.append(text.encode())
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
     @overload
     def __getitem__(self, i: int) -> str: ...
     @overload
@@ -55,8 +76,7 @@ class Texts(Sequence[str]):
     def __getitem__(self, i: int | slice) -> str | list[str]:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
-        self._file.seek(self._starts[i])
-        return self._file.read(self._sizes[i]).decode()
+        return self._pieces[i].decode()
 
 
 class Rows:
