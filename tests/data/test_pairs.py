@@ -1,7 +1,10 @@
 """Images with captions: folders and tables read, what is bad left out by name, concepts and styles held out."""
 
 import io
+import json
 import random
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,10 @@ from PIL import Image
 pytest.importorskip("pandas")
 
 import pandas
+import pyarrow
+from pyarrow import parquet
 
+from shunter.data import spooled
 from shunter.data.pairs import LONGEST, built_in_pairs, read_pairs, split_pairs
 from shunter.errors import UserError
 from tests.conftest import SEED
@@ -118,6 +124,57 @@ def test_a_caption_of_ten_thousand_words_is_cut_between_letters(tmp_path):
     assert sorted(len(caption) for [caption] in pairs.captions) == [0, *[LONGEST] * 5]
     [wrong] = pairs.bad.values()
     assert wrong.startswith(f"{folder}/5.txt: ")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_captions_are_texts_or_lists_of_them(kind, tmp_path):
+    given = [["one", " of  two "], ["three"], [], [" ", None], None, ["a", "b", "c"]] + [
+        [f"more {i}"] for i in range(6)
+    ]
+    file = table_of(tmp_path / "pairs", kind, len(given), caption=given)
+    pairs = read_pairs(str(file))
+    wanted = [["one", "of two"], ["three"], [""], [""], [""], ["a", "b", "c"]] + given[6:]
+    assert [list(some) for some in pairs.captions] == wanted and pairs.images.labels[:2] == ["one", "three"]
+    assert pairs.bad == {i: f"{file}, record {i + 1}: has no caption" for i in (2, 3, 4)}
+
+
+def test_captions_of_other_kinds(tmp_path):
+    folder_of(tmp_path / "images", 9)
+    cells = [7, {"en": "a text"}, "\ud800 alone", True, *(f"thing {i}" for i in range(5))]
+    rows = [{"image": f"images/{i}.png", "caption": cell} for i, cell in enumerate(cells)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = read_pairs(str(tmp_path / "t.jsonl"))
+    assert [caption for [caption] in pairs.captions][:2] == ["7", ""] and list(pairs.bad) == [1]
+    found = split_pairs(pairs, share=0.3)
+    assert found.left_out.startswith("Left out 2 of 9 pairs: ")
+    assert "t.jsonl, record 3: its caption holds a lone surrogate, which UTF-8 cannot encode" in found.left_out
+
+
+def test_a_table_of_images_may_be_larger_than_memory(tmp_path, monkeypatch):
+    """Of a file of Parquet a few rows are in memory, and images beyond a size in a temporary file."""
+    monkeypatch.setattr(spooled, "IN_MEMORY", 2**16)
+    draw = np.random.default_rng(SEED)
+    images = [draw.bytes(2**16) for _ in range(128)]
+    table = pyarrow.table({"image": images, "caption": [f"thing {i}" for i in range(128)]})
+    pages = {"write_batch_size": 8, "data_page_size": 2**19, "use_dictionary": False}
+    parquet.write_table(table, tmp_path / "t.parquet", compression=None, **pages)
+    del table
+    tracemalloc.start()
+    try:
+        pairs = read_pairs(str(tmp_path / "t.parquet"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**22, "of 8 MiB"
+    assert [pairs.images.raw(i) for i in (127, 0, 64)] == [images[i] for i in (127, 0, 64)]
+
+
+def test_a_folder_of_many_files_is_gone_through_once(tmp_path, monkeypatch):
+    folder, seen = folder_of(tmp_path / "images", 60), []
+    with_suffix = Path.with_suffix
+    monkeypatch.setattr(Path, "with_suffix", lambda path, suffix: seen.append(path) or with_suffix(path, suffix))
+    assert not read_pairs(str(folder)).bad
+    assert len(seen) <= 10 * 120, "and not the square of the files"
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path):

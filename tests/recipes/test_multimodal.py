@@ -203,3 +203,12 @@ def test_mistakes_are_one_line(setting, part, tmp_path, capsys):
     assert main(["train", "multimodal", "--run", str(tmp_path / "run"), setting]) == 2
     said = capsys.readouterr().err.strip()
     assert part in said and "\n" not in said
+
+
+def test_mean_and_deviation_are_of_no_more_images_than_are_kept(table, monkeypatch):
+    monkeypatch.setattr(multimodal, "KEPT_BYTES", 5 * 4 * 3 * 8 * 8)
+    data = RECIPE.prepare(made(table))
+    seen = torch.stack([data.pixels(i) for i in data.found.train[:5]])
+    assert torch.equal(data.normalise.mean, seen.mean((0, 2, 3))) and torch.equal(
+        data.normalise.std, seen.std((0, 2, 3))
+    )

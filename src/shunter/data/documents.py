@@ -21,9 +21,10 @@ from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file, parse_json
 from .files import LeftOut, files_in, say_left_out
 from .hub import is_dataset, training_split
+from .parquet import parquet_rows
 from .spooled import Texts, spool
 
-__all__ = ["Domain", "built_in_domains", "read_domains"]
+__all__ = ["Domain", "built_in_domains", "json_lines", "read_domains"]
 
 LANGUAGES = "ar cs da de el es fi fr he hi hu id it ja ko nl pl pt_BR ru sv tr uk vi zh_Hans".split()
 
@@ -241,9 +242,9 @@ def _read_file(file: Path, domain: str, found: _Found) -> None:
     kind = _kind(file)
     try:
         if kind == ".parquet":
-            records: Iterable[Any] = _parquet_rows(file)
+            records: Iterable[Any] = parquet_rows(file, ("text", "domain", "language"), 256)
         elif kind in (".jsonl", ".ndjson"):
-            records = _json_lines(file)
+            records = json_lines(file)
         elif kind == ".json":
             records = _json_records(file)
         else:
@@ -294,7 +295,12 @@ def _encoding(raw: bytes) -> str:
     return next((name for mark, name in marks.items() if raw.startswith(mark)), "utf-8-sig")
 
 
-def _json_lines(file: Path) -> Iterator[Any]:
+def json_lines(file: Path) -> Iterator[Any]:
+    """What each line of a file says in JSON, but for empty ones.
+
+    Raises:
+        UserError: naming the line that is too long, not JSON or no text.
+    """
     with _open(file) as stream:
         number, encoding = 0, "utf-8-sig"
         lines: Iterator[bytes] = iter(lambda: stream.readline(MAX_LINE + 1), b"")
@@ -327,19 +333,9 @@ def _json_records(file: Path) -> Iterable[Any]:
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise UserError(f"{file}: not JSON ({one_line(error)})") from None
-        return _json_lines(file)
+        return json_lines(file)
     records = found if isinstance(found, list) else [found]
     return [{"text": record} if isinstance(record, str) else record for record in records]
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    with open_file(file) as stream:
-        table = pyarrow.parquet.ParquetFile(stream)
-        columns = [name for name in ("text", "domain", "language") if name in table.schema_arrow.names]
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            yield from batch.to_pylist()
 
 
 def _read_dataset(name: str, found: _Found) -> None:

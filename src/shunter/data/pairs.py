@@ -8,7 +8,7 @@ import io
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -24,13 +24,16 @@ from .files import files_in, say_left_out
 from .hub import is_dataset
 from .images import SUFFIXES, on_white, open_image
 from .labelled_images import HELD_OUT, Labelled, dataset_images, file_bytes, in_memory, look
+from .parquet import parquet_columns, parquet_rows
 from .sifting import left_out, say_beyond, sift
+from .spooled import Pieces, spool
 from .tables import read_frame
 
 __all__ = ["BUILT_IN_HELD_OUT", "PairSplit", "Pairs", "built_in_pairs", "read_pairs", "split_pairs"]
 
 BUILT_IN_HELD_OUT = "Twemoji"
 LONGEST = 1000  # characters of a caption
+_AT_A_TIME = 16  # rows of images that are in memory
 _TABLES = {".csv", ".tsv", ".parquet", ".jsonl"}
 _PACKAGES = {
     "emoji": ("names", "BSD-3-Clause"),
@@ -67,10 +70,10 @@ def read_pairs(source: str) -> Pairs:
     Args:
         source: a folder with NAME.png and NAME.txt (or another suffix of an image), the caption in the first line, as
             tuxpaint-stamps-default has them; or a table (csv, tsv, jsonl, parquet) with columns image (a path from the
-            table's folder, or in parquet the bytes) and caption, and perhaps style, concept (what is held out together;
-            else the caption) and split (train, or test or validation); or a name of the `datasets` library, or a folder
-            that its `save_to_disk` wrote, with a column of images, one of captions (caption, captions or text; a text,
-            or a list of them) and perhaps style and concept.
+            table's folder, or in parquet the bytes) and caption (a text, or a list of them), and perhaps style, concept
+            (what is held out together; else the caption) and split (train, or test or validation); or a name of the
+            `datasets` library, or a folder that its `save_to_disk` wrote, with a column of images, one of captions
+            (caption, captions or text; a text, or a list of them) and perhaps style and concept.
 
     Raises:
         UserError: naming the file and the record.
@@ -94,7 +97,8 @@ def _folder(folder: Path) -> Pairs:
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     if not images:
         raise UserError(f"{escaped(str(folder))}: no file in this folder ends in {', '.join(sorted(SUFFIXES))}")
-    alone = [text for stem, text in texts.items() if stem not in {file.with_suffix("") for file in images}]
+    stems = {file.with_suffix("") for file in images}
+    alone = [text for stem, text in texts.items() if stem not in stems]
     say_left_out(folder, alone, "captions with no image beside them")
     captions, bad = [], {}
     for i, file in enumerate(images):
@@ -135,42 +139,52 @@ def _clean(text: str) -> str:
 
 
 def _table(file: Path) -> Pairs:
-    shown, frame = escaped(str(file)), read_frame(file, texts=True)
-    known = ", ".join(map(escaped, frame.columns))
+    shown = escaped(str(file))
+    columns, rows = _rows(file)
     for name in ("image", "caption"):
-        if list(frame.columns).count(name) != 1:
-            raise UserError(f"{shown}: needs one column {name!r}; it has {known}")
-    if frame.empty:
-        raise UserError(f"{shown}: has no record")
-    columns = {name: [_cell(v) for v in frame[name]] for name in frame.columns if name in _COLUMNS}
-    count = len(frame)
-    where = [f"{shown}, record {i + 1}" for i in range(count)]
-    captions = [[_clean(str(value))] for value in columns["caption"]]
-    styles = [_clean(str(value)) for value in columns.get("style", [""] * count)]
-    concepts = [_clean(str(v)) or c[0] for v, c in zip(columns.get("concept", [""] * count), captions, strict=True)]
-    held_out: list[bool | None] = [None] * count
-    if "split" in columns:
-        for i, value in enumerate(columns["split"]):
-            if str(value).strip().lower() not in ("train", *HELD_OUT):
-                raise UserError(f"{where[i]}: split is {str(value)!r}; it must be train, or {', '.join(HELD_OUT)}")
-            held_out[i] = str(value).strip().lower() != "train"
-    cells = columns["image"]
-    bad = {}
-    for i in range(count):
+        if columns.count(name) != 1:
+            raise UserError(f"{shown}: needs one column {name!r}; it has {', '.join(map(escaped, columns))}")
+    where: list[str] = []
+    captions: list[list[str]] = []
+    styles: list[str] = []
+    concepts: list[str] = []
+    held_out: list[bool | None] = []
+    places: list[Path | int] = []  # the file of an image, or its number among the pieces
+    pieces, bad = Pieces(spool()), dict[int, str]()
+    for i, row in enumerate(rows):
+        cell = {name: _cell(value) for name, value in row.items()}
+        where.append(f"{shown}, record {i + 1}")
+        captions.append(_captions(cell["caption"]))
+        styles.append(escaped(_clean(str(cell.get("style", "")))))
+        concepts.append(_clean(str(cell.get("concept", ""))) or captions[i][0])
+        held_out.append(None)
+        if "split" in cell:
+            part = str(cell["split"]).strip().lower()
+            if part not in ("train", *HELD_OUT):
+                raise UserError(f"{where[i]}: split is {part!r}; it must be train, or {', '.join(HELD_OUT)}")
+            held_out[i] = part != "train"
+        image = cell["image"]
         if not captions[i][0]:
             bad[i] = f"{where[i]}: has no caption"
-        elif not cells[i] or not isinstance(cells[i], str | bytes):
+        elif not image or not isinstance(image, str | bytes):
             bad[i] = f"{where[i]}: has no image"
+        places.append(len(pieces) if isinstance(image, bytes) else file.parent / str(image))
+        if isinstance(image, bytes):
+            pieces.append(image)
+    if not where:
+        raise UserError(f"{shown}: has no record")
 
     def opened(i: int) -> Image.Image:
+        place = places[i]
         try:
-            return open_image(io.BytesIO(cells[i]) if isinstance(cells[i], bytes) else file.parent / cells[i])
+            return open_image(io.BytesIO(pieces[place]) if isinstance(place, int) else place)
         except UserError as error:
             raise UserError(f"{where[i]}: {one_line(error)}") from None
 
     def raw(i: int) -> bytes:
+        place = places[i]
         try:
-            return cells[i] if isinstance(cells[i], bytes) else file_bytes(file.parent / cells[i])
+            return pieces[place] if isinstance(place, int) else file_bytes(place)
         except UserError as error:
             raise UserError(f"{where[i]}: {one_line(error)}") from None
 
@@ -179,6 +193,16 @@ def _table(file: Path) -> Pairs:
 
 
 _COLUMNS = ("image", "caption", "style", "concept", "split")
+
+
+def _rows(file: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    """The names of a table's columns, and its rows by those that are read, of Parquet some at a time."""
+    if file.suffix.lower() == ".parquet":
+        return parquet_columns(file), parquet_rows(file, _COLUMNS, _AT_A_TIME)
+    frame = read_frame(file, texts=True)
+    read = [name for name in frame.columns if name in _COLUMNS]
+    rows = zip(*(frame[name] for name in read), strict=True)
+    return list(frame.columns), (dict(zip(read, row, strict=True)) for row in rows)
 
 
 def _dataset(source: str) -> Pairs:
@@ -191,20 +215,19 @@ def _dataset(source: str) -> Pairs:
     def column(name: str) -> list[Any]:
         called = getattr(names[name], "names", None)  # of a class
         cells = [cell for some in parts.values() for cell in some[name]]
-        return [called[cell] if called and cell is not None and 0 <= cell < len(called) else cell for cell in cells]
+        if not called:
+            return cells
+        return [called[cell] if cell is not None and 0 <= cell < len(called) else None for cell in cells]
 
     captions, bad = [], dict[int, str]()
     for i, cell in enumerate(column(caption)):
-        texts = [_clean(one) for one in (cell if isinstance(cell, list) else [cell]) if isinstance(one, str)]
-        captions.append([text for text in texts if text] or [""])
+        captions.append(_captions(cell))
         if not captions[i][0]:
             bad[i] = f"{images.where[i]}: has no caption"
     known = {
-        name: ["" if cell is None else _clean(str(cell)) for cell in column(name)]
-        for name in ("style", "concept")
-        if name in names
+        name: [_clean(str(_cell(cell))) for cell in column(name)] for name in ("style", "concept") if name in names
     }
-    styles = known.get("style", [""] * len(captions))
+    styles = [escaped(style) for style in known.get("style", [""] * len(captions))]
     concepts = known.get("concept", [""] * len(captions))
     concepts = [concept or some[0] for concept, some in zip(concepts, captions, strict=True)]
     return Pairs(replace(images, labels=concepts), captions, styles, bad)
@@ -214,7 +237,17 @@ def _cell(value: Any) -> Any:
     """A value of a table; "" for a hole; of an image as the `datasets` library writes it, its bytes or its path."""
     if isinstance(value, dict):
         return value.get("bytes") or value.get("path") or ""
-    return "" if value is None or value != value else value
+    return "" if value is None or (isinstance(value, float) and value != value) else value
+
+
+def _captions(cell: Any) -> list[str]:
+    """The texts of a cell, of one or of a list, tidy; one that is empty where there is none."""
+    texts = [_clean(str(one)) for one in (cell if isinstance(cell, list) else [cell]) if _is_text(one)]
+    return [text for text in texts if text] or [""]
+
+
+def _is_text(cell: Any) -> bool:
+    return isinstance(cell, str | int | float) and cell == cell
 
 
 def built_in_pairs(size: int) -> Pairs:
@@ -389,6 +422,8 @@ def split_pairs(
         nonlocal colours
         if i in pairs.bad:
             raise UserError(pairs.bad[i])
+        if any("\ud800" <= letter <= "\udfff" for caption in pairs.captions[i] for letter in caption):
+            raise UserError(f"{images.where[i]}: its caption holds a lone surrogate, which UTF-8 cannot encode")
         colours |= look(images, i, digest)
 
     looked = [*(i for part in chosen for i in part), *pairs.bad]

@@ -166,8 +166,13 @@ class PairData:
 
         Drawings are mostly background, which all have in common: with values from -1 to 1 it is most of their vectors.
         """
-        some = torch.stack([self.pixels(i) for i in self.found.train[:MEASURED]])
+        some = torch.stack([self.pixels(i) for i in self.found.train[: min(MEASURED, self.kept)]])
         return Normalisation(1.0, some.mean((0, 2, 3)), some.std((0, 2, 3)).clamp_min(1e-3))
+
+    @property
+    def kept(self) -> int:
+        """How many images are kept decoded, one at least."""
+        return max(1, KEPT_BYTES // (4 * self.channels * self.config.data.image_size**2))
 
     @cached_property
     def pixels(self) -> Any:
@@ -178,7 +183,7 @@ class PairData:
         """
         size = self.config.data.image_size
 
-        @lru_cache(maxsize=max(1, KEPT_BYTES // (4 * self.channels * size * size)))
+        @lru_cache(maxsize=self.kept)
         def decoded(i: int) -> Tensor:
             with self.found.pairs.images.open(i) as image:
                 return pixels_of(image, size, self.channels)
