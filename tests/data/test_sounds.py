@@ -4,6 +4,7 @@ import math
 import os
 import random
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("soundfile", reason="shunter[speech] reads sounds")
 
 import soundfile
 
+from shunter.data import sounds
 from shunter.data.sounds import RATE, read_sound
 from shunter.errors import UserError
 from tests.conftest import SEED
@@ -35,6 +37,20 @@ def test_any_rate_and_any_channels_are_one_kind_of_samples(suffix, tmp_path):
     middle = slice(RATE // 10, 4 * RATE // 10)  # filters and codecs have edges
     off = np.abs(sound.samples[middle] - expected[middle]).max()
     assert off < (0.06 if suffix == "ogg" else 0.01), (rate, pitch)
+
+
+def test_many_channels_are_decoded_some_samples_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sounds, "_AT_A_TIME", 2**14)
+    noise = np.random.default_rng(SEED).uniform(-0.5, 0.5, (RATE, 64)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, RATE, subtype="FLOAT")
+    tracemalloc.start()
+    try:
+        sound = read_sound(tmp_path / "a.wav", 1.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(sound.samples, noise.mean(1), atol=1e-6)
+    assert peak < 2**20, "of 4 MiB"
 
 
 def cut(file):

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import subprocess
 import wave
 from dataclasses import replace
 
@@ -65,6 +66,33 @@ def test_no_voice_that_is_held_out_is_heard_in_any_language():
         assert not heard & out and sorted(found.train + found.held_out) == list(range(len(clips)))
         assert {clips[i].language for i in found.train} == set(languages), "each language has a voice to learn from"
         assert f"all that {len(out)} of {len(heard | out)} voices say" in found.notes[0]
+
+
+def held_out_slowly(speakers, share):
+    """Which voices are held out, as it is defined: in turn, while a language has too few and none loses its last."""
+    names = sorted({name for those in speakers.values() for name in those})
+    random.Random(0).shuffle(names)
+    held = set()
+    for _, those in sorted(speakers.items()):
+        wanted = max(1, round(share * len(those)))
+        for name in names if len(those) > 1 else []:
+            others = [some - held - {name} for some in speakers.values() if name in some]
+            if name in those and len(those & held) < wanted and all(others):
+                held.add(name)
+    return held
+
+
+def test_voices_are_held_out_as_defined_and_however_many_there_are():
+    draw = random.Random(SEED)
+    for _ in range(20):
+        speakers = {f"l{n}": {f"v{v}" for v in draw.sample(range(30), draw.randint(1, 25))} for n in range(5)}
+        clips = [clip(speaker=v, language=language) for language, those in speakers.items() for v in sorted(those)]
+        (train, out), _ = speech._choose(clips, 0.3)
+        held = held_out_slowly(speakers, 0.3)
+        assert {clips[i].speaker for i in out} == held and not {clips[i].speaker for i in train} & held
+    one = clip()
+    many = [replace(one, speaker=f"v{n}") for n in range(30_000)]
+    assert len(speech._choose(many, 0.2)[0][1]) == 6000, "where their square would take minutes"
 
 
 def test_a_language_of_one_voice_is_held_out_by_clips_and_that_is_said():
@@ -157,6 +185,32 @@ def test_a_table_names_files_texts_languages_voices_and_parts(suffix, tmp_path):
         assert clips[2].wrong == "names no file" and "its split is 'elsewhere'" in clips[3].wrong
 
 
+def test_a_line_of_json_may_say_what_the_first_does_not(tmp_path):
+    rows = [
+        {"text": "no file"},
+        {"path": "1.wav", "text": "one", "split": "train"},
+        {"path": "2.wav", "text": "two", "language": "fr", "split": "dev"},
+    ]
+    write_table(tmp_path / "t.jsonl", rows)
+    clips = read_clips(str(tmp_path / "t.jsonl"))
+    assert [c.wrong for c in clips] == ["names no file", "", ""] and clips[2].language == "fr"
+    assert [c.held_out for c in clips[1:]] == [False, True]
+    write_table(tmp_path / "t.jsonl", [{"text": "no file"}, {"text": "none either"}])
+    with pytest.raises(UserError, match="t.jsonl: has no column path or file"):
+        read_clips(str(tmp_path / "t.jsonl"))
+
+
+def test_a_synthesiser_that_fails_is_one_line(monkeypatch):
+    pytest.importorskip("espeakng_loader", reason="shunter[speech] has the synthesiser")
+
+    def hangs(*_, timeout, **__):
+        raise subprocess.TimeoutExpired("eSpeak", timeout)
+
+    monkeypatch.setattr(speech.espeak.subprocess, "run", hangs)
+    with pytest.raises(UserError, match="cannot be synthesised: eSpeak said 4 texts in no 604 seconds"):
+        synthesised(2, 2, 1, languages=["en"], noise=(0, 20))
+
+
 def test_quotes_hold_line_breaks_in_csv_and_are_letters_in_tsv(tmp_path):
     mark = "\N{ZERO WIDTH NO-BREAK SPACE}"
     (tmp_path / "t.csv").write_text(f'{mark}path,text\r\na.wav,"one\r\n""two"""\r\nb.wav,three\r\n', newline="")
@@ -191,10 +245,11 @@ def test_a_folder_says_what_is_said_by_folders_or_by_texts(tmp_path):
         for n in range(2):
             hum(tmp_path / f"words/{part}/yes_sir/ab{n}_nohash_0.wav")
     hum(tmp_path / "words/train/no/1.wav")
+    hum(tmp_path / "words/dev/no/2.wav")
     (tmp_path / "words/train/no/1.txt").write_text("No, thanks")
     clips = read_clips(str(tmp_path / "words"))
     assert [(c.text, c.held_out, c.speaker) for c in clips] == [
-        ("yes sir", True, "ab0"), ("yes sir", True, "ab1"), ("No, thanks", False, ""),
+        ("no", True, ""), ("yes sir", True, "ab0"), ("yes sir", True, "ab1"), ("No, thanks", False, ""),
         ("yes sir", False, "ab0"), ("yes sir", False, "ab1"),
     ]  # fmt: skip
     hum(tmp_path / "words/train/2.wav")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 __all__ = ["RATE", "Utterance", "speak", "version"]
 
 RATE = 22050  # samples a second
-_SECONDS = 600  # that a list may take
+_SECONDS = 600, 1  # that a list may take, and each of its texts besides
 _AUDIO_RETRIEVAL, _UTF8, _SPEED, _PITCH = 2, 1, 1, 3  # of speak_lib.h
 
 
@@ -42,7 +42,11 @@ def speak(utterances: Sequence[Utterance]) -> list[NDArray[np.int16]]:
     import espeakng_loader  # noqa: F401  said here, where it is missing
 
     asked = json.dumps(utterances).encode()
-    done = subprocess.run([sys.executable, __file__], input=asked, capture_output=True, timeout=_SECONDS)
+    most = _SECONDS[0] + _SECONDS[1] * len(utterances)
+    try:
+        done = subprocess.run([sys.executable, __file__], input=asked, capture_output=True, timeout=most)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"eSpeak said {len(utterances):,} texts in no {most:,} seconds") from None
     if done.returncode:
         raise RuntimeError(f"eSpeak ended with {done.returncode}: {done.stderr.decode(errors='replace')[-300:]}")
     counts = np.frombuffer(done.stdout[: 4 * len(utterances)], dtype=np.int32)

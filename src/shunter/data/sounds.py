@@ -21,6 +21,7 @@ SHORTEST = 0.05  # seconds
 SUFFIXES = {".aif", ".aiff", ".au", ".flac", ".mp3", ".ogg", ".opus", ".wav"}
 _RATES = (1000, 384_000)
 _SILENCE = 1e-3  # of full scale, -60 dB
+_AT_A_TIME = 2**20  # samples, of all channels together, that are decoded
 # What libsndfile says of a file that ends before its header says so. Writers to a pipe leave the length open.
 _CUT = re.compile(r"(\d+) \(should be \d+\)|(> file length)", re.IGNORECASE)
 _OPEN = {0, 2**31 - 1, 2**32 - 1}
@@ -54,7 +55,12 @@ def read_sound(file: Path, seconds: float, raw: bytes | None = None) -> Sound:
             most = math.floor(seconds * rate)
             if frames > most:
                 raise UserError(f"lasts {frames / rate:.2f} s, longer than data.seconds={seconds:g}")
-            samples = sound.read(frames=most, dtype="float32", always_2d=True)
+            parts, left = [np.zeros(0, np.float32)], most
+            step = max(1, _AT_A_TIME // sound.channels)
+            while len(block := sound.read(frames=min(left, step), dtype="float32", always_2d=True)):
+                parts.append(block.mean(1))
+                left -= len(block)
+            mono = np.concatenate(parts)
     except UserError as error:
         raise UserError(f"{escaped(str(file))}: {error}") from None
     except OSError as error:
@@ -63,9 +69,8 @@ def read_sound(file: Path, seconds: float, raw: bytes | None = None) -> Sound:
         reason = re.sub(r"Error opening <[^>]*>: ", "", one_line(error))
         raise UserError(f"{escaped(str(file))}: not a sound that can be read ({reason})") from None
     cut = any(match[2] or int(match[1]) not in _OPEN for match in _CUT.finditer(said))
-    if cut or len(samples) < frames:
-        raise UserError(f"{escaped(str(file))}: is cut short: it ends after {len(samples) / rate:.2f} s")
-    mono = samples.mean(1)
+    if cut or len(mono) < frames:
+        raise UserError(f"{escaped(str(file))}: is cut short: it ends after {len(mono) / rate:.2f} s")
     if len(mono) < SHORTEST * rate:
         raise UserError(f"{escaped(str(file))}: lasts {len(mono) / rate:.3f} s; a sound needs {SHORTEST} at least")
     if not np.isfinite(mono).all():

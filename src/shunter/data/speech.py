@@ -20,7 +20,7 @@ from ..untrusted import open_file, parse_json
 from . import espeak
 from .files import LeftOut, files_in, say_left_out
 from .hub import is_dataset, load_splits
-from .labelled_images import HELD_OUT, file_bytes
+from .labelled_images import HELD_OUT
 from .sifting import at_most, left_out, sift
 from .sounds import RATE, SUFFIXES, Sound, read_sound, resampled
 from .tables import check_names
@@ -111,6 +111,7 @@ def synthesised(
 
     Raises:
         ModuleNotFoundError: without espeakng-loader.
+        UserError: where it fails.
     """
     draw = random.Random(seed)
     said: list[tuple[espeak.Utterance, str, str]] = []
@@ -121,7 +122,10 @@ def synthesised(
             for _ in range(takes):
                 text = " ".join(draw.choices(words, k=draw.randint(1, longest)))
                 said.append((espeak.Utterance(text, f"{language}+{voice}", speed, pitch), language, voice))
-    sounds = espeak.speak([utterance for utterance, _, _ in said])
+    try:
+        sounds = espeak.speak([utterance for utterance, _, _ in said])
+    except RuntimeError as error:
+        raise UserError(f"the built-in sounds cannot be synthesised: {one_line(error)}") from None
     source = f"strings of digits synthesised by eSpeak NG, pip package espeakng-loader {espeak.version()}"
     clips = []
     for i, ((utterance, language, voice), spoken) in enumerate(zip(said, sounds, strict=True)):
@@ -231,7 +235,7 @@ def _dataset(source: str) -> list[Clip]:
     parts = load_splits(source)
     import datasets
 
-    kept = {part: rows for part, rows in parts.items() if part in ("train", "dev", *HELD_OUT)}
+    kept = {part: rows for part, rows in parts.items() if part in ("train", *HELD_OUT)}
     if not kept:
         raise UserError(f"{escaped(source)}: has no split 'train', only {escaped(', '.join(map(str, parts)))}")
     if others := [str(part) for part in parts if part not in kept]:
@@ -285,7 +289,7 @@ def _of_row(cell: Callable[[], Any], value: dict[str, str], held_out: bool | Non
 
     def raw() -> Iterator[bytes]:
         file, content = held()
-        yield file_bytes(file) if content is None else content
+        yield from _blocks(file) if content is None else [content]
 
     return Clip(
         where,
@@ -313,22 +317,25 @@ def _text(file: Path) -> str:
 
 def _table(file: Path) -> list[Clip]:
     clips: list[Clip] = []
+    names: dict[str, None] = {}
     columns: dict[str, str] = {}
     try:
         for number, row in enumerate(_rows(file), 1):
             if number > _MOST_ROWS:
                 raise UserError(f"{file}: holds more than {_MOST_ROWS:,} records; give a part of it")
-            columns = columns or _columns(file, list(row))
+            if not names.keys() >= row.keys():  # of lines of JSON each has its own
+                names |= dict.fromkeys(row)
+                columns = _known_columns(list(names))
             value = {what: str(row.get(name) or "").strip() for what, name in columns.items()}
             part = value.get("split", "").lower()
-            wrong = "" if value["path"] else "names no file"
+            wrong = "" if value.get("path") else "names no file"
             if None in row:  # of csv, what is behind the last column
                 wrong = f"has {len(row[None]):,} cells more than there are columns"  # type: ignore[index]
-            if "split" in value and part not in ("train", "dev", *HELD_OUT):
-                wrong = f"its split is {part!r}; known: train, dev, {', '.join(HELD_OUT)}"
+            if "split" in value and part not in ("train", *HELD_OUT):
+                wrong = f"its split is {part!r}; known: train, {', '.join(HELD_OUT)}"
             clip = _of_file(
-                file.parent / value["path"],
-                value["text"],
+                file.parent / value.get("path", ""),
+                value.get("text", ""),
                 escaped(value.get("language", "")) or UNKNOWN,
                 escaped(value.get("speaker", "")),
                 part != "train" if "split" in value else None,
@@ -344,6 +351,7 @@ def _table(file: Path) -> list[Clip]:
         raise UserError(f"{escaped(str(file))}: cannot be read at record {len(clips) + 1}: {reason}") from None
     if not clips:
         raise UserError(f"{escaped(str(file))}: holds no record")
+    _columns(file, list(names))
     return clips
 
 
@@ -369,9 +377,13 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _columns(file: Path, names: list[Any]) -> dict[str, str]:
+def _known_columns(names: list[Any]) -> dict[str, str]:
     known = {str(name).strip().lower(): str(name) for name in names}
-    found = {what: known[one] for what, some in _COLUMNS.items() for one in reversed(some) if one in known}
+    return {what: known[one] for what, some in _COLUMNS.items() for one in reversed(some) if one in known}
+
+
+def _columns(file: Path, names: list[Any]) -> dict[str, str]:
+    found = _known_columns(names)
     for what in ("path", "text"):
         if what not in found:
             raise UserError(
@@ -391,14 +403,6 @@ def _of_file(
     where: str = "",
     wrong: str = "",
 ) -> Clip:
-    def raw() -> Iterator[bytes]:
-        try:
-            with open_file(file) as stream:
-                while block := stream.read(2**20):
-                    yield block
-        except OSError as error:
-            raise UserError(f"{escaped(str(file))}: {error.strerror or error}") from None
-
     where = where or escaped(str(file))
     return Clip(
         where,
@@ -407,12 +411,26 @@ def _of_file(
         speaker,
         held_out,
         lambda seconds: read_sound(file, seconds),
-        raw,
+        lambda: _blocks(file),
         escaped(source.name),
         "the user's own",
         escaped(str(source)),
         wrong,
     )
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """What a file holds, in parts.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    try:
+        with open_file(file) as stream:
+            while block := stream.read(2**20):
+                yield block
+    except OSError as error:
+        raise UserError(f"{escaped(str(file))}: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -525,12 +543,20 @@ def _choose(clips: list[Clip], share: float) -> tuple[tuple[list[int], list[int]
     random.Random(0).shuffle(names)
     held: set[str] = set()
     alone = {language for language, those in speakers.items() if len(those) < 2 or "" in those}
+    left = {language: len(those) for language, those in speakers.items()}  # not held out
+    spoken: dict[str, list[str]] = {}
+    for language, those in speakers.items():
+        for name in those:
+            spoken.setdefault(name, []).append(language)
     for language in sorted(set(speakers) - alone):
         wanted = max(1, round(share * len(speakers[language])))
         for name in names:
-            theirs = [those - held - {name} for those in speakers.values() if name in those]
-            if name in speakers[language] and len(speakers[language] & held) < wanted and all(theirs):
+            if len(speakers[language]) - left[language] >= wanted:
+                break
+            if name in speakers[language] and name not in held and all(left[one] > 1 for one in spoken[name]):
                 held.add(name)
+                for one in spoken[name]:
+                    left[one] -= 1
     out = [*told, *(i for i in free if clips[i].language not in alone and clips[i].speaker in held)]
     train = [i for i in free if clips[i].language not in alone and clips[i].speaker not in held]
     for group in _by_language(clips, [i for i in free if clips[i].language in alone]):
