@@ -105,6 +105,28 @@ def test_holes_are_filled_and_counted(tmp_path):
     ]
 
 
+def test_words_of_bytes_are_told_apart(tmp_path):
+    said = [[b"no", b"yes", None][i % 3] for i in range(40)]
+    file, _ = made(tmp_path, ".parquet", sold=said)
+    [asked] = read_table(file, ["sold"], 0.25).targets.unbind(1)
+    assert asked.isnan().tolist() == [word is None for word in said]
+    assert bool((asked[torch.arange(40) % 3 == 1] > 0).all() and (asked[torch.arange(40) % 3 == 0] < 0).all())
+
+
+def test_dates_are_numbers_and_a_missing_one_is_a_hole(tmp_path):
+    days = pandas.Series(pandas.date_range("2020-01-01", periods=40))
+    days[5] = pandas.NaT
+    file, _ = made(tmp_path, ".parquet", size=days, price=days, text=["x"] * 40)
+    table = read_table(file, ["price"], 0.25)
+    assert table.targets.isnan().flatten().nonzero().flatten().tolist() == [5]
+    assert table.notes == [
+        "1 holes among the features are filled with the mean.",
+        "1 targets are missing and not asked for, the first in record 6.",
+    ]
+    step = table.targets[1:5, 0] - table.targets[:4, 0]
+    assert bool((step > 0).all()), "as days follow each other"
+
+
 @pytest.mark.parametrize(
     "changes, targets, said",
     [
@@ -137,7 +159,9 @@ def test_bad_tables_are_one_line(changes, targets, said, tmp_path):
         ("t.tsv", b"\xef\xbb\xbfb\ta\tb\n" + b"1\t2\t3\n" * 20, "t.tsv: has 2 columns 'b'; give each its own name"),
         ("t.csv", b"a,b\n" + b"1,2,3\n" * 20, "its records have more cells than there are columns"),
         ("t.parquet", b"words", "cannot be read"),
-        ("t.jsonl", b"{", "cannot be read"),
+        ("t.jsonl", b'{"a": 1}\n\n{"a": 2', "t.jsonl, line 3: not JSON ("),
+        ("t.jsonl", b'{"a": 1}\n[2]', "t.jsonl, record 2: must be an object"),
+        ("t.jsonl", b'{"a": 1}\n{"a": "\xff"}', "t.jsonl, line 2: not UTF-8 text"),
     ],
 )
 def test_files_that_are_no_tables_are_one_line(name, content, said, tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError, escaped, one_line
 from ..untrusted import open_file
+from .documents import json_lines
 
 __all__ = ["SUFFIXES", "Table", "check_names", "digits", "read_frame", "read_table", "related_tasks"]
 
@@ -156,7 +157,6 @@ def read_frame(file: Path, *, texts: bool = False) -> Any:
         raise UserError(f"{shown}: must end in {', '.join(sorted(SUFFIXES))}")
     plain: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]} if texts else {}
     unquoted: dict[str, Any] = plain | ({"quoting": csv.QUOTE_NONE} if texts else {})
-    as_they_are: dict[str, Any] = {"dtype": False} if texts else {}
 
     def separated(stream: Any, **options: Any) -> Any:
         head = pandas.read_csv(stream, **options | {"header": None, "nrows": 1, "dtype": str})
@@ -175,7 +175,7 @@ def read_frame(file: Path, *, texts: bool = False) -> Any:
                 ".csv": lambda s: separated(s, **plain),
                 ".tsv": lambda s: separated(s, sep="\t", **unquoted),
                 ".parquet": pandas.read_parquet,
-                ".jsonl": lambda s: pandas.read_json(s, lines=True, **as_they_are),
+                ".jsonl": lambda _: pandas.DataFrame(_objects(file), dtype=object if texts else None),
             }
             frame = readers[file.suffix.lower()](stream)
     except UserError:
@@ -185,6 +185,15 @@ def read_frame(file: Path, *, texts: bool = False) -> Any:
     frame.columns = [str(name) for name in frame.columns]
     check_names(file, list(frame.columns))
     return frame
+
+
+def _objects(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for row in json_lines(file):
+        if not isinstance(row, dict):
+            raise UserError(f"{escaped(str(file))}, record {len(rows) + 1}: must be an object, a value for each column")
+        rows.append(row)
+    return rows
 
 
 def check_names(file: Path, names: Sequence[str]) -> None:
@@ -238,10 +247,15 @@ def read_table(file: Path, targets: Sequence[str], share: float) -> Table:
     )
 
 
-def _target(file: str, name: str, column: Any) -> Tensor:
+def _numbers(column: Any) -> Any:
+    """The numbers of a column, dates among them; NaN where there is none."""
     import pandas
 
-    numbers = pandas.to_numeric(column, errors="coerce")
+    return pandas.to_numeric(column, errors="coerce").mask(column.isna())  # of a missing date it makes one
+
+
+def _target(file: str, name: str, column: Any) -> Tensor:
+    numbers = _numbers(column)
     words = sorted(column[numbers.isna() & column.notna()].astype(str).unique())
     if words:
         values = sorted(column.dropna().astype(str).unique())
@@ -255,7 +269,7 @@ def _target(file: str, name: str, column: Any) -> Tensor:
                 f"{file}, record {record}: column {name!r} is {str(column.iloc[record - 1])[:80]!r}, and targets are "
                 f"numbers, or words of which there are two; it has {len(values):,}"
             )
-        numbers = column.map(lambda value: float(str(value) == values[1]), na_action="ignore")
+        numbers = (column.astype(str) == values[1]).astype(float).mask(column.isna())
     found = torch.tensor(numbers.to_numpy(dtype="float64", na_value=math.nan))
     if bool((large := found.abs() > LARGEST).any()):
         first = int(large.nonzero()[0])
@@ -267,14 +281,12 @@ def _target(file: str, name: str, column: Any) -> Tensor:
 
 
 def _features(file: str, frame: Any, train: Tensor) -> tuple[Tensor, list[str]]:
-    import pandas
-
     columns: list[Tensor] = []
     left_out: list[str] = []
     holes = too_large = 0
     for name in frame.columns:
         column = frame[name]
-        numbers = pandas.to_numeric(column, errors="coerce")
+        numbers = _numbers(column)
         if bool((numbers.isna() & column.notna()).any()):
             values = sorted(column.dropna().astype(str).unique())
             if len(values) > MAX_VALUES:
