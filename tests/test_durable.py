@@ -20,6 +20,7 @@ from shunter.durable import (
     publish,
     seal,
     verify,
+    why_not_written,
     write,
     writing,
 )
@@ -272,3 +273,10 @@ def test_one_process_at_a_time(tmp_path):
         other.communicate(timeout=TIME_LIMIT)
     with only_process(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOSPC, errno.EACCES])
+def test_data_that_cannot_be_read_are_not_a_disk_that_takes_nothing(number):
+    said = os.strerror(number)
+    assert why_not_written(OSError(number, said, "model.safetensors")) and why_not_written(RuntimeError(said))
+    assert why_not_written(UserError(f"images/cat/3.png cannot be read: {said}")) == ""

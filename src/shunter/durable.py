@@ -367,6 +367,8 @@ def why_not_written(error: Exception, numbers: tuple[int, ...] = (*NO_ROOM, *_RE
     if isinstance(error, OSError):
         at = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{at}" if error.errno in numbers else ""
+    if isinstance(error, UserError):  # which says what was wrong: data that cannot be read are not a full disk
+        return ""
     said = str(error)  # of Rust (safetensors, tokenizers), which names no number
     for number in numbers:
         if os.strerror(number) in said or f"(os error {number})" in said:
