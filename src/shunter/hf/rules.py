@@ -374,14 +374,16 @@ def _misfits(router: TopK, rule: Options) -> Iterator[str]:
     # The largest logits have the largest scores, but not when a bias is added to either.
     if biased and router.score_after:
         yield "selects by scores, the router by logits: train with score_after=False"
-    if router.top_groups < router.expert_groups:
+    if rule.get("group_score") == "top2_sum" and router.num_experts // router.expert_groups < 2:
+        yield (
+            "ranks groups by the sum of their best two experts, even where there is but one group: train with at least "
+            "two experts a group"
+        )
+    elif router.top_groups < router.expert_groups:
         if "expert_groups" not in rule:
             yield "has no groups of experts: train with expert_groups=1"
-        elif router.group_score != rule["group_score"] or router.num_experts // router.expert_groups < 2:
-            yield (
-                "ranks groups by the sum of their best two experts: train with group_score='top2_sum' and at least "
-                "two experts a group"
-            )
+        elif router.group_score != rule["group_score"]:
+            yield "ranks groups by the sum of their best two experts: train with group_score='top2_sum'"
         elif router.outside_score is not None:
             yield (
                 f"takes no expert outside a token's groups; the router has outside_score={router.outside_score}: train "

@@ -286,6 +286,7 @@ def test_shards_and_memory(tmp_path):
         ("qwen3_moe", {"per_expert_scale": True}, "no learned scale"),
         ("qwen3_moe", {"norm_order": 2.0}, "plain sum"),
         ("deepseek_v3", {"group_score": "max"}, "sum of their best two experts"),
+        ("deepseek_v3", {"expert_groups": 8, "top_groups": 8}, "best two experts, even where"),
         ("deepseek_v3", {"outside_score": 0.0}, "no expert outside a token's groups"),
         ("deepseek_v3", {"layers": [0]}, "keep its first layers dense"),
         ("deepseek_v3", {"router": "topk"}, "scores by sigmoid, the router by softmax"),

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ...errors import UserError
 from ...experts import MixedExperts
 from ...moe import MoE
 from ..observe.taps import Tap, taps
+from ..rules import topk_options
 from ..sparsifying import router_name
 from .converting import Plan
 from .folders import COMPUTED, model_class, on_meta, read_config
@@ -94,8 +95,8 @@ class Shrinking:
         for name, tap in layers.items():
             _check_kind(name, tap)
         sizes = {name: tap.num_weights for name, tap in layers.items()}
-        groups = max(_groups(config, tap) for tap in layers.values())
-        _check(config, keep, layers, sizes, groups, _top_groups(config, layers))
+        grouping = max(_grouping(config, tap) for tap in layers.values())
+        _check(config, keep, layers, sizes, grouping)
         smaller = _with(config, max(sizes.values()), keep, own)
         small = _modules(smaller, folder, own)
         left = {name: tap.num_weights for name, tap in taps(small).items()}
@@ -106,7 +107,7 @@ class Shrinking:
         axes, numbered = _axes(folder, model.state_dict(), small.state_dict(), sizes, keep)
         for name, tap in layers.items():
             _check_router(name, tap, axes)
-        return cls(folder, keep, checkpoint, smaller, layers, groups, axes, numbered, model, own)
+        return cls(folder, keep, checkpoint, smaller, layers, grouping.groups, axes, numbered, model, own)
 
     def plan(self, mixes: Mapping[str, Tensor], facts: dict[str, Any], measure: Any) -> Plan:
         """How the new folder comes about.
@@ -249,19 +250,34 @@ def _with(config: PreTrainedConfig, num_experts: int, keep: int, own: bool) -> P
     return config
 
 
-def _groups(config: PreTrainedConfig, tap: Tap) -> int:
-    """In how many equal groups of successive experts the router of a layer looks for the best."""
+class _Grouping(NamedTuple):
+    """How a layer's router sees its experts: equal groups of successive ones.
+
+    Args:
+        groups: how many.
+        top: in how many of them a token may have experts.
+        least: how many experts a group must have.
+    """
+
+    groups: int
+    top: int
+    least: int
+
+
+def _grouping(config: PreTrainedConfig, tap: Tap) -> _Grouping:
+    """By the options of Shunter's routers, by the rule of a family, or by the fields of one that has no rule here."""
+    text = config.get_text_config()
     if tap.own is not None:
-        return int(getattr(tap.own.decider, "expert_groups", 1) or 1)
-    return int(getattr(config.get_text_config(), "n_group", 1) or 1)
-
-
-def _top_groups(config: PreTrainedConfig, layers: Mapping[str, Tap]) -> int:
-    """In how many of the groups a token may have experts."""
-    own = [tap.own for tap in layers.values() if tap.own is not None]
-    if own:
-        return int(getattr(own[0].decider, "top_groups", 1) or 1)
-    return int(getattr(config.get_text_config(), "topk_group", 1) or 1)
+        groups, top = (getattr(tap.own.decider, name, 1) for name in ("expert_groups", "top_groups"))
+        return _Grouping(groups, top, 1)
+    try:
+        options = topk_options(text)
+    except UserError:
+        groups = getattr(text, "n_group", None) or 1
+        return _Grouping(groups, getattr(text, "topk_group", None) or groups, 1)
+    groups = options.get("expert_groups", 1)
+    # transformers ranks the groups by their best two even where a token may have experts of all.
+    return _Grouping(groups, options.get("top_groups", groups), 2 if options.get("group_score") == "top2_sum" else 1)
 
 
 def _check(
@@ -269,9 +285,9 @@ def _check(
     keep: int,
     layers: Mapping[str, Tap],
     sizes: Mapping[str, int],
-    groups: int,
-    top_groups: int,
+    grouping: _Grouping,
 ) -> None:
+    groups = grouping.groups
     for name, tap in layers.items():
         size = sizes[name]
         if not 1 <= keep < size:
@@ -289,11 +305,16 @@ def _check(
                 f"prune: the router of {name} sees its experts in {groups} equal groups; keep a multiple of {groups}, "
                 f"not {keep}"
             )
-        if groups > 1 and keep // groups * top_groups < top_k:
-            least = -(-top_k // top_groups) * groups
+        if groups > 1 and keep // groups * grouping.top < top_k:
+            least = max(-(-top_k // grouping.top), grouping.least) * groups
             raise UserError(
-                f"prune: a token takes {top_k} experts of {top_groups} of the {groups} groups of {name}; keep at least "
-                f"{least}"
+                f"prune: a token takes {top_k} experts of {grouping.top} of the {groups} groups of {name}; keep at "
+                f"least {least}"
+            )
+        if keep // groups < grouping.least:
+            raise UserError(
+                f"prune: the router of {name} ranks its {'groups' if groups > 1 else 'group'} of experts by the best "
+                f"two of each; keep at least {grouping.least * groups}"
             )
 
 
