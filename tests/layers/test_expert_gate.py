@@ -111,6 +111,11 @@ def test_the_proxy_is_a_vote_of_the_nearest_others(neighbours):
     assert nearest_neighbour_accuracy(features, labels, neighbours) == pytest.approx(right / 40)
 
 
+def test_the_proxy_tells_near_examples_apart_however_far_they_are_from_zero():
+    features = 1e6 + 1e-3 * torch.randn(20, 4, dtype=torch.float64).repeat_interleave(2, 0)  # two of each
+    assert nearest_neighbour_accuracy(features, torch.arange(20).repeat_interleave(2)) == 1
+
+
 def test_the_expert_that_sees_the_difference_is_chosen():
     x, labels = torch.randn(100, 8), torch.arange(100) % 2
     x[:, 3] += 8 * labels

@@ -182,6 +182,16 @@ def test_clusters_are_those_of_scipy():
         torch.testing.assert_close(mix.sum(1), torch.ones(keep, dtype=torch.float64))
 
 
+def test_equal_experts_are_merged_in_order_however_many_there_are():
+    size = 40  # so many that distances would be taken from products
+    outputs = 100 * torch.randn(size, 6, dtype=torch.float64)
+    outputs[[20, 30, 39]] = outputs[[3, 3, 7]]
+    groups = [row.nonzero().flatten().tolist() for row in merge(outputs, torch.ones(size), size - 3)]
+    assert [group for group in groups if len(group) > 1] == [[3, 20, 30], [7, 39]]
+    pairs = outputs[torch.arange(size) // 2]
+    assert merge(pairs, torch.ones(size), size - 1)[0].nonzero().flatten().tolist() == [0, 1]
+
+
 def test_ties_stay_by_the_lower_number_and_groups_keep_as_many_each():
     tap = next(iter(taps(build("deepseek_v3")).values()))
     count = torch.tensor([0, 5, 5, 5, 9, 9, 9, 1]).double()
@@ -201,10 +211,14 @@ def test_ties_stay_by_the_lower_number_and_groups_keep_as_many_each():
         ("dbrx", 1, "a token takes 2 experts"),
         ("deepseek_v3", 5, "in 2 equal groups; keep a multiple of 2"),
         ("deepseek_v3", 2, "keep at least 4"),
+        ("deepseek_v3 topk_group=2", 2, "ranks its groups of experts by the best two of each; keep at least 4"),
+        ("glm4_moe n_group=1 num_experts_per_tok=1", 1, "ranks its group of experts .*; keep at least 2"),
     ],
 )
 def test_what_cannot_be_pruned_so_is_one_line(family, keep, message, tmp_path):
-    folder = save(build(family), tmp_path / "old")
+    family, *changes = family.split()
+    options = {name: int(value) for name, value in (change.split("=") for change in changes)}
+    folder = save(build(family, **options), tmp_path / "old")
     with pytest.raises(UserError, match=message) as raised:
         prune(folder, tmp_path / "new", keep, "use", material=material())
     assert "\n" not in str(raised.value) and not (tmp_path / "new").exists()

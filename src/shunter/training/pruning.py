@@ -305,7 +305,8 @@ def merge(output: Tensor, count: Tensor, keep: int) -> Tensor:
     Source: Chen et al. 2024 (Retraining-Free Merging of Sparse MoE via Hierarchical Clustering), section 3.
     """
     members = [[e] for e in range(len(output))]
-    distance = torch.cdist(output, output)
+    # Not by products, by which equal ones of more than 25 have a distance.
+    distance = torch.cdist(output, output, compute_mode="donot_use_mm_for_euclid_dist")
     while len(members) > keep:
         best = min(
             ((float(distance[a][:, b].mean()), i, j) for i, a in enumerate(members) for j, b in enumerate(members[:i])),
