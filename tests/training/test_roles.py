@@ -248,6 +248,28 @@ def test_batches_of_roles_in_a_trainer_and_after_resuming(tmp_path):
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_what_a_gradient_scaler_leaves_out_is_in_no_mean(fused, unscaled):
+    """Against SGD written down; a fused optimizer is called by the scaler in any case, with gradients at its scale."""
+    weight, inputs = nn.Parameter(torch.randn(3, 4)), torch.randn(4, 3, 4)
+    inputs[1, 0, 0] = torch.inf  # after which the scale is another
+    expected = weight.detach() - 0.1 * (inputs[0] + inputs[2]) / 2
+    optimizer = accumulate(torch.optim.SGD([{"params": [weight], "batches": 2}], 0.1, fused=fused))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in inputs:
+        scaler.scale(torch.where(factor.isfinite(), weight * factor, factor).sum()).backward()
+        if not factor.isfinite().all():
+            weight.grad[0, 0] = torch.inf
+        if unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    torch.testing.assert_close(weight.detach(), expected)
+    assert scaler.get_scale() == 2.0
+
+
 def test_batches_that_cannot_be():
     model = build("mixtral")
     with pytest.raises(UserError, match="batches 0 of router must be an integer above 0"):

@@ -208,17 +208,24 @@ def accumulate(optimizer: Opt) -> Opt:
     """
 
     def add(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # A GradScaler leaves both to a fused optimizer: to divide by its scale, and to take no step that is not finite.
+        scale, infinite = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if infinite is not None and bool(infinite):
+            return
         for group in optimizer.param_groups:
             grads = [parameter.grad for parameter in group["params"]]
             number = group.get("batches", 1)
             if number == 1 or all(grad is None for grad in grads):  # the step is one that a guard skips
                 continue
             before = group.get("accumulated") or [None] * len(grads)
+            if scale is not None:
+                grads = [None if grad is None else grad / scale.to(grad.device) for grad in grads]
             total = [_sum(a, grad) for a, grad in zip(before, grads, strict=True)]
             seen = group.get("seen", 0) + 1
             done = seen == number
             for parameter, grad in zip(group["params"], total, strict=True):
-                parameter.grad = grad / number if done and grad is not None else None
+                mean = grad / number if done and grad is not None else None
+                parameter.grad = mean if mean is None or scale is None else mean * scale.to(mean.device)
             group["seen"], group["accumulated"] = (0, None) if done else (seen, total)
 
     optimizer.register_step_pre_hook(add)
