@@ -211,16 +211,26 @@ def test_under_autocast_and_in_half_precision(dtype):
 
 def test_what_would_train_nothing_of_the_experts_is_an_error():
     model = base("qwen3_moe").float()
-    with pytest.raises(UserError, match="rank r=0 must be at least 1"):
-        expert_lora(model, r=0)
+    model.model.norm.requires_grad_(False)
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    for r in (0, -1, 2.0, True):
+        with pytest.raises(UserError, match=f"rank r={r} must be an integer of at least 1"):
+            expert_lora(model, r=r)
+    for options in {"lora_alpha": 0}, {"lora_alpha": -1.0}, {"alpha_pattern": {"down_proj": 0}}:
+        with pytest.raises(UserError, match="alpha=.* must be a number above 0, or nothing is learned"):
+            expert_lora(model, r=1, **options)
     for options in {"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}:
         with pytest.raises(UserError, match=next(iter(options))):
             expert_lora(model, r=1, target_modules=["q_proj"], **options)
         assert not any("lora" in name for name, _ in model.named_modules())
     with pytest.raises(UserError, match="nothing of the experts .* is trained, but attention"):
-        expert_lora(model, r=1, target_parameters=None, target_modules=["q_proj"])
+        expert_lora(model, r=1, target_parameters=None, target_modules=["q_proj"], modules_to_save=["gate"])
     with pytest.raises(UserError, match="model.layers.1.mlp is trained, and 1 other"):
-        expert_lora(base("qwen3_moe"), r=1, target_parameters=["layers.0.mlp.experts.down_proj"])
+        expert_lora(model, r=1, target_parameters=["layers.0.mlp.experts.down_proj"])
+    with pytest.raises(UserError, match="positive integer"):  # at the second of its layers
+        expert_lora(model, r=1, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 0})
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+    assert not hasattr(model, "peft_config")
     with pytest.raises(UserError, match="no experts in one stack"):
         expert_lora(build("jetmoe"), r=1)
     adapted = expert_lora(base("qwen3_moe").float(), r=1)

@@ -7,7 +7,9 @@ else (names, initial values, saving, merging) is peft's: what is trained here is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -49,13 +51,17 @@ def expert_lora(model: PreTrainedModel, r: int = 8, **options: Any) -> PeftModel
         adapters.
 
     Raises:
-        UserError: for a rank below 1, experts that are not stacked, and where nothing of the experts would be trained.
+        UserError: for a rank below 1, an alpha of 0, experts that are not stacked, and where nothing of the experts
+            would be trained; the model is as it was.
 
     Source: Hu et al. 2022 (LoRA), section 4.1.
     """
-    if r < 1:
-        raise UserError(f"expert_lora: the rank r={r} must be at least 1")
-    for name in _NOT_OF_STACKS:  # before peft has changed a part of the model
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise UserError(f"expert_lora: the rank r={r!r} must be an integer of at least 1")
+    for alpha in (options.get("lora_alpha", 1), *(options.get("alpha_pattern") or {}).values()):
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise UserError(f"expert_lora: the scale alpha={alpha} must be a number above 0, or nothing is learned")
+    for name in _NOT_OF_STACKS:
         if options.get(name):
             raise UserError(
                 f"expert_lora: peft has no {name} for stacks of matrices; leave it out, or give other layers an "
@@ -72,13 +78,33 @@ def expert_lora(model: PreTrainedModel, r: int = 8, **options: Any) -> PeftModel
     options = {"target_modules": [], "target_parameters": list(found), **options}
     if not found:
         raise UserError(f"expert_lora: {type(model).__name__} has no experts in one stack of matrices (E, …)")
-    try:
-        adapted = get_peft_model(model, LoraConfig(r=r, **options))
-    except ValueError as error:
-        raise UserError(f"expert_lora: {error}") from None
-    group_lora(adapted)
-    check_trained(adapted)
+    with ExitStack() as failed:
+        failed.callback(_as_it_is(model))
+        try:
+            adapted = get_peft_model(model, LoraConfig(r=r, **options))
+        except ValueError as error:
+            raise UserError(f"expert_lora: {error}") from None
+        group_lora(adapted)
+        check_trained(adapted)
+        failed.pop_all()
     return adapted
+
+
+def _as_it_is(model: nn.Module) -> Callable[[], None]:
+    """What takes adapters that are put into a model from now on out again, and has it train what it trains now."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config = vars(model).get("peft_config")
+
+    def restore() -> None:
+        for module, inside in children:
+            module._modules.update(inside)
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
+        if config is None:
+            vars(model).pop("peft_config", None)
+
+    return restore
 
 
 def _stacks(model: nn.Module) -> Iterator[str]:
