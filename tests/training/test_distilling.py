@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from shunter import from_pretrained, moe_layers, sparsify
 from shunter.analysis.inspect.inspecting import Inspected
@@ -167,13 +169,36 @@ def test_impossible_options_are_one_line(options, message, tmp_path):
 def test_teachers_and_students_that_do_not_fit_are_one_line(tmp_path):
     folder = save(build("mixtral"), tmp_path / "old")
     other = save(build("mistral", vocab_size=65), tmp_path / "other")
-    with pytest.raises(UserError, match="vocabulary of 65, the teacher of 64"):
+    with pytest.raises(UserError, match="other has a vocabulary of 65, old one of 64"):
         distill(folder, tmp_path / "new", student=other, material=language(10), steps=1)
+    same = save(build("mistral"), tmp_path / "same")
+    for place, words in ((folder, "a b c"), (same, "a c b")):
+        numbers = {word: number for number, word in enumerate(words.split())}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="a"))
+        PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(place)
+    for options in {"student": same}, {"baseline": same}:
+        with pytest.raises(UserError, match="token 1 is 'c' and 'b'; they must be the same"):
+            distill(folder, tmp_path / "new", **options, material=language(10), steps=1)
     with pytest.raises(UserError, match="no dense model .* gpt_oss"):
         distill(save(build("gpt_oss"), tmp_path / "oss"), tmp_path / "new", material=language(10), steps=1)
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
         distill(folder, tmp_path / "there", material=language(10), steps=1)
+
+
+def test_a_student_in_half_precision_learns_by_steps_that_it_would_round_away(tmp_path):
+    teacher, student = save(wake(build("mixtral")), tmp_path / "old"), wake(build("mistral")).bfloat16()
+    save(student, tmp_path / "student")
+    distill(
+        teacher, tmp_path / "new", student=tmp_path / "student", material=language(10), steps=25, learning_rate=4e-5
+    )
+    moved = 0
+    for name, tensor in load_folder(tmp_path / "new").state_dict().items():
+        before = student.state_dict()[name]
+        assert tensor.dtype == before.dtype == torch.bfloat16
+        large = before.abs() > 2**-4  # next to which numbers are 2**-11 apart, and half of that rounds away
+        moved += int((tensor != before)[large].sum())
+    assert moved > 100
 
 
 def test_a_place_that_cannot_be_is_told_before_the_training(tmp_path):

@@ -125,6 +125,9 @@ def _inspect_models(
         if value < least:
             raise UserError(f"{name} {value} must be at least {least}")
     *before, subject = [load(path, by=_reader(path)) for path in models]
+    for each in before:
+        if subject.model.main_input_name == "input_ids":  # labels of images may be others
+            subject.must_share_words(each.model, each.folder)
     held_out = _held_out(subject, tokens) if data is None else None
     material = held_out or material_for(subject, data, tokens, length)
     out = out or Path("runs") / f"inspect-{subject.name}"

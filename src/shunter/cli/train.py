@@ -224,6 +224,7 @@ def _finetune(args: argparse.Namespace) -> int:
     twin = args.dense or Path(args.model) / "dense"
     if args.dense or (twin / "config.json").is_file():
         models["dense"] = load_folder(twin)
+        subject.must_share_words(models["dense"], twin)
     built_in = max(built_in_domains(), key=lambda domain: len(set(domain.languages)))
     domains = read_domains(args.data) if args.data else [built_in]
     data = labelled_windows(domains, subject.tokenizer(), args.length, args.windows)

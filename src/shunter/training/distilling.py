@@ -66,7 +66,8 @@ def distill(
     Args:
         teacher: the folder of a sparse model of transformers or of Shunter, or of a run of `shunter train`.
         out: the folder to make; it appears when it is whole.
-        student: the folder of a model that is to learn, such as a pruned one; None makes a dense one, whose weights are
+        student: the folder of a model that is to learn, such as a pruned one, in at least float32, to be saved in its
+            own dtype; None makes a dense one, whose weights are
             the teacher's but for the feed-forward blocks, which are drawn and as wide as the experts of a token
             are together.
         layers: make a student of the teacher's kind with so many of its layers instead, in equal steps.
@@ -92,7 +93,8 @@ def distill(
         the gain kept, which weights were copied.
 
     Raises:
-        UserError: for a student of another vocabulary, a teacher without a dense counterpart, impossible numbers.
+        UserError: for a student or baseline of another vocabulary or tokenizer, a teacher without a dense counterpart,
+            impossible numbers.
         Diverged: where a loss is not finite.
         NotWritten: where `out` cannot be made, before the training begins, or the disk is full.
 
@@ -119,14 +121,16 @@ def distill(
     copied: list[str] = []
     if student is not None:
         learner: Any = load_folder(Path(student))
-        _must_share_words(subject.model, learner)
+        subject.must_share_words(learner, Path(student))
         twin = copy.deepcopy(learner)
     else:
         learner = student_of(subject, layers)
         twin = copy.deepcopy(learner)
         copied = _copy_weights(subject.model, learner, layers)
     device = next(subject.model.parameters()).device
-    learner, twin = learner.to(device), twin.to(device)
+    kept = {name: tensor.dtype for name, tensor in learner.state_dict().items()}
+    wide = torch.promote_types(learner.dtype, torch.float32)  # in half precision small steps would round to none
+    learner, twin = learner.to(device, wide), twin.to(device, wide)
     losses = {"teacher": _loss(subject.model, held), "student_before": _loss(learner, held)}
     options: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
     if baseline is None:
@@ -134,11 +138,13 @@ def distill(
         _train(twin, None, shown, soft=0.0, stop=0.0, say=say, **options)
     else:
         twin = load_folder(Path(baseline)).to(device)  # type: ignore[arg-type]
-        _must_share_words(subject.model, twin)
+        subject.must_share_words(twin, Path(baseline))
     losses["baseline"] = _loss(twin, held)
     del twin
     say("student: learns from the labels and the teacher")
     _train(learner, subject.model, shown, soft=soft, stop=stop, say=say, **options)
+    for name, tensor in learner.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(kept[name])
     losses["student"] = _loss(learner, held)
     receipt = {
         "made_by": f"shunter {VERSION} distill",
@@ -314,15 +320,6 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: in
                 f"distill: the teacher has no weights for {name} of the student; they are of different kinds"
             )
     return copied
-
-
-def _must_share_words(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    ours, theirs = (model.config.get_text_config() for model in (student, teacher))
-    sizes = [getattr(config, "vocab_size", None) or getattr(config, "num_labels", None) for config in (ours, theirs)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"distill: the student has a vocabulary of {sizes[0]}, the teacher of {sizes[1]}; they must have the same"
-        )
 
 
 def _train(

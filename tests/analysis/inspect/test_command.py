@@ -149,6 +149,13 @@ def _broken(kind, tmp_path):
             file.unlink()
     elif kind == "unlike":
         return [folder, saved(tmp_path / "other", mixtral(num_local_experts=2))]
+    elif kind == "other words":
+        other = saved(tmp_path / "other", mixtral())
+        tokenizer = json.loads((other / "tokenizer.json").read_text())
+        words = tokenizer["model"]["vocab"]
+        words["a"], words["b"] = words["b"], words["a"]
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        return [folder, other]
     elif kind == "three":
         return [folder] * 3
     return [folder]
@@ -172,6 +179,7 @@ def _broken(kind, tmp_path):
         ("config is a list", "config.json: must hold a JSON object, not a list"),
         ("no tokenizer", "no tokenizer can be loaded"),
         ("unlike", "do not have the same layers of experts"),
+        ("other words", "differ: token"),
         ("three", "3 models are given"),
     ],
 )

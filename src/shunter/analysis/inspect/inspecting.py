@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from ...data.documents import built_in_domains, read_domains
 from ...errors import UserError
-from ...hf.checkpoints.folders import load_tokenizer, local_folder
+from ...hf.checkpoints.folders import has_tokenizer, load_tokenizer, local_folder
 from ...hf.checkpoints.loading import load_folder
 from ...hf.observe.taps import taps
 from ...hf.sparsifying import router_name
@@ -58,6 +58,28 @@ class Inspected:
         tokenizer = load_tokenizer(self.folder)
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         return tokenizer
+
+    def must_share_words(self, other: PreTrainedModel, folder: Path) -> None:
+        """See that a number is the same word, or class, for another model, which lies in a folder.
+
+        Raises:
+            UserError: where it is not, by the sizes of both vocabularies or by the tokenizers of both folders.
+        """
+        configs = (model.config.get_text_config() for model in (other, self.model))
+        sizes = [getattr(each, "vocab_size", None) or getattr(each, "num_labels", None) for each in configs]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{folder} has a vocabulary of {sizes[0]}, {self.name} one of {sizes[1]}; they must have the same"
+            )
+        if not (has_tokenizer(folder) and has_tokenizer(self.folder)):
+            return
+        found = (load_tokenizer(each).get_vocab() for each in (folder, self.folder))
+        theirs, ours = ({number: word for word, number in vocabulary.items()} for vocabulary in found)
+        if unlike := sorted(number for number in theirs.keys() & ours.keys() if theirs[number] != ours[number]):
+            raise UserError(
+                f"the tokenizers of {folder} and {self.name} differ: token {unlike[0]} is {theirs[unlike[0]]!r} and "
+                f"{ours[unlike[0]]!r}; they must be the same"
+            )
 
 
 def material_for(subject: Inspected, data: Sequence[str] | None, tokens: int = 16384, length: int = 128) -> Material:

@@ -24,7 +24,7 @@ from ...errors import UserError
 from . import converting
 from .check import probe
 from .converting import Plan, convert, loader_of, megabytes
-from .folders import load_tokenizer, local_folder, match_names, model_class, read_config
+from .folders import has_tokenizer, load_tokenizer, local_folder, match_names, model_class, read_config
 from .formats import OWN, Format, find, made_here
 from .gguf import unpack, unpacked
 from .gguf_writing import write_gguf
@@ -79,9 +79,6 @@ def export(
         return convert("export", _planned(folder, to), Path(out), memory, check, max_shard_bytes)
 
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
 def _to_gguf(folder: Path, out: Path, memory: Memory, check: bool) -> dict[str, Any]:
     """A folder's model as a GGUF file and its receipt; read back, where a check is wanted."""
     beside = out.with_name(f"{out.name}.json")
@@ -89,8 +86,7 @@ def _to_gguf(folder: Path, out: Path, memory: Memory, check: bool) -> dict[str, 
         if path.exists():
             raise UserError(f"export: {path} exists already")
     model = load_folder(folder)
-    has_tokenizer = any((folder / name).exists() for name in _TOKENIZERS)
-    made = write_gguf(model, out, load_tokenizer(folder) if has_tokenizer else None)
+    made = write_gguf(model, out, load_tokenizer(folder) if has_tokenizer(folder) else None)
     memory.note()
     receipt: dict[str, Any] = {"made_by": f"shunter {VERSION} export", "from": type(model).__name__, "format": "gguf"}
     receipt |= {"bytes": out.stat().st_size, "peak_bytes": memory.peak, "check": None}

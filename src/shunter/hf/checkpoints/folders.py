@@ -20,6 +20,7 @@ from .reading import Stored, read_json
 
 __all__ = [
     "COMPUTED",
+    "has_tokenizer",
     "load_tokenizer",
     "local_folder",
     "match_names",
@@ -34,6 +35,8 @@ _MOST_SIZE, _MOST_PLACES, _MOST_ROTATED = 2**14, 2**17, 2**25
 
 COMPUTED = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.attn\.(masked_)?bias$")
 """Buffers of old checkpoints that models compute themselves today."""
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def local_folder(model: str | Path) -> Path:
@@ -195,6 +198,11 @@ def _growth(settings: Any) -> float:
         elif isinstance(value, list):
             rest.extend(value)
     return times
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files of a tokenizer."""
+    return any((folder / name).exists() for name in _TOKENIZERS)
 
 
 def load_tokenizer(folder: Path) -> Any:
