@@ -94,8 +94,13 @@ def test_cells_of_several_seeds_are_their_means_and_say_how_far_these_lie_apart(
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"rates": [0.0]}, "rates .* above 0"), ({"batches": []}, "batches"), ({"train": ["mo"]}, "neither a role")],
+    [
+        ({"rates": [0.0]}, "rates .* above 0"),
+        ({"batches": []}, "batches"),
+        ({"train": ["mo"]}, "neither a role"),
+        ({"train": ["all", "shared"]}, "has the role shared"),
+    ],
 )
 def test_impossible_sweeps_are_one_line(options, message):
     with pytest.raises(UserError, match=message):
-        sweep({"sparse": build("mixtral")}, task(), **options)
+        sweep({"sparse": build("mixtral")}, task(), **options, say=lambda line: pytest.fail("the work has begun"))

@@ -24,7 +24,7 @@ from ..errors import Diverged, UserError
 from ..hf.observe.taps import taps
 from ..moe import aux_loss, moe_layers, update_routers
 from .fine_tuning import expert_dropout
-from .roles import GROUPS, ROLES, parameter_groups
+from .roles import GROUPS, ROLES, parameter_groups, select
 
 __all__ = ["Labelled", "labelled_windows", "markdown", "picture", "sweep"]
 
@@ -122,7 +122,7 @@ def sweep(
         them in `spread` and each seed's in `by_seed`; `labels`, `seeds`, `machine`, `versions`.
 
     Raises:
-        UserError: for impossible numbers, or a role that no model has.
+        UserError: for impossible numbers, or a role that a sparse model does not have, before the first fine-tuning.
     """
     for name, values in (("rates", rates), ("batches", batches)):
         if not values or min(values) <= 0:
@@ -133,6 +133,9 @@ def sweep(
         for word in words.split(","):
             if word.strip().removeprefix("-") not in (*ROLES, *GROUPS):
                 raise UserError(f"finetune: {word!r} is neither a role nor a group: {', '.join((*ROLES, *GROUPS))}")
+        for model in models.values():
+            if taps(model):
+                select(model.base_model, words)
     cells = []
     for name, model in models.items():
         sparse = bool(taps(model))
