@@ -19,6 +19,7 @@ from transformers import (
 
 import shunter
 from shunter.errors import UserError
+from shunter.hf import early_exit as early_exiting
 from shunter.hf.early_exit import early_exit, risk_p_value, smallest_safe_threshold
 from tests.hf.families import build
 
@@ -180,6 +181,27 @@ def test_the_threshold_decays_towards_nine_tenths():
     run = _Run(EarlyExit(3), 0.5, "softmax", 4.0, None)
     run.prompt, run.step = 4, 2
     assert run.limit() == pytest.approx(0.45 + 0.1 * math.exp(-2))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss"])
+def test_every_generation_begins_anew_with_a_prompt_of_one_token_or_of_states(name, monkeypatch):
+    model, limits = make(name), []
+    ids = torch.randint(3, 64, (2, 5))
+    prompts = [
+        {"input_ids": ids},
+        {"input_ids": ids[:, :1]},
+        {"inputs_embeds": model.get_input_embeddings()(ids[:, :3])},
+    ]
+    limit = early_exiting._Run.limit
+    monkeypatch.setattr(early_exiting._Run, "limit", lambda run: limits.append((run.step, run.prompt)) or limit(run))
+    with torch.no_grad(), early_exit(model, 0.0, decay=4.0) as taken:
+        for prompt in prompts:
+            model.generate(**prompt, max_new_tokens=3, do_sample=False)
+    first = sorted(set(limits), key=limits.index)
+    assert first == [(1, 5), (2, 5), (1, 1), (2, 1), (1, 3), (2, 3)] and len(taken.layers) == 6
+    with early_exit(model, 0.0):
+        early = model.generate(ids[:, :1], max_new_tokens=1, do_sample=False)
+    assert torch.equal(early, model.generate(ids[:, :1], max_new_tokens=1, do_sample=False))
 
 
 def test_what_cannot_leave():

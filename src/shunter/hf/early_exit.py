@@ -92,7 +92,6 @@ def early_exit(
             own = vars(layer).get("forward")  # of a wrapper, as accelerate's
             vars(layer)["forward"] = run.wrap(number, layer.forward)
             stack.callback(vars(layer).pop if own is None else vars(layer).__setitem__, "forward", *filter(None, [own]))
-        stack.callback(model.register_forward_pre_hook(run.begin, with_kwargs=True).remove)
         yield run.taken
 
 
@@ -128,14 +127,15 @@ class _Run:
             finish,
         )
         self.gone: Tensor | None = None
+        self.whole = True
         self.prompt, self.step = 1, 0
         self.forms: dict[int, tuple[None, ...]] = {}
 
-    def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward of the model begins."""
-        ids = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
-        if ids is not None and ids.shape[1] > 1:
-            self.prompt, self.step = ids.shape[1], 0
+    def _begin(self, tokens: int, cache: Cache | None) -> None:
+        """A forward of so many tokens begins: a prompt, of which all layers are computed, or a step."""
+        self.whole = tokens > 1 or (cache is not None and not cache.get_seq_length())
+        if self.whole:
+            self.prompt, self.step = tokens, 0
 
     def limit(self) -> float:
         if self.decay is None:
@@ -147,7 +147,9 @@ class _Run:
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
-            if cache is None or hidden_states.shape[1] != 1 or torch.is_grad_enabled():
+            if number == 0:
+                self._begin(hidden_states.shape[1], cache)
+            if cache is None or self.whole or torch.is_grad_enabled():
                 if hidden_states.shape[1] == 1 and self.prompt > 1 and not torch.is_grad_enabled():
                     raise UserError("early_exit: the model keeps no keys and values of its tokens that could be copied")
                 return self._note(number, inner(hidden_states, *args, **kwargs))
