@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from shunter import from_pretrained, sparsify, tell
 from shunter.errors import UserError
+from shunter.hf.checkpoints import extracting
 from shunter.hf.checkpoints.extracting import extract
 from tests.hf.families import build
 from tests.training.test_pruning import save, wake
@@ -36,7 +37,7 @@ def test_the_dense_model_of_one_is_the_sparse_one_for_it(family, kind, options, 
         assert receipt["parameters"]["after"] < receipt["parameters"]["before"] or shape
 
 
-def test_other_models_are_one_line(tmp_path):
+def test_other_models_are_one_line(tmp_path, monkeypatch):
     folder = save(sparsify(build("mistral"), 4, "task", num_tasks=2), tmp_path / "task")
     with pytest.raises(UserError, match="no task 2"):
         extract(folder, tmp_path / "new", "task", 2)
@@ -45,3 +46,6 @@ def test_other_models_are_one_line(tmp_path):
     with pytest.raises(UserError, match="not a model that shunter.sparsify made"):
         extract(save(build("mixtral"), tmp_path / "mixtral"), tmp_path / "new", "task", 0)
     assert not (tmp_path / "new").exists() and from_pretrained(str(folder))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="task exists already"):
+        patch.setattr(extracting, "load_folder", lambda *given: pytest.fail("the work has begun"))
+        extract(folder, folder, "task", 0)

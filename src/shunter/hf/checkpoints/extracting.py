@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...context import Context
-from ...durable import new_folder
+from ...durable import check_new_folder, new_folder
 from ...environment import VERSION
 from ...errors import UserError
 from ...experts import Experts
@@ -59,6 +59,7 @@ def extract(model: str | Path, out: str | Path, kind: str, number: int) -> dict[
     section 7.3.
     """
     folder = local_folder(model)
+    check_new_folder(Path(out))
     sparse: Any = load_folder(folder)
     if not made_here(sparse.config):
         raise UserError(f"extract: {folder} is not a model that shunter.sparsify made, whose experts go by {kind}")
