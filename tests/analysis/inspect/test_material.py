@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import shunter
-from shunter.analysis.inspect.inspecting import Inspected, inspect
+from shunter.analysis.inspect.inspecting import Inspected, inspect, material_for
 from shunter.analysis.inspect.material import image_material, text_material
 from shunter.data.documents import Domain
 from shunter.errors import UserError
@@ -27,6 +27,13 @@ def test_encoder_and_decoder_are_told_apart():
         assert layer["follows"] == {"label": "token", "part": pytest.approx(1, abs=1e-6)}
         assert layer["tokens"] == found["targets"]
     assert math.isfinite(found["loss"])
+
+
+@pytest.mark.parametrize("given", [{"tokens": 1}, {"tokens": -5}, {"length": 0}, {"length": -3}])
+def test_windows_that_cannot_be_are_one_line(given):
+    (name, value), *_ = given.items()
+    with pytest.raises(UserError, match=f"^{name} {value} must be at least 2"):
+        material_for(Inspected("mixtral", mixtral(), None), None, **given)
 
 
 def test_a_masked_model_is_scored_on_its_masked_tokens():

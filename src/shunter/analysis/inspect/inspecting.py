@@ -93,8 +93,11 @@ def material_for(subject: Inspected, data: Sequence[str] | None, tokens: int = 1
         length: of a window of text.
 
     Raises:
-        UserError: where there are no data for it, or they cannot be read.
+        UserError: where there are no data for it, or they cannot be read, and for fewer than 2 tokens.
     """
+    for name, value in (("tokens", tokens), ("length", length)):
+        if value < 2:
+            raise UserError(f"{name} {value} must be at least 2, a token and the one that follows it")
     if subject.model.main_input_name == "pixel_values":
         if data is None:
             raise UserError("this model sees images, and is of no run; give --data with a folder of images")
