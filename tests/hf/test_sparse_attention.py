@@ -147,6 +147,14 @@ def test_heads_are_weighted_by_what_their_probabilities_add_up_to():
         assert torch.allclose(out[t], wanted)
 
 
+def test_heads_whose_weights_are_all_zero_add_nothing():
+    layer = Heads(6, 3, 5, "topk", top_k=2, renormalize="no", score_function="sigmoid")
+    torch.nn.init.constant_(layer.router.weight, -1e3)
+    out = layer.combine(layer(torch.ones(7, 6)))
+    out.sum().backward()
+    assert not out.any() and all(bool(p.grad.isfinite().all()) for p in layer.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("kind", ["attention", "heads"])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_flops_equal_the_counted_ones(kind, top_k):

@@ -261,7 +261,7 @@ class Heads(RoutedProjection):
         (routing, place), self._waiting = self._waiting, None
         rows = self.experts.outputs.rows(heads.reshape(-1, self.out)[place], routing)
         total = routing.weight.new_zeros(routing.num_tokens).index_add(0, routing.token, routing.weight).detach()
-        share = routing.weight / total[routing.token]
+        share = routing.weight / torch.where(total > 0, total, 1)[routing.token]
         return _add_up(rows, routing, share).reshape(*heads.shape[:-1], self.dim)
 
     def flops_per_token(self, sequence_length: int) -> dict[str, float]:
