@@ -96,6 +96,8 @@ def test_cells_of_several_seeds_are_their_means_and_say_how_far_these_lie_apart(
     "options, message",
     [
         ({"rates": [0.0]}, "rates .* above 0"),
+        ({"rates": [1e-3, float("nan")]}, "rates .* above 0"),
+        ({"capacities": [1.0, 0.0]}, "capacities .* above 0"),
         ({"batches": []}, "batches"),
         ({"train": ["mo"]}, "neither a role"),
         ({"train": ["all", "shared"]}, "has the role shared"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -124,8 +125,10 @@ def sweep(
     Raises:
         UserError: for impossible numbers, or a role that a sparse model does not have, before the first fine-tuning.
     """
-    for name, values in (("rates", rates), ("batches", batches)):
-        if not values or min(values) <= 0:
+    if not rates or not batches:
+        raise UserError(f"finetune: rates {list(rates)} and batches {list(batches)} must name one or more each")
+    for name, values in (("rates", rates), ("batches", batches), ("capacities", capacities)):
+        if not all(math.isfinite(value) and value > 0 for value in values):
             raise UserError(f"finetune: {name} {list(values)} must be numbers above 0")
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"finetune: seeds {list(seeds)} must be one or more, and different")
