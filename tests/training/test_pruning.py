@@ -117,20 +117,26 @@ def test_an_expert_without_use_leaves_a_trace_in_shares_of_a_softmax_alone(kind,
     torch.testing.assert_close(after, before * factor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["theirs", "ours"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "dbrx", "ours"])
 def test_use_and_what_experts_add_are_counted_right(kind):
-    model = wake(build("qwen3_moe") if kind == "theirs" else sparsify(build("mistral"), 8, "topk", top_k=2))
+    model = wake(sparsify(build("mistral"), 8, "topk", top_k=2) if kind == "ours" else build(kind))
     model.eval()
     batches = material().batches
     counts, sums = {}, {}
     for name, tap in taps(model).items():
         experts = tap.experts if tap.own is None else tap.own.experts
-        w_up, w_down = experts.gate_up_proj.detach().double(), experts.down_proj.detach().double()
+        if kind == "dbrx":
+            stacks = [getattr(experts.mlp, part).detach().double() for part in ("w1", "v1", "w2")]
+            w1, v1, w2 = (stack.unflatten(0, (8, -1)) for stack in stacks)
+            w_up, w_down = torch.cat([w1, v1], 1), w2.mT
+        else:
+            w_up, w_down = experts.gate_up_proj.detach().double(), experts.down_proj.detach().double()
         counts[name], sums[name] = torch.zeros(8), torch.zeros(8).double()
 
         def note(module, args, name=name, w_up=w_up, w_down=w_down, own=tap.own):
             if own is None:
                 x, index, weight = args
+                x = x.reshape(-1, x.shape[-1])
                 pairs = [(t, int(e), float(weight[t, k])) for t, row in enumerate(index) for k, e in enumerate(row)]
             else:
                 x, routing = args

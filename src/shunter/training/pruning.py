@@ -242,7 +242,7 @@ class _Call:
             out: Tensor = forward(rows, routing)
             return out
         out = forward(rows, expert[:, None], one)
-        return out
+        return out.reshape(rows.shape)  # DBRX takes the first axis for sequences
 
 
 def _call_of(tap: Tap, args: Any, kwargs: Any) -> _Call:
