@@ -219,7 +219,9 @@ def test_what_would_train_nothing_of_the_experts_is_an_error():
     for options in {"lora_alpha": 0}, {"lora_alpha": -1.0}, {"alpha_pattern": {"down_proj": 0}}:
         with pytest.raises(UserError, match="alpha=.* must be a number above 0, or nothing is learned"):
             expert_lora(model, r=1, **options)
-    for options in {"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}:
+    refused = [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}]
+    unheeded = [{"layers_to_transform": [0]}, {"layers_to_transform": 0}, {"exclude_modules": r".*layers\.1\..*"}]
+    for options in refused + unheeded:
         with pytest.raises(UserError, match=next(iter(options))):
             expert_lora(model, r=1, target_modules=["q_proj"], **options)
         assert not any("lora" in name for name, _ in model.named_modules())

@@ -30,6 +30,7 @@ from .roles import roles
 __all__ = ["ParamWrapper", "check_trained", "expert_lora", "group_lora"]
 
 _NOT_OF_STACKS = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
+_UNHEEDED = ("layers_to_transform", "exclude_modules")
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -43,7 +44,8 @@ def expert_lora(model: PreTrainedModel, r: int = 8, **options: Any) -> PeftModel
         model: a mixture of experts whose experts transformers' use_experts_implementation decorates, or Shunter's.
         r: the rank.
         **options: of `peft.LoraConfig`; target_parameters= takes some of the matrices alone, target_modules= other
-            layers too. Experts can have no dropout, bias or DoRA, as peft says.
+            layers too. Experts can have no dropout, bias or DoRA, as peft says, and no layers_to_transform or
+            exclude_modules, which peft does not heed for them.
 
     Returns:
         A `PeftModel`: save_pretrained writes peft's files, which `PeftModel.from_pretrained` loads with no Shunter
@@ -66,6 +68,12 @@ def expert_lora(model: PreTrainedModel, r: int = 8, **options: Any) -> PeftModel
             raise UserError(
                 f"expert_lora: peft has no {name} for stacks of matrices; leave it out, or give other layers an "
                 "adapter of their own"
+            )
+    for name in _UNHEEDED:
+        if options.get(name) not in (None, [], ""):
+            raise UserError(
+                f"expert_lora: peft adapts the experts of every layer whatever {name} says; leave it out, or give "
+                "other layers an adapter of their own"
             )
     init = options.get("init_lora_weights", True)
     if not isinstance(init, bool) and str(init).lower() != "gaussian":
