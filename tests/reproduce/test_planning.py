@@ -30,7 +30,7 @@ def test_few_tokens_pay_for_all_experts_and_many_do_not(monkeypatch):
     predict = planning.predict
 
     def free(model, cluster, layout, job):  # reading weights takes no time, nor does routing as such
-        cluster = planning.replace(cluster, memory_bandwidth=1e30, layer_seconds=(0.0,) * 3)
+        cluster = planning.replace(cluster, memory_bandwidth=1e30, layer_seconds=(0.0,) * 3, expert_seconds=(0.0,) * 3)
         return predict(model, cluster, layout, job)
 
     monkeypatch.setattr(planning, "predict", free)

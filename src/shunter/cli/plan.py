@@ -120,8 +120,9 @@ def quantity(text: str, name: str, unit: str = "") -> float:
 def _sizes(text: str) -> dict[str, int]:
     """The sizes of a layout, of "ep=64,pp=16"."""
     pairs = [part.split("=") for part in text.replace(" ", "").split(",")]
-    if not all(len(p) == 2 and p[0] in ("ep", "pp", "tp", "stages") and p[1].isdecimal() and int(p[1]) for p in pairs):
-        raise UserError(f"--layout {text!r} is none; give sizes of ep, pp, tp and stages, as ep=64,pp=16")
+    known = ("ep", "pp", "tp", "stages", "last")
+    if not all(len(p) == 2 and p[0] in known and p[1].isdecimal() and int(p[1]) for p in pairs):
+        raise UserError(f"--layout {text!r} is none; give sizes of ep, pp, tp, stages and last, as ep=64,pp=16")
     found = {name: int(size) for name, size in pairs}
     if len(found) < len(pairs):
         raise UserError(f"--layout {text!r} gives a size twice")

@@ -58,7 +58,7 @@ class Budget:
 
     @property
     def cluster(self) -> Cluster:
-        """The devices, known as little as this: one network, and shares of the peak as on an H100."""
+        """The devices, known as little as this: one network, and the shares of the peak that training steps reach."""
         speed = (self.bandwidth,) * 3
         return Cluster(
             "the budget's", 8, self.device_flops, (0.3, 0.38, 0.45), self.memory, self.device_flops / 295, speed, speed,

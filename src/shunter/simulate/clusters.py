@@ -37,6 +37,8 @@ class Cluster:
         latency: seconds of an exchange without bytes.
         message: bytes of a message at half of the bandwidth, for flat exchanges, whose messages shrink with P.
         layer_seconds: of routing, permuting and launching in one pass of a sparse layer.
+        expert_seconds: of an expert's products in one pass beside their arithmetic: each is launched by itself, and few
+            rows fill a device badly; 0 where one kernel computes all experts.
         element_seconds: of dispatching an element of a row in one pass, where that is a product with a mask.
         overlap: the share of the computing time behind which exchanges can be hidden.
         torus: whether the network is a two-dimensional torus; bandwidths are then those of a device's links together,
@@ -55,13 +57,14 @@ class Cluster:
     latency: Range = (0.0, 0.0, 0.0)
     message: float = 0.0
     layer_seconds: Range = (0.0, 0.0, 0.0)
+    expert_seconds: Range = (0.0, 0.0, 0.0)
     element_seconds: Range = (0.0, 0.0, 0.0)
     overlap: Range = (0.0, 0.0, 0.0)
     torus: bool = False
 
     def of(self, name: str, bound: Bound = "likely") -> float:
         """A figure at a bound."""
-        more_is_longer = name in ("latency", "layer_seconds", "element_seconds")
+        more_is_longer = name in ("latency", "layer_seconds", "expert_seconds", "element_seconds")
         place = 1 if bound == "likely" else 2 * int((bound == "worst") == more_is_longer)
         value: Range = getattr(self, name)
         return value[place]

@@ -29,6 +29,8 @@ class Layout:
         ep: ranks that hold different experts, of the same pipeline stage.
         pp: pipeline stages; tp: tensor-parallel ranks.
         stages: virtual stages of each pipeline rank, which divide its bubble.
+        last: layers of the last pipeline rank, which has the model's output too; 0: as many as make the slowest rank
+            fastest.
     """
 
     devices: int
@@ -36,6 +38,7 @@ class Layout:
     pp: int = 1
     tp: int = 1
     stages: int = 1
+    last: int = 0
 
     @property
     def dp(self) -> int:
@@ -83,8 +86,9 @@ class Step:
     Args:
         layout: of the devices.
         seconds: of the step, the likely; `shortest` and `longest`: by the ends of what is known of the cluster.
-        compute, exchange, exposed, routing, data, tensor, bubble: parts of the likely time in seconds; `exchange`
-            counts all of it, `exposed` what computing does not hide.
+        compute, exchange, exposed, routing, data, tensor, bubble: parts of the likely time in seconds, the mean over
+            the pipeline's ranks; `exchange` counts all of it, `exposed` what computing does not hide, `routing` what
+            launching experts takes too, `bubble` the wait for the slowest rank too.
         load: rows of the fullest rank over the mean.
         memory: bytes a device.
         fits: whether the device has them.
@@ -140,9 +144,10 @@ def _parts(model: ModelShape, cluster: Cluster, layout: Layout, job: Job, bound:
     share = job.batch_tokens / layout.devices
     experts = passes * flops.pop("experts") * share * load / speed
     if model.experts:  # an expert with few rows takes as long as its weights take to be read
-        held = model.experts / layout.ep * model.expert_matrices * 2 / layout.tp
+        held = model.experts / layout.ep * model.expert_matrices * 2
         read = held / cluster.memory_bandwidth * passes * count * model.sparse_layers / layout.pp
         experts = max(experts, read)
+    output = passes * flops["output"] * share / speed
     compute = passes * sum(flops.values()) * share / speed + experts
     forward, backward = exchanges(job.shuffle)
     times = (forward * (2 if job.recompute else 1) + backward) / 2  # pairs of dispatch and combine
@@ -156,19 +161,30 @@ def _parts(model: ModelShape, cluster: Cluster, layout: Layout, job: Job, bound:
     exchange = layers * times * (once(job.dispatch_bytes) + once(job.combine_bytes)) * load
     exposed = max(0.0, exchange - cluster.of("overlap", bound) * compute)
     dispatched = tokens * model.top_k * d * cluster.of("element_seconds", bound)
-    routing = layers * passes * (cluster.of("layer_seconds", bound) + dispatched)
-    data = _data_parallel(model, cluster, layout, job, count, bound)
-    data = max(data - (compute - exchange + exposed), 0.1 * data)  # nothing waits for it but the first and last layer
+    launched = model.experts / layout.ep * cluster.of("expert_seconds", bound)
+    routing = layers * passes * (cluster.of("layer_seconds", bound) + dispatched + launched)
     gathers = 4 * (passes - 1)  # two gathers and two scatters a layer and pass
     tensor = (
         model.layers / layout.pp * count * gathers * micro * d * 2 * (1 - 1 / layout.tp) / cluster.of("intra", bound)
     )
     busy = compute + exposed + routing + tensor
-    bubble = (layout.pp - 1) / (count * layout.stages) * busy
+    slowest = _slowest(model.layers, layout, (busy - output) * layout.pp / model.layers, output * layout.pp)
+    bubble = slowest - busy + (layout.pp - 1) / (count * layout.stages) * slowest
+    data = _data_parallel(model, cluster, layout, job, count, bound)
+    free = slowest - (exchange if layout.ep > cluster.node else 0)  # of the network between nodes
+    data = max(data - free, data * min(1.0, layout.pp / model.layers))  # for what comes first and last all wait
     return {
         "compute": compute, "exchange": exchange, "exposed": exposed, "routing": routing, "data": data,
         "tensor": tensor, "bubble": bubble, "load": load, "seconds": busy + data + bubble,
     }  # fmt: skip
+
+
+def _slowest(layers: int, layout: Layout, layer: float, output: float) -> float:
+    """Seconds of the pipeline rank that takes longest: layers are whole, and the last rank has the output too."""
+    if layout.pp == 1:
+        return layers * layer + output
+    lasts = [layout.last] if layout.last else range(layers // layout.pp + 1)
+    return min(max(-(-(layers - n) // (layout.pp - 1)) * layer, n * layer + output) for n in lasts)
 
 
 def _data_parallel(model: ModelShape, cluster: Cluster, layout: Layout, job: Job, count: float, bound: Bound) -> float:
@@ -222,6 +238,11 @@ def predict(model: ModelShape, cluster: Cluster, layout: Layout, job: Job) -> St
         )
     if layout.pp > model.layers:
         raise UserError(f"pp {layout.pp} is more than the {model.layers} layers")
+    if layout.last > model.layers - (layout.pp - 1):
+        raise UserError(
+            f"last {layout.last} leaves less than a layer for each of the {layout.pp - 1} other stages; the model has "
+            f"{model.layers}"
+        )
     least = layout.dp * job.micro_batch * model.sequence_length
     if job.batch_tokens < least:
         raise UserError(
