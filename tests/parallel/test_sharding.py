@@ -294,6 +294,21 @@ def layouts(mesh, accumulations=(1, 3)):
     return found
 
 
+def tied(mesh):
+    """Layers that share their experts, and one that occurs twice: gradients, and how many parameters there are."""
+    names = ("topk", "deepseek", "topk", "topk")
+    model = Model(names, num_shared_experts=1).train()
+    first, second, third, _ = model.blocks
+    second.moe.experts = first.moe.experts
+    model.blocks[3] = third
+    model, copied = twins(model)
+    parallel.shard_model(model, mesh)
+    x = _of_this_rank(lambda: torch.randn(2, 7, DIM, dtype=torch.float64))
+    for one in (model, copied):
+        _of_this_rank(loss_of, one, x).backward()
+    return difference(gradients(model), gradients(copied, averaged=True))
+
+
 def _biased(layer):
     return getattr(layer.decider, "selection_bias", None) is not None
 
@@ -488,6 +503,9 @@ def refusals(mesh):
     said("other dtype", in_bfloat16)
     apart = layer("topk", torch.float32)
     said("pieces", lambda: parallel.shard_experts(apart, mesh, overlap_degree=0))
+    one, two = (layer("topk", torch.float32) for _ in range(2))
+    two.experts.down_proj = one.experts.down_proj
+    said("tied", lambda: parallel.shard_experts(torch.nn.ModuleList([one, two]), mesh))
     said("pieces of all", lambda: parallel.shard_experts(apart, mesh, overlap_degree=2, dispatch="all"))
     parallel.shard_experts(apart, mesh, overlap_degree=1 + rank)
     said("other pieces", lambda: apart(x))
@@ -516,7 +534,7 @@ def _cases(expert_parallel, names, size=2):
 QUICK = dict.fromkeys(
     (
         "checkpointing", "second_derivatives", "precision", "autocast", "inference", "refusals", "overlap", "pieces",
-        "states",
+        "states", "tied",
     ),
     (),
 ) | {
@@ -658,6 +676,10 @@ def autocast_rounds_no_more_than_elsewhere(results):
         assert dtype == "torch.bfloat16" and gap < 0.05
 
 
+def shared_experts_stay_shared(results):
+    assert all(found["tied"] < 1e-12 for found in results), [found["tied"] for found in results]
+
+
 def inference_takes_batches_of_any_size(results):
     for rank, found in enumerate(results):
         gap, same, local, explained = found["inference"]
@@ -699,6 +721,7 @@ MISTAKES = [
     ("evaluates alone", "gradients but for its input's, and rank 1 at sparse layer 0 in float32 without gradients"),
     ("other dtype", "rank 1 at sparse layer 0 in float32 without"),
     ("pieces", "overlap_degree 0 must be at least 1"),
+    ("tied", "1.experts.down_proj is the same parameter as 0.experts.down_proj"),
     ("pieces of all", 'overlap_degree 2 needs dispatch="ranks" or "choices"'),
     ("other pieces", "rank 1 at sparse layer 0 in float32 with gradients but for its input's, in 2 pieces"),
     ("splits", "send sums to 2"),
@@ -717,7 +740,7 @@ CHECKS = (
     routers_decide_in_float32_under_mixed_precision, autocast_rounds_no_more_than_elsewhere,
     inference_takes_batches_of_any_size, mistakes_are_one_line_with_names,
     routers_states_are_of_all_ranks, shared_experts_run_while_rows_are_under_way,
-    experts_compute_one_piece_while_others_travel,
+    experts_compute_one_piece_while_others_travel, shared_experts_stay_shared,
 )  # fmt: skip
 
 

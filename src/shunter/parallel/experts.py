@@ -252,7 +252,8 @@ def shard_experts(
         The same model.
 
     Raises:
-        UserError: where no layer has experts to shard, P does not divide E, or the ranks' parameters differ.
+        UserError: where no layer has experts to shard, P does not divide E, a parameter of experts is another module's
+            too, or the ranks' parameters differ.
     """
     watch.begin()
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
@@ -264,17 +265,35 @@ def shard_experts(
         if type(layer.experts) is not Experts:  # a subclass may compute with more than its matrices
             kind = type(layer.experts).__name__
             raise UserError(f"{name or 'the layer'}: its experts are {kind}, which cannot be sharded; only Experts can")
+    _must_not_be_tied(model, layers)
     same_on_all_ranks(model)
-    made = [
-        ShardedExperts(
-            layer.experts, mesh, number, name or "the layer", layer.decider.experts_per_token, dispatch, overlap_degree
-        )
-        for number, (name, layer) in enumerate(layers)
-        if isinstance(layer.experts, Experts)
-    ]
-    for (_, layer), experts in zip(layers, made, strict=True):
-        layer.experts = experts
+    made: dict[Experts, ShardedExperts] = {}
+    for number, (name, layer) in enumerate(layers):
+        whole = layer.experts
+        assert isinstance(whole, Experts)
+        if whole not in made:  # layers may share theirs
+            top_k = layer.decider.experts_per_token
+            made[whole] = ShardedExperts(whole, mesh, number, name or "the layer", top_k, dispatch, overlap_degree)
+    for _, layer in layers:
+        assert isinstance(layer.experts, Experts)
+        layer.experts = made[layer.experts]
     return model
+
+
+def _must_not_be_tied(model: nn.Module, layers: list[tuple[str, MoE]]) -> None:
+    """Raise UserError where a parameter of experts is another module's too: it would be cut for one of them alone."""
+    experts = {id(p) for _, layer in layers for p in layer.experts.parameters()}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) not in experts:
+                continue
+            own = f"{name}.{key}" if name else key
+            if (other := owners.setdefault(id(parameter), own)) != own:
+                raise UserError(
+                    f"{own} is the same parameter as {other}; experts of several layers are shared as a module: "
+                    "layer.experts = other.experts"
+                )
 
 
 def same_on_all_ranks(model: nn.Module) -> None:

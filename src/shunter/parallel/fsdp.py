@@ -66,13 +66,15 @@ def shard_model(
     every = init_device_mesh(mesh.device_type, (size,), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for layer in layers.values():
-        if isinstance(layer.experts, ShardedExperts):
-            fully_shard(layer.experts, mesh=mesh["edp"], mp_policy=policy)
-        if any(True for _ in layer.router.parameters()):
+    experts = dict.fromkeys(layer.experts for layer in layers.values())  # layers may share them, and routers
+    for module in experts:
+        if isinstance(module, ShardedExperts):
+            fully_shard(module, mesh=mesh["edp"], mp_policy=policy)
+    for router in dict.fromkeys(layer.router for layer in layers.values()):
+        if any(True for _ in router.parameters()):
             # Losses and outputs may read a router's parameters after its forward.
-            fully_shard(layer.router, mesh=every, reshard_after_forward=False, mp_policy=exact)
-    for block in _blocks(model):
+            fully_shard(router, mesh=every, reshard_after_forward=False, mp_policy=exact)
+    for block in dict.fromkeys(_blocks(model)):
         if block not in layers.values() or any(True for _ in block.parameters(recurse=False)):
             fully_shard(block, mesh=every, mp_policy=policy)
     fully_shard(model, mesh=every, mp_policy=policy)
