@@ -280,3 +280,17 @@ def test_data_that_cannot_be_read_are_not_a_disk_that_takes_nothing(number):
     said = os.strerror(number)
     assert why_not_written(OSError(number, said, "model.safetensors")) and why_not_written(RuntimeError(said))
     assert why_not_written(UserError(f"images/cat/3.png cannot be read: {said}")) == ""
+
+
+def test_a_lock_that_was_removed_before_it_was_taken_is_none(tmp_path, monkeypatch):
+    """By a process that removed the folder of a run which could not begin, while this one began it anew."""
+    lock = durable._lock
+
+    def removed(descriptor):
+        monkeypatch.setattr(durable, "_lock", lock)
+        (tmp_path / ".lock").unlink()
+        return lock(descriptor)
+
+    monkeypatch.setattr(durable, "_lock", removed)
+    with only_process(tmp_path), pytest.raises(UserError, match="is at work there"), only_process(tmp_path):
+        pass

@@ -259,10 +259,15 @@ def only_process(folder: Path) -> Iterator[None]:
         NotWritten: where the folder cannot be written to.
     """
     path = folder / _LOCK
-    with naming(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    while True:
+        with naming(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        locked = _lock(descriptor)
+        if not locked or (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
+            break
+        os.close(descriptor)  # another process has removed the folder, and what is there now is not this lock
     try:
-        if (locked := _lock(descriptor)) is None:
+        if locked is None:
             warnings.warn(f"{folder}: has no file locks; see yourself that no other process works there", stacklevel=3)
         if locked is False:
             other = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"

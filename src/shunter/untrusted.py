@@ -10,10 +10,13 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 
-__all__ = ["MAX_VALUES", "few_values", "inside", "open_file", "parse_json", "read_file"]
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "few_values", "inside", "open_file", "parse_json", "read_file"]
 
 MAX_VALUES = 2_000_000
 """Of a JSON text: a value takes up to some hundred bytes of memory, however short it is written."""
+
+MAX_DEPTH = 500
+"""Of lists and objects in one another: Python itself ends between 1,000 and 10,000, by its version."""
 
 _MAX_FILE = 100_000_000
 
@@ -77,14 +80,28 @@ def parse_json(raw: bytes | str, pairs: Any = None) -> Any:
         pairs: of `json.loads`, object_pairs_hook.
 
     Raises:
-        ValueError: where it is not JSON, too deep, or has more than `MAX_VALUES` values.
+        ValueError: where it is not JSON, deeper than `MAX_DEPTH`, or has more than `MAX_VALUES` values.
     """
     text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
     few_values(text)
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        found = json.loads(text, object_pairs_hook=pairs)
+        if _deeper(found, MAX_DEPTH):
+            raise RecursionError
+        return found
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def _deeper(value: Any, most: int) -> bool:
+    """Whether more than so many lists and dictionaries are in one another."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(most):
+        parts = (part for each in level for part in (each.values() if isinstance(each, dict) else each))
+        level = [part for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return bool(level)
 
 
 def few_values(text: Any) -> None:

@@ -125,7 +125,42 @@ def test_what_is_no_image_is_named(tmp_path):
             read_image(tmp_path / name, 8, 3)
 
 
-def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path):
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="not an image that can be read"):
+def test_a_picture_that_unpacks_to_hundreds_of_megabytes_is_refused(tmp_path):
+    """Some kilobytes of PNG, or of a JPEG in several scans; a plain JPEG is decoded at half its size."""
+    image = Image.new("L", (5800, 5800), 100)
+    image.save(tmp_path / "a.png", compress_level=1)
+    image.save(tmp_path / "b.jpg", progressive=True)
+    image.save(tmp_path / "c.jpg")
+    for name in ("a.png", "b.jpg"):
+        with pytest.raises(UserError, match=f"{name}: not an image that can be read .*33,640,000 pixels; at most"):
+            read_image(tmp_path / name, 8, 3)
+    with open_image(tmp_path / "c.jpg") as half:
+        assert half.size == (2900, 2900)
+    torch.testing.assert_close(read_image(tmp_path / "c.jpg", 8, 1), torch.full((1, 8, 8), 100 / 255))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_large_picture_is_converted_as_a_small_one(mode, channels, tmp_path):
+    """Which goes strip by strip: as all of it at once, by Pillow's own words."""
+    draw = np.random.default_rng(int(torch.randint(2**31, ())))
+    parts = {"RGBA": 4, "LA": 2, "RGB": 3}.get(mode, 1)
+    pixels = draw.integers(0, 256, (150, 100, parts), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze(-1) if parts == 1 else pixels)
+    if mode == "P":
+        image.putpalette(draw.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    image = image.resize((1000, 1500), Image.Resampling.NEAREST)
+    image.save(tmp_path / "a.png", compress_level=1, **({"transparency": 7} if mode == "P" else {}))
+    whole = Image.alpha_composite(
+        Image.new("RGBA", image.size, "white"), Image.open(tmp_path / "a.png").convert("RGBA")
+    )
+    whole = whole.convert("L" if channels == 1 else "RGB").resize((8, 8), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.asarray(whole, dtype=np.float32) / 255).reshape(8, 8, -1).permute(2, 0, 1)
+    assert torch.equal(read_image(tmp_path / "a.png", 8, channels), expected)
+
+
+def test_no_program_is_started_for_a_picture(tmp_path):
+    """As for PostScript, under whatever name."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    with pytest.raises(UserError, match="cannot identify image file of any known kind"):
         read_image(tmp_path / "a.png", 8, 3)

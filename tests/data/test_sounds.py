@@ -8,13 +8,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import scipy.signal
 
 pytest.importorskip("soundfile", reason="shunter[speech] reads sounds")
 
 import soundfile
 
 from shunter.data import sounds
-from shunter.data.sounds import RATE, read_sound
+from shunter.data.sounds import RATE, read_sound, resampled
 from shunter.errors import UserError
 from tests.conftest import SEED
 
@@ -37,6 +38,23 @@ def test_any_rate_and_any_channels_are_one_kind_of_samples(suffix, tmp_path):
     middle = slice(RATE // 10, 4 * RATE // 10)  # filters and codecs have edges
     off = np.abs(sound.samples[middle] - expected[middle]).max()
     assert off < (0.06 if suffix == "ogg" else 0.01), (rate, pitch)
+
+
+def test_a_rate_that_no_device_has_takes_no_filter_of_its_size(tmp_path, monkeypatch):
+    """Rates without a common factor: a filter of 7,680,000 taps, 360 MB and more than a second for a sound."""
+    terms = []
+    filtering = scipy.signal.resample_poly
+    monkeypatch.setattr(
+        scipy.signal, "resample_poly", lambda x, up, down: terms.append(max(up, down)) or filtering(x, up, down)
+    )
+    draw = random.Random(SEED)
+    for rate in (383_999, draw.randrange(100_001, 384_000, 2), draw.randint(1000, 8000)):
+        pitch = draw.uniform(50, 300)
+        soundfile.write(tmp_path / "a.wav", tone(0.5, rate, pitch), rate, subtype="FLOAT")
+        samples = read_sound(tmp_path / "a.wav", 1.0).samples
+        middle = slice(RATE // 10, 4 * RATE // 10)
+        assert abs(len(samples) - 0.5 * RATE) <= 2 and terms.pop() <= 16_384
+        assert np.abs(samples[middle] - tone(0.5, RATE, pitch)[middle]).max() < 0.01, (rate, pitch)
 
 
 def test_many_channels_are_decoded_some_samples_at_a_time(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from shunter.recipes import registry
 from shunter.recipes.compare import compare, compared, folder_of, parse_routers, resumed, table, with_router
 from shunter.recipes.config import load_config
 from shunter.recipes.run import configuration_of, load_model
-from shunter.recipes.seeds import parse_seeds
+from shunter.recipes.seeds import parse_seeds, seeds_of
 from shunter.recipes.text import RECIPE
 from shunter.training import loop as training
 
@@ -354,10 +354,17 @@ def test_seeds_are_a_number_or_a_list(text, seeds):
     assert parse_seeds(text, 4) == seeds
 
 
-@pytest.mark.parametrize("text", ["1", "0", "3,3", "a", "", "1,-1", "1,"])
+@pytest.mark.parametrize("text", ["1", "0", "3,3", "a", "", "1,-1", "1,", "1000000000000"])
 def test_seeds_that_are_neither(text):
     with pytest.raises(UserError, match="--seeds"):
         parse_seeds(text, 0)
+
+
+@pytest.mark.parametrize("content", ["[1e400, 0]", "{}", "[[0]]", "3", "[0"])
+def test_seeds_of_a_damaged_comparison_are_one_line(content, tmp_path):
+    (tmp_path / "seeds.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="seeds.json must hold a list of seeds"):
+        seeds_of(tmp_path)
 
 
 def test_a_leak_can_be_insisted_on(small):

@@ -139,6 +139,8 @@ BOMB = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]
     [
         ("a.yaml", BOMB.encode(), "the alias"),
         ("a.yaml", b"[" * 100_000, "not readable as YAML"),
+        ("a.yaml", b"seed: 1\nname: a\nseed: 2", "the key 'seed' comes twice"),
+        ("a.yaml", b"training: {steps: 1, 'steps': 2}", "the key 'steps' comes twice"),
         ("a.yaml", b"a: 1\n" * 10**5, "larger than"),
         ("a.toml", b"a = " + b"[" * 100_000, "not readable as TOML"),
         ("a.yaml", None, "is a FIFO"),
@@ -152,6 +154,21 @@ def test_hostile_files_are_one_line(name, content, says, tmp_path):
     with pytest.raises(UserError, match=says) as caught:
         load_config(TextConfig, tmp_path / name, [])
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("!!int ''", "!!float ''", "!!int x", "!!bool x", "!!timestamp x", "!!binary é", "!!null {}", "!!int {}"),
+        *("{!!int '': 1}", "[!!float '']", "!!set 1", "!!python/name:os.system", "2024-13-45", "1:30"),
+    ],
+)
+def test_tags_that_lie_are_one_line(value, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"training: {{steps: {value}}}", encoding="utf-8")
+    for file, overrides in ((tmp_path / "a.yaml", []), (None, [f"training.steps={value}"])):
+        with pytest.raises(UserError, match="YAML|training.steps=") as caught:
+            load_config(TextConfig, file, overrides)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["seed: 0x{}", "training: {{steps: 0x{}}}", "data: {{source: [0x{}]}}"])

@@ -33,6 +33,14 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("facts", [{}, {"versions": "2"}, {"versions": {}, "files": []}])
+def test_a_manifest_that_is_not_of_a_run_is_one_line(facts, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    seal(tmp_path, **{"versions": {}, "data": "0"} | {"files": ["config.yaml"]} | facts)
+    with pytest.raises(UserError, match=f"{MANIFEST}: is not that of a run, which names its versions and config.yaml"):
+        engine._decided(RECIPE.config(), tmp_path, {"config.yaml": "seed: 0"})
+
+
 def outcome(run):
     """All that must be the same bits, whether a run was stopped or not."""
     weights = [(run / which / "model.safetensors").read_bytes() for which in ("dense", "sparse")]

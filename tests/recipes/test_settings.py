@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from shunter.cli import main
-from shunter.recipes.config import load_config, parse_value
+from shunter.plain_yaml import parse_yaml
+from shunter.recipes.config import load_config
 from shunter.recipes.registry import find, names
 from shunter.recipes.settings import Setting, settings
 
@@ -33,7 +34,7 @@ def test_what_is_allowed_is_what_is_taken():
     assert rows["training.schedule"].allowed == "cosine, linear, constant_with_warmup"
     assert rows["model.family"].allowed == "llama, qwen3, modernbert, bert, t5"
     assert rows["sparse.num_experts"] == Setting("sparse.num_experts", "64", "from 1 to 4,096", "of each sparse layer")
-    assert parse_value(rows["sparse.router"].default)[2] == "topk"
+    assert parse_yaml(rows["sparse.router"].default)[2] == "topk"
     assert rows["training.eval_every"].about == "steps from one evaluation to the next"  # of the class above
 
 

@@ -121,6 +121,8 @@ def test_which_layers_have_experts(tmp_path, given, sparse):
         ("nonsense: 1", "'nonsense' is unknown; the names are name, dim"),
         ("[1, 2]", "must hold names and their values"),
         ("a: [", "cannot be read as YAML"),
+        ("name: !!int ''", "cannot be read as YAML"),
+        ("name: &a [1]\ndim: [*a, *a]", "the alias"),
         ("name: a\ndim: x\ndecoder_layers: 1\nheads: 1\nhead_dim: 1", "dim must be a number"),
         ("name: a\ndim: 1.5\ndecoder_layers: 1\nheads: 1\nhead_dim: 1", "dim must be a whole number"),
         ("name: a\ndim: 0\ndecoder_layers: 1\nheads: 1\nhead_dim: 1", "at least one layer"),

@@ -19,6 +19,8 @@ from .packages import not_installed
 
 __all__ = ["main"]
 
+_LONGEST = 4000  # characters of a line; lists of what is known are long
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run `shunter` with arguments; the exit code: 0 done, 1 failed, 2 bad input, 130 stopped with Ctrl-C."""
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as where:
         again = getattr(args, "again", None) or f"{args.name} {args.recipe} --resume --run {shlex.quote(str(args.run))}"
         if _speaks():
-            print(f"\nStopped at the {where}. Go on with: shunter {again}", file=sys.stderr)
+            print("\n" + escaped(f"Stopped at the {where}. Go on with: shunter {again}"), file=sys.stderr)
         return 130
     except Elsewhere:
         return 2
@@ -105,8 +107,9 @@ def _speaks() -> bool:
 
 
 def _said(error: Exception, verb: str) -> str:
-    """What an error says, without the name of the verb where it begins with that."""
-    return escaped(said(error)).removeprefix(f"{verb}: ")
+    """What an error says, without the name of the verb where it begins with that, and not at any length."""
+    text = escaped(said(error)).removeprefix(f"{verb}: ")
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _silence() -> None:

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, escaped
 
 __all__ = ["add_verbs", "evaluate", "evaluate_mixing", "train_branch"]
 
@@ -101,7 +101,7 @@ def _merge(args: argparse.Namespace) -> int:
         return 0
     if "loss" in receipt:
         print(_table(receipt["loss"]))
-    share = ", ".join(f"{name} {weight:.3g}" for name, weight in receipt["weights"].items())
+    share = ", ".join(f"{escaped(name)} {weight:.3g}" for name, weight in receipt["weights"].items())
     print(f"{args.out}: the {receipt['as']} of {share}")
     return 0
 

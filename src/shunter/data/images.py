@@ -40,6 +40,13 @@ PATCH_IDS = 2**_BITS
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
 
+_KINDS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, by the file's first bytes and not by its name: for some others Pillow starts programs."""
+
+_MOST_BYTES = 2**28  # that decoding and converting take
+_PER_PIXEL, _PER_PIXEL_HELD_WHOLE = 8, 12  # of them; what WebP and JPEG in several scans hold besides the pixels
+_STRIP = 2**20  # pixels that are converted at a time
+
 
 def find_images(paths: Sequence[str], most: int) -> dict[str, list[Path]]:
     """Image files by domain, the name of their folder; of each domain an equal share of the most that are wanted.
@@ -88,13 +95,16 @@ def read_image(file: Path, size: int, channels: int) -> Tensor:
 def open_image(file: Path | BinaryIO) -> Image.Image:
     """An image, of a file or of bytes, decoded whole, upright as its EXIF data say; of an animation the first picture.
 
+    A photograph (JPEG) of more than 33,554,432 pixels is decoded at half its height and width.
+
     Raises:
-        UserError: where it cannot be read.
+        UserError: where it cannot be read, or has more pixels.
     """
     try:
         with open_file(file) if isinstance(file, Path) else file as stream, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(stream)
+            image = Image.open(stream, formats=_KINDS)
+            _bound(image)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return image
@@ -106,16 +116,37 @@ def open_image(file: Path | BinaryIO) -> Image.Image:
         raise UserError(f"{name}not an image that can be read ({reason})") from None
 
 
+def _bound(image: Image.Image) -> None:
+    """See that an image which is not decoded yet will not take more memory than it may."""
+    held = image.format == "WEBP" or "progressive" in image.info
+    most = _MOST_BYTES // (_PER_PIXEL_HELD_WHOLE if held else _PER_PIXEL)
+    if image.width * image.height > most and not held:
+        image.draft(None, (image.width // 2, image.height // 2))  # what JPEG alone can do
+    if (pixels := image.width * image.height) > most:
+        raise ValueError(f"it has {pixels:,} pixels; at most {most:,} are decoded: scale it down")
+
+
 def pixels_of(image: Image.Image, size: int, channels: int) -> Tensor:
     """What `read_image` says, of an image that is decoded and upright."""
     if image.mode.startswith(("I", "F")):  # 16 bits, which conversion would cut at 255
         planes = [image.convert("F").resize((size, size), Image.Resampling.BILINEAR)] * channels
         array = np.stack([np.asarray(plane, dtype=np.float32) for plane in planes], -1) / 65535
     else:
-        picture = on_white(image).convert("L" if channels == 1 else "RGB")
+        picture = _opaque(image, "L" if channels == 1 else "RGB")
         picture = picture.resize((size, size), Image.Resampling.BILINEAR)
         array = np.asarray(picture, dtype=np.float32) / 255
     return torch.from_numpy(array.copy()).reshape(size, size, -1).permute(2, 0, 1)
+
+
+def _opaque(image: Image.Image, mode: str) -> Image.Image:
+    """An image on white in another mode, strip by strip: what lies between takes no memory of its size."""
+    if image.mode == mode and "transparency" not in image.info:
+        return image
+    picture, rows = Image.new(mode, image.size), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        picture.paste(on_white(strip).convert(mode), (0, top))
+    return picture
 
 
 def on_white(image: Image.Image) -> Image.Image:

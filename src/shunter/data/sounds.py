@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ RATE = 16000  # samples a second
 SHORTEST = 0.05  # seconds
 SUFFIXES = {".aif", ".aiff", ".au", ".flac", ".mp3", ".ogg", ".opus", ".wav"}
 _RATES = (1000, 384_000)
+_LONGEST_PERIOD = 2**13  # samples after which both rates fall together again
 _SILENCE = 1e-3  # of full scale, -60 dB
 _AT_A_TIME = 2**20  # samples, of all channels together, that are decoded
 # What libsndfile says of a file that ends before its header says so. Writers to a pipe leave the length open.
@@ -75,16 +77,20 @@ def read_sound(file: Path, seconds: float, raw: bytes | None = None) -> Sound:
         raise UserError(f"{escaped(str(file))}: lasts {len(mono) / rate:.3f} s; a sound needs {SHORTEST} at least")
     if not np.isfinite(mono).all():
         raise UserError(f"{escaped(str(file))}: holds samples that are not finite")
-    if np.abs(mono - mono.mean()).max() < _SILENCE:
+    if max(mono.max() - mono.mean(), mono.mean() - mono.min()) < _SILENCE:
         raise UserError(f"{escaped(str(file))}: is silent, below -60 dB of full scale throughout")
     return Sound(resampled(mono, rate), rate)
 
 
 def resampled(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
-    """Samples (n,) of a rate at `RATE`, by a polyphase filter."""
+    """Samples (n,) of a rate at `RATE`, by a polyphase filter.
+
+    The filter grows with the terms of the ratio of both rates; of one that takes larger ones than any device has, the
+    nearest is taken.
+    """
     from scipy.signal import resample_poly
 
     if rate == RATE:
         return samples
-    shared = math.gcd(rate, RATE)
-    return np.asarray(resample_poly(samples, RATE // shared, rate // shared), dtype=np.float32)
+    ratio = Fraction(RATE, rate).limit_denominator(_LONGEST_PERIOD)
+    return np.asarray(resample_poly(samples, ratio.numerator, ratio.denominator), dtype=np.float32)

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from .. import routers
@@ -20,8 +19,8 @@ from ..durable import write, writing
 from ..environment import run_versions
 from ..errors import UserError, one_line
 from ..hf.checkpoints.reading import read_json
+from ..plain_yaml import parse_yaml
 from ..untrusted import parse_json, read_file
-from .config import parse_value
 from .recipe import Recipe
 from .run import account, begin, check_router, configuration_of, train_one
 from .sections import ANY_LABELS, LayerConfig, RunConfig, SparseConfig
@@ -115,8 +114,8 @@ def _named(part: str, spec: str) -> tuple[str, dict[str, Any]]:
         if not equals:
             raise UserError(f"router {spec!r}: {setting!r} must be option=value, as in topk:top_k=1")
         try:
-            options[key] = parse_value(value)
-        except (ValueError, yaml.YAMLError) as error:
+            options[key] = parse_yaml(value)
+        except ValueError as error:
             raise UserError(f"router {spec!r}: {setting} is not a YAML value ({one_line(error)})") from None
     return name, options
 

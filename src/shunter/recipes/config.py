@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError, one_line
+from ..plain_yaml import MAX_BYTES, as_yaml, parse_yaml
 from ..untrusted import read_file
 from .sections import nearest
 
-__all__ = ["dump_config", "load_config", "parse_value"]
+__all__ = ["dump_config", "load_config"]
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -37,8 +36,8 @@ def load_config(cls: type[C], file: Path | None, overrides: list[str]) -> C:
         if not equals or not all(key.split(".")):
             raise UserError(one_line(f"override {text!r} must be key=value, as in training.steps=500"))
         try:
-            parsed = parse_value(value)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            parsed = parse_yaml(value)
+        except ValueError as error:
             raise UserError(one_line(f"{key}={value}: not a YAML value ({error})")) from None
         node = tree
         *sections, last = key.split(".")
@@ -61,21 +60,18 @@ def dump_config(config: BaseModel) -> str:
     sections = sorted(name for name, value in values.items() if isinstance(value, dict))
     ordered = {name: value for name, value in values.items() if name not in sections}
     ordered |= {name: values[name] for name in sections}
-    return yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-_MAX_BYTES = 200_000  # of a file of settings; a second of reading YAML
+    return as_yaml(ordered, sort_keys=False)
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        text = read_file(file, _MAX_BYTES).decode("utf-8")
-        tree = tomllib.loads(text) if file.suffix == ".toml" else parse_value(text)
+        text = read_file(file, MAX_BYTES).decode("utf-8")
+        tree = tomllib.loads(text) if file.suffix == ".toml" else parse_yaml(text)
     except OSError as error:
         raise UserError(one_line(f"{file}: {error.strerror or error}")) from None
     except UserError:
         raise
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         kind = "TOML" if file.suffix == ".toml" else "YAML"
         raise UserError(one_line(f"{file}: not readable as {kind}: {error}")) from None
     if tree is None:
@@ -83,35 +79,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise UserError(one_line(f"{file}: must hold sections and keys, not {type(tree).__name__}"))
     return tree
-
-
-def parse_value(text: str) -> Any:
-    """The YAML value of a text."""
-    return yaml.load(text, _Loader)
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 3e-4 as a number, which YAML 1.1 takes for text for want of a dot; no aliases, which can grow at will."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"the alias *{self.peek_event().anchor} is not read; write its value out")
-        return super().compose_node(parent, index)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would read as numbers; writes a value out as often as it comes."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
-    for _first in "yYnNoO":  # yes, no, on and off are text, as in YAML 1.2: "no" is a value of options
-        kept = [rule for rule in _kind.yaml_implicit_resolvers.get(_first, []) if rule[0] != "tag:yaml.org,2002:bool"]
-        _kind.yaml_implicit_resolvers[_first] = kept
 
 
 def _check_integers(value: Any, key: str = "") -> None:

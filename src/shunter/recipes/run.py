@@ -30,7 +30,7 @@ from ..analysis.runs import MODELS, Metrics, ModelSummary
 from ..data.files import sentences
 from ..durable import MANIFEST, make_folder, naming, only_process, seal, sealed, verify, write
 from ..environment import run_versions
-from ..errors import Diverged, UserError, one_line
+from ..errors import Diverged, UserError, escaped, one_line
 from ..experts import MixedExperts
 from ..hf.checkpoints.reading import read_json
 from ..hf.distribute import distribute
@@ -265,7 +265,7 @@ def begin(
         facts = _decided(config, run, texts)
         with sentences() as left_out:
             data: Prepared = recipe.prepare(config)
-        fingerprint = facts.get("data", data.fingerprint)
+        fingerprint = str(facts.get("data", data.fingerprint))
         _check_data(recipe, data, fingerprint)
         for name, own in configs.items():
             rehearse(recipe, name, own, recipe.data_of(data, name))
@@ -279,10 +279,8 @@ def begin(
         if not as_json:
             for d in data.domains:
                 key = next(key for key in d if key.startswith("train_"))
-                print(
-                    f"{d['name']}: {d[key]:,} {key.removeprefix('train_')} to train on, {d['source']}; {d['license']}",
-                    file=sys.stderr,
-                )
+                size = f"{d[key]:,} {key.removeprefix('train_')} to train on"
+                print(escaped(f"{d['name']}: {size}, {d['source']}; {d['license']}"), file=sys.stderr)
         prepared.append(data)
         return fingerprint, facts["files"]["config.yaml"]["sha256"]
 
@@ -379,15 +377,20 @@ def _decided(config: RunConfig, run: Path, texts: dict[str, str]) -> dict[str, A
         UserError: where what was decided has been changed, or these are other settings.
     """
     facts = verify(run, others=True, cure=_CURE)
+    if not isinstance(facts.get("versions"), dict) or not texts.keys() <= facts["files"].keys():
+        raise UserError(f"{run / MANIFEST}: is not that of a run, which names its versions and {', '.join(texts)}")
     for name, text in texts.items():
         if (run / name).read_text(encoding="utf-8") == text:
             continue
         if name != "config.yaml" or load_config(type(config), run / name, []) != config:
             raise UserError(f"{run / name} says other settings than these; a run goes on with those it began with")
-        print(f"{run / name} was written before some settings existed; they have their defaults", file=sys.stderr)
+        print(
+            escaped(f"{run / name} was written before some settings existed; they have their defaults"), file=sys.stderr
+        )
     for name, now in run_versions().items():
         if (then := facts["versions"].get(name)) != now:
-            print(f"{name} was {then} when this run began, and is {now}: the result may be another", file=sys.stderr)
+            said = f"{name} was {then} when this run began, and is {now}: the result may be another"
+            print(escaped(said), file=sys.stderr)
     return facts
 
 

@@ -19,6 +19,8 @@ from .sections import RunConfig
 
 __all__ = ["compare_seeds", "merged", "parse_seeds", "seeds_of"]
 
+_MOST = 1000
+
 
 def parse_seeds(text: str, first: int) -> list[int]:
     """The seeds of `3`, so many from the configuration's on, or of a list as `0,7,9`.
@@ -28,8 +30,10 @@ def parse_seeds(text: str, first: int) -> list[int]:
     """
     try:
         given = [int(part) for part in text.split(",")]
+        if "," not in text and given[0] > _MOST:
+            raise ValueError
     except ValueError:
-        raise UserError(f"--seeds {text}: give a number of seeds, or a list as 0,7,9") from None
+        raise UserError(f"--seeds {text}: give a number of seeds (at most {_MOST}), or a list as 0,7,9") from None
     seeds = list(range(first, first + given[0])) if "," not in text else given
     if len(seeds) < 2 or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds {text}: give at least two different seeds, from 0 on")
@@ -48,7 +52,7 @@ def seeds_of(run: Path) -> list[int] | None:
     try:
         seeds = parse_json(read_file(path))
         return parse_seeds(",".join(str(int(seed)) for seed in seeds), 0)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UserError(f"{path} must hold a list of seeds") from None
 
 

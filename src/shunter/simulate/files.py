@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, one_line
-from ..untrusted import read_file
+from ..untrusted import parse_json, read_file
 
 __all__ = ["described", "names", "read"]
 
@@ -28,7 +28,7 @@ def read(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: where there is none, or it is no YAML of names and values.
     """
-    import yaml
+    from ..plain_yaml import MAX_BYTES, parse_yaml
 
     path = _HERE / kind / f"{name.removesuffix('.yaml')}.yaml" if not Path(name).exists() else Path(name)
     if path.is_dir() and (path / "config.json").is_file():
@@ -36,9 +36,15 @@ def read(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{name}: no such file, and not one of the {kind} described here: {', '.join(names(kind))}")
     try:
-        found = yaml.safe_load(read_file(path, 10**6))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from None
+        if path.suffix == ".json":
+            found = parse_json(read_file(path))
+        else:
+            found = parse_yaml(read_file(path, MAX_BYTES).decode())
+    except UserError:
+        raise
+    except ValueError as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise UserError(f"{path}: cannot be read as {kind}: {one_line(error)}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise UserError(f"{path}: must hold names and their values")
     return path, found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..durable import MANIFEST, discard, make_folder, publish, sealed, verify, write
-from ..errors import Diverged, UserError
+from ..errors import Diverged, UserError, escaped
 from .sharded import SHARDED
 
 __all__ = ["MEMORY", "Checkpoints"]
@@ -67,7 +67,7 @@ class Checkpoints:
         self._proven = []
         for path in sorted(self._found(), key=_step, reverse=True):
             if not sealed(path):
-                print(f"{path} is passed over: it is none, or was not removed to its end", file=sys.stderr)
+                self._pass_over(path, "it is none, or was not removed to its end")
                 discard(path)
                 continue
             try:
@@ -76,7 +76,7 @@ class Checkpoints:
                     raise UserError(f"{path}: is of another run")
                 _must_hold(path, {file.relative_to(path).as_posix() for file in path.rglob("*")})
             except UserError as error:
-                print(f"{path} is passed over. {error}", file=sys.stderr)
+                self._pass_over(path, str(error))
             else:
                 self._proven = [path]
                 return path
@@ -95,6 +95,10 @@ class Checkpoints:
         for other in self._found():
             if other not in self._proven:
                 discard(other)
+
+    @staticmethod
+    def _pass_over(path: Path, why: str) -> None:
+        print(escaped(f"{path} is passed over: {why}"), file=sys.stderr)
 
     def _found(self) -> list[Path]:
         """What is called a checkpoint, whole or not."""

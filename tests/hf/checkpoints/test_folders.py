@@ -7,7 +7,9 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 import shunter
 from shunter.cli import main
@@ -178,6 +180,20 @@ def test_products_of_sizes_cost_nothing(whole, tmp_path):
         config(head_dim=2**14, num_attention_heads=2**14, num_key_value_heads=2**14)(tmp_path / kind, None)
         with pytest.raises(ValueError, match=str(tmp_path / kind)):
             load_folder(tmp_path / kind)
+
+
+def test_tables_that_no_file_holds_cost_nothing(tmp_path):
+    """A mask of all pairs of places is a gigabyte, where the vectors of the places are two megabytes."""
+    places, sizes = 2**15, {"hidden_size": 8, "num_heads": 2, "vocab_size": 16, "max_position_embeddings": 8}
+    GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=[[["global"], 1]], num_layers=1)).save_pretrained(tmp_path)
+    load_folder(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["transformer.wpe.weight"] = torch.zeros(places, 8)
+    save_file(weights, tmp_path / "model.safetensors")
+    config(max_position_embeddings=places)(tmp_path, None)
+    for use in (load_folder, lambda folder: shunter.upcycle(folder, tmp_path / "out", num_experts=2)):
+        with pytest.raises(UserError, match="asks for tables of 1,073,741,824 bytes beside"):
+            use(tmp_path)
 
 
 TOKENIZERS = {

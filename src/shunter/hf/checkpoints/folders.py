@@ -32,6 +32,7 @@ __all__ = [
 
 _MOST, _MOST_LAYERS, _MOST_MODULES = 2**31, 1000, 50_000
 _MOST_SIZE, _MOST_PLACES, _MOST_ROTATED = 2**14, 2**17, 2**25
+_MOST_TABLES = 2**28  # bytes; masks of GPT-Neo's 2.7 billion parameters take 2**27
 
 COMPUTED = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.attn\.(masked_)?bias$")
 """Buffers of old checkpoints that models compute themselves today."""
@@ -287,7 +288,8 @@ def on_meta(
     """The modules of a model without memory.
 
     Raises:
-        UserError: where the configuration does not describe one.
+        UserError: where the configuration does not describe one, or one with tables far larger than its weights: those
+            are computed, so no file need hold them.
     """
     count = 0
 
@@ -300,11 +302,21 @@ def on_meta(
     watch = torch.nn.modules.module.register_module_module_registration_hook(note)
     try:
         with torch.device("meta"):
-            return kind(config)
+            model = kind(config)
     except Exception as error:  # as many ways to fail as there are fields
         raise UserError(f"{folder}: config.json does not describe a model: {one_line(error)}") from None
     finally:
         watch.remove()
+    tables = sum(buffer.nbytes for module in model.modules() for buffer in _unsaved(module))
+    if tables > _MOST_TABLES and tables > _MOST_TABLES + (held := sum(t.nbytes for t in model.state_dict().values())):
+        raise UserError(f"{folder}: config.json asks for tables of {tables:,} bytes beside {held:,} of weights")
+    return model
+
+
+def _unsaved(module: torch.nn.Module) -> list[torch.Tensor]:
+    """A module's own buffers that are in no file."""
+    found = (module._buffers[name] for name in module._non_persistent_buffers_set)
+    return [buffer for buffer in found if buffer is not None]
 
 
 def match_names(
