@@ -2,6 +2,7 @@
 
 import hypothesis.strategies as st
 import pytest
+import yaml
 from hypothesis import given, settings
 
 from shunter.plain_yaml import as_yaml, parse_yaml
@@ -32,5 +33,6 @@ def test_what_is_written_is_read_equal(values):
     ],
 )
 def test_numbers_are_those_of_yaml_1_2(text, value):
-    """As 010 was eight, and 1:30 ninety."""
+    """As 010 was eight, and 1:30 ninety; what others read is left alone."""
     assert parse_yaml(text) == value
+    assert yaml.safe_load("[010, 1:30, on]") == [8, 90, True] and yaml.safe_dump(0) == "0\n...\n"

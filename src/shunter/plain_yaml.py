@@ -58,8 +58,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_REPLACED = {"bool": "yYnNoO", "int": "-+0123456789"}
-"""First letters of what YAML 1.1 takes for these and YAML 1.2 does not: yes, no, on and off; 010 (8) and 1:30 (90)."""
+_INT_TAG, _BOOL_TAG = "tag:yaml.org,2002:int", "tag:yaml.org,2002:bool"
 _INT = re.compile(r"[-+]?([0-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$")
 _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
@@ -69,12 +68,12 @@ def _int(loader: Any, node: Any) -> int:
     return int(text, 0) if re.match(r"[-+]?0[bx]", text) else int(text)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor(_INT_TAG, _int)
 for _kind in (_Loader, _Dumper):
-    for _name, _letters in _REPLACED.items():
-        for _first in _letters:
-            rules = _kind.yaml_implicit_resolvers.get(_first, [])
-            kept = [rule for rule in rules if rule[0] != f"tag:yaml.org,2002:{_name}"]
-            _kind.yaml_implicit_resolvers[_first] = kept
-    _kind.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+    # What YAML 1.1 takes for numbers and truth, and YAML 1.2 does not: 010 (8) and 1:30 (90); yes, no, on and off.
+    _kind.yaml_implicit_resolvers = {
+        first: [rule for rule in rules if rule[0] != _INT_TAG and (rule[0] != _BOOL_TAG or first in set("tTfF"))]
+        for first, rules in _kind.yaml_implicit_resolvers.items()
+    }
+    _kind.add_implicit_resolver(_INT_TAG, _INT, list("-+0123456789"))
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))

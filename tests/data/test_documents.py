@@ -130,3 +130,19 @@ def test_names_of_folders_are_escaped(tmp_path):
     (tmp_path / "a\x1b[31mred").mkdir()
     (tmp_path / "a\x1b[31mred" / "x.txt").write_text("text")
     assert list(texts(tmp_path)) == ["a\\x1b[31mred"]
+
+
+def test_long_texts_of_a_small_parquet_file_are_not_in_memory_at_once(tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    size, count = 1_000_000, 40
+    table = pyarrow.table({"text": [chr(97 + i % 26) * size for i in range(count)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    read, sizes = pyarrow.parquet.ParquetFile.iter_batches, []
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile,
+        "iter_batches",
+        lambda *given, **how: (sizes.append(batch.nbytes) or batch for batch in read(*given, **how)),
+    )
+    assert [len(text) for text in texts(tmp_path / "a.parquet", 10**8)["a"]] == [size] * count
+    assert len(sizes) > 1 and max(sizes) < 16_000_000 and (tmp_path / "a.parquet").stat().st_size < 100_000

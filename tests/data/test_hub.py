@@ -1,6 +1,8 @@
 """Data sets of the `datasets` library, saved in a folder: every recipe with rows of its own reads them as its files."""
 
 import io
+import json
+import os
 import random
 import wave
 
@@ -184,3 +186,28 @@ def test_what_is_no_data_set_is_one_line(tmp_path):
         with pytest.raises(UserError, match="a data set that cannot be loaded") as error:
             read()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["a split", "a file", "a link", "a FIFO", "a list"])
+def test_a_data_set_is_in_its_folder(what, tmp_path):
+    """Nothing that it names elsewhere is read, and nothing blocks."""
+    save(tmp_path / "other", train=({"text": ["secret"] * 3},))
+    folder = tmp_path / "set"
+    save(folder, train=({"text": ["a", "b"]},))
+    assert len(read_domains([str(folder)])[0].documents) == 2
+    data, state = folder / "train/data-00000-of-00001.arrow", folder / "train/state.json"
+    elsewhere = tmp_path / "other/train/data-00000-of-00001.arrow"
+    if what == "a split":
+        (folder / "dataset_dict.json").write_text('{"splits": ["../other/train"]}')
+    elif what == "a file":
+        named = [{"filename": "../../other/train/data-00000-of-00001.arrow"}]
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": named}))
+    elif what == "a list":
+        state.write_text("[1]")
+    else:
+        data.unlink()
+        data.symlink_to(elsewhere) if what == "a link" else os.mkfifo(data)
+    says = {"a FIFO": "is a FIFO", "a list": "cannot be loaded"}.get(what, "outside")
+    with pytest.raises(UserError, match=says) as caught:
+        read_domains([str(folder)])
+    assert "\n" not in str(caught.value)

@@ -200,8 +200,13 @@ def no_idx(root, draw):
 
 def huge(root, draw):
     write_idx(root, "train", draw.integers(0, 9, (6, 3, 3)), np.array([0, 1] * 3))
-    head = struct.pack(">HBB3I", 0, 8, 3, 2**31, 2**10, 2**10)
+    head = struct.pack(">HBB3I", 0, 8, 3, 2**15, 2**7, 2**7)
     (root / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(head))
+
+
+def countless(root, draw):
+    """Images of one pixel, of which a megabyte of gzip has a thousand million."""
+    write_idx(root, "train", np.zeros((1_100_000, 1, 1)), np.zeros(1_100_000))
 
 
 def all_bad(root, draw):
@@ -240,6 +245,7 @@ def no_folder(root, draw):
         (cut, "train-images-idx3-ubyte.gz: cannot be read"),
         (no_idx, "is no IDX file of bytes in 3 dimensions"),
         (huge, "unpack it (gunzip)"),
+        (countless, "train-images-idx3-ubyte.gz: holds 1,100,000 images; of its size at most 1,048,5"),
         (all_bad, "4 of 4 images cannot be read, the first: "),
         (two_of_a_name, "cat/2020 and dog/2020 have one name; put the images of a class into one folder"),
         (without_classes, "test/0.png: an image of test belongs into a folder that is named as its class, as in"),

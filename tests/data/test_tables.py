@@ -37,6 +37,19 @@ def test_one_task_is_both_where_they_are_wholly_related():
         related_tasks(1.5, 10, 2)
 
 
+def test_a_small_file_of_countless_cells_is_refused(tmp_path):
+    """Forty million equal ones are some kilobytes of Parquet."""
+    import pyarrow.parquet
+
+    rows = pyarrow.table({"a": np.zeros(2_000_000, np.int8)})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "t.parquet", rows.schema) as writer:
+        for _ in range(20):
+            writer.write_table(rows)
+    assert (tmp_path / "t.parquet").stat().st_size < 1_000_000
+    with pytest.raises(UserError, match="t.parquet: has 40,000,000 cells; of its size at most 33,"):
+        read_frame(tmp_path / "t.parquet")
+
+
 def made(tmp_path, ending, **changes):
     draw = np.random.default_rng(SEED)
     frame = pandas.DataFrame(

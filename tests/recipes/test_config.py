@@ -108,6 +108,9 @@ def test_every_option_of_every_router_has_a_type(name):
         ("data.source=['']", ["data.source.0=''", "at least 1"]),
         ("training=5", ["training=5"]),
         ("training.steps.x=5", ["training.steps"]),
+        ("data.source=", ["data.source= has no value; write data.source=null"]),
+        ("training.steps=9223372036854775807", ["training: steps 9223372036854775807", "would never end"]),
+        ("parallel.timeout=1e308", ["parallel.timeout=1e+308"]),
     ],
 )
 def test_mistakes_are_one_line_with_key_value_and_cure(override, parts):

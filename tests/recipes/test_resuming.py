@@ -33,7 +33,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("facts", [{}, {"versions": "2"}, {"versions": {}, "files": []}])
+@pytest.mark.parametrize("facts", [{"versions": None}, {"versions": "2"}, {"versions": {}, "files": []}])
 def test_a_manifest_that_is_not_of_a_run_is_one_line(facts, tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0")
     seal(tmp_path, **{"versions": {}, "data": "0"} | {"files": ["config.yaml"]} | facts)

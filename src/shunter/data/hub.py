@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, escaped, one_line
+from ..untrusted import inside, open_file, parse_json, read_file
 from .files import LeftOut
 
 __all__ = ["is_dataset", "load_splits", "say_other_splits", "training_split"]
@@ -46,11 +47,29 @@ def load_splits(source: str) -> dict[str, Any]:
         raise UserError(f"{shown}: no such file or folder (for a datasets name: pip install datasets)") from None
     saved = Path(source).is_dir()
     try:
+        if saved:
+            _check_saved(Path(source))
         found: Any = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
     except Exception as error:
         what = "a data set that cannot be loaded" if saved else "no such folder, and not a dataset that can be loaded"
         raise UserError(f"{shown}: {what}: {one_line(error)}") from None
     return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _check_saved(folder: Path) -> None:
+    """See that a saved data set is of plain files in its folder: the library opens whatever it names, a FIFO too.
+
+    Raises:
+        UserError: naming the file that is none.
+        Exception: of any kind, where its descriptions are damaged.
+    """
+    whole = folder / "dataset_dict.json"
+    splits = parse_json(read_file(inside(whole)))["splits"] if whole.exists() else ["."]
+    for part in (folder / split for split in splits):
+        state = part / "state.json"
+        named = parse_json(read_file(inside(state, folder)))["_data_files"]
+        for file in (part / "dataset_info.json", *(part / one["filename"] for one in named)):
+            open_file(inside(file, folder)).close()
 
 
 def training_split(source: str) -> Any:

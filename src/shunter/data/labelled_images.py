@@ -42,7 +42,9 @@ __all__ = [
 ]
 
 HELD_OUT = ("test", "val", "valid", "validation", "dev")
-_MAX_UNPACKED = 2**30  # bytes of a packed IDX file
+# Of an IDX file, and one for each 256 bytes that it has: a record takes as much besides its pixels.
+_MOST_RECORDS = 2**20
+_MAX_UNPACKED = 2**28  # bytes of a packed IDX file, and four times those that it has
 _AT_A_TIME = 2**22  # bytes of it that are unpacked
 _LARGEST = 2**28  # bytes of an image
 
@@ -226,6 +228,8 @@ def _idx(folder: Path) -> Labelled | None:
                 raise UserError(f"{folder}: has no {part}-{what} beside {next(iter(found.values())).name}")
         image_file, label_file = found[part, "images"], found[part, "labels"]
         images, classes = _read_idx(image_file, 3), _read_idx(label_file, 1)
+        if len(images) > (most := _MOST_RECORDS + image_file.stat().st_size // 256):
+            raise UserError(f"{image_file}: holds {len(images):,} images; of its size at most {most:,} are read")
         if len(images) != len(classes):
             raise UserError(
                 f"{image_file}: holds {len(images):,} images, and {label_file.name} {len(classes):,} labels"
@@ -266,7 +270,7 @@ def _read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
                         f"{file}: its head says {size:,} bytes, and {file.stat().st_size - len(head):,} follow"
                     )
                 return np.memmap(file, dtype=np.uint8, mode="r", offset=len(head), shape=shape)
-            if size > _MAX_UNPACKED:
+            if size > _MAX_UNPACKED + 4 * file.stat().st_size:
                 raise UserError(f"{file}: unpacks to {size:,} bytes; unpack it (gunzip), then it is read from the disk")
             rows, read = Rows(row, 255), 0
             while raw := opened.read(min(max(1, _AT_A_TIME // row), shape[0] - len(rows)) * row):

@@ -11,6 +11,7 @@ from ..untrusted import open_file
 
 __all__ = ["parquet_columns", "parquet_rows"]
 
+_IN_MEMORY = 2**23  # bytes of rows
 _READ_AHEAD = 2**20  # bytes of a column; without, pyarrow reads a whole column of a row group
 
 
@@ -37,7 +38,7 @@ def parquet_rows(file: Path, columns: Collection[str], at_a_time: int) -> Iterat
     Args:
         file: itself.
         columns: their names.
-        at_a_time: rows that are in memory at once.
+        at_a_time: rows that are in memory at once, at most; fewer where they hold more than 8 MiB by what the file says.
 
     Raises:
         UserError: where the file cannot be read.
@@ -48,7 +49,10 @@ def parquet_rows(file: Path, columns: Collection[str], at_a_time: int) -> Iterat
         with open_file(file) as stream:
             table = pyarrow.parquet.ParquetFile(stream, buffer_size=_READ_AHEAD, pre_buffer=False)
             there = [name for name in table.schema_arrow.names if name in columns]
-            for batch in table.iter_batches(batch_size=at_a_time, columns=there):
+            facts = table.metadata
+            size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))  # unpacked
+            rows = max(1, min(at_a_time, _IN_MEMORY * facts.num_rows // max(size, 1)))
+            for batch in table.iter_batches(batch_size=rows, columns=there):
                 yield from batch.to_pylist()
     except UserError:
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import random
 import unicodedata
 import warnings
@@ -356,8 +357,7 @@ def _table(file: Path) -> list[Clip]:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    open_file(file).close()  # no FIFO, no device
-    with open(file, encoding="utf-8-sig", newline="") as stream:
+    with io.TextIOWrapper(open_file(file), encoding="utf-8-sig", newline="") as stream:
         if file.suffix.lower() != ".jsonl":
             tabs = file.suffix.lower() == ".tsv"
             rows = csv.DictReader(

@@ -22,6 +22,7 @@ __all__ = ["SUFFIXES", "Table", "check_names", "digits", "read_frame", "read_tab
 FREQUENCY = 4.0  # standard deviation of the sinusoids', which the paper leaves open
 FAR = 5.0  # standard deviations
 MAX_VALUES = 50  # of a column of words, each a feature
+MAX_CELLS = 2**25  # of a table, and as many more as its file has bytes
 LARGEST = 1e150  # in size; its square is still a float64
 SUFFIXES = {".csv", ".tsv", ".parquet", ".jsonl"}
 
@@ -174,7 +175,7 @@ def read_frame(file: Path, *, texts: bool = False) -> Any:
             readers: dict[str, Any] = {
                 ".csv": lambda s: separated(s, **plain),
                 ".tsv": lambda s: separated(s, sep="\t", **unquoted),
-                ".parquet": pandas.read_parquet,
+                ".parquet": lambda s: pandas.read_parquet(_of_few_cells(s, file)),
                 ".jsonl": lambda _: pandas.DataFrame(_objects(file), dtype=object if texts else None),
             }
             frame = readers[file.suffix.lower()](stream)
@@ -194,6 +195,23 @@ def _objects(file: Path) -> list[dict[str, Any]]:
             raise UserError(f"{escaped(str(file))}, record {len(rows) + 1}: must be an object, a value for each column")
         rows.append(row)
     return rows
+
+
+def _of_few_cells(stream: Any, file: Path) -> Any:
+    """The stream of a Parquet file, where it does not say more cells than memory may hold: equal ones take no bytes.
+
+    Raises:
+        UserError: naming the file.
+    """
+    import pyarrow.parquet
+
+    facts = pyarrow.parquet.ParquetFile(stream).metadata
+    cells = facts.num_columns * sum(facts.row_group(i).num_rows for i in range(facts.num_row_groups))
+    most = MAX_CELLS + file.stat().st_size
+    if cells > most:
+        raise UserError(f"{escaped(str(file))}: has {cells:,} cells; of its size at most {most:,} are read")
+    stream.seek(0)
+    return stream
 
 
 def check_names(file: Path, names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
 from .documents import MAX_BYTES, Domain, built_in_domains, read_domains
-from .passes import in_passes
+from .orders import passes
 from .spooled import Rows
 
 __all__ = ["TRAINED_ON", "WORDS", "EvalDomain", "TextData", "predicted_bytes", "prepare", "sample", "train_tokenizer"]
@@ -115,7 +115,7 @@ class _Windows(Dataset[dict[str, Tensor]]):
         self.domains, self.languages, self.length = domains, languages, length
         generator = torch.Generator().manual_seed(seed)
         rounds = -(-length // len(domains))
-        self.orders = [in_passes(len(windows), rounds, generator) for windows in domains]
+        self.orders = [passes(len(windows), rounds, generator) for windows in domains]
 
     def __len__(self) -> int:
         return self.length

@@ -111,7 +111,7 @@ def _named(part: str, spec: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals:
+        if not equals or not value.strip():
             raise UserError(f"router {spec!r}: {setting!r} must be option=value, as in topk:top_k=1")
         try:
             options[key] = parse_yaml(value)

@@ -35,6 +35,8 @@ def load_config(cls: type[C], file: Path | None, overrides: list[str]) -> C:
         key, equals, value = text.lstrip("-").partition("=")
         if not equals or not all(key.split(".")):
             raise UserError(one_line(f"override {text!r} must be key=value, as in training.steps=500"))
+        if not value.strip():  # as of a variable of the shell that is not set
+            raise UserError(one_line(f"{key}= has no value; write {key}=null for none"))
         try:
             parsed = parse_yaml(value)
         except ValueError as error:

@@ -27,7 +27,7 @@ from ..analysis.pages.inspect_figures import patch_sheet
 from ..analysis.runs import Words
 from ..data.images import PATCH_IDS, Normalisation, image_ids, moved, pixels_of, square_processor
 from ..data.labelled_images import Split, built_in_images, read_labelled, split
-from ..data.passes import in_passes
+from ..data.orders import passes
 from ..durable import verify
 from ..errors import UserError
 from ..hf import sparsify
@@ -253,7 +253,7 @@ class _Images(Dataset[dict[str, Tensor]]):
     def __init__(self, data: ImageData) -> None:
         self.data = data
         generator = torch.Generator().manual_seed(data.config.seed)
-        self.order = in_passes(len(data.found.train), data.count, generator)
+        self.order = passes(len(data.found.train), data.count, generator)
         most = data.config.data.shift
         self.moves = torch.randint(-most, most + 1, (data.count, 2), generator=generator, dtype=torch.int16)
 

@@ -25,8 +25,8 @@ from ..analysis.ledger import Ledger
 from ..analysis.modalities import COLLAPSED, ModalityUse, modality_use
 from ..analysis.runs import Words
 from ..data.images import PATCH_IDS, Normalisation, moved, patch_ids, pixels_of, square_processor
+from ..data.orders import passes
 from ..data.pairs import BUILT_IN_HELD_OUT, PairSplit, built_in_pairs, read_pairs, split_pairs
-from ..data.passes import in_passes
 from ..data.windows import sample, train_tokenizer
 from ..hf import sparsify
 from ..hf.contrastive import IMAGE, TEXT, ContrastiveConfig, ContrastiveModel
@@ -288,7 +288,7 @@ class _Pairs(Dataset[dict[str, Tensor]]):
         for i in data.found.train:
             concepts.setdefault(data.found.pairs.images.labels[i], []).append(i)
         self.pictures = list(concepts.values())
-        self.order = in_passes(len(self.pictures), data.count, generator)
+        self.order = passes(len(self.pictures), data.count, generator)
         self.drawn = torch.rand(data.count, 2, generator=generator, dtype=torch.float64)
         most = data.config.data.shift
         self.moves = torch.randint(-most, most + 1, (data.count, 2), generator=generator, dtype=torch.int16)

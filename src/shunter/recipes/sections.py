@@ -228,6 +228,12 @@ class TrainingConfig(Section):
     save_every: int = Field(200, ge=1, description="steps from one checkpoint to the next")
     threads: int | None = Field(None, ge=1, le=1024, description="of torch; none: as many as torch takes")
 
+    @model_validator(mode="after")
+    def _ends(self) -> TrainingConfig:
+        if self.steps * self.batch_tokens >= 2**50:
+            raise ValueError(f"steps {self.steps} of batch_tokens {self.batch_tokens} each would never end")
+        return self
+
 
 class ParallelConfig(Section):
     """How many processes train, and how the experts are among them."""
@@ -235,7 +241,7 @@ class ParallelConfig(Section):
     processes: int | None = Field(None, ge=1, le=1024, description="started here; none: one, or what torchrun started")
     expert_parallel: int = Field(1, ge=1, le=1024, description="processes that share the experts among them")
     overlap_degree: int = Field(1, ge=1, le=64, description="in how many pieces rows travel to their experts")
-    timeout: float = Field(600.0, gt=0, description="seconds that a process waits for the others")
+    timeout: float = Field(600.0, gt=0, le=10_000_000, description="seconds that a process waits for the others")
     restarts: int = Field(0, ge=0, le=1000, description="how often to go on from a checkpoint when a process is lost")
 
 

@@ -23,7 +23,7 @@ from ..analysis.inspect.inspecting import specialisation
 from ..analysis.inspect.material import Batch, Material, Stream
 from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import Words
-from ..data.passes import in_passes
+from ..data.orders import passes
 from ..data.sounds import RATE, Sound
 from ..data.speech import SYNTHESISED, VOICES, Corpus, read_clips, split, synthesised
 from ..durable import write
@@ -337,7 +337,7 @@ class _Clips(Dataset[dict[str, Tensor]]):
     def __init__(self, data: SpeechData) -> None:
         self.data = data
         generator = torch.Generator().manual_seed(data.config.seed)
-        self.order = in_passes(len(data.corpus.train), data.count, generator)
+        self.order = passes(len(data.corpus.train), data.count, generator)
         self.masks = torch.rand(data.count, 4, generator=generator)
 
     def __len__(self) -> int:

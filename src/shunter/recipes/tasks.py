@@ -22,7 +22,7 @@ from ..analysis.exhibits import Table as TableExhibit
 from ..analysis.inspect.material import Batch, Material, Stream
 from ..analysis.ledger import Ledger
 from ..analysis.runs import Words
-from ..data.passes import in_passes
+from ..data.orders import passes
 from ..data.tables import Table, digits, read_table, related_tasks
 from ..errors import one_line
 from ..moe import MoE, aux_loss, moe_layers
@@ -177,7 +177,7 @@ class _Rows(Dataset[dict[str, Tensor]]):
         self.orders = []
         for table in data.tables:
             rows = (~table.held_out).nonzero().flatten()
-            self.orders.append(rows[in_passes(len(rows), data.count, generator)])
+            self.orders.append(rows[passes(len(rows), data.count, generator)])
 
     def __len__(self) -> int:
         return self.data.count

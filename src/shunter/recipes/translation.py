@@ -23,7 +23,7 @@ from ..analysis.ledger import Ledger, ledger
 from ..analysis.runs import Words
 from ..data.aligned import LANGUAGES, Pair, built_in_pairs, read_pairs, split_pairs
 from ..data.corruption import PAD
-from ..data.passes import in_passes
+from ..data.orders import passes
 from ..data.windows import sample, train_tokenizer
 from ..errors import UserError
 from ..hf import sparsify
@@ -259,7 +259,7 @@ class _InTurn(Dataset[dict[str, Tensor]]):
         self.orders = []
         for part in pairs:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + part.number)
-            self.orders.append(in_passes(len(part.input_ids), math.ceil(count / len(pairs)), generator))
+            self.orders.append(passes(len(part.input_ids), math.ceil(count / len(pairs)), generator))
 
     def __len__(self) -> int:
         return self.count
