@@ -141,3 +141,11 @@ def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.strip() == f"shunter {shunter.__version__}"
+
+
+@pytest.mark.parametrize("verb", ["generate run", "finetune run", "upcycle m --out o", "prune m --keep 2 --out o"])
+@pytest.mark.parametrize("seed", ["-1", str(2**63), str(10**30), "1.5", ""])
+def test_a_seed_that_torch_does_not_take_is_said_first(verb, seed, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*verb.split(), f"--seed={seed}"])
+    assert ended.value.code == 2 and "argument --seed: " in capsys.readouterr().err

@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from shunter.context import Context
+from shunter.routers import assignment
 from shunter.routers.assignment import balanced_assignment, transport_plan
 from shunter.routers.registry import create
 
@@ -60,6 +61,20 @@ def test_the_assignment_is_optimal_and_balanced(kind):
             assert (count == tokens // experts).all()
         assert _value(scores, expert) == pytest.approx(_best(scores), rel=1e-9, abs=1e-9)
         assert torch.equal(balanced_assignment(scores), expert), "the same every time"
+
+
+@pytest.mark.parametrize("tokens, experts, alike", [(8, 64, 0), (9, 32, 2), (256, 16, 256), (60, 16, 40), (1, 50, 1)])
+def test_tokens_that_fill_up_take_no_paths(tokens, experts, alike, monkeypatch):
+    """Those to which all experts are alike, and those that fill experts up where they do not divide the tokens."""
+    paths, taken = assignment._shortest_paths, []
+    monkeypatch.setattr(assignment, "_shortest_paths", lambda *given: taken.append(1) or paths(*given))
+    for spread in (1.0, 5.0):
+        scores = torch.randn(tokens, experts, dtype=torch.float64) + spread * torch.randn(experts)
+        scores[:alike] = torch.randn(alike, 1, dtype=torch.float64)
+        expert = balanced_assignment(scores)
+        assert torch.bincount(expert, minlength=experts).max() <= -(-tokens // experts)
+        assert _value(scores, expert) == pytest.approx(_best(scores), rel=1e-9, abs=1e-9)
+    assert len(taken) <= 2 * 2 * (tokens - alike)
 
 
 @pytest.mark.parametrize("kind", ["largest", "ends", "smallest", "all sizes", "one large"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .arguments import seed
 
 __all__ = ["add_verbs"]
 
@@ -35,7 +36,7 @@ def add_verbs(verbs: Any) -> None:
     upcycle.add_argument("--to", default="auto", help="a family of transformers, shunter, or auto (default)")
     upcycle.add_argument("--every", type=int, default=1, help="sparsify every n-th block")
     upcycle.add_argument("--placement", default="", help='the same in words: "every 2, last 3, pyramid"')
-    upcycle.add_argument("--seed", type=int, default=0, help="of routers, noise and drops")
+    upcycle.add_argument("--seed", type=seed, default=0, help="of routers, noise and drops")
     upcycle.add_argument("--no-check", action="store_true", help="do not load both models to compare their logits")
     upcycle.add_argument("--json", action="store_true", help="the receipt to standard output")
     upcycle.set_defaults(verb=_upcycle)
@@ -67,7 +68,7 @@ def add_verbs(verbs: Any) -> None:
     prune.add_argument("--data", nargs="+", help="held-out text as in train, or images; none: the built-in text")
     prune.add_argument("--tokens", type=int, default=16384, help="how many of the data; half of them choose")
     prune.add_argument("--length", type=int, default=128, help="tokens of a window")
-    prune.add_argument("--seed", type=int, default=0, help="of the method random")
+    prune.add_argument("--seed", type=seed, default=0, help="of the method random")
     prune.add_argument("--offload", action="store_true", help="weights from disk, a module at a time (slow)")
     prune.add_argument("--no-check", action="store_true", help="do not measure the loss before and after")
     prune.add_argument("--json", action="store_true", help="the receipt to standard output")
@@ -101,7 +102,7 @@ def add_verbs(verbs: Any) -> None:
     distill.add_argument("--stop", type=float, default=1.0, help="the share of the steps with a teacher")
     distill.add_argument("--tokens", type=int, default=500_000, help="how many of --data; a tenth is held out")
     distill.add_argument("--length", type=int, default=128, help="tokens of a window")
-    distill.add_argument("--seed", type=int, default=0, help="of drawn weights and of the order of the data")
+    distill.add_argument("--seed", type=seed, default=0, help="of drawn weights and of the order of the data")
     distill.add_argument("--json", action="store_true", help="the receipt to standard output")
     distill.set_defaults(verb=_distill)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..recipes.registry import names
+from .arguments import seed
 from .domains import evaluate, evaluate_mixing, train_branch
 
 __all__ = ["add_verbs"]
@@ -78,7 +79,7 @@ def add_verbs(verbs: Any) -> None:
     finetune.add_argument("--length", type=int, default=16, help="tokens of a window")
     finetune.add_argument("--windows", type=int, default=200, help="of a label; a fifth is held out")
     finetune.add_argument("--out", type=Path, default=Path("runs/finetune"), help="for finetune.json, .md and .png")
-    finetune.add_argument("--seed", type=int, default=0, help="of the classifier and of the order of examples")
+    finetune.add_argument("--seed", type=seed, default=0, help="of the classifier and of the order of examples")
     finetune.add_argument(
         "--seeds", help="repeat each cell with so many seeds from --seed on, or with those of a list; errors are shown"
     )
@@ -114,7 +115,7 @@ def add_verbs(verbs: Any) -> None:
     generate.add_argument("--domain", help="whose experts continue; default: all, mixed by what the text tells")
     generate.add_argument("--max-new-tokens", type=int, default=100, help="at most so many")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    generate.add_argument("--seed", type=seed, default=0, help="of the sampling")
     generate.add_argument("--memory", help=within)
     generate.set_defaults(verb=_generate)
 

@@ -33,8 +33,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     slots = -(-num_tokens // num_experts)
     h = _scaled(_finite(scores).to("cpu", torch.float64))
     h = torch.cat([h, h.new_zeros(slots * num_experts - num_tokens, num_experts)])
-    price = _dual_prices(h, slots)
-    expert = (h - price).argmax(-1)
+    expert, price = _start(h, _dual_prices(h, slots), slots)
     count = torch.bincount(expert, minlength=num_experts)
     # What moving its cheapest token from one expert to another would lose, and which token that is.
     loss = h.new_full((num_experts, num_experts), math.inf)
@@ -65,6 +64,31 @@ def balanced_assignment(scores: Tensor) -> Tensor:
         for e in path:
             refresh(e)
     return expert[:num_tokens].to(scores.device)
+
+
+def _start(h: Tensor, price: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The expert of each row of h that is best for it by score less price, and those prices.
+
+    Rows that score all experts alike, as those that fill up, would all take the cheapest one. So the cheapest are made
+    equally dear, as many as have slots left for such rows, which these then fill.
+    """
+    alike = (h == h[:, :1]).all(-1)
+    rows = int(alike.sum())
+    if rows == 0:
+        return (h - price).argmax(-1), price
+
+    def left(price: Tensor) -> tuple[Tensor, Tensor]:
+        expert = (h - price).argmax(-1)
+        return expert, (slots - torch.bincount(expert[~alike], minlength=len(price))).clamp_min(0)
+
+    order = price.argsort(stable=True)
+    enough = left(price)[1][order].cumsum(0) >= rows
+    price = price.clamp_min(float(price[order[int(enough.int().argmax())]]))
+    expert, free = left(price)
+    cheapest = (price == price.min()).nonzero()[:, 0]
+    places = cheapest.repeat_interleave(free[cheapest])[:rows]
+    expert[alike] = torch.cat([places, cheapest[:1].expand(rows - len(places))])
+    return expert, price
 
 
 def _dual_prices(h: Tensor, slots: int) -> Tensor:
