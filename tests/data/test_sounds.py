@@ -15,7 +15,7 @@ pytest.importorskip("soundfile", reason="shunter[speech] reads sounds")
 import soundfile
 
 from shunter.data import sounds
-from shunter.data.sounds import RATE, read_sound, resampled
+from shunter.data.sounds import RATE, read_sound
 from shunter.errors import UserError
 from tests.conftest import SEED
 

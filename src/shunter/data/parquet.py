@@ -38,7 +38,7 @@ def parquet_rows(file: Path, columns: Collection[str], at_a_time: int) -> Iterat
     Args:
         file: itself.
         columns: their names.
-        at_a_time: rows that are in memory at once, at most; fewer where they hold more than 8 MiB by what the file says.
+        at_a_time: rows that are in memory at most; fewer where they hold more than 8 MiB by what the file says.
 
     Raises:
         UserError: where the file cannot be read.
