@@ -189,7 +189,7 @@ def read_frame(file: Path, *, texts: bool = False) -> Any:
 
 
 def _objects(file: Path) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in json_lines(file):
         if not isinstance(row, dict):
             raise UserError(f"{escaped(str(file))}, record {len(rows) + 1}: must be an object, a value for each column")
