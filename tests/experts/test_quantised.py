@@ -11,7 +11,7 @@ from shunter.experts.backends.numba import bridge
 from shunter.experts.choice import get
 from shunter.experts.quantised import Coding, QuantisedWeights, pack
 
-from ..helpers import by_tokens, random_routing, random_weights, relative_error
+from ..helpers import by_tokens, error_of_another_order, random_routing, random_weights, relative_error
 from .conftest import needs_loops
 
 CODINGS = {
@@ -143,7 +143,7 @@ def test_error_against_float64_of_the_decoded_weights_is_that_of_the_reference(b
         routing = random_routing(37, 5, 0.4, torch.float32)
         exact = get("reference").run(x.double(), coded.to(torch.float64), routing.with_weight(routing.weight.double()))
         ours, plain = (relative_error(get(name).run(x, coded, routing), exact) for name in (backend, "reference"))
-        assert ours <= 1.5 * plain + torch.finfo(dtype).eps / 8
+        assert ours <= error_of_another_order(plain, dtype)
         assert choose(backend, x, coded)[0].name == backend
 
 

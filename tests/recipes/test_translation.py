@@ -229,7 +229,7 @@ def test_pairs_with_a_language_column(tmp_path):
         ("a.jsonl", '{"source": "a", "target": ["b"], "language": "x"}', [], "record 1: a sentence must be a text"),
         ("a.jsonl", '{"source": "a\\ud800", "target": "b", "language": "x"}', [], "a.jsonl"),
         ("a.jsonl", '{"source": "a", "target": "b", "language": "x/y"}', [], "a language must be a short name"),
-        ("a.jsonl", '{"source": "a"', [], "a.jsonl: cannot be read"),
+        ("a.jsonl", '{"source": "a"', [], "a.jsonl, line 1: not JSON"),
         ("a.tsv", "", [], "a.tsv: cannot be read"),
         ("a.tsv", "en\tfr\na\tb\n", ["data.bilingual=[fr]"], "data.bilingual needs data.languages"),
         (None, None, ["data.languages=[xx]"], "the built-in sentences have no 'xx'; they have af"),

@@ -16,7 +16,7 @@ from shunter.experts.backends.numba import bridge as numba
 from shunter.experts.backends.numba import onednn
 from shunter.experts.choice import get
 from tests.experts.conftest import needs_loops
-from tests.helpers import by_tokens, random_routing, random_weights, relative_error
+from tests.helpers import by_tokens, error_of_another_order, random_routing, random_weights, relative_error
 
 # Backends that run on any CPU input; others have files of their own.
 FAST = ["padded", "grouped_mm", pytest.param("numba", marks=needs_loops)]
@@ -202,9 +202,8 @@ def test_error_against_float64_is_that_of_the_reference(backend, dtype, scale, a
     exact = _run("reference", *_to(torch.float64, *rounded), low.double())
     reference, found = (_run(name, *rounded, low) for name in ("reference", backend))
     for name, value in exact.items():
-        floor = torch.finfo(dtype).eps / 8
         ours, theirs = relative_error(found[name], value), relative_error(reference[name], value)
-        assert ours <= 1.5 * theirs + floor, (name, ours, theirs)
+        assert ours <= error_of_another_order(theirs, dtype), (name, ours, theirs)
 
 
 def test_the_error_test_would_see_a_broken_backend():

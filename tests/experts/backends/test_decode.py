@@ -14,7 +14,7 @@ from shunter.experts.backends import decode
 from shunter.experts.backends.decode import FEW_TOKENS, decode_choices
 from shunter.experts.backends.numba import bridge as numba
 from shunter.experts.choice import get
-from tests.helpers import by_tokens, random_routing, random_weights, relative_error
+from tests.helpers import by_tokens, error_of_another_order, random_routing, random_weights, relative_error
 
 
 @settings(max_examples=80)
@@ -51,7 +51,7 @@ def test_error_against_float64_is_that_of_the_reference(dtype, scale, panel_byte
         x.double(), Weights(low.up.double(), low.down.double()), routing.with_weight(routing.weight.double())
     )
     ours, theirs = (relative_error(get(name).run(x, low, routing), exact) for name in ("decode", "reference"))
-    assert ours <= 1.5 * theirs + torch.finfo(dtype).eps / 8
+    assert ours <= error_of_another_order(theirs, dtype)
 
 
 @torch.no_grad()
