@@ -90,8 +90,8 @@ def relative_error(value, exact):
 def error_of_another_order(error, dtype):
     """What a relative error may be where sums in a dtype are taken in another order than those that have this error.
 
-    In half precision both are the rounding of results, the mean of many. In float32 they are of sums, and which order is
-    lucky goes by chance: a few units in the last place are none, where a lower precision would be thousands.
+    In half precision both are the rounding of results, the mean of many. In float32 they are of sums, and which order
+    is lucky goes by chance: a few units in the last place say nothing, where a lower precision would be thousands.
     """
     return 1.5 * error + torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1 / 8)
 
