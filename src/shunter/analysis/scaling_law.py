@@ -32,6 +32,8 @@ _LEAST_COUNTS = 4
 _LEAST_SIZES = 2
 _LEAST_RUNS = len(COEFFICIENTS) + 1
 
+_LEAST_SLOPE = 1e-9  # of log loss by log parameters: a loss that does not fall leaves less, of either sign
+
 _LOWEST = np.log([1e-2, 1.5])  # of E_start, and of E_max over it
 _HIGHEST = np.log([1e4, 1e7])
 _STARTS = [np.log([start, most]) for start in (1.2, 3.0, 8.0) for most in (10.0, 100.0, 1e4)]
@@ -185,7 +187,7 @@ def fit(runs: Runs, near: UnifiedLaw | None = None, *, separable: bool = False) 
     (a, b, c, d), left = solved(best)
     start, ratio = np.exp(best)
     law = UnifiedLaw(*map(float, (a, b, c, d, start, start * ratio, np.sqrt(np.square(left).mean()))))
-    if law.a + law.c * math.log10(law.e_start) >= 0:
+    if law.a + law.c * math.log10(law.e_start) > -_LEAST_SLOPE:
         raise UserError(
             "a scaling law needs a loss of the dense models that falls as their parameters grow; here it does not"
         )
