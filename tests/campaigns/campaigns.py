@@ -26,7 +26,9 @@ CAMPAIGNS = {
         24,
         slow=True,
     ),
-    "damage": Campaign("E", "a file of a stopped run flipped, cut, lost or swapped", damages.damage, 1000, 5, 20),
+    "damage": Campaign(
+        "E", "a file of a stopped run flipped, cut, lost or swapped", damages.damage, 1000, 5, 20, slow=True
+    ),
     "flips": Campaign("E", "one bit of a sealed folder flipped", damages.flips, 10000, 200, 5000),
     "hostile": Campaign(
         "F",

@@ -119,7 +119,7 @@ def test_every_kernel_has_a_backend_of_its_name():
 
 
 @pytest.mark.parametrize("router", ["topk", pytest.param("hash", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("way", ["the model", "each block"])
+@pytest.mark.parametrize("way", [pytest.param("the model", marks=pytest.mark.slow), "each block"])
 def test_a_compiled_model_trains_as_the_model(way, router):
     """Padding and ids reach its routers, and its auxiliary losses its loss, step after step."""
     torch._dynamo.reset()

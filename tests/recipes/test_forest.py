@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 from torch.nn import functional as F
 
 from shunter.cli import main
+from shunter.durable import MANIFEST, seal
 from shunter.hf.checkpoints.loading import load_folder
 from shunter.recipes import forest as forests
 from shunter.recipes import mixing, run
@@ -210,6 +211,12 @@ def test_what_is_merged_needs_no_forest(trained, tmp_path, capsys):
         with torch.no_grad():
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert said[(average.name,)].rstrip("\n") == load_tokenizer(average).decode(ids[0], skip_special_tokens=True)
+    for facts in {}, {"as": "soup", "weights": {}}, {"as": "ensemble", "weights": 3}:
+        (ensemble / "merged.json").write_text(json.dumps(facts))
+        (ensemble / MANIFEST).unlink()
+        seal(ensemble)
+        assert main(["generate", str(ensemble), *prompt]) == 2
+        assert "merged.json does not say what was merged" in capsys.readouterr().err
 
 
 def test_text_is_continued_by_the_mixture(trained):
@@ -297,7 +304,13 @@ def test_only_decoders_are_mixed(kind, grown, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, message", [("seed", "other weights"), ("tokenizer", "other tokens"), ("start", "damaged")]
+    "change, message",
+    [
+        ("seed", "other weights"),
+        ("tokenizer", "other tokens"),
+        ("start", "damaged"),
+        ("domains", "branch.json does not say the domains"),
+    ],
 )
 def test_a_branch_of_another_seed_is_refused(change, message, grown, trained, tmp_path, capsys):
     """A branch copied from a forest that grew from another model, or with other tokens, or changed by hand."""
@@ -307,8 +320,6 @@ def test_a_branch_of_another_seed_is_refused(change, message, grown, trained, tm
     folder = forest / "branches/signs"
     (folder / "branch.json").write_text(json.dumps(facts | {change: {"signs": 1.0} if change == "start" else "0" * 64}))
     if change != "start":
-        from shunter.durable import MANIFEST, seal
-
         (folder / MANIFEST).unlink()
         seal(folder)
     for arguments in (

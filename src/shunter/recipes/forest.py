@@ -278,9 +278,18 @@ def _branch_folders(forest: Path) -> list[Path]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """What branch.json of a branch says, after its manifest."""
+    """What branch.json of a branch says, after its manifest.
+
+    Raises:
+        UserError: where the folder is damaged, or the file is none that `branch` writes.
+    """
     verify(folder, others=True, cure="make the branch anew")
-    return read_json(folder / _FACTS)
+    facts = read_json(folder / _FACTS)
+    domains = facts.get("domains")
+    named = isinstance(domains, list) and domains and all(isinstance(name, str) for name in domains)
+    if not (named and isinstance(facts.get("start"), dict)):
+        raise UserError(f"{folder / _FACTS} does not say the domains and the start of a branch; make the branch anew")
+    return facts
 
 
 def _check_origin(folder: Path, facts: Mapping[str, Any], origin: Mapping[str, str], seed: Path) -> None:
@@ -583,6 +592,8 @@ def generate(folder: Path, which: str | None, prompt: str, max_new_tokens: int, 
         if which is not None:
             raise UserError(f"{folder} is one model; leave --model out")
         facts = verify(folder) and read_json(folder / _MERGED)
+        if facts.get("as") not in ("ensemble", "average") or not isinstance(facts.get("weights"), dict):
+            raise UserError(f"{folder / _MERGED} does not say what was merged, and how; merge the forest again")
         paths, weights = [folder], [1.0]
         if facts["as"] == "ensemble":
             paths = [folder / _EXPERTS / str(place) for place in range(len(facts["weights"]))]
